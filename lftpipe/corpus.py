@@ -1,0 +1,238 @@
+"""Where text comes from: names, files, folders and Hub data sets, as a stream of documents.
+
+A corpus is read front to back, one document at a time, in the same order every time; it is
+never held in memory as a whole. What becomes of the text is `lftpipe.packing`'s business.
+"""
+
+import json
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import fsspec
+
+from lftpipe.errors import CorpusError
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+TABLE_SUFFIXES = (".jsonl", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+TEXT_COLUMNS = ("text", "content")
+
+#: Names for corpora that many experiments share. The Pile's original host is gone; this copy
+#: on the Hub is the one without the parts that were taken down for copyright.
+REGISTERED = {"pile": "hf:monology/pile-uncopyrighted"}
+PYTHON_STDLIB = "python-stdlib"
+
+#: A `.txt` file is most often a concatenation of works. It is cut at line ends into documents
+#: of about this many characters, so that one file can be split into train and validation.
+TXT_DOCUMENT_CHARACTERS = 16_384
+
+
+class Document(NamedTuple):
+    """One text that is never split between train and validation."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named stream of documents that can be read again from the start.
+
+    `local` corpora can be read again at little cost, so a resumed extraction checks that
+    they still hold what they held.
+    """
+
+    name: str
+    documents: Callable[[], Iterator[Document]]
+    local: bool
+
+
+def open_corpus(name: str) -> Corpus:
+    """Find the corpus called `name`; nothing is read yet.
+
+    Parameters
+    ----------
+    name
+        A registered name, a file or folder, or `hf:<dataset>[:<config>[:<split>]]`.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such corpus, or it is of a kind that is not read.
+    """
+    resolved = REGISTERED.get(name, name)
+    if resolved == PYTHON_STDLIB:
+        return Corpus(PYTHON_STDLIB, _python_stdlib, local=True)
+    if resolved.startswith("hf:"):
+        parts = resolved.removeprefix("hf:").split(":")
+        if not parts[0] or len(parts) > 3:
+            raise CorpusError(f"corpus {name!r}", "hf:<dataset>[:<config>[:<split>]]", "write it so")
+        return Corpus(resolved, lambda: _hub_documents(*parts), local=False)
+    path = Path(resolved).expanduser()
+    if path.is_dir():
+        return Corpus(str(path), lambda: _folder_documents(path), local=True)
+    if path.is_file():
+        if not _kind(path):
+            raise CorpusError(
+                f"corpus file {path}",
+                f"one of {' '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}, plain or "
+                f"{' '.join(COMPRESSIONS)}",
+                "convert or rename it",
+            )
+        return Corpus(str(path), lambda: _file_documents(path), local=True)
+    raise CorpusError(
+        f"corpus {name!r}",
+        f"a registered name ({', '.join(sorted((*REGISTERED, PYTHON_STDLIB)))}), a file, a "
+        "folder, or hf:<dataset>",
+        "check the spelling and the path",
+    )
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says how to read `path`, without a compression's; '' if none is known."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS:
+        suffix = Path(path.stem).suffix.lower()
+    return suffix if suffix in TEXT_SUFFIXES + TABLE_SUFFIXES else ""
+
+
+def _open(path: Path) -> IO[Any]:
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    try:
+        return fsspec.open(str(path), "rb", compression=compression).open()  # pyright: ignore
+    except ValueError as error:  # a compression that fsspec has no library for
+        raise CorpusError(f"corpus file {path}", f"a readable {compression} file", str(error)) from error
+
+
+def _file_documents(path: Path, name: str | None = None) -> Iterator[Document]:
+    name = name or path.name
+    kind = _kind(path)
+    try:
+        if kind == ".parquet":
+            yield from _parquet_documents(path, name)
+        elif kind == ".jsonl":
+            yield from _jsonl_documents(path, name)
+        elif kind == ".txt":
+            yield from _txt_documents(path, name)
+        else:
+            with _open(path) as file:
+                yield Document(name, _decode(file.read(), path))
+    except (OSError, EOFError) as error:  # truncated archives, files that went away
+        raise CorpusError(f"corpus file {path}", "a readable file", f"mend it ({error})") from error
+
+
+def _decode(raw: bytes, path: Path) -> str:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise CorpusError(
+            f"corpus file {path}", "UTF-8 text", "convert it, or take it out of the corpus"
+        )
+    return text
+
+
+def _txt_documents(path: Path, name: str) -> Iterator[Document]:
+    lines: list[bytes] = []
+    size = piece = 0
+    with _open(path) as file:
+        # A bound on a line's length keeps a file without line ends from being read whole.
+        while line := file.readline(TXT_DOCUMENT_CHARACTERS * 4):
+            lines.append(line)
+            size += len(line)
+            if size >= TXT_DOCUMENT_CHARACTERS and line.endswith(b"\n"):
+                yield Document(f"{name}:{piece}", _decode(b"".join(lines), path))
+                lines, size, piece = [], 0, piece + 1
+    if lines:
+        yield Document(f"{name}:{piece}", _decode(b"".join(lines), path))
+
+
+def _jsonl_documents(path: Path, name: str) -> Iterator[Document]:
+    with _open(path) as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CorpusError(
+                    f"{path}, line {number + 1}", "one JSON object a line", "mend that line"
+                ) from error
+            yield Document(f"{name}:{number}", _text_of(row, f"{path}, line {number + 1}"))
+
+
+def _parquet_documents(path: Path, name: str) -> Iterator[Document]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise CorpusError(f"corpus file {path}", "a Parquet file", f"mend it ({error})") from error
+    columns = [column for column in TEXT_COLUMNS if column in table.schema_arrow.names][:1]
+    if not columns:
+        raise CorpusError(
+            f"{path} with columns {', '.join(table.schema_arrow.names)}",
+            f"a column named {' or '.join(TEXT_COLUMNS)}",
+            "rename the column",
+        )
+    number = 0
+    for batch in table.iter_batches(batch_size=256, columns=columns):
+        for text in batch.column(0).to_pylist():
+            yield Document(f"{name}:{number}", text or "")
+            number += 1
+
+
+def _text_of(row: Any, where: str) -> str:
+    if isinstance(row, dict):
+        for column in TEXT_COLUMNS:
+            if isinstance(row.get(column), str):
+                return row[column]
+    raise CorpusError(where, f"a text under {' or '.join(TEXT_COLUMNS)}", "rename the field")
+
+
+def _folder_documents(folder: Path) -> Iterator[Document]:
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+        if not hidden and _kind(path) and path.is_file():
+            yield from _file_documents(path, relative.as_posix())
+
+
+def _python_stdlib() -> Iterator[Document]:
+    """The sources of the running interpreter's standard library, in order of their paths.
+
+    A few of its test files are in other encodings on purpose; those are passed over.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if re.search(r"(^|/)(site-packages|dist-packages|__pycache__)(/|$)", relative.as_posix()):
+            continue
+        try:
+            yield Document(relative.as_posix(), path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue
+
+
+def _hub_documents(dataset: str, config: str | None = None, split: str = "train") -> Iterator[Document]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows):
+            yield Document(f"{dataset}:{number}", _text_of(row, f"hf:{dataset}, row {number}"))
+    except CorpusError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorpusError(
+            f"corpus hf:{dataset} ({reason})",
+            "a data set that the Hugging Face Hub serves to this machine",
+            "check the name and the network, or pass a local file or folder with --corpus",
+        ) from error
