@@ -134,7 +134,7 @@ class TrainSettings(Common):
 class EvaluateSettings(Common):
     """`lftpipe evaluate`: Table 1's rows over the whole validation split."""
 
-    runs: tuple[str, ...] = ()
+    runs: tuple[str, ...] = dataclasses.field(default=(), metadata={"argument": True})
     """Names or paths of runs; none: every finished run beside the store."""
     k: tuple[int, ...] = (1, 2, 3, 8)
     """Step counts at inference."""
@@ -144,6 +144,30 @@ class EvaluateSettings(Common):
     compute_dtype: ComputeDtype = "float32"
     out: Path | None = None
     """The JSON file; default `results.json` beside the store. A `.md` file goes beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoSettings(Common):
+    """`lftpipe info`: what a store or a run holds, and from what it was made."""
+
+    target: Path | None = dataclasses.field(default=None, metadata={"argument": True})
+    """A store or a run; left out, the workspace's only store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings(Common):
+    """`lftpipe verify`: check every byte of a store against its manifest."""
+
+    target: Path | None = dataclasses.field(default=None, metadata={"argument": True})
+    """The store; left out, the workspace's only one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(Common):
+    """`lftpipe report`: one page of everything that was found beside a store."""
+
+    out: Path | None = None
+    """The Markdown file; default `report.md` beside the store."""
 
 
 S = TypeVar("S", bound=Common)
@@ -190,7 +214,9 @@ def parse_block(text: str, num_layers: int) -> tuple[int, int]:
         raise SettingsError(f"block {text!r}", "m:n, as in 6:12", "write it so, or use auto")
     m, n = int(match[1]), int(match[2])
     if m >= n:
-        raise SettingsError(f"block {text}", "m:n with m < n", f"try {n}:{m}" if n != m else f"try {m}:{m + 1}")
+        raise SettingsError(
+            f"block {text}", "m:n with m < n", f"try {n}:{m}" if n != m else f"try {m}:{m + 1}"
+        )
     if n > num_layers:
         raise SettingsError(
             f"block {text}", f"n at most {num_layers}, the teacher's layers", "choose a block inside them"
@@ -271,7 +297,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = tomllib.loads(path.read_text())
     except OSError as error:
-        raise SettingsError(f"recipe {path}", "a readable TOML file", f"check the path ({error.strerror})") from error
+        raise SettingsError(
+            f"recipe {path}", "a readable TOML file", f"check the path ({error.strerror})"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"recipe {path}", "TOML", f"mend it ({error})") from error
     for table, content in recipe.items():
@@ -292,8 +320,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = tuple(kind for kind in kinds if isinstance(kind, type))
-    if plain and not isinstance(value, plain) or (int in kinds and isinstance(value, bool)):
-        raise SettingsError(f"{key} = {value!r}", " or ".join(kind.__name__ for kind in plain), "correct the recipe")
+    if (plain and not isinstance(value, plain)) or (int in kinds and isinstance(value, bool)):
+        raise SettingsError(
+            f"{key} = {value!r}", " or ".join(kind.__name__ for kind in plain), "correct the recipe"
+        )
     return value
 
 

@@ -155,7 +155,9 @@ def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
     def share(step: int) -> float:
         if step < arguments.warmup:
             return (step + 1) / arguments.warmup
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - arguments.warmup) / (steps - arguments.warmup)))
+        return 0.01 + 0.99 * 0.5 * (
+            1 + math.cos(math.pi * (step - arguments.warmup) / (steps - arguments.warmup))
+        )
 
     checkpoint = work / "checkpoint.pt"
     step = 0
@@ -196,7 +198,10 @@ def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
             print(f"step {step} loss {loss.item():.4f} {rate:.0f} tokens/s", flush=True)
         if step % 200 == 0 or step == steps:
             save()
-            print(f"held-out bits per byte {bits_per_byte(model, data['validation'][:64], tokenizer):.4f}", flush=True)
+            print(
+                f"held-out bits per byte {bits_per_byte(model, data['validation'][:64], tokenizer):.4f}",
+                flush=True,
+            )
         if time.time() - started > arguments.minutes * 60:
             save()
             raise SystemExit(f"stopped at step {step} of {steps}; the same command goes on")

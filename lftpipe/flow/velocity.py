@@ -1,0 +1,83 @@
+"""The velocity estimator u(x, t): the block's first layer, modulated by time (section 3.1, figure 1)."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lftpipe.flow.path import States, Times
+from lftpipe.teacher.family import AttentionContext, Branches
+
+#: Width of the time embedding's features and hidden layer. Time is one number: a small MLP is enough,
+#: and at inference its outputs are constants, folded into the layer.
+TIME_FEATURES = 128
+
+
+def sinusoidal(t: Times, num_features: int = TIME_FEATURES) -> Float[Tensor, "sequence feature"]:
+    """Sines and cosines of `t` at geometric frequencies from 1 to 1000 radians."""
+    frequencies = torch.exp(torch.linspace(0, math.log(1000), num_features // 2, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Modulation(nn.Module):
+    """From `t` to shift, scale and gate of each branch, all zero at initialisation."""
+
+    def __init__(self, width: int, *, shift: bool) -> None:
+        super().__init__()
+        self.shift = shift
+        self.hidden = nn.Linear(TIME_FEATURES, TIME_FEATURES)
+        self.head = nn.Linear(TIME_FEATURES, (6 if shift else 4) * width)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, t: Times) -> list[Float[Tensor, "sequence 1 feature"]]:
+        """Scale and gate of attention, of the MLP; then, if any, shift of attention, of the MLP."""
+        # In full precision: it is a vector per sequence, and what it gives scales whole branches.
+        with torch.autocast(t.device.type, enabled=False):
+            values = self.head(nn.functional.silu(self.hidden(sinusoidal(t))))
+        return list(values[:, None].chunk(6 if self.shift else 4, dim=-1))
+
+
+class Velocity(nn.Module):
+    """A teacher layer as a velocity field: its output minus its input, modulated by `t`.
+
+    Right after construction it *is* the layer minus identity, at every `t`.
+
+    Parameters
+    ----------
+    layer
+        The block's first layer; its weights are trained further.
+    width
+        Features of a state.
+    time
+        False leaves the modulation out: the regression baseline's plain layer.
+    shift
+        Whether to predict shifts; default: only where the norm has a bias that one folds into,
+        so that an Euler student exports to the teacher's own architecture.
+    """
+
+    def __init__(self, layer: Branches, width: int, *, time: bool = True, shift: bool | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.shift = layer.has_norm_bias if shift is None else shift
+        self.modulation = Modulation(width, shift=self.shift) if time else None
+
+    def branches(self, x: States, t: Times, context: AttentionContext) -> tuple[States, States]:
+        """The attention's and the MLP's share of the velocity; their sum is `forward`."""
+        layer = self.layer
+        if self.modulation is None:
+            attention = layer.attention(layer.attention_norm(x), context)
+            return attention, layer.mlp(layer.mlp_norm(x if layer.parallel else x + attention))
+        scale_a, gate_a, scale_m, gate_m, *shifts = self.modulation(t)
+        shift_a, shift_m = shifts or (0.0, 0.0)
+        normed = (1 + scale_a) * layer.attention_norm(x) + shift_a
+        attention = (1 + gate_a) * layer.attention(normed, context)
+        y = x if layer.parallel else x + attention
+        normed = (1 + scale_m) * layer.mlp_norm(y) + shift_m
+        return attention, (1 + gate_m) * layer.mlp(normed)
+
+    def forward(self, x: States, t: Times, context: AttentionContext) -> States:
+        attention, mlp = self.branches(x, t, context)
+        return attention + mlp

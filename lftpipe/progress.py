@@ -1,0 +1,73 @@
+"""Progress on stderr: a live line in a terminal, a plain line now and then in a log file."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+#: Seconds between plain lines where stderr is no terminal.
+PLAIN_INTERVAL = 30.0
+
+
+class Task:
+    """One long step. `advance` it as work is done; extra fields are shown as they are."""
+
+    def __init__(self, label: str, total: int, unit: str, live: Progress | None) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self._live = live
+        self._id = live.add_task(label, total=total, rate="", fields="") if live else TaskID(0)
+        self._started = self._printed = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return self.done / max(time.monotonic() - self._started, 1e-9)
+
+    def advance(self, amount: int, **fields: str) -> None:
+        self.done += amount
+        rate = f"{human(self.rate)} {self.unit}/s"
+        shown = "  ".join(f"{name} {value}" for name, value in fields.items())
+        if self._live:
+            self._live.update(self._id, completed=self.done, rate=rate, fields=shown)
+        elif time.monotonic() - self._printed > PLAIN_INTERVAL:
+            self._printed = time.monotonic()
+            left = (self.total - self.done) / max(self.rate, 1e-9)
+            share = f"{100 * self.done / max(self.total, 1):.0f} %"
+            print(f"{self.label}: {share}, {rate}, {left:.0f} s left  {shown}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def task(label: str, total: int, unit: str) -> Iterator[Task]:
+    """Show a step of `total` units; the line goes away when the step is over."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Task(label, total, unit, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[fields]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as live:
+        yield Task(label, total, unit, live)
+
+
+def human(number: float) -> str:
+    """1234567 as '1.2M'."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.1f}{suffix}"
+    return f"{number:.0f}"
+
+
+def human_bytes(number: float) -> str:
+    """Bytes in decimal units: '4.6 GB'."""
+    text = human(number)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"

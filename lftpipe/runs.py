@@ -1,0 +1,131 @@
+"""A run's folder: settings, metrics, weights, checkpoint, manifest."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import tomli_w
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lftpipe.errors import RunError
+from lftpipe.flow.linear import LinearMap
+from lftpipe.flow.velocity import Velocity
+from lftpipe.manifest import file_digest, write_atomic
+from lftpipe.teacher.parts import empty_layer
+from lftpipe.teacher.source import Teacher
+
+MANIFEST, SETTINGS, METRICS, WEIGHTS, CHECKPOINT = (
+    "manifest.json",
+    "settings.toml",
+    "metrics.jsonl",
+    "flow.safetensors",
+    "checkpoint/state.pt",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its manifest has it."""
+
+    path: Path
+    block: tuple[int, int]
+    objective: str
+    solver: str
+    walk_steps: int
+    seed: int
+    train_tokens: int
+    store_fingerprint: str
+    teacher: dict[str, Any]
+    velocity: dict[str, bool]
+
+    @property
+    def has_time(self) -> bool:
+        """Whether the estimator is a flow, that can be run in any number of steps."""
+        return self.velocity["time"]
+
+
+def write_settings(run: Path, settings: dict[str, Any]) -> None:
+    """The run's resolved settings as a recipe that makes it again."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomic(run / SETTINGS, tomli_w.dumps({"train": settings}).encode())
+
+
+def save_run(path: Path, flow: nn.Module, manifest: dict[str, Any]) -> None:
+    """Write weights, then the manifest that makes the run a finished one."""
+    partial = path / (WEIGHTS + ".partial")
+    save_file({name: value.detach().contiguous() for name, value in flow.state_dict().items()}, partial)
+    os.replace(partial, path / WEIGHTS)
+    manifest = manifest | {"weights_digest": file_digest(path / WEIGHTS)}
+    write_atomic(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def open_run(path: Path) -> Run:
+    """Read a finished run's manifest, and check that its weights are the ones it was written with.
+
+    Raises
+    ------
+    RunError
+        If the folder is no finished run, or its weights were changed.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        run = Run(
+            path=path,
+            block=(int(manifest["block"][0]), int(manifest["block"][1])),
+            **{
+                key: manifest[key]
+                for key in (
+                    "objective",
+                    "solver",
+                    "walk_steps",
+                    "seed",
+                    "train_tokens",
+                    "store_fingerprint",
+                    "teacher",
+                    "velocity",
+                )
+            },
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}", "a finished run with a readable manifest.json", "train it again") from error
+    if not (path / WEIGHTS).is_file() or file_digest(path / WEIGHTS) != manifest["weights_digest"]:
+        raise RunError(
+            f"{path / WEIGHTS}", "the weights that the manifest was written for", "train the run again"
+        )
+    return run
+
+
+def build_flow(teacher: Teacher, velocity: dict[str, bool]) -> nn.Module:
+    """The module that a manifest's `velocity` describes, without weights."""
+    if velocity.get("linear"):
+        return LinearMap(teacher.width)
+    with torch.device("meta"):
+        return Velocity(empty_layer(teacher), teacher.width, time=velocity["time"], shift=velocity["shift"])
+
+
+def load_flow(run: Run, teacher: Teacher) -> nn.Module:
+    """The trained flow layer of a run.
+
+    Raises
+    ------
+    RunError
+        If the file is damaged, or a tensor is missing, extra, or of another shape.
+    """
+    flow = build_flow(teacher, run.velocity)
+    try:
+        tensors: dict[str, Tensor] = load_file(run.path / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(f"damaged {run.path / WEIGHTS}", "safetensors", "train the run again") from error
+    try:
+        flow.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise RunError(
+            f"{run.path / WEIGHTS}: {reason}", "the flow layer's tensors", "train the run again"
+        ) from error
+    return flow.eval().requires_grad_(False)

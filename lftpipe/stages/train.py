@@ -1,0 +1,147 @@
+"""`lftpipe train`: learn one flow layer for one block, from the cache or from the live teacher."""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lftpipe import runs
+from lftpipe.errors import RunError, SettingsError, StoreError, TeacherError
+from lftpipe.settings import TrainSettings, parse_block, to_plain
+from lftpipe.store import Store
+from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.training import Training, fit_linear
+from lftpipe.workspace import find_store, run_path
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train a flow layer and write its run.
+
+    Returns
+    -------
+    dict
+        Where the run is and how it ended, JSON-plain.
+
+    Raises
+    ------
+    LftpipeError
+        If the store, block or settings do not allow it, or training diverges.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    store_path = find_store(settings.workspace, settings.store)
+    store = Store.open(store_path)
+    teacher = teacher_of(store, settings.workspace)
+    settings, (m, n) = _resolve(settings, store, store_path, teacher)
+    run = run_path(store_path, settings.run or _name(settings, m, n))
+    _claim(run, settings, store)
+    torch.manual_seed(settings.seed)
+    if settings.objective == "linear":
+        result = fit_linear(run, settings, store, teacher, (m, n))
+    else:
+        result = Training(run, settings, store, teacher, (m, n)).run()
+    return result | {"store": str(store_path)}
+
+
+def teacher_of(store: Store, workspace: Path) -> Teacher:
+    """The teacher that a store was made with.
+
+    Raises
+    ------
+    TeacherError
+        If it is not found, or its weights are no longer the ones the store was made with.
+    """
+    recorded = store.identity["teacher"]
+    teacher = open_teacher(recorded["model"], workspace, revision=recorded["revision"])
+    if teacher.checkpoint.digest != recorded["weights_digest"]:
+        raise TeacherError(
+            f"teacher {recorded['model']} whose weights changed since {store.path} was made",
+            f"weights with digest {recorded['weights_digest'][:12]}…",
+            "put the old weights back, or extract again with --force",
+        )
+    return teacher
+
+
+def _resolve(
+    settings: TrainSettings, store: Store, store_path: Path, teacher: Teacher
+) -> tuple[TrainSettings, tuple[int, int]]:
+    """Settings with the block chosen and checked against the store."""
+    if settings.block == "auto":
+        from lftpipe.stages.recouple import choose_block
+
+        m, n = choose_block(store_path, settings)
+    else:
+        m, n = parse_block(settings.block, teacher.num_layers)
+    needed = range(m, n + 1) if settings.objective == "trajectory" else (m, n)
+    absent = [l for l in needed if l not in store.layers]  # noqa: E741
+    if absent and not settings.from_teacher:
+        raise SettingsError(
+            f"block {m}:{n}, which needs state {absent[0]}",
+            f"states that the store holds: {_ranges(store.layers)}",
+            f"choose another block, or extract with --layers {','.join(map(str, needed))}",
+        )
+    if settings.objective == "hybrid" and settings.alpha == 0:
+        raise SettingsError("--objective hybrid --alpha 0", "a positive --alpha", "use --objective fw")
+    if store.num_sequences("train") == 0:
+        raise StoreError(
+            f"store {store_path} without training sequences", "at least one", "extract with more --tokens"
+        )
+    return replace(settings, block=f"{m}:{n}"), (m, n)
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    whole = layers == tuple(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
+
+
+def _name(settings: TrainSettings, m: int, n: int) -> str:
+    objective = settings.objective
+    if objective in ("fw", "hybrid"):
+        objective += str(settings.walk_steps) + ("" if settings.solver == "midpoint" else "-euler")
+    return f"{m}-{n}-{objective}-seed{settings.seed}"
+
+
+#: Settings that do not change a run's numbers, or that a resumed run may change.
+_MAY_DIFFER = {"resume", "force", "workspace", "log_every", "checkpoint_every", "run"}
+
+
+def _claim(run: Path, settings: TrainSettings, store: Store) -> None:
+    """Make the run's folder ours: a new one, one to resume with the same settings, or `--force`."""
+    plain = to_plain(settings) | {"store_fingerprint": store.fingerprint}
+    old = run / runs.SETTINGS
+    if old.exists() and not settings.force:
+        if (run / runs.MANIFEST).exists():
+            raise RunError(f"finished run {run}", "a new name, or --force", "pass --run NAME or --force")
+        if not settings.resume:
+            raise RunError(
+                f"unfinished run {run}", "--resume, or a new name", "pass --resume, or --force to restart"
+            )
+        before = tomllib.loads(old.read_text())["train"]
+        changed = sorted(
+            key for key in (before.keys() | plain.keys()) - _MAY_DIFFER if before.get(key) != plain.get(key)
+        )
+        if changed:
+            key = changed[0]
+            raise RunError(
+                f"{key} = {plain.get(key)} to resume {run}",
+                f"{key} = {before.get(key)}, as it was begun",
+                "resume with the same settings, or start another run with --run NAME",
+            )
+        return
+    if settings.force:
+        for name in (runs.MANIFEST, runs.METRICS, runs.CHECKPOINT, runs.WEIGHTS):
+            (run / name).unlink(missing_ok=True)
+    runs.write_settings(run, plain)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What was made, where, and what to type next."""
+    m, n = result["block"]
+    lines = [f"{result['run']}: {result['objective']} flow layer for layers {m} to {n - 1}"]
+    speed = f", {result['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in result else ""
+    loss = f", last loss {result['loss']:.4f}" if "loss" in result else ""
+    lines.append(f"  {result['train_tokens']:,} tokens in {result['seconds']:.0f} s{speed}{loss}")
+    lines.append(f"next: lftpipe evaluate {result['run']} --store {result['store']}")
+    return "\n".join(lines)

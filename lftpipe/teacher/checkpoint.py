@@ -1,0 +1,99 @@
+"""Reading single tensors out of a safetensors checkpoint, without loading the model."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lftpipe.errors import TeacherError
+
+
+class Checkpoint:
+    """The tensors of one folder in transformers' format, read by name from the disk.
+
+    Raises
+    ------
+    TeacherError
+        If the folder holds no safetensors. Pickles are never loaded.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            self.files = [folder / name for name in names]
+        else:
+            self.files = [folder / "model.safetensors"]
+        missing = [file.name for file in self.files if not file.is_file()]
+        if missing:
+            raise TeacherError(
+                f"{folder} without {', '.join(missing)}",
+                "weights as safetensors (pickles are never loaded)",
+                "save the model with transformers' save_pretrained",
+            )
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Number of elements of every tensor, by name."""
+        sizes: dict[str, int] = {}
+        for file in self.files:
+            with self._open(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    count = 1
+                    for length in tensors.get_slice(name).get_shape():
+                        count *= length
+                    sizes[name] = count
+        return sizes
+
+    @cached_property
+    def _file_of(self) -> dict[str, Path]:
+        places: dict[str, Path] = {}
+        for file in self.files:
+            with self._open(file) as tensors:
+                places |= dict.fromkeys(tensors.keys(), file)
+        return places
+
+    def _open(self, file: Path):
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise TeacherError(f"damaged file {file}", "safetensors", f"fetch it again ({error})") from error
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The named tensors, as float32.
+
+        Raises
+        ------
+        TeacherError
+            If one of them is not in the checkpoint.
+        """
+        absent = [name for name in names if name not in self._file_of]
+        if absent:
+            raise TeacherError(
+                f"checkpoint {self.folder} without {absent[0]}",
+                "the tensors of its model type",
+                "fetch or save the model again",
+            )
+        tensors: dict[str, Tensor] = {}
+        for file in sorted({self._file_of[name] for name in names}):
+            with self._open(file) as content:
+                for name in names:
+                    if self._file_of[name] == file:
+                        tensors[name] = content.get_tensor(name).float()
+        return tensors
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the bytes of all weight files."""
+        total = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as content:
+                total.update(hashlib.file_digest(content, "sha256").digest())
+        return total.hexdigest()
+
+    def has(self, name: str) -> bool:
+        return name in self._file_of

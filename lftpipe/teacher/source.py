@@ -1,0 +1,271 @@
+"""From the name of a teacher to a local folder with its config, weights and tokenizer."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lftpipe.errors import TeacherError
+from lftpipe.teacher.checkpoint import Checkpoint
+from lftpipe.teacher.family import Family
+from lftpipe.teacher.gpt_neox import GPT_NEOX
+from lftpipe.teacher.llama import LLAMA
+from lftpipe.teacher.names import REGISTERED
+
+FAMILIES: tuple[Family, ...] = (GPT_NEOX, LLAMA)
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model on the local disk; nothing of it is in memory yet."""
+
+    name: str
+    """Short name; the experiment's folder is called so."""
+    model: str
+    """What the user named, absolute if it is a path: enough to find the teacher again."""
+    folder: Path
+    revision: str | None
+    """Commit on the Hub, if it came from there."""
+    config: Any
+    family: Family
+    checkpoint: Checkpoint
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def corpus(self) -> str | None:
+        """The corpus that goes with a registered teacher."""
+        registered = REGISTERED.get(self.name)
+        return registered.corpus if registered else None
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of tokenizer.json, or of whatever else the folder has of a tokenizer."""
+        files = [self.folder / "tokenizer.json"]
+        if not files[0].exists():
+            files = sorted(self.folder.glob("tokenizer*")) + sorted(self.folder.glob("vocab*"))
+        total = hashlib.sha256()
+        for file in files:
+            total.update(file.read_bytes())
+        return total.hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """What a store records of its teacher, JSON-plain."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "revision": self.revision,
+            "weights_digest": self.checkpoint.digest,
+            "family": self.family.name,
+            "parallel_residual": self.family.parallel_residual(self.config),
+            "layers": self.num_layers,
+            "width": self.width,
+            "heads": self.config.num_attention_heads,
+            "vocabulary": self.config.vocab_size,
+        }
+
+
+def open_teacher(
+    model: str, workspace: Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Teacher:
+    """Find a teacher by registered name, Hub id, local folder or `.gguf` file.
+
+    Raises
+    ------
+    TeacherError
+        If there is no such model, it cannot be fetched, or it is of no supported family.
+    """
+    registered = REGISTERED.get(model)
+    path = Path(model).expanduser()
+    commit = None
+    if registered and registered.folder:
+        name, folder = model, registered.folder
+    elif registered and registered.gguf:
+        name, gguf = model, workspace / model / registered.gguf
+        if not gguf.is_file():
+            raise TeacherError(f"teacher {model} without {gguf}", "the file in its place", registered.how)
+        folder = _converted(gguf, workspace / model / "teacher")
+    elif not registered and path.suffix == ".gguf" and path.is_file():
+        path = path.resolve()
+        name, model = path.stem, str(path)
+        folder = _converted(path, workspace / name / "teacher")
+    elif not registered and path.is_dir():
+        folder = path.resolve()
+        name, model = folder.name, str(folder)
+    elif registered or _looks_like_hub_id(model):
+        hub_id = registered.hub_id if registered and registered.hub_id else model
+        name = model.replace("/", "--")
+        folder, commit = _from_hub(hub_id, revision)
+    else:
+        raise TeacherError(
+            f"model {model!r}",
+            f"a registered name ({', '.join(REGISTERED)}), a Hub id, a local folder or a .gguf file",
+            "check the spelling and the path",
+        )
+    config = _config(folder, model, trust_remote_code)
+    return Teacher(name, model, folder, commit, config, family_of(config, model), Checkpoint(folder))
+
+
+def family_of(config: Any, model: str) -> Family:
+    """The family of a model by its config.
+
+    Raises
+    ------
+    TeacherError
+        If it is of none that lftpipe knows, with the list of those it does.
+    """
+    for family in FAMILIES:
+        if config.model_type in family.model_types:
+            return family
+    known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
+    raise TeacherError(
+        f"model {model} of type {config.model_type}",
+        f"a decoder of a known family ({known})",
+        "choose another model, or add its family as docs/families.md says",
+    )
+
+
+def load_tokenizer(teacher: Teacher) -> Any:
+    """The teacher's tokenizer, by transformers.
+
+    Raises
+    ------
+    TeacherError
+        If the folder has none, or it has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(teacher.folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TeacherError(
+            f"{teacher.folder} without a usable tokenizer",
+            "tokenizer.json beside the weights",
+            "save the tokenizer into the same folder with save_pretrained",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise TeacherError(
+            f"the tokenizer of {teacher.model} without an end-of-text token",
+            "an eos_token that closes documents",
+            "set eos_token in tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def _looks_like_hub_id(model: str) -> bool:
+    parts = model.split("/")
+    return len(parts) == 2 and all(parts) and not model.startswith((".", "~"))
+
+
+def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str]:
+    """The model's snapshot in the Hub's local cache, fetched if need be, and its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError as error:
+        raise TeacherError(
+            f"model {hub_id}", "a public model on the Hugging Face Hub", "check the name"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+        raise TeacherError(
+            f"model {hub_id}, which is not on this machine",
+            "the Hugging Face Hub within reach",
+            "connect to the network, or pass a local folder or .gguf file with --model",
+        ) from error
+    return folder, folder.name
+
+
+def _config(folder: Path, model: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise TeacherError(
+            f"folder {folder} without config.json",
+            "a model in transformers' format (config.json, model.safetensors, tokenizer.json)",
+            "check the path, or save the model there with save_pretrained",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config._attn_implementation = "sdpa"  # single layers are built from it, without a model around them
+        return config
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TeacherError(
+            f"model {model} ({reason})", "a config that transformers reads", "mend config.json"
+        ) from error
+
+
+def _converted(gguf: Path, folder: Path) -> Path:
+    """A `.gguf` file as a folder in transformers' format, made once and kept beside the experiment.
+
+    Later stages read single layers of the teacher from there.
+    """
+    source = folder / "source.json"
+    with gguf.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if source.is_file() and json.loads(source.read_text())["sha256"] == digest:
+        return folder
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(**where)
+            family_of(config, str(gguf))
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+    except ImportError as error:
+        raise TeacherError(
+            f"{gguf}", "the packages gguf and accelerate", "pip install 'lftpipe[gguf]'"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise TeacherError(
+            f"{gguf} ({error})", "a GGUF file that transformers reads", "fetch it again"
+        ) from error
+    partial.mkdir(parents=True)
+    tensors = model.state_dict()
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
+    model.generation_config.save_pretrained(partial)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "source.json").write_text(json.dumps({"file": gguf.name, "sha256": digest}) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Loading without transformers' own progress bars and notices; lftpipe says what matters."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

@@ -1,0 +1,72 @@
+"""Where things lie: `<workspace>/<teacher>/states.zarr`, `runs/<name>/` and the files beside them."""
+
+from pathlib import Path
+
+from lftpipe.errors import RunError, StoreError
+
+STORE_NAME = "states.zarr"
+
+
+def find_store(workspace: Path, store: Path | None) -> Path:
+    """The store that was named, or the only one in the workspace.
+
+    Raises
+    ------
+    StoreError
+        If there is none, or more than one and none was named.
+    """
+    if store is not None:
+        if not store.is_dir():
+            raise StoreError(f"store {store}", "an existing store", "make it with `lftpipe extract`")
+        return store
+    found = sorted(workspace.glob(f"*/{STORE_NAME}"))
+    if not found:
+        raise StoreError(
+            f"workspace {workspace} without a store",
+            f"<teacher>/{STORE_NAME} in it",
+            "make one with `lftpipe extract`, or name one with --store",
+        )
+    if len(found) > 1:
+        raise StoreError(
+            f"{len(found)} stores in {workspace}: {', '.join(map(str, found))}",
+            "one of them",
+            "name it with --store",
+        )
+    return found[0]
+
+
+def run_path(store: Path, name: str) -> Path:
+    """The folder of a run called `name`, which may also be a path."""
+    path = Path(name)
+    if path.is_absolute() or len(path.parts) > 1:
+        return path
+    return store.parent / "runs" / name
+
+
+def find_runs(store: Path, names: tuple[str, ...]) -> list[Path]:
+    """The named runs, or every finished one beside the store.
+
+    Raises
+    ------
+    RunError
+        If a named run does not exist or is unfinished, or there is none at all.
+    """
+    if names:
+        runs = [run_path(store, name) for name in names]
+    else:
+        runs = sorted(path.parent for path in store.parent.glob("runs/*/manifest.json"))
+    for run in runs:
+        if not (run / "manifest.json").is_file():
+            state = "unfinished" if (run / "settings.toml").is_file() else "missing"
+            raise RunError(
+                f"{state} run {run}",
+                "a finished run with manifest.json",
+                "train it with `lftpipe train --resume`",
+            )
+    if not runs:
+        raise RunError(
+            f"no finished run in {store.parent / 'runs'}",
+            "at least one",
+            "make one with `lftpipe train --from-cache`",
+        )
+    return runs
