@@ -1,0 +1,110 @@
+"""Fingerprints, file digests, and files that appear whole or not at all.
+
+Everything here speaks JSON-plain values (dict with text keys, list, text, number, bool, None).
+Digests are xxh3-128: they find accidents of disks and copies, not forgers.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+_READ_BYTES = 1 << 20
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON text of a value: keys sorted, no spaces, UTF-8.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the value is not JSON-plain (NaN and infinities are not).
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def plain(value: Any) -> Any:
+    """The value as it will come back from a file: tuples become lists, keys text."""
+    return json.loads(canonical(value))
+
+
+def fingerprint(value: Any) -> str:
+    """Digest of a JSON-plain value, 32 hex digits; the order of keys does not matter."""
+    return xxhash.xxh3_128_hexdigest(canonical(value))
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's bytes, 32 hex digits, read in pieces of 1 MiB."""
+    digest, buffer = xxhash.xxh3_128(), bytearray(_READ_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names within a folder survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that at every moment it is either the old one or the new one, also after a crash."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object with a digest of itself under ``digest``, atomically."""
+    write_atomic(path, _sealed(value))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If a single byte of it is not as it was written.
+    """
+    data = path.read_bytes()
+    try:
+        value = json.loads(data)
+        del value["digest"]
+        if _sealed(value) == data:
+            return value
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged: its digest does not match its content")
+
+
+def _sealed(value: dict[str, Any]) -> bytes:
+    text = json.dumps({**value, "digest": fingerprint(value)}, indent=1, sort_keys=True, ensure_ascii=False)
+    return text.encode() + b"\n"
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """Every setting in which two JSON-plain values differ, as ``teacher.revision: 'a' -> 'b'``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield f"{name}: {old!r} -> {new!r}"

@@ -1,0 +1,8 @@
+"""The cache of a teacher's states: a Zarr store never wrong, and read at the speed of a memory map."""
+
+from lftpipe.store.layout import ShardKey, StoreSpec
+from lftpipe.store.reader import Store
+from lftpipe.store.shard_writer import ShardWriter
+from lftpipe.store.writer import StoreWriter
+
+__all__ = ["ShardKey", "ShardWriter", "Store", "StoreSpec", "StoreWriter"]

@@ -1,0 +1,186 @@
+"""The bookkeeping of a store: the lock, the journal of a store in the making, the manifest of a finished one.
+
+A shard's digest is in the journal *before* the shard gets its name. So a crash between the two leaves a whole
+``.partial`` file that the journal knows, and opening the store again gives it its name.
+"""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from lftpipe.errors import StoreError
+from lftpipe.manifest import canonical, file_digest, fingerprint, read_sealed, write_atomic, write_sealed
+from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, StoreSpec
+from lftpipe.store.shard import Record
+
+Records = dict[str, Record]  # shard file, relative to the store -> what is known of it
+
+
+class Manifest(NamedTuple):
+    """What a finished store is made of."""
+
+    spec: StoreSpec
+    shards: Records
+    metadata: Records  # the zarr.json files
+    fingerprint: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest | None":
+        """None if there is none; ValueError if it is damaged."""
+        try:
+            value = read_sealed(path / MANIFEST)
+        except FileNotFoundError:
+            return None
+        shards, metadata = (
+            {file: Record(*record) for file, record in value[name].items()} for name in ("shards", "metadata")
+        )
+        return cls(StoreSpec.from_json(value["spec"]), shards, metadata, value["fingerprint"])
+
+    @classmethod
+    def write(cls, path: Path, spec: StoreSpec, shards: Records, metadata: Records) -> None:
+        """The fingerprint is over identity and shards: equal stores have equal ones, whenever made."""
+        spec_json = spec.to_json()
+        content = {name: value for name, value in spec_json.items() if name != "details"}
+        value = {
+            "spec": spec_json,
+            "shards": shards,
+            "metadata": metadata,
+            "fingerprint": fingerprint([content, shards]),
+        }
+        write_sealed(path / MANIFEST, value)
+
+
+class Journal:
+    """An append-only file of lines ``digest json``: the specification first, then what was committed."""
+
+    def __init__(self, path: Path, spec: StoreSpec, records: Records) -> None:
+        """Begin anew with what is known so far, which also drops the torn last line of a killed process."""
+        write_atomic(path / JOURNAL, _line(spec.to_json()) + _line(records))
+        self._fd = os.open(path / JOURNAL, os.O_WRONLY | os.O_APPEND)
+
+    def append(self, records: Records) -> None:
+        """Add the records of one commit and wait until they are on the disk."""
+        line, end = _line(records), os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, end)
+            raise
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    @staticmethod
+    def read(path: Path) -> tuple[StoreSpec, Records] | None:
+        """What was planned, and what was committed so far; None without a journal.
+
+        Raises
+        ------
+        ValueError
+            If its first line is damaged. Other damaged lines count as work not done.
+        """
+        try:
+            header, *lines = (path / JOURNAL).read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return None
+        spec = _content(header)
+        if spec is None:
+            raise ValueError(f"{path / JOURNAL} is damaged")
+        records: Records = {}
+        for line in lines:
+            records.update({file: Record(*record) for file, record in (_content(line) or {}).items()})
+        return StoreSpec.from_json(spec), records
+
+
+def _line(value: object) -> bytes:
+    text = canonical(value)
+    return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
+
+
+def _content(line: bytes) -> dict | None:
+    digest, _, text = line.partition(b" ")
+    return json.loads(text) if digest == xxhash.xxh3_64_hexdigest(text).encode() else None
+
+
+def settle(path: Path, records: Records) -> None:
+    """Name the journaled shards that a killed process had no time to name; remove what it left unfinished."""
+    for partial in sorted(path.rglob("*.partial")):
+        final = partial.with_suffix("")
+        record = records.get(str(final.relative_to(path)))
+        if record and partial.stat().st_size == record.bytes and file_digest(partial) == record.digest:
+            partial.replace(final)
+        else:
+            partial.unlink()
+
+
+def on_disk(path: Path, records: Records) -> Records:
+    """Those records whose file is there with the right size."""
+
+    def present(file: str, size: int) -> bool:
+        try:
+            return (path / file).stat().st_size == size
+        except FileNotFoundError:
+            return False
+
+    return {file: record for file, record in records.items() if present(file, record.bytes)}
+
+
+def progress(path: Path) -> tuple[int, int] | None:
+    """How many shards of a store in the making are done, and of how many; None if none is being made."""
+    journal = Journal.read(path)
+    if journal is None:
+        return None
+    spec, records = journal
+    states = [array for array in spec.arrays.values() if array.layers]
+    keys = list(spec.shard_keys())
+    files = ([array.file(key.split, key.index) for array in states] for key in keys)
+    done = sum(
+        all(file in records and records[file].sequences >= len(key.sequences) for file in group)
+        for key, group in zip(keys, files, strict=True)
+    )
+    return done, len(keys)
+
+
+def take_lock(path: Path) -> int:
+    """Become the only writer of a store. The kernel lets go of the lock when the process ends, however."""
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise StoreError(
+            f"{path} is being written by another process", "one writer at a time", "wait for it or end it"
+        ) from None
+    return lock
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say disk full, read-only and the like as errors the user can cure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            do = "free some space, then run `lftpipe extract --resume`: what is committed is kept"
+            raise StoreError(f"{path}: {error.strerror}", "room for the whole store", do) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise StoreError(
+                f"{error.filename or path}: {error.strerror}",
+                "a folder that can be written",
+                "choose another --store",
+            ) from error
+        raise
+
+
+def describe(data: bytes) -> Record:
+    """The record of a small file written whole."""
+    return Record(0, len(data), xxhash.xxh3_128_hexdigest(data))

@@ -1,0 +1,188 @@
+"""What a store looks like on disk: arrays, shards, file names, and the Zarr metadata.
+
+Each split is a Zarr group with the arrays of `StoreSpec.arrays`. The chunk (one sequence of one layer) is the
+unit of reading, the shard (all layers of `sequences_per_shard` sequences) the unit of writing. Chunk keys are
+separated by dots, so that an array is one flat folder: one fsync makes its new shards permanent.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lftpipe.manifest import plain
+
+SCHEMA_VERSION = 1
+MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "writer.lock"
+
+
+@dataclass(frozen=True, order=True)
+class ShardKey:
+    """One unit of work: the sequences of one split that one shard of each array still lacks.
+
+    ``sequences`` are indices within the split. They are all of the shard's, except in the last shard of a
+    store that grows: there they are only those that are not stored yet.
+    """
+
+    split: str
+    index: int
+    sequences: range
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a split: dimension names, chunk and shard shapes, and where a chunk is found."""
+
+    name: str
+    layers: tuple[int, ...] | None  # None: no layer axis
+    chunk: tuple[int, ...]  # sizes behind the sequence axis: (position,) or (position, feature)
+    dtype: str  # of the decoded array
+    sequences_per_shard: int
+    coded: bool = False  # int8 codec
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        # xarray allows one size per dimension name, and there are fewer attention layers than states.
+        front = () if self.layers is None else ("layer" if self.name == "hidden" else f"{self.name}_layer",)
+        return (*front, "sequence", *("position", "feature")[: len(self.chunk)])
+
+    def shape(self, sequences: int) -> tuple[int, ...]:
+        front = () if self.layers is None else (len(self.layers),)
+        return (*front, sequences, *self.chunk)
+
+    @property
+    def chunks_per_shard(self) -> int:
+        return (1 if self.layers is None else len(self.layers)) * self.sequences_per_shard
+
+    def chunk_number(self, layer: int | None, within: int) -> int:
+        """Number of a chunk within its shard's index (row-major over layer and sequence).
+
+        Raises
+        ------
+        KeyError
+            If the layer is not stored.
+        """
+        if self.layers is None:
+            return within
+        if layer not in self.layers:
+            raise KeyError(layer)
+        return self.layers.index(layer) * self.sequences_per_shard + within
+
+    def file(self, split: str, index: int) -> str:
+        """Shard file, relative to the store."""
+        front = "" if self.layers is None else "0."
+        return f"{split}/{self.name}/c.{front}{index}" + ".0" * len(self.chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """All that decides what a store holds, except the numbers themselves.
+
+    ``identity`` says where the states come from and never changes in the life of a store; ``details`` says
+    what may change from one extraction to the next (versions, digests of what was added), only recorded. Both
+    are JSON-plain and become attributes of the root group.
+    """
+
+    identity: dict[str, Any]
+    layers: tuple[int, ...]  # of `hidden`: index -> l
+    attention_layers: tuple[int, ...]  # of `attention`; () = no such array
+    context: int  # positions
+    width: int  # features
+    dtype: Literal["float16", "float32", "int8"]
+    sequences_per_shard: int
+    sequences: dict[str, int]  # split -> how many
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("identity", "details"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        for name in ("layers", "attention_layers"):
+            layers = tuple(getattr(self, name))
+            object.__setattr__(self, name, layers)
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"{name} repeats a layer: {layers}")
+        if not self.layers:
+            raise ValueError("layers is empty: a store holds at least one state")
+        for name in ("context", "width", "sequences_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dtype not in ("float16", "float32", "int8"):
+            raise ValueError(f"dtype must be float16, float32 or int8, not {self.dtype!r}")
+        if any(count < 0 for count in self.sequences.values()):
+            raise ValueError(f"numbers of sequences must not be negative: {self.sequences}")
+        taken = (self._own.keys() | {"complete"}) & (self.identity.keys() | self.details.keys())
+        if clash := sorted(taken | (self.identity.keys() & self.details.keys())):
+            raise ValueError(f"attributes given twice: {', '.join(clash)}")
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        own = {name: value for name, value in asdict(self).items() if name not in ("identity", "details")}
+        return plain({"schema_version": SCHEMA_VERSION, **own})
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._own, "identity": self.identity, "details": self.details}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "StoreSpec":
+        if (version := value.get("schema_version")) != SCHEMA_VERSION:
+            raise ValueError(f"the store has schema version {version}, this lftpipe reads {SCHEMA_VERSION}")
+        fields = {name: value[name] for name in value if name != "schema_version"}
+        return cls(**fields)
+
+    @property
+    def decoded_dtype(self) -> str:
+        return "float32" if self.dtype == "float32" else "float16"
+
+    @property
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """Every array of a split, by name."""
+        row, state, count = (self.context,), (self.context, self.width), self.sequences_per_shard
+        arrays = [ArrayLayout(name, None, row, "int32", count) for name in ("tokens", "document")]
+        for name, layers in (("hidden", self.layers), ("attention", self.attention_layers)):
+            if layers:
+                coded = self.dtype == "int8"
+                arrays.append(ArrayLayout(name, layers, state, self.decoded_dtype, count, coded))
+        return {array.name: array for array in arrays}
+
+    def shard_keys(self) -> Iterator[ShardKey]:
+        """Every shard of every split, whole."""
+        step = self.sequences_per_shard
+        for split, count in self.sequences.items():
+            for index, first in enumerate(range(0, count, step)):
+                yield ShardKey(split, index, range(first, min(first + step, count)))
+
+
+def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
+    """The Zarr metadata files of a store (relative path -> JSON text), made by zarr-python itself."""
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
+    store = MemoryStore()
+    attributes = {**spec._own, "complete": complete, **spec.identity, **spec.details}
+    root = zarr.create_group(store, attributes=attributes)
+    for split, sequences in spec.sequences.items():
+        group = root.create_group(split, attributes={"layers": list(spec.layers)})
+        for array in spec.arrays.values():
+            front = () if array.layers is None else (1,)
+            group.create_array(
+                array.name,
+                shape=array.shape(sequences),
+                chunks=(*front, 1, *array.chunk),
+                shards=array.shape(spec.sequences_per_shard),
+                dtype=array.dtype,
+                serializer=BytesCodec(endian="little"),
+                compressors=Crc32cCodec(),
+                # A missing chunk must never look like data: no state is NaN, no token is negative.
+                fill_value=float("nan") if array.layers else -1,
+                dimension_names=array.dimensions,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                attributes={"layers": list(array.layers)} if array.layers else {},
+            )
+    with warnings.catch_warnings():
+        # "not in the specification yet": all readers of Zarr 3 know consolidated metadata nevertheless.
+        warnings.simplefilter("ignore")
+        for split in spec.sequences:
+            zarr.consolidate_metadata(store, path=split)
+        zarr.consolidate_metadata(store)
+    return {name: value.to_bytes() for name, value in sorted(store._store_dict.items())}

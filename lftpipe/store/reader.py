@@ -1,0 +1,198 @@
+"""Reading a complete store: one system call a chunk, straight into the caller's memory, checksum checked."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int32
+
+from lftpipe.errors import StoreError
+from lftpipe.store.journal import Manifest, progress
+from lftpipe.store.layout import ArrayLayout, StoreSpec
+from lftpipe.store.shard import ChunkReader, DamagedShardError
+
+_OPEN_FILES = 256  # far below the usual limit of 1024 a process
+
+
+class Store:
+    """A complete store, as it was when it was opened: one that grows meanwhile does not disturb it.
+
+    It may be used by several threads, inherited by forked processes, and sent to spawned ones.
+
+    Attributes
+    ----------
+    identity : dict
+        Where the states come from.
+    layers, attention_layers : tuple of int
+        Which states and attention contexts are stored.
+    context, width : int
+        Positions of a sequence, features of a state.
+    dtype : str
+        How they are stored: float16, float32 or int8.
+    fingerprint : str
+        Digest over identity and every byte of every shard.
+    """
+
+    def __init__(self, path: Path, spec: StoreSpec, fingerprint: str) -> None:
+        """Use `open`."""
+        self.path, self.spec, self.fingerprint = path, spec, fingerprint
+        self._arrays = spec.arrays
+        # The cache's own lock is the interpreter's, so that a fork at any moment is safe.
+        self._shard = functools.lru_cache(_OPEN_FILES)(self._open_shard)
+
+    @classmethod
+    def open(cls, path: Path) -> "Store":
+        """Open a store for reading; only its manifest is read.
+
+        Raises
+        ------
+        StoreError
+            If it is missing, incomplete or its manifest is damaged.
+        """
+        try:
+            manifest = Manifest.read(path)
+            done = progress(path) if manifest is None else None
+        except ValueError as error:
+            raise StoreError(
+                str(error),
+                "a store as it was written",
+                "run `lftpipe verify`, then `lftpipe extract --repair`",
+            ) from None
+        if done is not None:
+            raise StoreError(
+                f"{path}: store holds {done[0]} of {done[1]} shards",
+                "a complete store",
+                "run `lftpipe extract --resume`",
+            )
+        if manifest is None:
+            raise StoreError(f"{path}: there is no store", "a complete store", "run `lftpipe extract`")
+        return cls(path, manifest.spec, manifest.fingerprint)
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[Path, StoreSpec, str]]:
+        return Store, (self.path, self.spec, self.fingerprint)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.spec.identity
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.spec.layers
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        return self.spec.attention_layers
+
+    @property
+    def context(self) -> int:
+        return self.spec.context
+
+    @property
+    def width(self) -> int:
+        return self.spec.width
+
+    @property
+    def dtype(self) -> str:
+        return self.spec.dtype
+
+    def num_sequences(self, split: str) -> int:
+        """Sequences of a split."""
+        try:
+            return self.spec.sequences[split]
+        except KeyError:
+            has = ", ".join(self.spec.sequences)
+            raise StoreError(
+                f"split {split!r} of {self.path}", f"one of {has}", "name one of these"
+            ) from None
+
+    def tokens(
+        self, split: str, sequences: Sequence[int] | None = None
+    ) -> Int32[np.ndarray, "sequence position"]:
+        """Token ids of these sequences, or of all."""
+        return self._rows("tokens", split, None, sequences, None)
+
+    def document(
+        self, split: str, sequences: Sequence[int] | None = None
+    ) -> Int32[np.ndarray, "sequence position"]:
+        """Which document each token came from, of these sequences, or of all."""
+        return self._rows("document", split, None, sequences, None)
+
+    def read(
+        self,
+        split: str,
+        layer: int,
+        sequences: Sequence[int],
+        *,
+        array: str = "hidden",
+        out: np.ndarray | None = None,
+    ) -> Float[np.ndarray, "sequence position feature"]:
+        """States (or attention contexts) of one layer.
+
+        Parameters
+        ----------
+        layer
+            The layer l itself, not its index.
+        sequences
+            Indices in any order, repeated or not.
+        out
+            Array to read into, C-contiguous, of the storage dtype; a new one if left out.
+
+        Raises
+        ------
+        StoreError
+            If the layer is not stored, or bytes are not as they were written.
+        IndexError
+            If there is no such sequence.
+        """
+        return self._rows(array, split, layer, sequences, out)
+
+    def _rows(
+        self,
+        array: str,
+        split: str,
+        layer: int | None,
+        sequences: Sequence[int] | None,
+        out: np.ndarray | None,
+    ) -> np.ndarray:
+        layout, count = self._layout(array, layer), self.num_sequences(split)
+        wanted = range(count) if sequences is None else sequences
+        shape = (len(wanted), *layout.chunk)
+        if out is None:
+            out = np.empty(shape, layout.dtype)
+        elif out.shape != shape or out.dtype != layout.dtype or not out.flags.c_contiguous:
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}, not a C-contiguous {layout.dtype} array of shape {shape}"
+            )
+        for row, sequence in zip(out, wanted, strict=True):
+            if not 0 <= sequence < count:
+                raise IndexError(f"sequence {sequence} of {count} in {split}")
+            index, within = divmod(int(sequence), self.spec.sequences_per_shard)
+            try:
+                shard = self._shard(array, split, index)
+                shard.read(layout.chunk_number(layer, within), row)
+            except (DamagedShardError, FileNotFoundError) as error:
+                raise StoreError(
+                    f"{array} of {split}, shard {index}: {error}",
+                    "bytes as they were written",
+                    "run `lftpipe verify`, then `lftpipe extract --repair`",
+                ) from None
+        return out
+
+    def _layout(self, array: str, layer: int | None) -> ArrayLayout:
+        layout = self._arrays.get(array)
+        if layout is None or (layer is not None and layer not in (layout.layers or ())):
+            stored = "; ".join(
+                f"{name} of layers {', '.join(map(str, each.layers))}"
+                for name, each in self._arrays.items()
+                if each.layers
+            )
+            raise StoreError(
+                f"{array} of layer {layer} is not in {self.path}", stored, "extract with these --layers"
+            )
+        return layout
+
+    def _open_shard(self, array: str, split: str, index: int) -> ChunkReader:
+        layout = self._arrays[array]
+        return ChunkReader(self.path / layout.file(split, index), layout.chunks_per_shard)

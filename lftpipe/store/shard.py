@@ -1,0 +1,145 @@
+"""Shard files: Zarr's ``sharding_indexed`` format, written and read chunk by chunk.
+
+A shard is the chunks' bytes, each followed by its crc32c, and at the end the index: for every chunk in
+row-major order its offset and length (two little-endian uint64; both 2^64 - 1 for a missing chunk), and the
+index's crc32c. This is what zarr-python writes too; doing it here costs one system call a chunk instead of
+copies of the shard.
+"""
+
+import os
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+import xxhash
+
+_MISSING = 2**64 - 1
+_CRC_BYTES = 4
+
+
+class Record(NamedTuple):
+    """What is known of a shard file that is safely on disk."""
+
+    sequences: int
+    bytes: int
+    digest: str  # xxh3-128 of the whole file
+
+
+class DamagedShardError(Exception):
+    """A shard file is not as it was written."""
+
+
+def partial_file(path: Path) -> Path:
+    """Where a shard grows until it is whole."""
+    return path.with_name(path.name + ".partial")
+
+
+def _crc(data: np.ndarray | bytes) -> bytes:
+    return google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
+
+
+class ChunkWriter:
+    """Appends chunks to a new file next to ``path``; whoever calls `seal` renames it."""
+
+    def __init__(self, path: Path, num_chunks: int) -> None:
+        self.path = partial_file(path)
+        self._index = np.full((num_chunks, 2), _MISSING, "<u8")
+        self._digest = xxhash.xxh3_128()
+        self._offset = 0
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def put(self, chunk: int, data: np.ndarray | bytes) -> None:
+        """Append one encoded chunk: a C-contiguous array or bytes. The order of chunks is free."""
+        if self._index[chunk, 0] != _MISSING:
+            raise ValueError(f"chunk {chunk} of {self.path} is put twice")
+        start = self._offset
+        self._append(data, _crc(data))
+        self._index[chunk] = start, self._offset - start
+
+    def missing(self, chunks: range) -> int | None:
+        """The first of these chunks that was not put."""
+        absent = self._index[chunks.start : chunks.stop : chunks.step, 0] == _MISSING
+        return chunks[int(absent.argmax())] if absent.any() else None
+
+    def seal(self, sequences: int) -> Record:
+        """Write the index and wait until all is on the disk."""
+        index = self._index.tobytes()
+        self._append(index, _crc(index))
+        os.fsync(self._fd)
+        self._close()
+        return Record(sequences, self._offset, self._digest.hexdigest())
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._close()
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, *parts: np.ndarray | bytes) -> None:
+        views = [memoryview(part.data if isinstance(part, np.ndarray) else part).cast("B") for part in parts]
+        for view in views:
+            self._digest.update(view)
+            self._offset += len(view)
+        while views:  # a write may be cut short, by a full disk for one
+            count = os.writev(self._fd, views)
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if views:
+                views[0] = views[0][count:]
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class ChunkReader:
+    """One open shard file and its index.
+
+    It holds on to the file it opened, even when a longer one takes that name, and moves no file position:
+    threads and forked processes may share it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    DamagedShardError
+        If the index is not as it was written.
+    """
+
+    def __init__(self, path: Path, num_chunks: int) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+        self.size = os.fstat(self._fd).st_size
+        index_bytes = 16 * num_chunks
+        offset = self.size - index_bytes - _CRC_BYTES
+        stored = os.pread(self._fd, index_bytes + _CRC_BYTES, offset) if offset >= 0 else b""
+        if len(stored) != index_bytes + _CRC_BYTES or _crc(stored[:index_bytes]) != stored[index_bytes:]:
+            raise DamagedShardError(f"the index of {path} is damaged")
+        self._index: list[list[int]] = np.frombuffer(stored, "<u8", 2 * num_chunks).reshape(-1, 2).tolist()
+
+    def size_of(self, chunk: int) -> int | None:
+        """Bytes of an encoded chunk without its crc32c; None if it is missing."""
+        start, length = self._index[chunk]
+        return None if start == _MISSING else length - _CRC_BYTES
+
+    def read(self, chunk: int, out: np.ndarray | None = None) -> np.ndarray:
+        """One encoded chunk, into a C-contiguous array of just its size or a new array of bytes."""
+        start, length = self._index[chunk]
+        if start == _MISSING:
+            raise DamagedShardError(f"chunk {chunk} is missing in {self.path}")
+        if out is None:
+            out = np.empty(max(length - _CRC_BYTES, 0), np.uint8)
+        crc = bytearray(_CRC_BYTES)
+        whole = length == out.nbytes + _CRC_BYTES and start + length <= self.size
+        if not whole or os.preadv(self._fd, [out.data, crc], start) != length or _crc(out) != crc:
+            raise DamagedShardError(f"chunk {chunk} of {self.path} is damaged")
+        return out
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of all chunks present, and of the index: the size of an undamaged file without gaps."""
+        index = _CRC_BYTES + 16 * len(self._index)
+        return index + sum(length for start, length in self._index if start != _MISSING)
