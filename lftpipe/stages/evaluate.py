@@ -23,6 +23,7 @@ from lftpipe.flow.path import States
 from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver
 from lftpipe.metrics import LogitMetrics, Reference, StateMetrics
 from lftpipe.packing import positions
+from lftpipe.results import COLUMNS, cell, markdown_table
 from lftpipe.settings import EvaluateSettings, to_plain
 from lftpipe.stages.train import teacher_of
 from lftpipe.store import Store
@@ -31,24 +32,6 @@ from lftpipe.teacher.family import AttentionContext, attention_context
 from lftpipe.teacher.parts import Tail, count_layer_parameters, count_parameters, load_rotary
 from lftpipe.teacher.source import Teacher
 from lftpipe.workspace import find_runs, find_store
-
-#: Keys of a row and their headings.
-COLUMNS = {
-    "method": "method",
-    "block": "block",
-    "k": "k",
-    "solver": "solver",
-    "nfe": "NFE",
-    "kl_latent": "KL_x",
-    "nmse": "NMSE",
-    "nmse_without_first": "NMSE w/o first",
-    "kl": "KL",
-    "ppl": "PPL",
-    "parameters": "parameters",
-    "ms_per_token": "ms/token",
-    "seed": "seed",
-    "train_tokens": "train tokens",
-}
 
 #: Batches that every row is timed on.
 TIMED_BATCHES = 3
@@ -307,27 +290,16 @@ class _Reader:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table as Markdown."""
+    """The table as a Markdown page."""
     lines = [
         f"# Results: {result['teacher']}",
         "",
         f"{result['validation_tokens']:,} validation tokens, evaluated in {result['compute_dtype']}. "
         "ms/token is from the first block's input to the logits, the same stretch for every row.",
         "",
-        "| " + " | ".join(COLUMNS.values()) + " |",
-        "|" + "---|" * len(COLUMNS),
+        *markdown_table(result["rows"]),
     ]
-    lines += ["| " + " | ".join(cell(row[key]) for key in COLUMNS) + " |" for row in result["rows"]]
     return "\n".join(lines) + "\n"
-
-
-def cell(value: Any) -> str:
-    """A number as it reads best; `-` where there is none."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def summary(result: dict[str, Any]) -> Table:

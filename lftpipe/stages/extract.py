@@ -223,7 +223,6 @@ def _spec(plan: Plan, packing: Packing, settings: ExtractSettings) -> StoreSpec:
         "teacher": plan.teacher.identity(),
         "tokenizer_digest": plan.teacher.tokenizer_digest,
         "corpus": {"name": plan.corpus.name, "digest": packing.digest, "documents": packing.num_documents},
-        "context": plan.context,
         "packing": "isolated",
         "seed": settings.seed,
         "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
@@ -254,7 +253,9 @@ def _forward(
     """Compute every pending shard; a thread encodes and writes while the teacher computes the next layer."""
     pending = writer.pending()
     total = sum(len(key.sequences) for key in pending) * plan.context
-    written = 0
+    state_bytes = (
+        BYTES_PER_FEATURE[plan.dtype] * plan.teacher.width * (len(plan.layers) + len(plan.attention_layers))
+    )
     with progress.task(f"extract {plan.teacher.name}", total, "tokens") as task:
         for key in pending:
             ids, documents = tokens[key.split]
@@ -276,8 +277,9 @@ def _forward(
                         hidden=sink("hidden", plan.layers),
                         attention=sink("attention", plan.attention_layers) if plan.attention_layers else None,
                     )
-                    task.advance(len(rows) * plan.context, written=progress.human_bytes(written))
-            written += shard.bytes_written
+                    task.advance(
+                        len(rows) * plan.context, written=progress.human_bytes(task.done * state_bytes)
+                    )
 
 
 def _put(shard: ShardWriter, array: str, layer: int, first: int, state: Tensor) -> None:

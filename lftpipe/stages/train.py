@@ -36,7 +36,16 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     teacher = teacher_of(store, settings.workspace)
     settings, (m, n) = _resolve(settings, store, store_path, teacher)
     run = run_path(store_path, settings.run or _name(settings, m, n))
-    _claim(run, settings, store)
+    if _claim(run, settings, store):
+        finished = runs.open_run(run)
+        return {
+            "run": str(run),
+            "store": str(store_path),
+            "block": [m, n],
+            "objective": settings.objective,
+            "train_tokens": finished.train_tokens,
+            "already_finished": True,
+        }
     torch.manual_seed(settings.seed)
     if settings.objective == "linear":
         result = fit_linear(run, settings, store, teacher, (m, n))
@@ -107,39 +116,43 @@ def _name(settings: TrainSettings, m: int, n: int) -> str:
 _MAY_DIFFER = {"resume", "force", "workspace", "log_every", "checkpoint_every", "run"}
 
 
-def _claim(run: Path, settings: TrainSettings, store: Store) -> None:
-    """Make the run's folder ours: a new one, one to resume with the same settings, or `--force`."""
+def _claim(run: Path, settings: TrainSettings, store: Store) -> bool:
+    """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already."""
     plain = to_plain(settings) | {"store_fingerprint": store.fingerprint}
-    old = run / runs.SETTINGS
-    if old.exists() and not settings.force:
-        if (run / runs.MANIFEST).exists():
-            raise RunError(f"finished run {run}", "a new name, or --force", "pass --run NAME or --force")
-        if not settings.resume:
+    if (run / runs.SETTINGS).exists() and not settings.force:
+        _compare(run, plain)
+        finished = (run / runs.MANIFEST).exists()
+        if not finished and not settings.resume:
             raise RunError(
                 f"unfinished run {run}", "--resume, or a new name", "pass --resume, or --force to restart"
             )
-        before = tomllib.loads(old.read_text())["train"]
-        changed = sorted(
-            key for key in (before.keys() | plain.keys()) - _MAY_DIFFER if before.get(key) != plain.get(key)
-        )
-        if changed:
-            key = changed[0]
-            raise RunError(
-                f"{key} = {plain.get(key)} to resume {run}",
-                f"{key} = {before.get(key)}, as it was begun",
-                "resume with the same settings, or start another run with --run NAME",
-            )
-        return
+        return finished
     if settings.force:
         for name in (runs.MANIFEST, runs.METRICS, runs.CHECKPOINT, runs.WEIGHTS):
             (run / name).unlink(missing_ok=True)
     runs.write_settings(run, plain)
+    return False
+
+
+def _compare(run: Path, plain: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was begun with other settings."""
+    before = tomllib.loads((run / runs.SETTINGS).read_text())["train"]
+    for key in sorted((before.keys() | plain.keys()) - _MAY_DIFFER):
+        if before.get(key) != plain.get(key):
+            raise RunError(
+                f"{key} = {plain.get(key)} for {run}",
+                f"{key} = {before.get(key)}, as it was begun",
+                "use the same settings, start another run with --run NAME, or overwrite it with --force",
+            )
 
 
 def summary(result: dict[str, Any]) -> str:
     """What was made, where, and what to type next."""
     m, n = result["block"]
     lines = [f"{result['run']}: {result['objective']} flow layer for layers {m} to {n - 1}"]
+    if result.get("already_finished"):
+        lines.append("  it was finished already: nothing was computed")
+        return "\n".join(lines)
     speed = f", {result['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in result else ""
     loss = f", last loss {result['loss']:.4f}" if "loss" in result else ""
     lines.append(f"  {result['train_tokens']:,} tokens in {result['seconds']:.0f} s{speed}{loss}")

@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/pythia-tiny"))
     parser.add_argument("--work", type=Path, default=Path("data/pythia-tiny-training"))
-    parser.add_argument("--tokens", type=int, default=16_000_000)
+    parser.add_argument("--tokens", type=int, default=12_000_000)
     parser.add_argument("--batch", type=int, default=16, help=f"sequences of {CONTEXT} tokens")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)

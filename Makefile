@@ -1,0 +1,103 @@
+# The pipeline as file targets: a stage runs again only if what it is made from has changed.
+#
+#   make demo                               set-up and the whole pipeline on the embedded teacher
+#   make test                               set-up, checks and tests
+#   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
+#   make results OBJECTIVE=sfm              trains and evaluates another objective from the same store
+#
+# Every setting below can be given on the command line of make.
+
+PYTHON     ?= python3
+VENV       ?= .venv
+BIN        := $(VENV)/bin
+LFTPIPE    := $(BIN)/lftpipe
+
+TEACHER    ?= pythia-tiny
+WORKSPACE  ?= data
+RECIPE     ?= $(wildcard pipelines/$(TEACHER).toml)
+BLOCK      ?= auto
+OBJECTIVE  ?= fw
+SEED       ?= 0
+RUN        ?= $(subst :,-,$(BLOCK))-$(OBJECTIVE)-seed$(SEED)
+
+HERE       := $(WORKSPACE)/$(TEACHER)
+STORE      := $(HERE)/states.zarr
+USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
+COMMON     := --workspace $(WORKSPACE)
+
+.PHONY: help setup demo test check slow results report pythia-tiny smollm2 clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q;1,2d' ; sed -n '3,6s/^# *//p' Makefile
+
+# --- set-up ---------------------------------------------------------------------------------------
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# --- the pipeline ---------------------------------------------------------------------------------
+
+STATES     := $(STORE)/zarr.json
+MAP        := $(HERE)/recoupling.json
+FLOW       := $(HERE)/runs/$(RUN)/manifest.json
+TABLE      := $(HERE)/results.json
+
+results: $(TABLE)
+
+$(STATES): $(RECIPE) | $(VENV)/.installed
+	$(LFTPIPE) extract $(COMMON) --model $(TEACHER) $(USE_RECIPE)
+	@touch $@
+
+$(MAP): $(STATES)
+	$(LFTPIPE) recouple $(COMMON) --store $(STORE) $(USE_RECIPE) --force
+
+$(FLOW): $(STATES) $(if $(filter auto,$(BLOCK)),$(MAP))
+	$(LFTPIPE) train $(COMMON) --store $(STORE) $(USE_RECIPE) --from-cache \
+	  --block $(BLOCK) --objective $(OBJECTIVE) --seed $(SEED) --run $(RUN) --resume
+
+$(TABLE): $(FLOW)
+	$(LFTPIPE) evaluate $(COMMON) --store $(STORE) $(USE_RECIPE) --force
+
+report: $(TABLE)
+	$(LFTPIPE) report $(COMMON) --store $(STORE) --force
+
+# The paper's comparison on the embedded teacher: three objectives from one store, one table.
+demo: setup
+	@for objective in regression sfm fw; do \
+	  $(MAKE) --no-print-directory $(HERE)/runs/$(subst :,-,$(BLOCK))-$$objective-seed$(SEED)/manifest.json \
+	    OBJECTIVE=$$objective || exit 1; \
+	done
+	@$(MAKE) --no-print-directory report
+
+# --- teachers -------------------------------------------------------------------------------------
+
+# Train the embedded teacher again from its recipe, into the workspace (it ships trained).
+pythia-tiny: setup
+	$(BIN)/python pipelines/pythia-tiny/train.py --out $(WORKSPACE)/pythia-tiny-trained \
+	  --work $(WORKSPACE)/pythia-tiny-training
+
+smollm2: $(WORKSPACE)/smollm2-135m/teacher.gguf
+
+$(WORKSPACE)/smollm2-135m/teacher.gguf: | $(VENV)/.installed
+	$(BIN)/python pipelines/smollm2-135m/fetch.py --out $@
+
+# --- checks ---------------------------------------------------------------------------------------
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: check
+	$(BIN)/pytest -m "not slow and not network"
+
+slow: setup
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,50 @@
+"""Curves of results and of training, as PNG. No torch."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+#: Okabe and Ito's colours, that all kinds of colour vision tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def draw_steps_curve(rows: list[dict[str, Any]], path: Path) -> None:
+    """Figure 5: KL_x and NMSE against the number of steps k, one line a run.
+
+    Runs that have no steps (regression) and skipped blocks are level, dotted lines.
+    """
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["run"]:
+            runs[row["run"]].append(row)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    shown = {"kl_latent": "KL_x", "nmse_without_first": "NMSE without first"}
+    for axis, (key, label) in zip(axes, shown.items(), strict=True):
+        for (name, points), colour in zip(sorted(runs.items()), COLOURS * 4, strict=False):
+            if len(points) == 1:
+                axis.axhline(points[0][key], color=colour, linestyle=":", label=name)
+            else:
+                axis.plot([p["k"] for p in points], [p[key] for p in points], "o-", color=colour, label=name)
+        blocks = {row["block"] for row in rows if row["run"]}
+        for row in rows:
+            if row["run"] is None and row["block"] in blocks and row[key] is not None:
+                axis.axhline(row[key], color="0.6", linestyle="--", label=f"{row['method']}")
+        axis.set(xlabel="steps k", ylabel=label, yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_training(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """NMSE on training batches against tokens, one line a run."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for (name, rows), colour in zip(sorted(curves.items()), COLOURS * 4, strict=False):
+        axis.plot([row["tokens"] for row in rows], [row["nmse"] for row in rows], color=colour, label=name)
+    axis.set(xlabel="training tokens", ylabel="NMSE", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,142 @@
+"""`lftpipe info`: who made a store or a run, from what, and what is in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+
+from lftpipe import progress, runs
+from lftpipe.errors import SettingsError
+from lftpipe.packing import SPLITS
+from lftpipe.settings import InfoSettings
+from lftpipe.store import Store
+from lftpipe.workspace import find_store
+
+#: Training sequences, spread over the store, that the statistics are taken from.
+SAMPLED_SEQUENCES = 16
+
+
+def info(settings: InfoSettings) -> dict[str, Any]:
+    """Describe a store, or a run.
+
+    Returns
+    -------
+    dict
+        `kind` ("store" or "run") and what is known of it, JSON-plain.
+
+    Raises
+    ------
+    LftpipeError
+        If there is no such store or run, or it is incomplete.
+    """
+    target = settings.target
+    if target is not None and not target.is_dir():
+        raise SettingsError(f"{target}", "the folder of a store or a run", "check the path")
+    if target is not None and not (target / "zarr.json").exists():
+        return _of_run(target)
+    return _of_store(Store.open(find_store(settings.workspace, target or settings.store)))
+
+
+def _of_run(path: Path) -> dict[str, Any]:
+    run = runs.open_run(path)
+    manifest = json.loads((path / runs.MANIFEST).read_text())
+    lines = (path / runs.METRICS).read_text().splitlines() if (path / runs.METRICS).exists() else []
+    return {
+        "kind": "run",
+        "path": str(run.path),
+        **manifest,
+        "last_metrics": json.loads(lines[-1]) if lines else None,
+        "weights_bytes": (path / runs.WEIGHTS).stat().st_size,
+    }
+
+
+def _of_store(store: Store) -> dict[str, Any]:
+    size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    states = sum(store.num_sequences(split) for split in SPLITS) * store.context * store.width
+    states *= len(store.layers) + len(store.attention_layers)
+    return {
+        "kind": "store",
+        "path": str(store.path),
+        "fingerprint": store.fingerprint,
+        "identity": store.identity,
+        "layers": list(store.layers),
+        "attention_layers": list(store.attention_layers),
+        "context": store.context,
+        "width": store.width,
+        "dtype": store.dtype,
+        "tokens": {split: store.num_sequences(split) * store.context for split in SPLITS},
+        "bytes": size,
+        "bytes_of_float16_states": 2 * states,
+        "compression": round(2 * states / size, 4),
+        "statistics": [_statistics(store, layer) for layer in store.layers],
+    }
+
+
+def _statistics(store: Store, layer: int) -> dict[str, Any]:
+    """RMS and the largest activation of one state, over sequences spread over the store."""
+    total = store.num_sequences("train")
+    rows = sorted({int(row) for row in np.linspace(0, total - 1, SAMPLED_SEQUENCES)}) if total else []
+    energy = energy_rest = 0.0
+    count = count_rest = 0
+    largest, where = -1.0, (0, 0, 0)
+    for row in rows:
+        state = store.read("train", layer, [row])[0].astype(np.float32)
+        squares = np.square(state, dtype=np.float64)
+        energy += squares.sum()
+        energy_rest += squares[1:].sum()
+        count += state.size
+        count_rest += state[1:].size
+        position, channel = np.unravel_index(np.abs(state).argmax(), state.shape)
+        if abs(state[position, channel]) > largest:
+            largest = float(abs(state[position, channel]))
+            where = (row, int(position), int(channel))
+    return {
+        "layer": layer,
+        "rms": float(np.sqrt(energy / max(count, 1))),
+        "rms_without_first": float(np.sqrt(energy_rest / max(count_rest, 1))),
+        "largest": largest,
+        "sequence": where[0],
+        "position": where[1],
+        "channel": where[2],
+    }
+
+
+def summary(result: dict[str, Any]) -> Group | Table:
+    """Tables for a terminal."""
+    table = Table(title=result["path"], show_header=False)
+    if result["kind"] == "run":
+        for key, value in result.items():
+            if key not in ("kind", "path"):
+                table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+        return table
+    identity = result["identity"]
+    teacher, corpus = identity["teacher"], identity["corpus"]
+    tokens = ", ".join(f"{count:,} {split}" for split, count in result["tokens"].items())
+    table.add_row(
+        "teacher", f"{teacher['name']} ({teacher['family']}, weights {teacher['weights_digest'][:12]})"
+    )
+    table.add_row("corpus", f"{corpus['name']} (train {corpus['digest']['train'][:12]})")
+    table.add_row("tokens", f"{tokens}, in sequences of {result['context']}")
+    table.add_row("states", f"{len(result['layers'])} x {result['width']} features, {result['dtype']}")
+    table.add_row("attention contexts", str(len(result["attention_layers"])))
+    size = progress.human_bytes(result["bytes"])
+    table.add_row("size", f"{size}, 1 : {result['compression']:.2f} to float16")
+    table.add_row("computed in", identity["compute_dtype"])
+    table.add_row("made by", ", ".join(f"{name} {version}" for name, version in identity["versions"].items()))
+    table.add_row("fingerprint", result["fingerprint"])
+    layers = Table(
+        "state", "RMS", "RMS w/o position 0", "largest", "position", "channel", title="activations"
+    )
+    for row in result["statistics"]:
+        layers.add_row(
+            str(row["layer"]),
+            f"{row['rms']:.3g}",
+            f"{row['rms_without_first']:.3g}",
+            f"{row['largest']:.4g}",
+            str(row["position"]),
+            str(row["channel"]),
+        )
+    return Group(table, layers)

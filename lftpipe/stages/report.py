@@ -1,0 +1,75 @@
+"""`lftpipe report`: the map, the table and the curves that lie beside a store, on one page. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lftpipe.errors import RunError, StoreError
+from lftpipe.manifest import write_atomic
+from lftpipe.plots import draw_steps_curve, draw_training
+from lftpipe.results import markdown_table
+from lftpipe.settings import ReportSettings
+from lftpipe.workspace import find_store
+
+
+def report(settings: ReportSettings) -> dict[str, Any]:
+    """Write one Markdown page, with pictures, of all that was found beside a store.
+
+    Returns
+    -------
+    dict
+        The page's path and the pictures it shows.
+
+    Raises
+    ------
+    LftpipeError
+        If nothing was evaluated yet, or the page exists and `force` is not set.
+    """
+    here = find_store(settings.workspace, settings.store).parent
+    out = settings.out or here / "report.md"
+    if out.exists() and not settings.force:
+        raise RunError(f"{out}, which exists", "a new file", "pass --force or another --out")
+    table = here / "results.json"
+    if not table.exists():
+        raise StoreError(f"{here} without results.json", "an evaluation", "run `lftpipe evaluate` first")
+    result = json.loads(table.read_text())
+    pictures = {"KL_x and NMSE against the number of steps (figure 5)": here / "steps.png"}
+    draw_steps_curve(result["rows"], here / "steps.png")
+    curves = {path.parent.name: _metrics(path) for path in sorted(here.glob("runs/*/metrics.jsonl"))}
+    if any(curves.values()):
+        draw_training({name: rows for name, rows in curves.items() if rows}, here / "training.png")
+        pictures["NMSE on training batches against tokens"] = here / "training.png"
+    if (here / "recoupling.png").exists():
+        pictures["Recoupling ratio over all pairs of states (figure 6)"] = here / "recoupling.png"
+    page = [
+        f"# {result['teacher']}",
+        "",
+        f"{result['validation_tokens']:,} validation tokens; store {result['store_fingerprint']}.",
+        "",
+        *markdown_table(result["rows"]),
+        "",
+    ]
+    for caption, path in pictures.items():
+        page += [f"## {caption}", "", f"![{caption}]({_relative(path, out)})", ""]
+    write_atomic(out, ("\n".join(page)).encode())
+    return {"report": str(out), "pictures": [str(path) for path in pictures.values()]}
+
+
+def _relative(path: Path, page: Path) -> str:
+    same = path.parent.resolve() == page.parent.resolve()
+    return path.name if same else str(path.resolve())
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the last line of a run that was killed
+            break
+    return rows
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Where the page is."""
+    return f"{result['report']}: one page with {len(result['pictures'])} pictures"
