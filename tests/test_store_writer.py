@@ -148,7 +148,7 @@ def test_other_tokens_are_never_mixed_in(path):
     ids[9, 5] += 1
     with (
         StoreWriter.open(path, spec) as writer,
-        pytest.raises(StoreError, match="tokens of train sequence 9 are not those stored"),
+        pytest.raises(StoreError, match="tokens of train sequence 9 are not the stored ones"),
     ):
         writer.put_tokens("train", ids, document)
 

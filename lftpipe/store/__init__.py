@@ -1,8 +1,21 @@
 """The cache of a teacher's states: a Zarr store never wrong, and read at the speed of a memory map."""
 
+from lftpipe.store.batches import Batch, batch_sequences
 from lftpipe.store.layout import ShardKey, StoreSpec
 from lftpipe.store.reader import Store
 from lftpipe.store.shard_writer import ShardWriter
+from lftpipe.store.verify import Damage, Report, verify_store
 from lftpipe.store.writer import StoreWriter
 
-__all__ = ["ShardKey", "ShardWriter", "Store", "StoreSpec", "StoreWriter"]
+__all__ = [
+    "Batch",
+    "Damage",
+    "Report",
+    "ShardKey",
+    "ShardWriter",
+    "Store",
+    "StoreSpec",
+    "StoreWriter",
+    "batch_sequences",
+    "verify_store",
+]

@@ -80,6 +80,10 @@ class Journal:
         os.close(self._fd)
 
     @staticmethod
+    def exists(path: Path) -> bool:
+        return (path / JOURNAL).exists()
+
+    @staticmethod
     def read(path: Path) -> tuple[StoreSpec, Records] | None:
         """What was planned, and what was committed so far; None without a journal.
 

@@ -8,7 +8,7 @@ separated by dots, so that an array is one flat folder: one fsync makes its new 
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lftpipe.manifest import plain
 
@@ -88,7 +88,7 @@ class StoreSpec:
     attention_layers: tuple[int, ...]  # of `attention`; () = no such array
     context: int  # positions
     width: int  # features
-    dtype: Literal["float16", "float32", "int8"]
+    dtype: str  # float16, float32 or int8
     sequences_per_shard: int
     sequences: dict[str, int]  # split -> how many
     details: dict[str, Any] = field(default_factory=dict)
@@ -97,9 +97,7 @@ class StoreSpec:
         for name in ("identity", "details"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         for name in ("layers", "attention_layers"):
-            layers = tuple(getattr(self, name))
-            object.__setattr__(self, name, layers)
-            if len(set(layers)) < len(layers):
+            if len(set(layers := getattr(self, name))) < len(layers):
                 raise ValueError(f"{name} repeats a layer: {layers}")
         if not self.layers:
             raise ValueError("layers is empty: a store holds at least one state")
@@ -127,7 +125,8 @@ class StoreSpec:
         if (version := value.get("schema_version")) != SCHEMA_VERSION:
             raise ValueError(f"the store has schema version {version}, this lftpipe reads {SCHEMA_VERSION}")
         fields = {name: value[name] for name in value if name != "schema_version"}
-        return cls(**fields)
+        tuples = {name: tuple(fields[name]) for name in ("layers", "attention_layers")}
+        return cls(**{**fields, **tuples})
 
     @property
     def decoded_dtype(self) -> str:
@@ -152,6 +151,11 @@ class StoreSpec:
                 yield ShardKey(split, index, range(first, min(first + step, count)))
 
 
+def root_attributes(spec: StoreSpec) -> dict[str, Any]:
+    """The attributes of the root group, all but ``complete``."""
+    return {**spec._own, **spec.identity, **spec.details}
+
+
 def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
     """The Zarr metadata files of a store (relative path -> JSON text), made by zarr-python itself."""
     import zarr
@@ -159,8 +163,7 @@ def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
     from zarr.storage import MemoryStore
 
     store = MemoryStore()
-    attributes = {**spec._own, "complete": complete, **spec.identity, **spec.details}
-    root = zarr.create_group(store, attributes=attributes)
+    root = zarr.create_group(store, attributes={**root_attributes(spec), "complete": complete})
     for split, sequences in spec.sequences.items():
         group = root.create_group(split, attributes={"layers": list(spec.layers)})
         for array in spec.arrays.values():

@@ -1,7 +1,7 @@
 """Reading a complete store: one system call a chunk, straight into the caller's memory, checksum checked."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from lftpipe.errors import StoreError
+from lftpipe.store.batches import Batch, States, batch_sequences, read_ahead
 from lftpipe.store.journal import Manifest, progress
 from lftpipe.store.layout import ArrayLayout, StoreSpec
 from lftpipe.store.shard import ChunkReader, DamagedShardError
 
+Indices = Sequence[int] | np.ndarray
 _OPEN_FILES = 256  # far below the usual limit of 1024 a process
 
 
@@ -107,14 +109,12 @@ class Store:
                 f"split {split!r} of {self.path}", f"one of {has}", "name one of these"
             ) from None
 
-    def tokens(
-        self, split: str, sequences: Sequence[int] | None = None
-    ) -> Int32[np.ndarray, "sequence position"]:
+    def tokens(self, split: str, sequences: Indices | None = None) -> Int32[np.ndarray, "sequence position"]:
         """Token ids of these sequences, or of all."""
         return self._rows("tokens", split, None, sequences, None)
 
     def document(
-        self, split: str, sequences: Sequence[int] | None = None
+        self, split: str, sequences: Indices | None = None
     ) -> Int32[np.ndarray, "sequence position"]:
         """Which document each token came from, of these sequences, or of all."""
         return self._rows("document", split, None, sequences, None)
@@ -123,7 +123,7 @@ class Store:
         self,
         split: str,
         layer: int,
-        sequences: Sequence[int],
+        sequences: Indices,
         *,
         array: str = "hidden",
         out: np.ndarray | None = None,
@@ -148,12 +148,58 @@ class Store:
         """
         return self._rows(array, split, layer, sequences, out)
 
+    def batches(
+        self,
+        split: str,
+        layers: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        array: str = "hidden",
+        prefetch: int = 2,
+        with_tokens: bool = True,
+    ) -> Iterator[Batch]:
+        """Endless batches, shuffled over the whole split anew each epoch, read ahead by a thread.
+
+        Which sequences a batch holds depends on ``seed`` and its step alone; see `batch_sequences`.
+
+        Parameters
+        ----------
+        layers
+            Which layers l each batch holds.
+        start_step
+            Step of the first batch: a resumed run gets the batches of an unbroken one.
+        prefetch
+            Batches kept ready; their memory is reused, so that a batch is valid until the next one is asked
+            for. 0 reads without a thread.
+        """
+        count = self.num_sequences(split)
+        if count == 0 or batch_size < 1 or min(prefetch, seed, start_step) < 0:
+            given = f"{batch_size=}, {prefetch=}, {seed=}, {start_step=}"
+            raise ValueError(f"there are no such batches of {count} {split} sequences: {given}")
+        shape = (batch_size, self.context, self.width)
+        dtypes = {layer: self._layout(array, layer).dtype for layer in layers}
+
+        def fill(step: int, states: States) -> Batch:
+            wanted = batch_sequences(count, batch_size, seed, step)
+            for layer, out in states.items():
+                self.read(split, layer, wanted, array=array, out=out)
+            rows = (self.tokens(split, wanted), self.document(split, wanted)) if with_tokens else (None, None)
+            return Batch(step, wanted, states, *rows)
+
+        buffers = [
+            {layer: np.empty(shape, dtype) for layer, dtype in dtypes.items()}
+            for _ in range(prefetch + 2 if prefetch else 1)
+        ]
+        return read_ahead(fill, buffers, start_step)
+
     def _rows(
         self,
         array: str,
         split: str,
         layer: int | None,
-        sequences: Sequence[int] | None,
+        sequences: Indices | None,
         out: np.ndarray | None,
     ) -> np.ndarray:
         layout, count = self._layout(array, layer), self.num_sequences(split)

@@ -8,6 +8,7 @@ copies of the shard.
 
 import os
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,8 +139,10 @@ class ChunkReader:
             raise DamagedShardError(f"chunk {chunk} of {self.path} is damaged")
         return out
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of all chunks present, and of the index: the size of an undamaged file without gaps."""
-        index = _CRC_BYTES + 16 * len(self._index)
-        return index + sum(length for start, length in self._index if start != _MISSING)
+    def check(self, chunks: Iterable[int]) -> None:
+        """Read these chunks, which must be all there are, and see that no byte of the file is left over."""
+        rest = self.size - _CRC_BYTES - 16 * len(self._index)
+        for chunk in chunks:
+            rest -= self.read(chunk).nbytes + _CRC_BYTES
+        if rest:
+            raise DamagedShardError(f"{self.path} has {rest} bytes too many")

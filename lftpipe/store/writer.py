@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,12 +15,10 @@ from lftpipe.manifest import file_digest, sync_folder, write_atomic
 from lftpipe.store import journal as books
 from lftpipe.store import opening
 from lftpipe.store.journal import Journal, Manifest, Records
-from lftpipe.store.layout import JOURNAL, ArrayLayout, ShardKey, StoreSpec, metadata
+from lftpipe.store.layout import JOURNAL, MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
 from lftpipe.store.shard import ChunkReader, DamagedShardError, Record
 from lftpipe.store.shard_writer import ShardWriter
-
-if TYPE_CHECKING:
-    from lftpipe.store.verify import Report
+from lftpipe.store.verify import Report
 
 
 class StoreWriter:
@@ -50,8 +47,8 @@ class StoreWriter:
         *,
         resume: bool = True,
         force: bool = False,
-        repair: "Report | None" = None,
-    ) -> Self:
+        repair: Report | None = None,
+    ) -> "StoreWriter":
         """Begin a store, go on with an incomplete one, add sequences to a complete one, or repair one.
 
         Parameters
@@ -79,7 +76,7 @@ class StoreWriter:
                 raise
         return self
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StoreWriter":
         return self
 
     def __exit__(
@@ -168,11 +165,10 @@ class StoreWriter:
         record = self._records.get(array.file(key.split, key.index))
         return record.sequences if record else 0
 
-    def _begin(self, resume: bool, force: bool, repair: "Report | None") -> None:
+    def _begin(self, resume: bool, force: bool, repair: Report | None) -> None:
         if force:
             opening.clear(self.path)
-        manifest, journal = opening.existing(self.path)
-        old = journal or (manifest and (manifest.spec, manifest.shards))
+        manifest, old = opening.existing(self.path, self.spec, salvage=repair is not None)
         if old:
             if not resume:
                 raise StoreError(
@@ -186,10 +182,11 @@ class StoreWriter:
             if manifest:
                 self._checked = dict(self._records.items() & manifest.shards.items())
                 same = manifest.spec.sequences == self.spec.sequences and self._records == manifest.shards
-                self.complete = journal is None and same and not damaged
+                self.complete = same and not damaged and not Journal.exists(self.path)
         if not self.complete:
             self._journal = Journal(self.path, self.spec, self._records)
             if manifest is None:
+                (self.path / MANIFEST).unlink(missing_ok=True)  # a damaged one
                 self._write_metadata(metadata(self.spec, complete=False))
 
     @contextmanager
@@ -242,8 +239,9 @@ class StoreWriter:
         stored = np.empty(array.chunk, array.dtype)
         for chunk, row in enumerate(given, start=within):
             if not np.array_equal(reader.read(chunk, stored), row):
+                sequence = key.sequences.start + chunk
                 raise StoreError(
-                    f"{array.name} of {key.split} sequence {key.sequences.start + chunk} are not those stored",
+                    f"{array.name} of {key.split} sequence {sequence} are not the stored ones",
                     "the corpus and the tokenizer the store was begun with",
                     "give those, name another --store, or begin anew (--force)",
                 )

@@ -1,0 +1,93 @@
+"""Endless shuffled batches: a function of seed and step, and read ahead by a thread."""
+
+import functools
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int32, Int64
+
+States = dict[int, Float[np.ndarray, "sequence position feature"]]  # by layer l
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences of a split. The arrays are overwritten once the next batch is asked for."""
+
+    step: int
+    sequences: Int64[np.ndarray, "sequence"]
+    states: States
+    tokens: Int32[np.ndarray, "sequence position"] | None
+    document: Int32[np.ndarray, "sequence position"] | None
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(num_sequences: int, seed: int, epoch: int) -> Int64[np.ndarray, "sequence"]:
+    return np.random.default_rng([seed, epoch]).permutation(num_sequences)
+
+
+def batch_sequences(
+    num_sequences: int, batch_size: int, seed: int, step: int
+) -> Int64[np.ndarray, "sequence"]:
+    """The sequences of one batch: a window of all epochs' permutations, one after the other.
+
+    Every epoch shows every sequence once; a batch may end one epoch and begin the next.
+    """
+    place = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, within = np.divmod(place, num_sequences)
+    parts = [_epoch(num_sequences, seed, int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
+    return np.concatenate(parts)
+
+
+def read_ahead(
+    fill: Callable[[int, States], Batch], buffers: list[States], start_step: int
+) -> Iterator[Batch]:
+    """The batches that ``fill`` reads, one after the other, into the same few buffers.
+
+    Parameters
+    ----------
+    fill
+        Reads the batch of a step into the states given.
+    buffers
+        One of them is being used and one being read into; the rest hold batches that are ready. With a single
+        one each batch is read when it is asked for, without a thread.
+    """
+    if len(buffers) == 1:
+        yield from (fill(step, buffers[0]) for step in itertools.count(start_step))
+    free: queue.SimpleQueue[States] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+    stop, owner = threading.Event(), os.getpid()
+    for states in buffers:
+        free.put(states)
+
+    def work() -> None:
+        try:
+            for step in itertools.count(start_step):
+                states = free.get()
+                if stop.is_set():
+                    return
+                ready.put(fill(step, states))
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=work, name="lftpipe-batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            if os.getpid() != owner:
+                raise RuntimeError(
+                    "these batches belong to the process that began them: call batches() in this one"
+                )
+            batch = ready.get()
+            if isinstance(batch, BaseException):
+                raise batch
+            yield batch
+            free.put(batch.states)
+    finally:
+        stop.set()
+        free.put({})
+        thread.join()

@@ -1,0 +1,111 @@
+"""Finding every byte of a finished store that is not as it was written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lftpipe.errors import StoreError
+from lftpipe.manifest import file_digest
+from lftpipe.store.journal import Journal, Manifest, Records
+from lftpipe.store.layout import MANIFEST, ShardKey
+from lftpipe.store.reader import Store
+from lftpipe.store.shard import Record
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not as it was written; array, split and shard are None where it belongs to none."""
+
+    file: str  # relative to the store
+    problem: str
+    array: str | None = None
+    split: str | None = None
+    index: int | None = None
+
+    def __str__(self) -> str:
+        if self.index is None:
+            return f"{self.file}: {self.problem}"
+        return f"{self.array} of {self.split}, shard {self.index}: {self.problem} ({self.file})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify_store` read and what is wrong with it; `StoreWriter.open` takes it to repair the store."""
+
+    path: Path
+    damaged: tuple[Damage, ...]
+    files: int  # checked
+    bytes: int  # that they should have
+
+    @property
+    def ok(self) -> bool:
+        return not self.damaged
+
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """The damaged (split, shard index), in order."""
+        return sorted(
+            {
+                (damage.split, damage.index)
+                for damage in self.damaged
+                if damage.split is not None and damage.index is not None
+            }
+        )
+
+
+def verify_store(path: Path) -> Report:
+    """Compare every byte of a complete store with the digests of the manifest.
+
+    A store that is growing is checked too: a shard that was replaced meanwhile is compared with the journal.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, or it is incomplete.
+    """
+    try:
+        manifest = Manifest.read(path)
+    except ValueError as error:
+        return Report(path, (Damage(MANIFEST, str(error)),), 1, 0)
+    if manifest is None:
+        try:
+            Store.open(path)
+        except StoreError:
+            if Journal.exists(path) or not (path / "zarr.json").exists():
+                raise
+        return Report(path, (Damage(MANIFEST, "missing"),), 1, 0)
+    try:
+        _, newer = Journal.read(path) or (None, {})
+    except ValueError:
+        newer: Records = {}
+    places = {
+        array.file(key.split, key.index): (array.name, key)
+        for key in manifest.spec.shard_keys()
+        for array in manifest.spec.arrays.values()
+    }
+    damaged = []
+    files = manifest.metadata | manifest.shards
+    for file, record in files.items():
+        if problem := _problem(path / file, record, newer.get(file, record)):
+            array, key = places.get(file, (None, None))
+            damaged.append(_damage(file, problem, array, key))
+    return Report(path, tuple(damaged), len(files) + 1, sum(record.bytes for record in files.values()))
+
+
+def _problem(path: Path, *allowed: Record) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size not in {record.bytes for record in allowed}:
+            return f"{size} bytes instead of {allowed[0].bytes}"
+        if file_digest(path) not in {record.digest for record in allowed}:
+            return "bytes differ from those written"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    return None
+
+
+def _damage(file: str, problem: str, array: str | None, key: ShardKey | None) -> Damage:
+    if key is None:
+        return Damage(file, problem)
+    return Damage(file, problem, array, key.split, key.index)
