@@ -36,7 +36,8 @@ class Modulation(nn.Module):
         """Scale and gate of attention, of the MLP; then, if any, shift of attention, of the MLP."""
         # In full precision: it is a vector per sequence, and what it gives scales whole branches.
         with torch.autocast(t.device.type, enabled=False):
-            values = self.head(nn.functional.silu(self.hidden(sinusoidal(t))))
+            features = sinusoidal(t).to(self.hidden.weight.dtype)
+            values = self.head(nn.functional.silu(self.hidden(features)))
         return list(values[:, None].chunk(6 if self.shift else 4, dim=-1))
 
 

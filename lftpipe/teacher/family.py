@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 
@@ -39,6 +39,11 @@ class Family:
     attention: str
     mlp_norm: str
     mlp: str
+    attention_output: str
+    """The linear map that ends the attention branch; `mlp_output` ends the MLP. An export folds gates into them."""
+    mlp_output: str
+    cache_argument: str
+    """What a layer and its attention call the KV cache."""
     model_layers: str
     """Attribute of the base model that holds the list of layers."""
     model_norm: str
@@ -49,9 +54,12 @@ class AttentionContext:
     """What attention needs to know of a batch beside its states: positions and who sees whom."""
 
     rotary: tuple[Tensor, Tensor]
-    mask: Bool[Tensor, "sequence 1 position position"] | None
-    """True where a query (third axis) sees a key (last axis); None is plain causal attention."""
-    position_ids: Int[Tensor, "sequence position"]
+    mask: Shaped[Tensor, "#sequence 1 position key"] | None
+    """True where a query (third axis) sees a key (last axis), or what to add to the scores; None is
+    plain causal attention."""
+    position_ids: Int[Tensor, "#sequence position"]
+    cache: Any = None
+    """Where attention keeps keys and values of earlier positions, when generating."""
 
 
 class Branches(nn.Module):
@@ -69,6 +77,7 @@ class Branches(nn.Module):
         super().__init__()
         self.layer = family.layer(config, index)
         self.parallel = family.parallel_residual(config)
+        self._cache_argument = family.cache_argument
         self._attributes = (family.attention_norm, family.attention, family.mlp_norm, family.mlp)
 
     @property
@@ -89,7 +98,8 @@ class Branches(nn.Module):
     ) -> Float[Tensor, "sequence position feature"]:
         """The attention branch's output for normed states `x`."""
         module = getattr(self.layer, self._attributes[1])
-        return module(x, attention_mask=context.mask, position_embeddings=context.rotary)[0]
+        cache = {} if context.cache is None else {self._cache_argument: context.cache}
+        return module(x, attention_mask=context.mask, position_embeddings=context.rotary, **cache)[0]
 
     def mlp(
         self, x: Float[Tensor, "sequence position feature"]

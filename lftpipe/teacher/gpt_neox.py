@@ -20,6 +20,9 @@ GPT_NEOX = Family(
     attention="attention",
     mlp_norm="post_attention_layernorm",
     mlp="mlp",
+    attention_output="attention.dense",
+    mlp_output="mlp.dense_4h_to_h",
+    cache_argument="layer_past",
     model_layers="layers",
     model_norm="final_layer_norm",
 )

@@ -19,6 +19,9 @@ LLAMA = Family(
     attention="self_attn",
     mlp_norm="post_attention_layernorm",
     mlp="mlp",
+    attention_output="self_attn.o_proj",
+    mlp_output="mlp.down_proj",
+    cache_argument="past_key_values",
     model_layers="layers",
     model_norm="norm",
 )

@@ -1,0 +1,208 @@
+"""Students from their parts: a teacher's checkpoint and the runs that replace its blocks."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from lftpipe import runs
+from lftpipe.errors import LftpipeError, RunError, TeacherError
+from lftpipe.runs import Run
+from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
+from lftpipe.student.config import Block
+from lftpipe.teacher.source import FAMILIES, Teacher, open_teacher, quiet_transformers
+
+STUDENTS = {kind.family.name: kind for kind in (LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM)}
+
+
+def teacher_of_run(run: Run, workspace: Path) -> Teacher:
+    """The teacher that a run was trained for.
+
+    Raises
+    ------
+    TeacherError
+        If it is not found, or its weights are no longer those.
+    """
+    recorded = run.teacher
+    teacher = open_teacher(recorded["model"], workspace, revision=recorded["revision"])
+    if teacher.checkpoint.digest != recorded["weights_digest"]:
+        raise TeacherError(
+            f"teacher {recorded['model']} whose weights changed since {run.path} was trained",
+            f"weights with digest {recorded['weights_digest'][:12]}…",
+            "put the old weights back, or train again",
+        )
+    return teacher
+
+
+def build_student(
+    teacher: Teacher, opened: Sequence[Run], *, steps: int | None = None, solver: str | None = None
+) -> Any:
+    """The teacher with the blocks of these runs replaced, in float32.
+
+    Parameters
+    ----------
+    teacher
+        Of all the runs.
+    opened
+        One run for each block.
+    steps, solver
+        Left out, those that the runs were trained with.
+
+    Raises
+    ------
+    RunError
+        If the runs are of different teachers, disagree on what is left out, or lack a tensor.
+    SettingsError
+        If their blocks overlap.
+    """
+    opened = sorted(opened, key=lambda run: run.block)
+    for run in opened:
+        if run.teacher["weights_digest"] != teacher.checkpoint.digest:
+            raise RunError(f"{run.path}, of another teacher", "runs of one teacher", "name such runs")
+    timed = [run for run in opened if run.has_time]
+    if steps is None:
+        steps = _agreed(timed, "walk_steps", "--k", 1)
+    if solver is None:
+        solver = _agreed(timed, "solver", "--solver", "euler")
+    flows = [runs.load_flow(run, teacher) for run in opened]
+    kind = STUDENTS[teacher.family.name]
+    plain = teacher.config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "num_hidden_layers", "dtype"):
+        plain.pop(key, None)
+    config = kind.config_class(
+        **plain,
+        teacher_layers=teacher.num_layers,
+        blocks=[_block(run).plain() for run in opened],
+        solver=solver,
+        steps=steps,
+    )
+    config._attn_implementation = teacher.config._attn_implementation
+    with torch.device("meta"):
+        student = kind(config)
+    # Their own attention in the flow layers follows the student's config, as everywhere in it.
+    tensors = _tensors(student, teacher, iter(flows))
+    return fill(student, tensors, _generation_config(teacher))
+
+
+def fill(model: Any, tensors: Mapping[str, Tensor], generation_config: GenerationConfig) -> Any:
+    """Give a model made on the meta device its weights, and what else it needs to run."""
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    base = getattr(model, model.base_model_prefix)
+    base.rotary_emb = type(base.rotary_emb)(config=model.config)  # its frequencies are no weights
+    empty = [name for name, value in model.named_parameters() if value.is_meta]
+    assert not empty, empty
+    model.generation_config = generation_config
+    return model.eval().requires_grad_(False)
+
+
+def _agreed(timed: list[Run], field: str, option: str, otherwise: Any) -> Any:
+    values = {getattr(run, field) for run in timed}
+    if len(values) > 1:
+        raise RunError(
+            f"runs trained with {field} {' and '.join(map(str, sorted(values)))}",
+            "one for the whole student",
+            f"say which with {option}",
+        )
+    return values.pop() if values else otherwise
+
+
+def _block(run: Run) -> Block:
+    m, n = run.block
+    if run.velocity.get("linear"):
+        return Block(m, n, "linear")
+    return Block(m, n, "flow" if run.has_time else "layer", run.velocity["shift"])
+
+
+def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:
+    """The student's tensors by its own names, from the checkpoint and from the flows."""
+    family = teacher.family
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}  # of the checkpoint, by the student's
+    places = student.config.places()
+    for name in student.state_dict():
+        match = re.fullmatch(rf"{re.escape(family.layers_prefix)}\.(\d+)\.(.+)", name)
+        if match is None:
+            names[name] = name
+        elif isinstance(place := places[int(match[1])], int):
+            names[name] = f"{family.layers_prefix}.{place}.{match[2]}"
+    head = [name for name in family.head_names if teacher.checkpoint.has(name)]
+    if head:
+        names["lm_head.weight"] = head[0]
+    else:
+        names["lm_head.weight"] = f"{family.embedding_prefix}.weight"
+    read = teacher.checkpoint.read(sorted(set(names.values())))
+    tensors = {name: read[source] for name, source in names.items()}
+    for index, place in enumerate(places):
+        if isinstance(place, Block):
+            flow: nn.Module = next(flows)
+            prefix = f"{family.layers_prefix}.{index}.velocity."
+            tensors |= {prefix + name: value for name, value in flow.state_dict().items()}
+    return tensors
+
+
+def _generation_config(teacher: Teacher) -> GenerationConfig:
+    if (teacher.folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(teacher.folder)
+    return GenerationConfig.from_model_config(teacher.config)
+
+
+def load_teacher(teacher: Teacher) -> PreTrainedModel:
+    """The whole teacher as a language model, in float32.
+
+    Raises
+    ------
+    TeacherError
+        If its weights do not load, or one is missing.
+    """
+    try:
+        return _load(teacher.folder)
+    except RunError as error:
+        raise TeacherError(error.given, error.expected, "fetch or save the teacher again") from error
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A model from a folder in transformers' format: a student, a plain export, a teacher.
+
+    Raises
+    ------
+    RunError
+        If it is no such folder, of a type lftpipe does not know, holds pickles only, or a tensor is missing,
+        extra or misshapen.
+    """
+    if not (folder / "config.json").is_file():
+        raise RunError(
+            f"{folder}", "a run, or a folder with config.json and model.safetensors", "check the path"
+        )
+    return _load(folder)
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    known = [kind for family in FAMILIES for kind in family.model_types]
+    known += [kind.config_class.model_type for kind in STUDENTS.values()]
+    if not list(folder.glob("*.safetensors")):
+        raise RunError(
+            f"{folder} without safetensors", "model.safetensors (pickles are never loaded)", "export it again"
+        )
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder)
+            if config.model_type not in known:
+                raise RunError(f"{folder} of type {config.model_type}", ", ".join(known), "name another folder")
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+    except LftpipeError:
+        raise
+    except Exception as error:
+        # transformers, safetensors and torch each have exceptions of their own for a damaged file.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunError(f"{folder} ({reason})", "a model that loads", "export it again") from error
+    for kind in ("missing", "unexpected", "mismatched"):
+        for name in sorted(map(str, report[f"{kind}_keys"])):
+            raise RunError(f"{folder}: {kind} tensor {name}", "the model's tensors", "export it again")
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,123 @@
+"""The config of a student: its teacher's config, and which blocks a flow layer replaces."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from transformers import GPTNeoXConfig, LlamaConfig
+
+from lftpipe.errors import SettingsError
+from lftpipe.flow.solver import EVALUATIONS
+
+Kind = Literal["flow", "layer", "linear"]
+KINDS = ("flow", "layer", "linear")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers `start .. stop-1` of the teacher, and what stands in their place."""
+
+    start: int
+    stop: int
+    kind: Kind = "flow"
+    """`flow` is run in steps; `layer` (the regression baseline) and `linear` once."""
+    shift: bool = False
+    """Whether the flow's modulation predicts shifts."""
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class FlowLayout:
+    """Where a student's layers come from, and how many places its KV cache has.
+
+    Mixed into a family's config, which declares the fields.
+    """
+
+    teacher_layers: int
+    blocks: list[dict[str, Any]] | None
+    solver: str
+    steps: int
+    num_hidden_layers: int
+
+    def lay_out(self) -> None:
+        """Check the fields, and set `num_hidden_layers` to the places that the KV cache needs.
+
+        Every evaluation of a flow layer attends over the states of its own time, so each has keys
+        and values of its own: a place in the cache, like a layer that is run once.
+
+        Raises
+        ------
+        SettingsError
+            If blocks overlap or reach past the teacher's layers, or steps or solver make no sense.
+        """
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise SettingsError(f"k = {self.steps} steps", "at least 1", "choose a positive number of steps")
+        if self.solver not in EVALUATIONS:
+            raise SettingsError(
+                f"solver {self.solver!r}", f"one of {', '.join(EVALUATIONS)}", "choose one of them"
+            )
+        end = 0
+        for block in self.flow_blocks:
+            if block.kind not in KINDS:
+                raise SettingsError(f"block of kind {block.kind!r}", f"one of {', '.join(KINDS)}", "mend config.json")
+            if not end <= block.start < block.stop <= self.teacher_layers:
+                raise SettingsError(
+                    f"block {block.start}:{block.stop} after layer {end}",
+                    f"blocks m:n with m < n, in order, apart, inside {self.teacher_layers} layers",
+                    "choose blocks that do not overlap",
+                )
+            end = block.stop
+        self.num_hidden_layers = sum(self.evaluations(place) for place in self.places())
+        if self.num_hidden_layers == 0:
+            raise SettingsError(
+                "a student without attention", "a layer besides the linear map", "choose a smaller block"
+            )
+
+    @property
+    def flow_blocks(self) -> list[Block]:
+        return [Block(**block) for block in self.blocks or []]
+
+    def places(self) -> list[int | Block]:
+        """What each of the student's layers is: a teacher's layer, by its index there, or a block."""
+        starts = {block.start: block for block in self.flow_blocks}
+        places: list[int | Block] = []
+        index = 0
+        while index < self.teacher_layers:
+            block = starts.get(index)
+            places.append(index if block is None else block)
+            index = index + 1 if block is None else block.stop
+        return places
+
+    def evaluations(self, place: int | Block) -> int:
+        """How often attention runs in that place, for one forward pass."""
+        if isinstance(place, int) or place.kind == "layer":
+            return 1
+        return 0 if place.kind == "linear" else EVALUATIONS[self.solver] * self.steps
+
+
+class LatentFlowGPTNeoXConfig(FlowLayout, GPTNeoXConfig):
+    """A GPT-NeoX teacher's config with blocks replaced."""
+
+    model_type = "latent_flow_gpt_neox"
+    teacher_layers: int = 44
+    blocks: list | None = None
+    solver: str = "midpoint"
+    steps: int = 3
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.lay_out()
+        super().__post_init__(**kwargs)
+
+
+class LatentFlowLlamaConfig(FlowLayout, LlamaConfig):
+    """A Llama teacher's config with blocks replaced."""
+
+    model_type = "latent_flow_llama"
+    teacher_layers: int = 32
+    blocks: list | None = None
+    solver: str = "midpoint"
+    steps: int = 3
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.lay_out()
+        super().__post_init__(**kwargs)

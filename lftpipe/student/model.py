@@ -1,0 +1,239 @@
+"""The student as a transformers model: the teacher with a flow layer in place of each block.
+
+The classes are the teacher's own, with other contents in their list of layers. So everything that
+transformers does for the teacher's family (generation, beams, padding, checkpointing, moves of
+device and dtype) it does for the student, by the same code.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import GPTNeoXForCausalLM, GPTNeoXModel, LlamaForCausalLM, LlamaModel, initialization
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+
+from lftpipe.errors import RunError
+from lftpipe.flow.linear import LinearMap
+from lftpipe.flow.solver import Method, ODESolver
+from lftpipe.flow.velocity import Modulation, Velocity
+from lftpipe.student.config import Block, FlowLayout, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
+from lftpipe.teacher.family import AttentionContext, Branches, Family
+from lftpipe.teacher.gpt_neox import GPT_NEOX
+from lftpipe.teacher.llama import LLAMA
+
+
+class _Slot:
+    """One place of a KV cache, whatever index the attention that writes to it believes to have."""
+
+    def __init__(self, cache: Any, index: int) -> None:
+        self._cache, self._index = cache, index
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any) -> tuple[Tensor, Tensor]:
+        del layer_idx
+        return self._cache.update(keys, values, self._index, *rest)
+
+
+class FlowLayer(GradientCheckpointingLayer):
+    """Carries states from a block's start to its end (algorithm 3), in the place of its layers.
+
+    Parameters
+    ----------
+    family, config
+        Of the student.
+    block
+        What it replaces, and by which kind of flow.
+    """
+
+    def __init__(self, family: Family, config: Any, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        self.cache_argument = family.cache_argument
+        self.velocity: nn.Module
+        if block.kind == "linear":
+            self.velocity = LinearMap(config.hidden_size)
+        else:
+            self.velocity = Velocity(
+                Branches(family, config, 0), config.hidden_size, time=block.kind == "flow", shift=block.shift
+            )
+        self.method: Method = "euler"
+        self.steps = 1
+        self.first_slot = 0
+
+    def set_steps(self, steps: int, method: Method, first_slot: int) -> None:
+        """Choose the number of steps and the solver; flows without time have one step of Euler's."""
+        timed = self.block.kind == "flow"
+        self.steps, self.method = (steps, method) if timed else (1, "euler")
+        self.first_slot = first_slot
+
+    @property
+    def times(self) -> Float[Tensor, "time"]:
+        """The times at which steps begin."""
+        return torch.linspace(0, 1, self.steps + 1)[:-1]
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "sequence position feature"],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **arguments: Any,
+    ) -> Float[Tensor, "sequence position feature"]:
+        assert position_ids is not None and position_embeddings is not None
+        context = AttentionContext(position_embeddings, attention_mask, position_ids)
+        contexts = self._contexts(context, arguments.get(self.cache_argument))
+        solver = ODESolver(lambda x, t: self.velocity(x, t, next(contexts)), self.method)
+        return solver.sample(hidden_states, self.steps)
+
+    def _contexts(self, context: AttentionContext, cache: Any) -> Iterator[AttentionContext]:
+        """The context of each evaluation, each with its own place in the cache."""
+        slot = self.first_slot
+        while True:
+            yield context if cache is None else replace(context, cache=_Slot(cache, slot))
+            slot += 1
+
+
+class LatentFlow:
+    """What makes a family's model a student; mixed in before the family's own class."""
+
+    family: ClassVar[Family]
+    config: Any
+    training: bool
+    # What was not tried is not promised.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _can_compile_fullgraph = False
+    _no_split_modules: ClassVar[list[str]] = ["FlowLayer"]
+
+    @property
+    def student_layers(self) -> nn.ModuleList:
+        """Kept layers and flow layers, in order."""
+        base = getattr(self, cast(Any, self).base_model_prefix, self)
+        return getattr(base, self.family.model_layers)
+
+    def set_steps(self, steps: int, solver: str | None = None) -> None:
+        """Run every flow in `steps` steps from now on, by the same solver or another.
+
+        A KV cache made before does not fit any more.
+
+        Raises
+        ------
+        SettingsError
+            If `steps` is below 1 or the solver unknown; the student stays as it was.
+        """
+        config = self.config
+        before = (config.steps, config.solver)
+        config.steps, config.solver = steps, solver or config.solver
+        try:
+            config.lay_out()
+        except Exception:
+            config.steps, config.solver = before
+            raise
+        self._number_slots()
+
+    def _number_slots(self) -> None:
+        """Tell every layer its place, or places, in the KV cache."""
+        slot = 0
+        for place, layer in zip(self.config.places(), self.student_layers, strict=True):
+            if isinstance(layer, FlowLayer):
+                layer.set_steps(self.config.steps, self.config.solver, slot)
+            else:
+                getattr(layer, self.family.attention).layer_idx = slot
+            slot += self.config.evaluations(place)
+
+    def _replace_blocks(self) -> None:
+        """Exchange the list of layers that the family's constructor made."""
+        config: FlowLayout = self.config
+        layers = nn.ModuleList(
+            self.family.layer(config, place) if isinstance(place, int) else FlowLayer(self.family, config, place)
+            for place in config.places()
+        )
+        setattr(self, self.family.model_layers, layers)
+        self._number_slots()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(module, Modulation):
+            initialization.zeros_(module.head.weight)  # leaves alone what was loaded, unlike torch's
+            initialization.zeros_(module.head.bias)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *arguments: Any, **options: Any) -> Any:
+        """As transformers has it, but a tensor that is missing, extra or misshapen is an error.
+
+        Pickles are never loaded.
+
+        Raises
+        ------
+        RunError
+            Naming the tensor.
+        """
+        wants_report = options.pop("output_loading_info", False)
+        options["use_safetensors"] = True
+        model, report = super().from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]
+            folder, *arguments, output_loading_info=True, **options
+        )
+        for kind in ("missing", "unexpected", "mismatched"):
+            for name in sorted(map(str, report[f"{kind}_keys"])):
+                raise RunError(f"{folder}: {kind} tensor {name}", "the student's tensors", "export it again")
+        return (model, report) if wants_report else model
+
+
+class LatentFlowGPTNeoXModel(LatentFlow, GPTNeoXModel):
+    """The trunk of a GPT-NeoX student."""
+
+    config_class = LatentFlowGPTNeoXConfig
+    family = GPT_NEOX
+    _can_record_outputs = {  # noqa: RUF012 (read by transformers)
+        "hidden_states": [GPTNeoXLayer, FlowLayer],
+        "attentions": GPTNeoXAttention,
+    }
+
+    def __init__(self, config: LatentFlowGPTNeoXConfig) -> None:
+        super().__init__(config)
+        self._replace_blocks()
+        self.post_init()
+
+
+class LatentFlowGPTNeoXForCausalLM(LatentFlow, GPTNeoXForCausalLM):
+    """A GPT-NeoX student as a language model."""
+
+    config_class = LatentFlowGPTNeoXConfig
+    family = GPT_NEOX
+
+    def __init__(self, config: LatentFlowGPTNeoXConfig) -> None:
+        super().__init__(config)
+        self.gpt_neox = LatentFlowGPTNeoXModel(config)
+        self.post_init()
+
+
+class LatentFlowLlamaModel(LatentFlow, LlamaModel):
+    """The trunk of a Llama student."""
+
+    config_class = LatentFlowLlamaConfig
+    family = LLAMA
+    _can_record_outputs = {  # noqa: RUF012 (read by transformers)
+        "hidden_states": [LlamaDecoderLayer, FlowLayer],
+        "attentions": LlamaAttention,
+    }
+
+    def __init__(self, config: LatentFlowLlamaConfig) -> None:
+        super().__init__(config)
+        self._replace_blocks()
+        self.post_init()
+
+
+class LatentFlowLlamaForCausalLM(LatentFlow, LlamaForCausalLM):
+    """A Llama student as a language model."""
+
+    config_class = LatentFlowLlamaConfig
+    family = LLAMA
+
+    def __init__(self, config: LatentFlowLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LatentFlowLlamaModel(config)
+        self.post_init()

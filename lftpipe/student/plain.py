@@ -1,0 +1,133 @@
+"""Unrolling a student into an ordinary checkpoint of its teacher's family (section 3.4, figure 2).
+
+A step of Euler's at a fixed time is `x + d * u(x, t)`. With a parallel residual, `u` is the sum of
+two branches that both read `x`, so the step is one ordinary layer: `(1 + scale) * norm(x) + shift`
+is a norm with other weight and bias, and `d * (1 + gate)` scales the rows of the branch's last map.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lftpipe.errors import RunError
+from lftpipe.student.assemble import fill
+from lftpipe.student.config import Block
+from lftpipe.student.model import FlowLayer
+from lftpipe.teacher.family import Family
+
+
+def check_foldable(student: Any) -> None:
+    """Refuse what no ordinary layers compute exactly.
+
+    Raises
+    ------
+    RunError
+        With the reason.
+    """
+    config, family = student.config, student.family
+    for block in config.flow_blocks:
+        name = f"block {block.start}:{block.stop}"
+        if block.kind == "linear":
+            raise RunError(
+                f"{name}, a linear map", "a layer: a linear map is none of the family", "use --form latent-flow"
+            )
+        if block.kind == "layer":
+            continue
+        if config.solver != "euler":
+            raise RunError(
+                f"{name} with the {config.solver} solver",
+                "euler: the midpoint connects two evaluations across layers, which no ordinary layer does",
+                "use --form latent-flow, or --solver euler and evaluate that student",
+            )
+        if config.steps > 1 and not family.parallel_residual(config):
+            raise RunError(
+                f"{name} in {config.steps} steps of sequential-residual layers",
+                "k = 1: the MLP would have to see the whole attention branch, the residual a part of it",
+                "use --k 1, or --form latent-flow",
+            )
+        if block.shift and not _flow_layers(student)[block].velocity.layer.has_norm_bias:
+            raise RunError(
+                f"{name} with a shift of the normed states",
+                "no shift: this norm has no bias to fold one into",
+                "use --form latent-flow, or train a flow without shift",
+            )
+
+
+def unroll(student: Any) -> Any:
+    """The same function as an ordinary model of the teacher's family, with `m + k + (L - n)` layers.
+
+    Returns
+    -------
+    PreTrainedModel
+        `GPTNeoXForCausalLM` or `LlamaForCausalLM`; kept layers share the student's tensors.
+
+    Raises
+    ------
+    RunError
+        If that cannot be done exactly.
+    """
+    check_foldable(student)
+    family: Family = student.family
+    prefix = family.layers_prefix
+    tensors = {
+        name: value for name, value in student.state_dict().items() if not name.startswith(f"{prefix}.")
+    }
+    count = 0
+    for layer in student.student_layers:
+        for content in _steps(layer, family) if isinstance(layer, FlowLayer) else [layer.state_dict()]:
+            tensors |= {f"{prefix}.{count}.{name}": value for name, value in content.items()}
+            count += 1
+    kind = _causal_class(student)
+    plain = student.config.to_dict()
+    for key in ("model_type", "architectures", "teacher_layers", "blocks", "solver", "steps", "dtype"):
+        plain.pop(key, None)
+    config = kind.config_class(**(plain | {"num_hidden_layers": count}))
+    config._attn_implementation = student.config._attn_implementation
+    with torch.device("meta"):
+        model = kind(config)
+    return fill(model, tensors, student.generation_config)
+
+
+def _causal_class(student: Any) -> Any:
+    """The family's own class, below the student's."""
+    return next(kind for kind in type(student).__mro__[1:] if kind.__module__.startswith("transformers."))
+
+
+def _flow_layers(student: Any) -> dict[Block, Any]:
+    return {layer.block: layer for layer in student.student_layers if isinstance(layer, FlowLayer)}
+
+
+@torch.no_grad()
+def _steps(flow: FlowLayer, family: Family) -> list[dict[str, Tensor]]:
+    """A flow layer's steps as the tensors of one ordinary layer each."""
+    velocity: Any = flow.velocity
+    content = velocity.layer.layer.state_dict()
+    if velocity.modulation is None:
+        return [content]
+    folded = []
+    for t in flow.times.to(velocity.modulation.head.weight.device):
+        values = [value.flatten() for value in velocity.modulation(t[None])]
+        scale_a, gate_a, scale_m, gate_m, *shifts = values
+        shift_a, shift_m = shifts or (None, None)
+        step = {name: value.clone() for name, value in content.items()}  # files hold no shared tensors
+        _fold_norm(step, family.attention_norm, scale_a, shift_a)
+        _fold_norm(step, family.mlp_norm, scale_m, shift_m)
+        _fold_output(step, family.attention_output, (1 + gate_a) / flow.steps)
+        _fold_output(step, family.mlp_output, (1 + gate_m) / flow.steps)
+        folded.append(step)
+    return folded
+
+
+def _fold_norm(step: dict[str, Tensor], name: str, scale: Tensor, shift: Tensor | None) -> None:
+    """`(1 + scale) * norm(x) + shift`."""
+    step[f"{name}.weight"] = (1 + scale) * step[f"{name}.weight"]
+    if (bias := step.get(f"{name}.bias")) is not None:
+        step[f"{name}.bias"] = (1 + scale) * bias + (0 if shift is None else shift)
+
+
+def _fold_output(step: dict[str, Tensor], name: str, gate: Tensor) -> None:
+    """`gate * output(x)`: rows and bias."""
+    step[f"{name}.weight"] = gate[:, None] * step[f"{name}.weight"]
+    if (bias := step.get(f"{name}.bias")) is not None:
+        step[f"{name}.bias"] = gate * bias
