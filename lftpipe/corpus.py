@@ -4,21 +4,26 @@ A corpus is read front to back, one document at a time, in the same order every 
 never held in memory as a whole. What becomes of the text is `lftpipe.packing`'s business.
 """
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import re
+import shutil
 import sysconfig
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-
-import fsspec
 
 from lftpipe.errors import CorpusError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 TEXT_COLUMNS = ("text", "content")
 
 #: Names for corpora that many experiments share. The Pile's original host is gone; this copy
@@ -27,7 +32,8 @@ REGISTERED = {"pile": "hf:monology/pile-uncopyrighted"}
 PYTHON_STDLIB = "python-stdlib"
 
 #: A `.txt` file is most often a concatenation of works. It is cut at line ends into documents
-#: of about this many characters, so that one file can be split into train and validation.
+#: of about this many characters, so that one file can be split into train and validation;
+#: where a line is longer than that, inside it.
 TXT_DOCUMENT_CHARACTERS = 16_384
 
 
@@ -79,8 +85,7 @@ def open_corpus(name: str) -> Corpus:
         if not _kind(path):
             raise CorpusError(
                 f"corpus file {path}",
-                f"one of {' '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}, plain or "
-                f"{' '.join(COMPRESSIONS)}",
+                f"one of {' '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}, plain or {' '.join(COMPRESSIONS)}",
                 "convert or rename it",
             )
         return Corpus(str(path), lambda: _file_documents(path), local=True)
@@ -100,12 +105,24 @@ def _kind(path: Path) -> str:
     return suffix if suffix in TEXT_SUFFIXES + TABLE_SUFFIXES else ""
 
 
-def _open(path: Path) -> IO[Any]:
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    try:
-        return fsspec.open(str(path), "rb", compression=compression).open()  # pyright: ignore
-    except ValueError as error:  # a compression that fsspec has no library for
-        raise CorpusError(f"corpus file {path}", f"a readable {compression} file", str(error)) from error
+def _open_zstd(path: Path) -> Any:
+    import pyarrow as pa
+
+    # All frames of the file, and an error where it was cut short: other readers stop silently.
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # pyright: ignore
+
+
+COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+
+
+def _open(path: Path) -> Any:
+    """A binary file, decompressed as it is read."""
+    return COMPRESSIONS.get(path.suffix.lower(), lambda plain: plain.open("rb"))(path)
 
 
 def _file_documents(path: Path, name: str | None = None) -> Iterator[Document]:
@@ -116,40 +133,34 @@ def _file_documents(path: Path, name: str | None = None) -> Iterator[Document]:
             yield from _parquet_documents(path, name)
         elif kind == ".jsonl":
             yield from _jsonl_documents(path, name)
-        elif kind == ".txt":
-            yield from _txt_documents(path, name)
         else:
-            with _open(path) as file:
-                yield Document(name, _decode(file.read(), path))
-    except (OSError, EOFError) as error:  # truncated archives, files that went away
+            yield from _text_documents(path, name, cut=kind == ".txt")
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # damaged archives, vanished files
         raise CorpusError(f"corpus file {path}", "a readable file", f"mend it ({error})") from error
 
 
-def _decode(raw: bytes, path: Path) -> str:
+def _text_documents(path: Path, name: str, *, cut: bool) -> Iterator[Document]:
+    """A text file as one document, or cut at the first line end after so many characters."""
+    pieces: list[str] = []
+    size = number = 0
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise CorpusError(
-            f"corpus file {path}", "UTF-8 text", "convert it, or take it out of the corpus"
-        )
-    return text
+        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
+            while line := file.readline(TXT_DOCUMENT_CHARACTERS):  # a bound, as some files have no lines
+                if "\0" in line:
+                    raise _no_text(path)
+                pieces.append(line)
+                size += len(line)
+                if cut and size >= TXT_DOCUMENT_CHARACTERS:
+                    yield Document(f"{name}:{number}", "".join(pieces))
+                    pieces, size, number = [], 0, number + 1
+    except UnicodeDecodeError as error:
+        raise _no_text(path) from error
+    if pieces:
+        yield Document(f"{name}:{number}" if cut else name, "".join(pieces))
 
 
-def _txt_documents(path: Path, name: str) -> Iterator[Document]:
-    lines: list[bytes] = []
-    size = piece = 0
-    with _open(path) as file:
-        # A bound on a line's length keeps a file without line ends from being read whole.
-        while line := file.readline(TXT_DOCUMENT_CHARACTERS * 4):
-            lines.append(line)
-            size += len(line)
-            if size >= TXT_DOCUMENT_CHARACTERS and line.endswith(b"\n"):
-                yield Document(f"{name}:{piece}", _decode(b"".join(lines), path))
-                lines, size, piece = [], 0, piece + 1
-    if lines:
-        yield Document(f"{name}:{piece}", _decode(b"".join(lines), path))
+def _no_text(path: Path) -> CorpusError:
+    return CorpusError(f"corpus file {path}", "UTF-8 text", "convert it, or take it out of the corpus")
 
 
 def _jsonl_documents(path: Path, name: str) -> Iterator[Document]:
@@ -170,29 +181,44 @@ def _parquet_documents(path: Path, name: str) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        table = pq.ParquetFile(path)
+        with _seekable(path) as content, pq.ParquetFile(content) as table:
+            columns = [column for column in TEXT_COLUMNS if column in table.schema_arrow.names][:1]
+            if not columns:
+                raise CorpusError(
+                    f"{path} with columns {', '.join(table.schema_arrow.names)}",
+                    f"a column named {' or '.join(TEXT_COLUMNS)}",
+                    "rename the column",
+                )
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for text in batch.column(0).to_pylist():
+                    yield Document(f"{name}:{number}", _text_of({columns[0]: text}, f"{path}, row {number}"))
+                    number += 1
     except pa.ArrowInvalid as error:
         raise CorpusError(f"corpus file {path}", "a Parquet file", f"mend it ({error})") from error
-    columns = [column for column in TEXT_COLUMNS if column in table.schema_arrow.names][:1]
-    if not columns:
-        raise CorpusError(
-            f"{path} with columns {', '.join(table.schema_arrow.names)}",
-            f"a column named {' or '.join(TEXT_COLUMNS)}",
-            "rename the column",
-        )
-    number = 0
-    for batch in table.iter_batches(batch_size=256, columns=columns):
-        for text in batch.column(0).to_pylist():
-            yield Document(f"{name}:{number}", text or "")
-            number += 1
+
+
+@contextmanager
+def _seekable(path: Path) -> Iterator[IO[bytes]]:
+    """The file, or its decompressed content: Parquet is read from its end."""
+    with _open(path) as content:
+        if path.suffix.lower() not in COMPRESSIONS:
+            yield content
+            return
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(content, copy)
+            yield copy
 
 
 def _text_of(row: Any, where: str) -> str:
-    if isinstance(row, dict):
-        for column in TEXT_COLUMNS:
-            if isinstance(row.get(column), str):
-                return row[column]
+    """The text of a row; one that is null is empty."""
+    for column in TEXT_COLUMNS:
+        if isinstance(row, dict) and column in row:
+            text = row[column] or ""
+            if isinstance(text, str):
+                # JSON can escape halves of surrogate pairs, which are no text in any encoding.
+                return text.encode("utf-8", "replace").decode() if not text.isascii() else text
     raise CorpusError(where, f"a text under {' or '.join(TEXT_COLUMNS)}", "rename the field")
 
 
@@ -229,7 +255,7 @@ def _hub_documents(dataset: str, config: str | None = None, split: str = "train"
             yield Document(f"{dataset}:{number}", _text_of(row, f"hf:{dataset}, row {number}"))
     except CorpusError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever the data set's files, their readers and the network come up with
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CorpusError(
             f"corpus hf:{dataset} ({reason})",

@@ -49,7 +49,7 @@ class _Packer:
     made: int = 0
     tokens: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
-    hash: "hashlib._Hash" = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+    hash: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
     num_documents: int = 0
 
     @property
@@ -61,13 +61,13 @@ class _Packer:
         self.num_documents += 1
         self.tokens += ids
         self.documents += [number] * len(ids)
-        while len(self.tokens) >= self.context and not self.full:
-            yield (
-                np.array(self.tokens[: self.context], np.int32),
-                np.array(self.documents[: self.context], np.int32),
-            )
-            del self.tokens[: self.context], self.documents[: self.context]
+        start = 0
+        while len(self.tokens) - start >= self.context and not self.full:
+            piece = slice(start, start + self.context)
             self.made += 1
+            start += self.context
+            yield np.array(self.tokens[piece], np.int32), np.array(self.documents[piece], np.int32)
+        del self.tokens[:start], self.documents[:start]  # once: a document may be a whole book
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,18 @@ class Packing:
                 return
 
     def fit_to_small_corpus(self) -> None:
-        """Raise the hold-out threshold if the corpus is too small for the usual share.
+        """Move the hold-out threshold if the corpus is too small for the usual share.
 
-        Of a corpus that ends before `validation` is full, the documents with the lowest hashes
-        are held out, just as many as it takes, and never all.
+        Of a corpus that ends before `validation` is full, or with nothing left to train on, the
+        documents with the lowest hashes are held out, just as many as it takes, and never all.
 
         Raises
         ------
         CorpusError
             If the corpus has no text, or too little of it for one sequence of each split.
         """
+        wanted = self.context * self.wanted.get("validation", 0)
+        least = {split: self.context if self.wanted.get(split, 0) else 0 for split in SPLITS}
         sizes: list[tuple[int, int]] = []  # (hash, tokens) of every document, while it is small
         held_out = total = 0
         documents = self.corpus.documents()
@@ -161,36 +163,36 @@ class Packing:
                 sizes.append((text_hash(document), len(ids) + 1))
                 total += len(ids) + 1
                 held_out += (len(ids) + 1) * (sizes[-1][0] < self.threshold)
-            if held_out >= self.context * self.wanted.get("validation", 0) and total >= self.context:
-                break
+            if held_out >= wanted and total - held_out >= least["train"]:
+                return
         if not total:
             raise CorpusError(
                 f"corpus {self.corpus.name} without any text",
                 "at least one document with text",
                 "check the path and the kinds of files in it",
             )
-        wanted = self.context * self.wanted.get("validation", 0)
-        if held_out < wanted:
-            self.threshold = _threshold_for(sizes, wanted)
-        needed = self.context * sum(1 for split in SPLITS if self.wanted.get(split, 0))
-        if total < needed:
+        if total < sum(least.values()):
             raise CorpusError(
                 f"corpus {self.corpus.name} of {total} tokens",
-                f"at least {needed}: one sequence of {self.context} tokens for each split",
+                f"at least {sum(least.values())}: one sequence of {self.context} tokens for each split",
                 "give more text or a shorter --context",
             )
+        self.threshold = _threshold_for(sizes, wanted)
 
 
 def _threshold_for(sizes: list[tuple[int, int]], wanted: int) -> int:
-    """The lowest threshold that holds out `wanted` tokens, but at most half of all."""
+    """The lowest threshold that holds out `wanted` tokens, but at most about half of all."""
     budget = min(wanted, sum(size for _, size in sizes) // 2)
-    held_out = 0
-    hashes = sorted(set(sizes))
-    for hash_, size in hashes[:-1]:  # at least one text is left to train on
-        held_out += size
+    by_text: dict[int, int] = {}
+    for hash_, size in sorted(sizes):
+        by_text[hash_] = by_text.get(hash_, 0) + size
+    threshold = held_out = 0
+    for hash_, size in list(by_text.items())[:-1]:  # at least one text is left to train on
         if held_out >= budget:
-            return hash_ + 1
-    return hashes[-2][0] + 1 if len(hashes) > 1 else 0
+            break
+        held_out += size
+        threshold = hash_ + 1
+    return threshold
 
 
 def positions(document: Int32[np.ndarray, "*batch position"]) -> Int32[np.ndarray, "*batch position"]:

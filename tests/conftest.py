@@ -1,0 +1,145 @@
+"""Tiny teachers with random weights, text, and a store made of them; all of lftpipe with shapes checked."""
+# ruff: noqa: E402 (the import hook comes first)
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("lftpipe", "beartype.beartype")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from lftpipe.teacher.source import Teacher, open_teacher
+
+torch.set_num_threads(1)
+
+WORDS = ("the", "state", "of", "a", "layer", "flows", "into", "next", "walk", "return", "self", "def", "not")
+CONTEXT = 32
+VOCABULARY = 320
+
+
+def text_of(seed: int, words: int) -> str:
+    """Running text of `words` words, the same for a seed."""
+    rng = np.random.default_rng(seed)
+    return " ".join(rng.choice(WORDS, words)) + f" {seed}\n"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 320 tokens, `<|endoftext|>` the first."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((text_of(seed, 200) for seed in range(20)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+
+
+def neox(**changes: Any) -> GPTNeoXForCausalLM:
+    config = GPTNeoXConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "max_position_embeddings": 128,
+            "rotary_pct": 0.25,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            **changes,
+        }
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            **changes,
+        }
+    )
+    return LlamaForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+    "neox": neox,
+    "neox-sequential": lambda: neox(use_parallel_residual=False),
+    "neox-tied": lambda: neox(tie_word_embeddings=True),
+    "llama": llama,
+    "llama-untied": lambda: llama(tie_word_embeddings=False),
+}
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights large enough, and norms uneven enough, that a wrong norm, branch or position shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """A folder in transformers' format for every one of `MODELS`."""
+    root = tmp_path_factory.mktemp("teachers")
+    for name, make in MODELS.items():
+        model = make()
+        randomise(model)
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return {name: root / name for name in MODELS}
+
+
+@pytest.fixture(scope="session", params=list(MODELS))
+def teacher(request: pytest.FixtureRequest, teachers: dict[str, Path]) -> Teacher:
+    """Each of the tiny teachers in turn."""
+    return open_teacher(str(teachers[request.param]), Path("unused"))
+
+
+@pytest.fixture(scope="session")
+def neox_teacher(teachers: dict[str, Path]) -> Teacher:
+    return open_teacher(str(teachers["neox"]), Path("unused"))
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty short documents: enough that the usual share of them is held out."""
+    folder = tmp_path_factory.mktemp("text")
+    for seed in range(60):
+        (folder / f"{seed:02d}.md").write_text(text_of(seed, 20 + 3 * seed))
+    return folder
