@@ -41,6 +41,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recouple": ("RecoupleSettings", "lftpipe.stages.recouple:recouple"),
     "train": ("TrainSettings", "lftpipe.stages.train:train"),
     "evaluate": ("EvaluateSettings", "lftpipe.stages.evaluate:evaluate"),
+    "export": ("ExportSettings", "lftpipe.stages.export:export"),
+    "generate": ("GenerateSettings", "lftpipe.stages.generate:generate"),
     "info": ("InfoSettings", "lftpipe.stages.info:info"),
     "verify": ("VerifySettings", "lftpipe.stages.verify:verify"),
     "report": ("ReportSettings", "lftpipe.stages.report:report"),
@@ -109,7 +111,10 @@ def _command(name: str, kind: type[Common], place: str) -> Callable[..., None]:
             settings = settings_module.from_recipe(kind, recipe, name, parsed)
             module, function = place.split(":")
             stage = importlib.import_module(module)
-            result = getattr(stage, function)(settings)
+            if getattr(stage, "STREAMS", False) and not as_json:
+                result = getattr(stage, function)(settings, sys.stdout)
+            else:
+                result = getattr(stage, function)(settings)
             if as_json:
                 print(json.dumps(result))
             else:

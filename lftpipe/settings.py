@@ -1,4 +1,4 @@
-"""Every stage's settings: frozen, documented, checked, and read from strict TOML recipes.
+"""Every stage's settings: frozen and documented. `lftpipe.recipe` reads and checks them.
 
 No torch here: `lftpipe --help` and a usage error cost nothing.
 """
@@ -6,12 +6,9 @@ No torch here: `lftpipe --help` and a usage error cost nothing.
 import dataclasses
 import os
 import re
-import tomllib
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from lftpipe.errors import SettingsError
 
@@ -21,6 +18,8 @@ Metric = Literal["euclidean", "sqeuclidean", "cosine"]
 Objective = Literal["fw", "sfm", "hybrid", "regression", "trajectory", "linear"]
 SolverName = Literal["midpoint", "euler"]
 LossScale = Literal["token", "channel", "none"]
+Form = Literal["latent-flow", "plain"]
+WeightsDtype = Literal["float32", "bfloat16", "float16"]
 
 DEFAULT_WORKSPACE = "data"
 
@@ -73,7 +72,11 @@ class ExtractSettings(Common):
     batch_tokens: int = 2048
     """Tokens in one forward pass of the teacher."""
     dry_run: bool = False
+    """Print sizes and the time a short probe promises; write nothing."""
     resume: bool = True
+    """Go on with an interrupted or smaller store."""
+    repair: bool = False
+    """Compute again what `lftpipe verify` finds damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +86,20 @@ class RecoupleSettings(Common):
     tokens: int = 256
     """Samples O in one optimal-transport problem."""
     batches: int = 8
+    """Problems for each pair of states; mean and standard error are over them."""
+    sequences: int = 16
+    """Sequences that each batch draws its tokens from: what is read grows with it."""
     metric: Metric = "euclidean"
     layers: str = "all"
+    """States to compare: `all` that are stored, a list `6,18`, or a half-open range `0:13`."""
     standardise: bool = False
-    """Divide each channel by its standard deviation first."""
+    """Give each channel of each state mean 0 and standard deviation 1 first."""
     skip_first: bool = False
-    """Leave out the first position of every sequence."""
+    """Leave out the first position of every document's piece in a sequence."""
+    approximate: bool = False
+    """Sinkhorn instead of exact transport, for more than 4096 tokens; uses `device`."""
+    show: str = ""
+    """Pairs whose transport is drawn, as in `0:6,6:18`; default: the first and the best quarter."""
     out: Path | None = None
     """The JSON file; default `recoupling.json` beside the store."""
 
@@ -147,6 +158,46 @@ class EvaluateSettings(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportSettings(Common):
+    """`lftpipe export`: write a student as a folder that transformers loads."""
+
+    runs: tuple[str, ...] = dataclasses.field(default=(), metadata={"argument": True})
+    """Name or path of a run; several, of blocks that do not overlap, make one student."""
+    k: int | None = None
+    """Steps; left out, those of training."""
+    solver: SolverName | None = None
+    """Solver; left out, that of training."""
+    form: Form = "latent-flow"
+    """`latent-flow`: any student, loaded where lftpipe is installed. `plain`: an ordinary checkpoint of the
+    teacher's family, where steps of Euler's unroll into layers exactly."""
+    dtype: WeightsDtype = "float32"
+    """Format of the weights."""
+    out: Path | None = None
+    """The folder; default: `export-<form>-k<k>` in the first run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(Common):
+    """`lftpipe generate`: continue a prompt with a student, and say how fast."""
+
+    target: str | None = dataclasses.field(default=None, metadata={"argument": True})
+    """Name or path of a run, or a folder in transformers' format; none with --draft."""
+    prompt: str | None = None
+    """The text to continue."""
+    max_new_tokens: int = 64
+    k: int | None = None
+    """Steps; left out, those of training or export."""
+    solver: SolverName | None = None
+    """Solver; left out, that of training or export."""
+    temperature: float = 0.0
+    """0 takes the likeliest token every time; above, tokens are drawn."""
+    compare: bool = False
+    """Let the run's teacher continue the prompt too."""
+    draft: str | None = None
+    """A run whose teacher writes the text, greedily, with the run's student as its draft."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InfoSettings(Common):
     """`lftpipe info`: what a store or a run holds, and from what it was made."""
 
@@ -168,9 +219,6 @@ class ReportSettings(Common):
 
     out: Path | None = None
     """The Markdown file; default `report.md` beside the store."""
-
-
-S = TypeVar("S", bound=Common)
 
 
 def parse_layers(text: str, num_states: int) -> tuple[int, ...]:
@@ -222,120 +270,3 @@ def parse_block(text: str, num_layers: int) -> tuple[int, int]:
             f"block {text}", f"n at most {num_layers}, the teacher's layers", "choose a block inside them"
         )
     return m, n
-
-
-def check(settings: Common) -> None:
-    """Refuse values outside their range and choices outside their `Literal`.
-
-    Raises
-    ------
-    SettingsError
-        Naming the setting, with the values it takes.
-    """
-    hints = typing.get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        value, hint = getattr(settings, field.name), hints[field.name]
-        option = f"--{field.name.replace('_', '-')} {value}"
-        if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
-            raise SettingsError(option, f"one of {', '.join(typing.get_args(hint))}", "choose one of them")
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            least = _LEAST.get(field.name, 1)
-            if number < least:
-                raise SettingsError(option, f"at least {least}", f"raise --{field.name.replace('_', '-')}")
-            if field.name in ("replace", "warmup") and number > 1:
-                raise SettingsError(option, "a share of at most 1", f"lower --{field.name}")
-
-
-#: Lowest values of the numeric settings whose lowest is not 1.
-_LEAST: dict[str, float] = {
-    "seed": 0,
-    "context": 2,
-    "validation_tokens": 0,
-    "alpha": 0,
-    "replace": 0,
-    "warmup": 0,
-    "weight_decay": 0,
-    "learning_rate": 0,
-    "clip": 0,
-}
-
-
-def from_recipe(kind: type[S], path: Path | None, table: str, given: dict[str, Any]) -> S:
-    """Settings from a TOML recipe's `[table]`, overridden by what was `given` by name.
-
-    Raises
-    ------
-    SettingsError
-        If the recipe is no TOML, or holds a key that is no setting of this stage.
-    """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = _read_recipe(path).get(table, {})
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            raise SettingsError(
-                f"{key!r} in [{table}] of {path}",
-                f"one of {', '.join(sorted(fields))}",
-                "correct or remove the key",
-            )
-    hints = typing.get_type_hints(kind)
-    merged = {key: _convert(value, hints[key], key) for key, value in values.items()}
-    merged |= {key: value for key, value in given.items() if value is not None}
-    settings = kind(**merged)
-    check(settings)
-    return settings
-
-
-RECIPE_TABLES = ("extract", "recouple", "train", "evaluate")
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        recipe = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise SettingsError(
-            f"recipe {path}", "a readable TOML file", f"check the path ({error.strerror})"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"recipe {path}", "TOML", f"mend it ({error})") from error
-    for table, content in recipe.items():
-        if table not in RECIPE_TABLES or not isinstance(content, dict):
-            raise SettingsError(
-                f"[{table}] in {path}", f"tables {', '.join(RECIPE_TABLES)}", "correct or remove the table"
-            )
-    return recipe
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """A TOML value to a field's type."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if Path in kinds:
-        return Path(value)
-    if typing.get_origin(hint) is tuple:
-        return tuple(value)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    plain = tuple(kind for kind in kinds if isinstance(kind, type))
-    if (plain and not isinstance(value, plain)) or (int in kinds and isinstance(value, bool)):
-        raise SettingsError(
-            f"{key} = {value!r}", " or ".join(kind.__name__ for kind in plain), "correct the recipe"
-        )
-    return value
-
-
-def to_plain(settings: Common) -> dict[str, Any]:
-    """Settings as JSON- and TOML-ready values."""
-    plain: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if isinstance(value, Path):
-            value = str(value)
-        if isinstance(value, tuple):
-            value = list(value)
-        if value is not None:
-            plain[field.name] = value
-    return plain

@@ -43,6 +43,31 @@ def run_path(store: Path, name: str) -> Path:
     return store.parent / "runs" / name
 
 
+def find_run(workspace: Path, store: Path | None, name: str) -> Path:
+    """The folder of a run: by its path, or by its name beside the store or anywhere in the workspace.
+
+    Raises
+    ------
+    RunError
+        If there is none of that name, or more than one.
+    """
+    path = Path(name)
+    if path.is_absolute() or len(path.parts) > 1 or (path / "manifest.json").is_file():
+        return path
+    if store is not None:
+        return run_path(store, name)
+    found = sorted(workspace.glob(f"*/runs/{name}"))
+    if not found:
+        raise RunError(
+            f"no run {name} in {workspace}", "a run's name or path", "see `lftpipe info`, or train one"
+        )
+    if len(found) > 1:
+        raise RunError(
+            f"{len(found)} runs named {name}: {', '.join(map(str, found))}", "one of them", "pass its path"
+        )
+    return found[0]
+
+
 def find_runs(store: Path, names: tuple[str, ...]) -> list[Path]:
     """The named runs, or every finished one beside the store.
 

@@ -1,5 +1,7 @@
 """Students from their parts: a teacher's checkpoint and the runs that replace its blocks."""
 
+import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lftpipe import runs
 from lftpipe.errors import LftpipeError, RunError, TeacherError
@@ -16,7 +18,13 @@ from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCaus
 from lftpipe.student.config import Block
 from lftpipe.teacher.source import FAMILIES, Teacher, open_teacher, quiet_transformers
 
-STUDENTS = {kind.family.name: kind for kind in (LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM)}
+#: By family. transformers types its classes too loosely for a checker to follow.
+STUDENTS: dict[str, Any] = {
+    kind.family.name: kind for kind in (LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM)
+}
+
+#: The file of an exported folder that says from what it was made.
+SOURCE = "lftpipe.json"
 
 
 def teacher_of_run(run: Run, workspace: Path) -> Teacher:
@@ -27,11 +35,35 @@ def teacher_of_run(run: Run, workspace: Path) -> Teacher:
     TeacherError
         If it is not found, or its weights are no longer those.
     """
-    recorded = run.teacher
+    return _recorded_teacher(run.teacher, run.path, workspace)
+
+
+def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
+    """The teacher of an exported folder.
+
+    Raises
+    ------
+    RunError
+        If the folder was not exported by lftpipe.
+    TeacherError
+        If the teacher is not found, or its weights changed since.
+    """
+    try:
+        recorded = json.loads((folder / SOURCE).read_text())["teacher"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(
+            f"{folder} without {SOURCE}, which names its teacher",
+            "an exported folder, or a run",
+            "name such a one",
+        ) from error
+    return _recorded_teacher(recorded, folder, workspace)
+
+
+def _recorded_teacher(recorded: dict[str, Any], by: Path, workspace: Path) -> Teacher:
     teacher = open_teacher(recorded["model"], workspace, revision=recorded["revision"])
     if teacher.checkpoint.digest != recorded["weights_digest"]:
         raise TeacherError(
-            f"teacher {recorded['model']} whose weights changed since {run.path} was trained",
+            f"teacher {recorded['model']} whose weights changed since {by} was made",
             f"weights with digest {recorded['weights_digest'][:12]}…",
             "put the old weights back, or train again",
         )
@@ -64,6 +96,12 @@ def build_student(
         if run.teacher["weights_digest"] != teacher.checkpoint.digest:
             raise RunError(f"{run.path}, of another teacher", "runs of one teacher", "name such runs")
     timed = [run for run in opened if run.has_time]
+    if not timed and ((steps or 1) > 1 or (solver or "euler") != "euler"):
+        raise RunError(
+            f"{opened[0].path} in {steps or 1} {solver or 'euler'} steps",
+            "k = 1 with euler: it was trained without time",
+            "leave out --k and --solver, or name a run of a flow",
+        )
     if steps is None:
         steps = _agreed(timed, "walk_steps", "--k", 1)
     if solver is None:
@@ -83,7 +121,6 @@ def build_student(
     config._attn_implementation = teacher.config._attn_implementation
     with torch.device("meta"):
         student = kind(config)
-    # Their own attention in the flow layers follows the student's config, as everywhere in it.
     tensors = _tensors(student, teacher, iter(flows))
     return fill(student, tensors, _generation_config(teacher))
 
@@ -98,6 +135,23 @@ def fill(model: Any, tensors: Mapping[str, Tensor], generation_config: Generatio
     assert not empty, empty
     model.generation_config = generation_config
     return model.eval().requires_grad_(False)
+
+
+def without_layers(model: Any, teacher: Teacher, blocks: Sequence[tuple[int, int]]) -> Any:
+    """The teacher with the layers of these blocks left out: the draft to beat. It shares all tensors."""
+    skipped = {layer for m, n in blocks for layer in range(m, n)}
+    kept = [layer for layer in range(teacher.num_layers) if layer not in skipped]
+    prefix = teacher.family.layers_prefix
+    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{prefix}.")}
+    layers = getattr(model.base_model, teacher.family.model_layers)
+    for index, layer in enumerate(kept):
+        content = layers[layer].state_dict()
+        tensors |= {f"{prefix}.{index}.{name}": value for name, value in content.items()}
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(kept)
+    with torch.device("meta"):
+        draft = type(model)(config)
+    return fill(draft, tensors, model.generation_config).to(model.device)
 
 
 def _agreed(timed: list[Run], field: str, option: str, otherwise: Any) -> Any:
@@ -151,7 +205,7 @@ def _generation_config(teacher: Teacher) -> GenerationConfig:
     return GenerationConfig.from_model_config(teacher.config)
 
 
-def load_teacher(teacher: Teacher) -> PreTrainedModel:
+def load_teacher(teacher: Teacher) -> Any:
     """The whole teacher as a language model, in float32.
 
     Raises
@@ -165,7 +219,7 @@ def load_teacher(teacher: Teacher) -> PreTrainedModel:
         raise TeacherError(error.given, error.expected, "fetch or save the teacher again") from error
 
 
-def load_model(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path) -> Any:
     """A model from a folder in transformers' format: a student, a plain export, a teacher.
 
     Raises
@@ -181,7 +235,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     return _load(folder)
 
 
-def _load(folder: Path) -> PreTrainedModel:
+def _load(folder: Path) -> Any:
     known = [kind for family in FAMILIES for kind in family.model_types]
     known += [kind.config_class.model_type for kind in STUDENTS.values()]
     if not list(folder.glob("*.safetensors")):
@@ -192,8 +246,10 @@ def _load(folder: Path) -> PreTrainedModel:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder)
             if config.model_type not in known:
-                raise RunError(f"{folder} of type {config.model_type}", ", ".join(known), "name another folder")
-            model, report = AutoModelForCausalLM.from_pretrained(
+                raise RunError(
+                    f"{folder} of type {config.model_type}", ", ".join(known), "name another folder"
+                )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
     except LftpipeError:
@@ -202,6 +258,7 @@ def _load(folder: Path) -> PreTrainedModel:
         # transformers, safetensors and torch each have exceptions of their own for a damaged file.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{folder} ({reason})", "a model that loads", "export it again") from error
+    model, report = loaded
     for kind in ("missing", "unexpected", "mismatched"):
         for name in sorted(map(str, report[f"{kind}_keys"])):
             raise RunError(f"{folder}: {kind} tensor {name}", "the model's tensors", "export it again")

@@ -59,7 +59,9 @@ class FlowLayout:
         end = 0
         for block in self.flow_blocks:
             if block.kind not in KINDS:
-                raise SettingsError(f"block of kind {block.kind!r}", f"one of {', '.join(KINDS)}", "mend config.json")
+                raise SettingsError(
+                    f"block of kind {block.kind!r}", f"one of {', '.join(KINDS)}", "mend config.json"
+                )
             if not end <= block.start < block.stop <= self.teacher_layers:
                 raise SettingsError(
                     f"block {block.start}:{block.stop} after layer {end}",

@@ -107,7 +107,7 @@ class LatentFlow:
     _supports_flash_attn = False
     _supports_flex_attn = False
     _can_compile_fullgraph = False
-    _no_split_modules: ClassVar[list[str]] = ["FlowLayer"]
+    _no_split_modules: set[str] | list[str] | None = ["FlowLayer"]  # noqa: RUF012 (read by transformers)
 
     @property
     def student_layers(self) -> nn.ModuleList:
@@ -149,7 +149,9 @@ class LatentFlow:
         """Exchange the list of layers that the family's constructor made."""
         config: FlowLayout = self.config
         layers = nn.ModuleList(
-            self.family.layer(config, place) if isinstance(place, int) else FlowLayer(self.family, config, place)
+            self.family.layer(config, place)
+            if isinstance(place, int)
+            else FlowLayer(self.family, config, place)
             for place in config.places()
         )
         setattr(self, self.family.model_layers, layers)

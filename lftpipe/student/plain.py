@@ -30,7 +30,9 @@ def check_foldable(student: Any) -> None:
         name = f"block {block.start}:{block.stop}"
         if block.kind == "linear":
             raise RunError(
-                f"{name}, a linear map", "a layer: a linear map is none of the family", "use --form latent-flow"
+                f"{name}, a linear map",
+                "a layer: a linear map is none of the family",
+                "use --form latent-flow",
             )
         if block.kind == "layer":
             continue

@@ -1,0 +1,254 @@
+"""`lftpipe generate`: continue a prompt with a student, beside its teacher, or as its teacher's draft."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.table import Table
+
+from lftpipe import runs
+from lftpipe.errors import RunError, SettingsError
+from lftpipe.flow.solver import EVALUATIONS
+from lftpipe.settings import GenerateSettings
+from lftpipe.student.assemble import (
+    build_student,
+    load_model,
+    load_teacher,
+    teacher_of_folder,
+    teacher_of_run,
+    without_layers,
+)
+from lftpipe.student.decoding import Continuation, continue_prompt, speculate, warm_up
+from lftpipe.student.model import LatentFlow
+from lftpipe.teacher.source import Teacher, load_tokenizer, quiet_transformers
+from lftpipe.workspace import find_run
+
+#: The command line hands this stage a stream to write words to while they are made.
+STREAMS = True
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model ready to write, its tokenizer, and from where it came."""
+
+    model: Any
+    tokenizer: Any
+    path: Path
+    is_run: bool
+
+    def plain(self) -> dict[str, Any]:
+        """What it is, JSON-plain."""
+        facts: dict[str, Any] = {"model": str(self.path), "k": None, "solver": None, "nfe": None}
+        if isinstance(self.model, LatentFlow):
+            config = self.model.config
+            steps, solver = config.steps, config.solver
+            facts |= {"k": steps, "solver": solver, "nfe": EVALUATIONS[solver] * steps}
+        return facts
+
+
+def generate(settings: GenerateSettings, out: TextIO | None = None) -> dict[str, Any]:
+    """Continue a prompt.
+
+    Parameters
+    ----------
+    settings
+        Which model, prompt and how.
+    out
+        Where to write words as they are made; None writes nothing.
+
+    Returns
+    -------
+    dict
+        Text and speed, JSON-plain; with `compare` and `draft` also the other models'.
+
+    Raises
+    ------
+    LftpipeError
+        If the model is missing, damaged, or of a teacher that changed, or the prompt does not fit.
+    """
+    _check(settings)
+    assert settings.prompt is not None
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if settings.draft is not None:
+        return _drafted(settings, settings.prompt, out)
+    writer = _open(settings, settings.target or "")
+    _check_length(writer, settings.prompt, settings)
+    result = {"prompt": settings.prompt, "temperature": settings.temperature, "seed": settings.seed}
+    if not settings.compare:
+        with quiet_transformers():
+            return result | writer.plain() | _write(writer.model, writer.tokenizer, settings, out).plain()
+    teacher = _teacher_of(writer, settings)
+    with quiet_transformers():
+        models = (writer.model, load_teacher(teacher).to(settings.device))
+        for model in models:
+            warm_up(model, writer.tokenizer, settings.prompt)
+        ours, theirs = (_write(model, writer.tokenizer, settings, None) for model in models)
+    return (
+        result
+        | writer.plain()
+        | ours.plain()
+        | {
+            "teacher": {"model": teacher.name} | theirs.plain(),
+            "common_tokens": _common(ours.tokens, theirs.tokens),
+            "speed_up": round(ours.tokens_per_second / theirs.tokens_per_second, 4),
+        }
+    )
+
+
+def _check(settings: GenerateSettings) -> None:
+    if not settings.prompt:
+        raise SettingsError("generate without a prompt", "some text to continue", "pass --prompt TEXT")
+    if (settings.target is None) == (settings.draft is None):
+        given = "both a model and --draft" if settings.target else "generate without a model"
+        raise SettingsError(
+            given, "a run or folder, or --draft RUN (its teacher writes then)", "name one of the two"
+        )
+    if settings.draft is not None and (settings.temperature or settings.compare):
+        option = "--temperature" if settings.temperature else "--compare"
+        raise SettingsError(
+            f"--draft with {option}", "greedy text, compared with the teacher's anyway", f"leave out {option}"
+        )
+
+
+def _open(settings: GenerateSettings, name: str) -> Writer:
+    """A run's student, or the model in a folder."""
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        model: Any = load_model(folder)
+        if settings.k or settings.solver:
+            if not isinstance(model, LatentFlow):
+                raise RunError(
+                    f"--k or --solver for {folder}, a {model.config.model_type} model",
+                    "a latent-flow student: only they have steps",
+                    "leave them out, or name the run",
+                )
+            model.set_steps(settings.k or model.config.steps, settings.solver)
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(
+                f"{folder} without a usable tokenizer", "tokenizer.json", "export it again"
+            ) from error
+        return Writer(model.to(settings.device), tokenizer, folder, False)
+    run = runs.open_run(find_run(settings.workspace, settings.store, name))
+    teacher = teacher_of_run(run, settings.workspace)
+    student = build_student(teacher, [run], steps=settings.k, solver=settings.solver)
+    return Writer(student.to(settings.device), load_tokenizer(teacher), run.path, True)
+
+
+def _teacher_of(writer: Writer, settings: GenerateSettings) -> Teacher:
+    if writer.is_run:
+        return teacher_of_run(runs.open_run(writer.path), settings.workspace)
+    return teacher_of_folder(writer.path, settings.workspace)
+
+
+def _check_length(writer: Writer, prompt: str, settings: GenerateSettings) -> None:
+    count, most = len(writer.tokenizer(prompt)["input_ids"]), writer.model.config.max_position_embeddings
+    if count + settings.max_new_tokens > most:
+        raise SettingsError(
+            f"a prompt of {count} tokens and --max-new-tokens {settings.max_new_tokens}",
+            f"at most {most} together, the teacher's context",
+            "shorten the prompt or lower --max-new-tokens",
+        )
+
+
+def _write(model: Any, tokenizer: Any, settings: GenerateSettings, out: TextIO | None) -> Continuation:
+    torch.manual_seed(settings.seed)
+    assert settings.prompt is not None
+    if out is not None:
+        out.write(settings.prompt)
+    return continue_prompt(
+        model, tokenizer, settings.prompt, settings.max_new_tokens, temperature=settings.temperature, out=out
+    )
+
+
+def _drafted(settings: GenerateSettings, prompt: str, out: TextIO | None) -> dict[str, Any]:
+    """The teacher alone, with the student as its draft, and with a draft that skips the block."""
+    draft = _open(settings, settings.draft or "")
+    _check_length(draft, prompt, settings)
+    if not draft.is_run:
+        raise RunError(f"--draft {settings.draft}, a folder", "a run", "name the run it was exported from")
+    run = runs.open_run(draft.path)
+    teacher = teacher_of_run(run, settings.workspace)
+    count = settings.max_new_tokens
+    with quiet_transformers():
+        model = load_teacher(teacher).to(settings.device)
+        skipping = without_layers(model, teacher, [run.block])
+        for each in (model, draft.model, skipping):
+            warm_up(each, draft.tokenizer, prompt)
+        alone = continue_prompt(model, draft.tokenizer, prompt, count)
+        if out is not None:
+            out.write(prompt)
+        ours = speculate(model, draft.model, draft.tokenizer, prompt, count, out=out)
+        skip = speculate(model, skipping, draft.tokenizer, prompt, count)
+
+    def compared(speculation: Any) -> dict[str, Any]:
+        return {
+            "equals_teacher": speculation.continuation.tokens == alone.tokens,
+            "speed_up": round(alone.seconds / speculation.continuation.seconds, 4),
+        }
+
+    return (
+        {"prompt": prompt, "teacher": teacher.name, "draft": draft.plain()}
+        | ours.plain()
+        | compared(ours)
+        | {"teacher_alone": alone.plain(), "skip_draft": skip.plain() | compared(skip)}
+    )
+
+
+def _common(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens agree before the first that does not."""
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        if a != b:
+            return index
+    return min(len(ours), len(theirs))
+
+
+def summary(result: dict[str, Any]) -> str | Table:
+    """Speed; the text was streamed. With `compare`, both texts side by side."""
+    if "skip_draft" in result:
+        return _draft_summary(result)
+    if "teacher" in result:
+        return _side_by_side(result)
+    return f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s{_steps(result)}"
+
+
+def _steps(facts: dict[str, Any]) -> str:
+    return f", {facts['k']} {facts['solver']} steps (NFE {facts['nfe']})" if facts["k"] else ""
+
+
+def _side_by_side(result: dict[str, Any]) -> Table:
+    from rich.markup import escape
+
+    table = Table(title=escape(result["prompt"]), show_lines=True)
+    theirs = result["teacher"]
+    for facts, name in ((theirs, f"teacher {theirs['model']}"), (result, f"student{_steps(result)}")):
+        table.add_column(f"{escape(name)}: {facts['tokens_per_second']:.1f} tokens/s", ratio=1)
+    table.add_row(escape(theirs["text"]), escape(result["text"]))
+    table.caption = (
+        f"the first {result['common_tokens']} tokens agree; student at {result['speed_up']:.2f} of the speed"
+    )
+    return table
+
+
+def _draft_summary(result: dict[str, Any]) -> str:
+    lines = [f"teacher alone: {result['teacher_alone']['tokens_per_second']:.1f} tokens/s"]
+    skip = result["skip_draft"]
+    for name, facts in (
+        (f"drafted by the student{_steps(result['draft'])}", result),
+        ("drafted by skipping", skip),
+    ):
+        rate = facts["acceptance_rate"]
+        accepted = (
+            "nothing proposed"
+            if rate is None
+            else f"{100 * rate:.0f} % of {facts['proposed_tokens']} accepted"
+        )
+        same = "the same text" if facts["equals_teacher"] else "ANOTHER TEXT than the teacher's"
+        speed = f"{facts['tokens_per_second']:.1f} tokens/s ({facts['speed_up']:.2f}x)"
+        lines.append(f"{name}: {speed}, {accepted}, {same}")
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""Continuing a prompt token by token: streamed, timed, and with a draft that runs ahead."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, TextStreamer
+
+#: Tokens of the pass that is not timed: the first calls of a process set up kernels and threads.
+WARM_UP_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote, and how fast."""
+
+    text: str
+    tokens: list[int]
+    seconds: float
+    first_token_seconds: float
+    """Until the first new token: the prompt's forward pass."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second, the prompt's pass included."""
+        return len(self.tokens) / self.seconds
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "new_tokens": len(self.tokens),
+            "seconds": round(self.seconds, 4),
+            "first_token_seconds": round(self.first_token_seconds, 4),
+            "tokens_per_second": round(self.tokens_per_second, 2),
+        }
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """A continuation by the teacher with a draft, and how much of the draft was of use."""
+
+    continuation: Continuation
+    proposed: int
+    """Tokens that the draft wrote ahead."""
+    accepted: int
+    """Those of them that the teacher would have written."""
+    teacher_calls: int
+
+    def plain(self) -> dict[str, Any]:
+        return self.continuation.plain() | {
+            "proposed_tokens": self.proposed,
+            "accepted_tokens": self.accepted,
+            "acceptance_rate": round(self.accepted / self.proposed, 4) if self.proposed else None,
+            "teacher_calls": self.teacher_calls,
+        }
+
+
+class _Streamer(TextStreamer):
+    """Writes whole words to a stream as they are made, and notes when the first token came."""
+
+    def __init__(self, tokenizer: Any, out: TextIO | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._out = out
+        self.first_token: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt and self.first_token is None:
+            self.first_token = time.perf_counter()
+        if self._out is None:
+            self.next_tokens_are_prompt = False
+        else:
+            super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._out is not None:
+            self._out.write(text + ("\n" if stream_end else ""))
+            self._out.flush()
+
+
+def continue_prompt(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    out: TextIO | None = None,
+    draft: Any = None,
+) -> Continuation:
+    """Generate, streaming the text to `out`.
+
+    Parameters
+    ----------
+    model, tokenizer, prompt
+        Who continues what.
+    max_new_tokens
+        At most; the end-of-text token ends the text before.
+    temperature
+        0 is greedy; above, tokens are drawn by torch's generator.
+    out
+        Where words are written as they are made.
+    draft
+        A model that proposes tokens for `model` to accept (assisted generation).
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)  # some tokenizers add them; these families take none
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    options = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        max_new_tokens=max_new_tokens,
+        **sampling,
+    )
+    if draft is not None:
+        inputs["assistant_model"] = draft
+    streamer = _Streamer(tokenizer, out)
+    began = time.perf_counter()
+    produced = model.generate(**inputs, generation_config=options, streamer=streamer)
+    seconds = time.perf_counter() - began
+    new = produced[0, inputs["input_ids"].shape[1] :].tolist()
+    return Continuation(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        tokens=new,
+        seconds=seconds,
+        first_token_seconds=(streamer.first_token or began + seconds) - began,
+    )
+
+
+def speculate(
+    teacher: Any, draft: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, out: TextIO | None = None
+) -> Speculation:
+    """The teacher's greedy continuation, with a draft that writes ahead (assisted generation).
+
+    The draft proposes some tokens, the teacher checks them in one pass, keeps those it would have
+    written and adds one of its own. So its passes are `new tokens - accepted`.
+    """
+    seen = 0
+    calls = 0
+
+    def count(_module: nn.Module, _arguments: Any, named: dict[str, Any]) -> None:
+        nonlocal seen, calls
+        seen += named["input_ids"].shape[1]
+        calls += 1
+
+    hook = teacher.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        continuation = continue_prompt(teacher, tokenizer, prompt, max_new_tokens, out=out, draft=draft)
+    finally:
+        hook.remove()
+    # Every pass but the first also sees the token that the one before added.
+    proposed = seen - len(tokenizer(prompt)["input_ids"]) - (calls - 1)
+    return Speculation(continuation, proposed, len(continuation.tokens) - calls, calls)
+
+
+def warm_up(model: Any, tokenizer: Any, prompt: str) -> None:
+    """Run a model once without timing it."""
+    with torch.inference_mode():
+        continue_prompt(model, tokenizer, prompt, WARM_UP_TOKENS)
