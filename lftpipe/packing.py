@@ -17,7 +17,7 @@ from jaxtyping import Int32
 from lftpipe.corpus import Corpus, Document
 from lftpipe.errors import CorpusError
 
-SPLITS = ("train", "validation")
+SPLITS: tuple[str, ...] = ("train", "validation")
 
 #: Share of the documents that are held out, by the hash of their text. One in sixteen is
 #: enough for the usual ten-to-one budgets, and a teacher trained on the rest never saw them.

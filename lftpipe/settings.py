@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lftpipe.errors import SettingsError
 
@@ -234,7 +234,8 @@ def parse_layers(text: str, num_states: int) -> tuple[int, ...]:
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         start, stop = int(match[1]), int(match[2])
         if start >= stop:
-            raise SettingsError(f"layers {text}", "a half-open range m:n with m < n", f"try {stop}:{start}")
+            right = f"{stop}:{start}" if start > stop else f"{start}:{start + 1}"
+            raise SettingsError(f"layers {text}", "a half-open range m:n with m < n", f"try {right}")
         chosen = range(start, stop)
     elif re.fullmatch(r"\d+(,\d+)*", text):
         chosen = sorted({int(part) for part in text.split(",")})
@@ -270,3 +271,17 @@ def parse_block(text: str, num_layers: int) -> tuple[int, int]:
             f"block {text}", f"n at most {num_layers}, the teacher's layers", "choose a block inside them"
         )
     return m, n
+
+
+def to_plain(settings: Common) -> dict[str, Any]:
+    """Settings as JSON- and TOML-ready values."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, Path):
+            value = str(value)
+        if isinstance(value, tuple):
+            value = list(value)
+        if value is not None:
+            plain[field.name] = value
+    return plain

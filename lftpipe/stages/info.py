@@ -62,6 +62,7 @@ def _of_store(store: Store) -> dict[str, Any]:
         "path": str(store.path),
         "fingerprint": store.fingerprint,
         "identity": store.identity,
+        "details": store.spec.details,
         "layers": list(store.layers),
         "attention_layers": list(store.attention_layers),
         "context": store.context,
@@ -112,20 +113,20 @@ def summary(result: dict[str, Any]) -> Group | Table:
             if key not in ("kind", "path"):
                 table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
         return table
-    identity = result["identity"]
-    teacher, corpus = identity["teacher"], identity["corpus"]
+    identity, details = result["identity"], result["details"]
+    teacher, digest = identity["teacher"], details["corpus_digest"]
     tokens = ", ".join(f"{count:,} {split}" for split, count in result["tokens"].items())
     table.add_row(
         "teacher", f"{teacher['name']} ({teacher['family']}, weights {teacher['weights_digest'][:12]})"
     )
-    table.add_row("corpus", f"{corpus['name']} (train {corpus['digest']['train'][:12]})")
+    table.add_row("corpus", f"{identity['corpus']} (train {digest['train'][:12]})")
     table.add_row("tokens", f"{tokens}, in sequences of {result['context']}")
     table.add_row("states", f"{len(result['layers'])} x {result['width']} features, {result['dtype']}")
     table.add_row("attention contexts", str(len(result["attention_layers"])))
     size = progress.human_bytes(result["bytes"])
     table.add_row("size", f"{size}, 1 : {result['compression']:.2f} to float16")
     table.add_row("computed in", identity["compute_dtype"])
-    table.add_row("made by", ", ".join(f"{name} {version}" for name, version in identity["versions"].items()))
+    table.add_row("made by", ", ".join(f"{name} {version}" for name, version in details["versions"].items()))
     table.add_row("fingerprint", result["fingerprint"])
     layers = Table(
         "state", "RMS", "RMS w/o position 0", "largest", "position", "channel", title="activations"

@@ -196,7 +196,7 @@ def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
         if step % 20 == 0:
             rate = (step - first) * arguments.batch * CONTEXT / (time.time() - started)
             print(f"step {step} loss {loss.item():.4f} {rate:.0f} tokens/s", flush=True)
-        if step % 200 == 0 or step == steps:
+        if step % 100 == 0 or step == steps:
             save()
             print(
                 f"held-out bits per byte {bits_per_byte(model, data['validation'][:64], tokenizer):.4f}",
@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/pythia-tiny"))
     parser.add_argument("--work", type=Path, default=Path("data/pythia-tiny-training"))
-    parser.add_argument("--tokens", type=int, default=12_000_000)
+    parser.add_argument("--tokens", type=int, default=9_000_000)
     parser.add_argument("--batch", type=int, default=16, help=f"sequences of {CONTEXT} tokens")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)

@@ -1,0 +1,161 @@
+"""What an extraction will compute and write, how large that is, and whether it fits."""
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lftpipe import progress
+from lftpipe.corpus import Corpus, open_corpus
+from lftpipe.errors import SettingsError, StoreError
+from lftpipe.settings import ExtractSettings, parse_layers
+from lftpipe.teacher.compute import resolve_compute_dtype
+from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.trunk import Trunk
+from lftpipe.workspace import STORE_NAME
+
+#: Aim for the bytes of one shard: large enough to write in one sweep, small enough to redo after a kill.
+SHARD_BYTES = 128 * 2**20
+
+BYTES_PER_FEATURE = {"float16": 2.0, "float32": 4.0, "int8": 612 / 576}
+
+#: Room left free on the disk beside the store.
+DISK_MARGIN = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extraction will compute and write."""
+
+    teacher: Teacher
+    corpus: Corpus
+    path: Path
+    layers: tuple[int, ...]
+    attention_layers: tuple[int, ...]
+    context: int
+    wanted: dict[str, int]
+    batch_sequences: int
+    sequences_per_shard: int
+    compute_dtype: torch.dtype
+    dtype: str
+
+    @property
+    def num_states(self) -> int:
+        """States and attention contexts stored of every position."""
+        return len(self.layers) + len(self.attention_layers)
+
+    def array_bytes(self) -> dict[str, int]:
+        """Bytes of every array on the disk, both splits together."""
+        positions_ = sum(self.wanted.values()) * self.context
+        state = BYTES_PER_FEATURE[self.dtype] * self.teacher.width
+        return {
+            "hidden": int(positions_ * len(self.layers) * state),
+            "attention": int(positions_ * len(self.attention_layers) * state),
+            "tokens": positions_ * 4,
+            "document": positions_ * 4,
+        }
+
+
+def make_plan(settings: ExtractSettings) -> Plan:
+    """Resolve names and sizes, and refuse what cannot work, before anything is read or written."""
+    teacher = open_teacher(
+        settings.model,
+        settings.workspace,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    longest = getattr(teacher.config, "max_position_embeddings", settings.context)
+    if settings.context > longest:
+        raise SettingsError(
+            f"--context {settings.context}", f"at most {longest}, the teacher's", f"pass --context {longest}"
+        )
+    name = settings.corpus or teacher.corpus
+    if name is None:
+        raise SettingsError(
+            f"no corpus for {settings.model}",
+            "--corpus, as this teacher has no default",
+            "name a file or folder",
+        )
+    layers = parse_layers(settings.layers, teacher.num_layers + 1)
+    attention = tuple(l for l in layers if l < max(layers)) if settings.attention else ()  # noqa: E741
+    state = BYTES_PER_FEATURE[settings.dtype] * teacher.width * settings.context
+    batch = max(1, settings.batch_tokens // settings.context)
+    per_shard = max(1, int(SHARD_BYTES / (state * len(layers))))
+    wanted = {
+        "train": math.ceil(settings.tokens / settings.context),
+        "validation": math.ceil(settings.validation_tokens / settings.context),
+    }
+    return Plan(
+        teacher=teacher,
+        corpus=open_corpus(name),
+        path=settings.store or settings.workspace / teacher.name / STORE_NAME,
+        layers=layers,
+        attention_layers=attention,
+        context=settings.context,
+        wanted=wanted,
+        batch_sequences=min(batch, per_shard),
+        # Whole batches to a shard: bf16 results depend on the batch, so a shard redone after a kill
+        # must be computed in the same batches.
+        sequences_per_shard=max(per_shard // batch * batch, min(batch, per_shard)),
+        compute_dtype=resolve_compute_dtype(settings.compute_dtype, settings.device),
+        dtype=settings.dtype,
+    )
+
+
+def check_disk(plan: Plan) -> None:
+    """Refuse a run that would not fit, counting what an interrupted run has written already."""
+    needed = sum(plan.array_bytes().values())
+    there = (
+        sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file())
+        if plan.path.exists()
+        else 0
+    )
+    parent = next(folder for folder in (plan.path, *plan.path.parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed - there > free - DISK_MARGIN:
+        raise StoreError(
+            f"a store of {progress.human_bytes(needed)} with {progress.human_bytes(free)} free at {parent}",
+            "room for it",
+            "free space, or pass fewer --layers or --tokens, --no-attention or another --store",
+        )
+
+
+def dry_run(plan: Plan) -> dict[str, Any]:
+    """The plan's figures, with a time estimated from a short measured probe."""
+    trunk = Trunk(plan.teacher, max(plan.layers), plan.compute_dtype)
+    rng = np.random.default_rng(0)
+    shape = (plan.batch_sequences, plan.context)
+    probe = torch.from_numpy(rng.integers(0, plan.teacher.config.vocab_size, shape))
+    places = torch.arange(plan.context).expand(shape)
+
+    def timed() -> float:
+        started = time.monotonic()
+        trunk.run(probe, places)
+        return time.monotonic() - started
+
+    timed()  # the first pass also sets up kernels
+    rate = probe.numel() / min(timed() for _ in range(2))
+    parent = next(folder for folder in (plan.path, *plan.path.parents) if folder.exists())
+    by_array = plan.array_bytes()
+    tokens = {split: count * plan.context for split, count in plan.wanted.items()}
+    return {
+        "store": str(plan.path),
+        "dry_run": True,
+        "teacher": plan.teacher.name,
+        "corpus": plan.corpus.name,
+        "tokens": tokens,
+        "layers": list(plan.layers),
+        "attention_layers": list(plan.attention_layers),
+        "dtype": plan.dtype,
+        "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
+        "bytes": sum(by_array.values()),
+        "bytes_by_array": by_array,
+        "free_bytes": shutil.disk_usage(parent).free,
+        "probe_tokens_per_second": round(rate, 1),
+        "seconds": round(sum(tokens.values()) / rate, 1),
+    }
