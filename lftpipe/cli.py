@@ -24,6 +24,7 @@ import typer
 import lftpipe
 from lftpipe import settings as settings_module
 from lftpipe.errors import LftpipeError, SettingsError
+from lftpipe.recipe import from_recipe
 from lftpipe.settings import Common
 
 app = typer.Typer(
@@ -108,7 +109,7 @@ def _command(name: str, kind: type[Common], place: str) -> Callable[..., None]:
         def call() -> None:
             parsed = {key: _parse(key, hints[key], value) for key, value in given.items()}
             parsed = {key: value for key, value in parsed.items() if value not in (None, ())}
-            settings = settings_module.from_recipe(kind, recipe, name, parsed)
+            settings = from_recipe(kind, recipe, name, parsed)
             module, function = place.split(":")
             stage = importlib.import_module(module)
             if getattr(stage, "STREAMS", False) and not as_json:
@@ -148,7 +149,8 @@ def _command(name: str, kind: type[Common], place: str) -> Callable[..., None]:
 def _print(summary: Any) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=isinstance(summary, str), highlight=False).print(summary)
+    # No markup: paths may have brackets in them.
+    Console(soft_wrap=isinstance(summary, str), highlight=False, markup=False).print(summary)
 
 
 def guarded(call: Callable[[], None], *, debug: bool) -> None:
@@ -183,7 +185,7 @@ def guarded(call: Callable[[], None], *, debug: bool) -> None:
             raise
         reason = " ".join(str(error).split())[:300]
         _fail(
-            f"given: {type(error).__name__}: {reason} / expected: no such thing: this is a defect of lftpipe / "
+            f"given: {type(error).__name__}: {reason} / expected: no such thing, a defect of lftpipe / "
             "do: run again with --debug and report what it shows"
         )
 

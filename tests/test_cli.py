@@ -1,0 +1,203 @@
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import lftpipe
+from lftpipe import cli
+from lftpipe.errors import RunError
+from lftpipe.settings import TrainSettings
+
+
+@pytest.fixture
+def run(capsys):
+    """Type a command; its exit status, stdout and stderr."""
+
+    def type_(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.app(list(arguments), prog_name="lftpipe")
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return type_
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Put a function in the place of `lftpipe train`'s."""
+
+    def install(function, summary=lambda result: f"made {result['run']}") -> None:
+        fake = SimpleNamespace(train=function, summary=summary)
+        monkeypatch.setitem(sys.modules, "lftpipe.stages.train", fake)
+
+    return install
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ
+    )
+
+
+HEAVY = ["torch", "transformers", "zarr", "datasets", "scipy", "matplotlib", "ot", "pyarrow"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["extract", "--nonsense"]])
+def test_help_and_usage_errors_load_nothing_heavy(arguments):
+    code = f"""
+import sys
+from lftpipe.cli import main
+try:
+    main()
+finally:
+    print("loaded:", [name for name in {HEAVY} if name in sys.modules])
+"""
+    done = python(code, *arguments)
+    assert done.returncode == (2 if "--nonsense" in arguments else 0), done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(run, command):
+    status, out, err = run(command, "--help")
+    assert (status, err) == (0, "")
+    assert "--workspace" in out and "--json" in out and "--debug" in out
+
+
+CONTRACT = {
+    "extract": "--model --corpus --layers --context --tokens --validation-tokens --store --attention "
+    "--no-attention --dtype --compute-dtype --batch-tokens --device --threads --seed --dry-run --resume "
+    "--no-resume --revision --trust-remote-code --force",
+    "recouple": "--tokens --batches --metric --layers --seed --out",
+    "train": "--block --objective --walk-steps --solver --tokens --batch-tokens --learning-rate --seed --run "
+    "--resume --from-cache --from-teacher --device",
+    "evaluate": "--k --skips --out",
+}
+
+
+@pytest.mark.parametrize("command", CONTRACT)
+def test_the_contracts_options_are_there(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("TERMINAL_WIDTH", "300")
+    words = set(run(command, "--help")[1].replace(",", " ").replace("/", " ").split())
+    assert set(CONTRACT[command].split()) - words == set()
+
+
+def test_the_version(run):
+    assert run("--version") == (0, lftpipe.__version__ + "\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tarin"],
+        ["train", "--objective", "magic"],
+        ["train", "--tokens", "many"],
+        ["extract", "--dtype", "float64"],
+        ["verify", "a", "b"],
+    ],
+)
+def test_wrong_usage_exits_with_2(run, arguments):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert "Error" in err
+
+
+def test_options_become_settings(run, stage, tmp_path):
+    seen = []
+    stage(lambda settings: seen.append(settings) or {"run": "x"})
+    (tmp_path / "r.toml").write_text("[train]\nseed = 5\nclip = 2.0\n")
+    arguments = ["--block", "1:3", "--from-teacher", "--seed", "0", "--recipe", str(tmp_path / "r.toml")]
+    assert run("train", *arguments)[0] == 0
+    assert seen[0] == TrainSettings(block="1:3", from_teacher=True, seed=0, clip=2.0)
+    assert run("train", "--from-cache")[0] == 0
+    assert seen[1] == TrainSettings()
+
+
+def test_json_is_exactly_one_object_and_the_summary_is_for_people(run, stage):
+    stage(lambda settings: {"run": "data/[x]/a", "loss": 0.5})
+    status, out, err = run("train", "--json")
+    assert (status, json.loads(out), err) == (0, {"run": "data/[x]/a", "loss": 0.5}, "")
+    assert out.count("\n") == 1
+    assert run("train") == (0, "made data/[x]/a\n", "")  # brackets are no markup
+
+
+def test_a_result_that_failed_exits_with_1(run, stage):
+    stage(lambda settings: {"run": "x", "failed": True})
+    assert run("train")[:2] == (1, "made x\n")
+
+
+def failing(error: BaseException):
+    def stage(settings):
+        raise error
+
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RunError("a\nb", "c", "d"), "error: given: a b / expected: c / do: d"),
+        (
+            OSError(28, "No space left on device", "/x"),
+            r"error: given: No space left on device at /x / expected: ",
+        ),
+        (OSError(13, "Permission denied", "/x"), "error: given: Permission denied at /x / expected: "),
+        (
+            ZeroDivisionError("division by zero"),
+            "error: given: ZeroDivisionError: division by zero / expected: ",
+        ),
+    ],
+)
+def test_an_error_is_one_line_with_the_cure_and_debug_shows_where(run, stage, error, line):
+    stage(failing(error))
+    for json_option in ([], ["--json"]):
+        status, out, err = run("train", *json_option)
+        assert (status, out) == (1, "")
+        assert err.startswith(line) and " / do: " in err
+        assert err.count("\n") == 1 and "Traceback" not in err
+    with pytest.raises(type(error)) as raised:
+        cli.app(["train", "--debug"], prog_name="lftpipe")
+    assert raised.value is error
+
+
+def test_debug_prints_the_traceback():
+    code = """
+import sys, types
+from lftpipe.errors import StoreError
+def train(settings):
+    raise StoreError("no store", "one", "make it")
+sys.modules["lftpipe.stages.train"] = types.SimpleNamespace(train=train)
+from lftpipe.cli import main
+main()
+"""
+    done = python(code, "train", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("lftpipe.errors.StoreError")
+    done = python(code, "train")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: given: no store / expected: one / do: make it\n"
+
+
+def test_an_interrupt_is_no_traceback(run, stage):
+    stage(failing(KeyboardInterrupt()))
+    status, out, err = run("train")
+    assert (status, out) == (130, "")
+    assert "--resume goes on" in err and err.count("\n") == 1
+
+
+def test_a_recipe_with_an_unknown_key_is_refused_before_the_stage_runs(run, stage, tmp_path):
+    stage(failing(AssertionError("the stage ran")))
+    (tmp_path / "r.toml").write_text("[train]\nlearning_rat = 1\n")
+    status, out, err = run("train", "--recipe", str(tmp_path / "r.toml"))
+    assert (status, out) == (1, "")
+    assert "'learning_rat' in [train]" in err
+
+
+def test_a_list_of_numbers_is_a_list_of_numbers(run):
+    status, _, err = run("evaluate", "--k", "1,two")
+    assert status == 1
+    assert err.startswith("error: given: --k 1,two / expected: numbers with commas between, as in 1,2,3")
