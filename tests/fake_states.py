@@ -1,5 +1,6 @@
 """A teacher for tests of the store: states that are a pure function of array, layer and sequence."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def files(path: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
     }
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    """For a Python that finds lftpipe, and the distributions in these folders."""
+    paths = [*map(str, folders), str(Path(__file__).parents[1]), *sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 if __name__ == "__main__":  # a writer to be killed: path, train sequences, validation sequences

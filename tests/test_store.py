@@ -145,8 +145,8 @@ def test_the_reader_says_what_it_has(path):
     for wrong in (-1, 10):
         with pytest.raises(IndexError, match=f"sequence {wrong} of 10 in train"):
             store.read("train", 0, [wrong])
-    with pytest.raises(ValueError, match=r"out is float32 .* not a C-contiguous float16"):
-        store.read("train", 0, [0], out=np.empty((1, 6, 40), np.float32))
+    with pytest.raises(ValueError, match=r"out is float64 .* not a C-contiguous float16"):
+        store.read("train", 0, [0], out=np.empty((1, 6, 40), np.float64))
 
 
 def test_a_reader_can_be_sent_to_another_process(path):

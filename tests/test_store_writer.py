@@ -1,14 +1,13 @@
 """What the writer refuses, keeps and does again."""
 
 import fcntl
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_states import files, fill, make_spec, states, tokens, write
+from fake_states import environment, files, fill, make_spec, states, tokens, write
 
 from lftpipe.errors import StoreError
 from lftpipe.store import Store, StoreWriter
@@ -187,10 +186,6 @@ def test_a_second_writer_is_refused_also_in_another_process(path):
         assert other.returncode == 1
         assert "is being written by another process" in other.stderr
     write(path, make_spec())
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
 
 
 def test_the_lock_is_the_kernels(path):

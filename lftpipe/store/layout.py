@@ -162,6 +162,9 @@ def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
 
+    from lftpipe.store.zarr_codec import Int8Codec, register
+
+    register()
     store = MemoryStore()
     root = zarr.create_group(store, attributes={**root_attributes(spec), "complete": complete})
     for split, sequences in spec.sequences.items():
@@ -174,7 +177,7 @@ def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
                 chunks=(*front, 1, *array.chunk),
                 shards=array.shape(spec.sequences_per_shard),
                 dtype=array.dtype,
-                serializer=BytesCodec(endian="little"),
+                serializer=Int8Codec() if array.coded else BytesCodec(endian="little"),
                 compressors=Crc32cCodec(),
                 # A missing chunk must never look like data: no state is NaN, no token is negative.
                 fill_value=float("nan") if array.layers else -1,

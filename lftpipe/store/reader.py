@@ -10,6 +10,7 @@ from jaxtyping import Float, Int32
 
 from lftpipe.errors import StoreError
 from lftpipe.store.batches import Batch, States, batch_sequences, read_ahead
+from lftpipe.store.codec import decode, widen
 from lftpipe.store.journal import Manifest, progress
 from lftpipe.store.layout import ArrayLayout, StoreSpec
 from lftpipe.store.shard import ChunkReader, DamagedShardError
@@ -137,7 +138,8 @@ class Store:
         sequences
             Indices in any order, repeated or not.
         out
-            Array to read into, C-contiguous, of the storage dtype; a new one if left out.
+            Array to read into, C-contiguous, of float32 or the storage dtype; a new one of the storage dtype
+            (float16 for int8) if left out. Int8 is decoded to float32 three times as fast as to float16.
 
         Raises
         ------
@@ -159,6 +161,7 @@ class Store:
         array: str = "hidden",
         prefetch: int = 2,
         with_tokens: bool = True,
+        dtype: str | None = None,
     ) -> Iterator[Batch]:
         """Endless batches, shuffled over the whole split anew each epoch, read ahead by a thread.
 
@@ -173,13 +176,15 @@ class Store:
         prefetch
             Batches kept ready; their memory is reused, so that a batch is valid until the next one is asked
             for. 0 reads without a thread.
+        dtype
+            Of the states: the storage dtype, or ``"float32"``.
         """
         count = self.num_sequences(split)
         if count == 0 or batch_size < 1 or min(prefetch, seed, start_step) < 0:
             given = f"{batch_size=}, {prefetch=}, {seed=}, {start_step=}"
             raise ValueError(f"there are no such batches of {count} {split} sequences: {given}")
         shape = (batch_size, self.context, self.width)
-        dtypes = {layer: self._layout(array, layer).dtype for layer in layers}
+        stored = {layer: self._layout(array, layer).dtype for layer in layers}
 
         def fill(step: int, states: States) -> Batch:
             wanted = batch_sequences(count, batch_size, seed, step)
@@ -189,7 +194,7 @@ class Store:
             return Batch(step, wanted, states, *rows)
 
         buffers = [
-            {layer: np.empty(shape, dtype) for layer, dtype in dtypes.items()}
+            {layer: np.empty(shape, dtype or own) for layer, own in stored.items()}
             for _ in range(prefetch + 2 if prefetch else 1)
         ]
         return read_ahead(fill, buffers, start_step)
@@ -207,7 +212,7 @@ class Store:
         shape = (len(wanted), *layout.chunk)
         if out is None:
             out = np.empty(shape, layout.dtype)
-        elif out.shape != shape or out.dtype != layout.dtype or not out.flags.c_contiguous:
+        elif out.shape != shape or not out.flags.c_contiguous or out.dtype not in (layout.dtype, "float32"):
             raise ValueError(
                 f"out is {out.dtype} {out.shape}, not a C-contiguous {layout.dtype} array of shape {shape}"
             )
@@ -216,8 +221,7 @@ class Store:
                 raise IndexError(f"sequence {sequence} of {count} in {split}")
             index, within = divmod(int(sequence), self.spec.sequences_per_shard)
             try:
-                shard = self._shard(array, split, index)
-                shard.read(layout.chunk_number(layer, within), row)
+                _read_chunk(layout, self._shard(array, split, index), layout.chunk_number(layer, within), row)
             except (DamagedShardError, FileNotFoundError) as error:
                 raise StoreError(
                     f"{array} of {split}, shard {index}: {error}",
@@ -242,3 +246,12 @@ class Store:
     def _open_shard(self, array: str, split: str, index: int) -> ChunkReader:
         layout = self._arrays[array]
         return ChunkReader(self.path / layout.file(split, index), layout.chunks_per_shard)
+
+
+def _read_chunk(layout: ArrayLayout, shard: ChunkReader, chunk: int, row: np.ndarray) -> None:
+    if layout.coded:
+        decode(shard.read(chunk), row)
+    elif row.dtype == layout.dtype:
+        shard.read(chunk, row)
+    else:
+        row[...] = widen(shard.read(chunk, np.empty(layout.chunk, layout.dtype)))

@@ -7,6 +7,7 @@ from jaxtyping import Shaped
 
 from lftpipe.errors import StoreError
 from lftpipe.manifest import sync_folder
+from lftpipe.store.codec import encode
 from lftpipe.store.journal import Records, disk_errors
 from lftpipe.store.layout import ArrayLayout, ShardKey
 from lftpipe.store.shard import ChunkReader, ChunkWriter, DamagedShardError
@@ -72,9 +73,10 @@ class ShardWriter:
                 f"of {layout.chunk}"
             )
         for within, values in enumerate(block, start=begin):
-            chunk = self._storable(layout, layer, within, values)
+            values = self._storable(layout, layer, within, values)
+            encoded = encode(values) if layout.coded else values
             with disk_errors(self._store):
-                self._chunks[array].put(layout.chunk_number(layer, within), chunk)
+                self._chunks[array].put(layout.chunk_number(layer, within), encoded)
 
     def begin(self) -> None:
         """Open the files; when a store grows, copy what the last shard holds from the file to be replaced."""
