@@ -59,7 +59,7 @@ def task(label: str, total: int, unit: str) -> Iterator[Task]:
         yield Task(label, total, unit, live)
 
 
-def human(number: float) -> str:
+def human(number: int | float) -> str:
     """1234567 as '1.2M'."""
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
@@ -67,7 +67,7 @@ def human(number: float) -> str:
     return f"{number:.0f}"
 
 
-def human_bytes(number: float) -> str:
+def human_bytes(number: int | float) -> str:
     """Bytes in decimal units: '4.6 GB'."""
     text = human(number)
     return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"

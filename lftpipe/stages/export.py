@@ -140,8 +140,9 @@ def model_card(result: dict[str, Any], teacher: Teacher, opened: Sequence[Run]) 
     if plain:
         lines += [
             f"The steps are unrolled exactly into ordinary layers: this is a {result['model_type']} "
-            f"checkpoint of {result['layers']} layers that any runtime of that family loads. Its logits differ from the "
-            f"flow's by at most {result['max_logit_difference']:.1e} in float32, on random tokens.",
+            f"checkpoint of {result['layers']} layers that any runtime of that family loads. Its logits "
+            f"differ from the flow's by at most {result['max_logit_difference']:.1e} in float32, on random "
+            "tokens.",
             "",
         ]
     lines += ["| run | block | objective | seed | training tokens | store |", "|---|---|---|---|---|---|"]

@@ -1,8 +1,9 @@
 """`lftpipe generate`: continue a prompt with a student, beside its teacher, or as its teacher's draft."""
 
 from dataclasses import dataclass
+from io import TextIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -40,14 +41,18 @@ class Writer:
     def plain(self) -> dict[str, Any]:
         """What it is, JSON-plain."""
         facts: dict[str, Any] = {"model": str(self.path), "k": None, "solver": None, "nfe": None}
-        if isinstance(self.model, LatentFlow):
+        if _has_steps(self.model):
             config = self.model.config
             steps, solver = config.steps, config.solver
             facts |= {"k": steps, "solver": solver, "nfe": EVALUATIONS[solver] * steps}
         return facts
 
 
-def generate(settings: GenerateSettings, out: TextIO | None = None) -> dict[str, Any]:
+def _has_steps(model: Any) -> bool:
+    return isinstance(model, LatentFlow)
+
+
+def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> dict[str, Any]:
     """Continue a prompt.
 
     Parameters
@@ -118,7 +123,7 @@ def _open(settings: GenerateSettings, name: str) -> Writer:
     if (folder / "config.json").is_file():
         model: Any = load_model(folder)
         if settings.k or settings.solver:
-            if not isinstance(model, LatentFlow):
+            if not _has_steps(model):
                 raise RunError(
                     f"--k or --solver for {folder}, a {model.config.model_type} model",
                     "a latent-flow student: only they have steps",
@@ -156,7 +161,7 @@ def _check_length(writer: Writer, prompt: str, settings: GenerateSettings) -> No
         )
 
 
-def _write(model: Any, tokenizer: Any, settings: GenerateSettings, out: TextIO | None) -> Continuation:
+def _write(model: Any, tokenizer: Any, settings: GenerateSettings, out: TextIOBase | None) -> Continuation:
     torch.manual_seed(settings.seed)
     assert settings.prompt is not None
     if out is not None:
@@ -166,7 +171,7 @@ def _write(model: Any, tokenizer: Any, settings: GenerateSettings, out: TextIO |
     )
 
 
-def _drafted(settings: GenerateSettings, prompt: str, out: TextIO | None) -> dict[str, Any]:
+def _drafted(settings: GenerateSettings, prompt: str, out: TextIOBase | None) -> dict[str, Any]:
     """The teacher alone, with the student as its draft, and with a draft that skips the block."""
     draft = _open(settings, settings.draft or "")
     _check_length(draft, prompt, settings)

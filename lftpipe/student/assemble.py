@@ -250,7 +250,12 @@ def _load(folder: Path) -> Any:
                     f"{folder} of type {config.model_type}", ", ".join(known), "name another folder"
                 )
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are reported below, by name
+                output_loading_info=True,
             )
     except LftpipeError:
         raise

@@ -1,7 +1,7 @@
 """The config of a student: its teacher's config, and which blocks a flow layer replaces."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 from transformers import GPTNeoXConfig, LlamaConfig
 
@@ -97,6 +97,9 @@ class FlowLayout:
         return 0 if place.kind == "linear" else EVALUATIONS[self.solver] * self.steps
 
 
+# transformers makes these dataclasses whose `__init__` takes any keyword, which checkers at run time
+# that read its signature (jaxtyping's hook in tests) do not see.
+@no_type_check
 class LatentFlowGPTNeoXConfig(FlowLayout, GPTNeoXConfig):
     """A GPT-NeoX teacher's config with blocks replaced."""
 
@@ -111,6 +114,7 @@ class LatentFlowGPTNeoXConfig(FlowLayout, GPTNeoXConfig):
         super().__post_init__(**kwargs)
 
 
+@no_type_check
 class LatentFlowLlamaConfig(FlowLayout, LlamaConfig):
     """A Llama teacher's config with blocks replaced."""
 

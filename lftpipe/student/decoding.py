@@ -2,7 +2,8 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any, TextIO
+from io import TextIOBase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Speculation:
 class _Streamer(TextStreamer):
     """Writes whole words to a stream as they are made, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, out: TextIO | None) -> None:
+    def __init__(self, tokenizer: Any, out: TextIOBase | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._out = out
         self.first_token: float | None = None
@@ -86,7 +87,7 @@ def continue_prompt(
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
-    out: TextIO | None = None,
+    out: TextIOBase | None = None,
     draft: Any = None,
 ) -> Continuation:
     """Generate, streaming the text to `out`.
@@ -130,7 +131,13 @@ def continue_prompt(
 
 
 def speculate(
-    teacher: Any, draft: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, out: TextIO | None = None
+    teacher: Any,
+    draft: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    out: TextIOBase | None = None,
 ) -> Speculation:
     """The teacher's greedy continuation, with a draft that writes ahead (assisted generation).
 

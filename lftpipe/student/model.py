@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import GPTNeoXForCausalLM, GPTNeoXModel, LlamaForCausalLM, LlamaModel, initialization
+from transformers import GPTNeoXForCausalLM, GPTNeoXModel, LlamaForCausalLM, LlamaModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from lftpipe.errors import RunError
 from lftpipe.flow.linear import LinearMap
 from lftpipe.flow.solver import Method, ODESolver
-from lftpipe.flow.velocity import Modulation, Velocity
+from lftpipe.flow.velocity import Velocity
 from lftpipe.student.config import Block, FlowLayout, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
 from lftpipe.teacher.family import AttentionContext, Branches, Family
 from lftpipe.teacher.gpt_neox import GPT_NEOX
@@ -60,6 +60,9 @@ class FlowLayer(GradientCheckpointingLayer):
             self.velocity = Velocity(
                 Branches(family, config, 0), config.hidden_size, time=block.kind == "flow", shift=block.shift
             )
+            if self.velocity.modulation is not None:
+                # Tells transformers to leave it as it is in a model with new weights: zero.
+                self.velocity.modulation.head._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
         self.method: Method = "euler"
         self.steps = 1
         self.first_slot = 0
@@ -157,12 +160,6 @@ class LatentFlow:
         setattr(self, self.family.model_layers, layers)
         self._number_slots()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(module, Modulation):
-            initialization.zeros_(module.head.weight)  # leaves alone what was loaded, unlike torch's
-            initialization.zeros_(module.head.bias)
-
     @classmethod
     def from_pretrained(cls, folder: Any, *arguments: Any, **options: Any) -> Any:
         """As transformers has it, but a tensor that is missing, extra or misshapen is an error.
@@ -175,7 +172,8 @@ class LatentFlow:
             Naming the tensor.
         """
         wants_report = options.pop("output_loading_info", False)
-        options["use_safetensors"] = True
+        # A mismatch that is reported has a name, one that is raised has none.
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         model, report = super().from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]
             folder, *arguments, output_loading_info=True, **options
         )

@@ -40,7 +40,7 @@ class Family:
     mlp_norm: str
     mlp: str
     attention_output: str
-    """The linear map that ends the attention branch; `mlp_output` ends the MLP. Exports fold gates into them."""
+    """The linear map that ends the attention branch; `mlp_output` ends the MLP's. Exports fold gates in."""
     mlp_output: str
     cache_argument: str
     """What a layer and its attention call the KV cache."""

@@ -1,0 +1,332 @@
+"""The student is what its parts make it, and a language model like any other of transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_students import save_run, tokens
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from lftpipe import runs
+from lftpipe.errors import RunError, SettingsError, TeacherError
+from lftpipe.flow.solver import ODESolver
+from lftpipe.student.assemble import build_student, load_model, load_teacher, teacher_of_run
+from lftpipe.student.config import LatentFlowGPTNeoXConfig
+from lftpipe.student.model import LatentFlowGPTNeoXForCausalLM
+from lftpipe.teacher.family import attention_context
+from lftpipe.teacher.parts import Tail, load_rotary
+from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.trunk import Trunk
+
+ATOL = 1e-4
+
+
+@pytest.fixture
+def run(teacher: Teacher, tmp_path: Path) -> runs.Run:
+    return save_run(tmp_path / "flow", teacher, (1, 3))
+
+
+@pytest.fixture
+def student(teacher: Teacher, run: runs.Run) -> Any:
+    return build_student(teacher, [run])
+
+
+@pytest.fixture
+def neox_run(neox_teacher: Teacher, tmp_path: Path) -> runs.Run:
+    return save_run(tmp_path / "neox-flow", neox_teacher, (1, 3))
+
+
+@pytest.fixture
+def neox_student(neox_teacher: Teacher, neox_run: runs.Run) -> Any:
+    return build_student(neox_teacher, [neox_run])
+
+
+def greedy(model: Any, prompt: torch.Tensor, count: int = 8, **options: Any) -> torch.Tensor:
+    return model.generate(
+        prompt,
+        **({"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options),
+    )
+
+
+@pytest.mark.parametrize(("k", "solver"), [(1, "euler"), (3, "midpoint")])
+@torch.inference_mode()
+def test_logits_are_trunk_then_flow_then_tail(
+    teacher: Teacher, run: runs.Run, student: Any, k: int, solver: Any
+) -> None:
+    ids = tokens(20, sequences=2)
+    student.set_steps(k, solver)
+    positions = torch.arange(20).expand(2, -1)
+    states: dict[int, torch.Tensor] = {}
+    Trunk(teacher, 1, torch.float32).run(ids, positions, hidden=states.__setitem__)
+    context = attention_context(load_rotary(teacher), positions)
+    flow = runs.load_flow(run, teacher)
+    x_1 = ODESolver(lambda x, t: flow(x, t, context), solver).sample(states[1], k)
+    torch.testing.assert_close(student(ids).logits, Tail(teacher, 3)(x_1, context), atol=ATOL, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_cache_changes_nothing(student: Any) -> None:
+    ids = tokens(18, sequences=2)
+    whole = student(ids).logits
+    cache = student(ids[:, :10], use_cache=True).past_key_values
+    assert len(cache.layers) == student.config.num_hidden_layers == 2 + 6
+    parts = [student(ids[:, at : at + 1], past_key_values=cache).logits for at in range(10, 18)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole[:, 10:], atol=ATOL, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_cached_generation_equals_uncached(student: Any, options: dict[str, Any]) -> None:
+    prompt = tokens(9)
+    cached = greedy(student, prompt, **options)
+    assert cached.shape == (1, 17)
+    assert torch.equal(cached, greedy(student, prompt, use_cache=False, **options))
+
+
+def test_sampling_with_a_seed_repeats_itself(neox_student: Any) -> None:
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(greedy(neox_student, tokens(5), do_sample=True, top_k=0))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@torch.inference_mode()
+def test_left_padding_changes_nothing(student: Any) -> None:
+    long, short = tokens(12), tokens(7, seed=1)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), short], dim=1)
+    batch, mask = torch.cat([long, padded]), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    together = greedy(student, batch, attention_mask=mask)
+    assert torch.equal(together[:1], greedy(student, long))
+    assert torch.equal(together[1:, 5:], greedy(student, short))
+
+
+@torch.inference_mode()
+def test_steps_can_be_changed_at_run_time(neox_teacher: Teacher, neox_run: runs.Run) -> None:
+    student, ids = build_student(neox_teacher, [neox_run]), tokens(10)
+    first = student(ids).logits
+    student.set_steps(2, "euler")
+    assert student.config.num_hidden_layers == 2 + 2
+    other = build_student(neox_teacher, [neox_run], steps=2, solver="euler")
+    torch.testing.assert_close(student(ids).logits, other(ids).logits)
+    assert torch.equal(greedy(student, ids), greedy(other, ids))
+    student.set_steps(3, "midpoint")
+    torch.testing.assert_close(student(ids).logits, first)
+
+
+@pytest.mark.parametrize(
+    ("steps", "solver", "message"),
+    [(0, None, "k = 0 steps"), (True, None, "k = True"), (1, "rk4", "solver 'rk4'")],
+)
+def test_senseless_steps_are_refused(neox_student: Any, steps: Any, solver: str | None, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        neox_student.set_steps(steps, solver)
+    assert (neox_student.config.steps, neox_student.config.solver) == (3, "midpoint")
+
+
+@torch.inference_mode()
+def test_saved_and_loaded_it_is_the_same(student: Any, tmp_path: Path) -> None:
+    student.set_steps(2, "euler")
+    student.save_pretrained(tmp_path / "saved")
+    assert [file.suffix for file in (tmp_path / "saved").glob("model*")] == [".safetensors"]
+    config = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert (config.steps, config.solver, config.blocks) == (2, "euler", student.config.blocks)
+    ids = tokens(10)
+    for load in (AutoModelForCausalLM.from_pretrained, load_model):
+        loaded = load(tmp_path / "saved")
+        assert type(loaded) is type(student)
+        torch.testing.assert_close(loaded(ids).logits, student(ids).logits, atol=ATOL, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_trunk_alone_loads_too(neox_student: Any, tmp_path: Path) -> None:
+    neox_student.base_model.save_pretrained(tmp_path)
+    trunk, ids = AutoModel.from_pretrained(tmp_path), tokens(6)
+    expected = neox_student.base_model(ids).last_hidden_state
+    torch.testing.assert_close(trunk(ids).last_hidden_state, expected, atol=ATOL, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_several_blocks(neox_teacher: Teacher, tmp_path: Path) -> None:
+    first = save_run(tmp_path / "a", neox_teacher, (0, 2))
+    last = save_run(tmp_path / "b", neox_teacher, (2, 4))
+    student = build_student(neox_teacher, [last, first])
+    assert [block.start for block in student.config.flow_blocks] == [0, 2]
+    assert student.config.num_hidden_layers == 12
+    assert torch.equal(greedy(student, tokens(5)), greedy(student, tokens(5), use_cache=False))
+
+
+@pytest.mark.parametrize("velocity", [{"time": False}, {"linear": True, "time": False, "shift": False}])
+@torch.inference_mode()
+def test_baselines_make_students_too(
+    neox_teacher: Teacher, tmp_path: Path, velocity: dict[str, bool]
+) -> None:
+    run = save_run(tmp_path / "a", neox_teacher, (0, 3), velocity=velocity)
+    student = build_student(neox_teacher, [run])
+    assert student.config.num_hidden_layers == 1 + (not velocity.get("linear"))
+    assert torch.equal(greedy(student, tokens(5)), greedy(student, tokens(5), use_cache=False))
+    with pytest.raises(RunError, match="k = 1 with euler"):
+        build_student(neox_teacher, [run], steps=2)
+
+
+def test_a_new_flow_is_the_layer_it_was_made_from(neox_teacher: Teacher) -> None:
+    config = LatentFlowGPTNeoXConfig(
+        **{key: value for key, value in neox_teacher.config.to_dict().items() if key != "model_type"},
+        teacher_layers=4,
+        blocks=[{"start": 1, "stop": 3, "kind": "flow", "shift": True}],
+    )
+    model = LatentFlowGPTNeoXForCausalLM(config)
+    assert not model.student_layers[1].velocity.modulation.head.weight.any()
+
+
+def test_gradients_flow_with_and_without_checkpointing(neox_student: Any) -> None:
+    ids = tokens(8, sequences=2)
+    gradients = []
+    neox_student.requires_grad_(True).train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            neox_student.activation_checkpointing_enable()
+        neox_student.zero_grad()
+        neox_student(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: value.grad.clone() for name, value in neox_student.named_parameters()})
+    assert gradients[0]["gpt_neox.layers.1.velocity.modulation.head.weight"].abs().sum() > 0
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.inference_mode()
+def test_it_moves_to_other_dtypes(student: Any, dtype: torch.dtype) -> None:
+    ids = tokens(8)
+    before = student(ids).logits
+    after = student.to(dtype)(ids).logits
+    assert after.dtype == dtype
+    error = (after.double() - before.double()).norm() / before.double().norm()
+    assert error < (0.2 if dtype == torch.bfloat16 else 1e-3)
+    assert greedy(student, ids).shape == (1, 16)
+
+
+def test_it_moves_to_other_devices(student: Any) -> None:
+    """Whatever it computes with is a parameter or a buffer: nothing stays behind."""
+    student.to("meta")
+    assert all(value.is_meta for value in [*student.parameters(), *student.buffers()])
+    attributes = [value for module in student.modules() for value in vars(module).values()]
+    assert not any(isinstance(value, torch.Tensor) for value in attributes)
+
+
+@torch.inference_mode()
+def test_hidden_states_and_attentions_are_recorded(neox_student: Any) -> None:
+    neox_student.set_attn_implementation("eager")
+    output = neox_student(tokens(8), output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 1 + 3  # embedding, layer 0, the flow, layer 3 with the final norm
+    assert len(output.attentions) == 2 + 6
+    neox_student.set_attn_implementation("sdpa")
+    torch.testing.assert_close(neox_student(tokens(8)).logits, output.logits, atol=ATOL, rtol=1e-4)
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Damage a saved student's weights."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "gpt_neox.layers.1.velocity.modulation.head.bias"
+    if how == "missing":
+        del tensors[name]
+    elif how == "extra":
+        tensors["gpt_neox.layers.1.velocity.other"] = torch.zeros(2)
+    elif how == "misshapen":
+        tensors[name] = tensors[name][:-1]
+    elif how == "pickle":
+        torch.save(tensors, folder / "pytorch_model.bin")
+        file.unlink()
+        return
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-7])
+        return
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", r"missing tensor .*modulation\.head\.bias"),
+        ("extra", r"unexpected tensor .*velocity\.other"),
+        ("misshapen", r"mismatched tensor .*modulation\.head\.bias"),
+        ("pickle", "pickles are never loaded"),
+        ("cut", "a model that loads"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(neox_student: Any, tmp_path: Path, how: str, message: str) -> None:
+    neox_student.save_pretrained(tmp_path)
+    spoil(tmp_path, how)
+    with pytest.raises(RunError, match=message):
+        load_model(tmp_path)
+
+
+def test_transformers_own_loading_refuses_damage_too(neox_student: Any, tmp_path: Path) -> None:
+    neox_student.save_pretrained(tmp_path)
+    spoil(tmp_path, "missing")
+    with pytest.raises(RunError, match="missing tensor"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    spoil(tmp_path, "pickle")
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(RunError, match="of type gpt2"):
+        load_model(tmp_path)
+
+
+def test_a_run_whose_teacher_changed_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(teachers["neox"], tmp_path / "teacher")
+    run = save_run(tmp_path / "run", open_teacher(str(folder), tmp_path), (1, 3))
+    assert teacher_of_run(run, tmp_path).num_layers == 4
+    shutil.copy(teachers["neox-tied"] / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(TeacherError, match="weights changed since"):
+        teacher_of_run(run, tmp_path)
+
+
+def test_runs_of_different_teachers_or_settings_are_refused(
+    neox_teacher: Teacher, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    run = save_run(tmp_path / "a", neox_teacher, (0, 2))
+    euler = save_run(tmp_path / "b", neox_teacher, (2, 3), solver="euler")
+    overlapping = save_run(tmp_path / "c", neox_teacher, (1, 3))
+    other = open_teacher(str(teachers["llama"]), tmp_path)
+    with pytest.raises(RunError, match="of another teacher"):
+        build_student(other, [run])
+    with pytest.raises(RunError, match="solver euler and midpoint"):
+        build_student(neox_teacher, [run, euler])
+    with pytest.raises(SettingsError, match="block 1:3 after layer 2"):
+        build_student(neox_teacher, [run, overlapping])
+    assert build_student(neox_teacher, [run, euler], solver="euler").config.num_hidden_layers == 7
+
+
+def test_a_student_without_attention_is_refused(neox_teacher: Teacher, tmp_path: Path) -> None:
+    velocity = {"linear": True, "time": False, "shift": False}
+    run = save_run(tmp_path / "a", neox_teacher, (0, 4), velocity=velocity)
+    with pytest.raises(SettingsError, match="without attention"):
+        build_student(neox_teacher, [run])
+
+
+def test_a_teacher_that_lacks_a_tensor_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(teachers["neox"], tmp_path / "teacher")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("gpt_neox.layers.3.mlp.dense_h_to_4h.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TeacherError, match=r"missing tensor .*layers\.3\.mlp"):
+        load_teacher(open_teacher(str(folder), tmp_path))

@@ -1,0 +1,49 @@
+"""Runs with random flows, for the tests of students: far from their teacher, different at every time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lftpipe import runs
+from lftpipe.teacher.source import Teacher
+
+
+def save_run(path: Path, teacher: Teacher, block: tuple[int, int], **overrides: Any) -> runs.Run:
+    """A finished run of this teacher and block, with a random flow layer."""
+    velocity = {"time": True, "shift": teacher.family.name == "gpt_neox"} | overrides.pop("velocity", {})
+    flow = runs.build_flow(teacher, velocity).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(block[0])
+    with torch.no_grad():
+        for name, parameter in flow.named_parameters():
+            parameter.normal_(std=0.1, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1)
+    path.mkdir(parents=True)
+    manifest = {
+        "store_fingerprint": "0" * 32,
+        "teacher": teacher.identity(),
+        "block": list(block),
+        "objective": "fw",
+        "solver": "midpoint",
+        "walk_steps": 3,
+        "seed": 0,
+        "train_tokens": 1000,
+        "velocity": velocity,
+    }
+    runs.save_run(path, flow, manifest | overrides)
+    return runs.open_run(path)
+
+
+def change_manifest(run: runs.Run, **changes: Any) -> None:
+    file = run.path / runs.MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def tokens(count: int, *, sequences: int = 1, seed: int = 0) -> Int[Tensor, "sequence position"]:
+    """Random tokens, never the end of text."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 320, (sequences, count), generator=generator)
