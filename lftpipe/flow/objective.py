@@ -46,7 +46,7 @@ class ErrorScale:
 
     def __call__(self, error: States, x_1: States) -> Loss:
         """Mean of `error`'s squares, scaled by the target state `x_1`."""
-        error, x_1 = error.float(), x_1.float()
+        error, x_1 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (error, x_1))
         if self.scale == "token":
             return (error.square().sum(-1) / (x_1.square().sum(-1) + TINY)).mean()
         if self.scale == "channel":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -54,7 +55,7 @@ class ODESolver:
     def walk(self, x_init: States, time_grid: Float[Tensor, "time sequence"]) -> States:
         """`x` at the last of the times, stepping through all of them; each sequence has its own."""
         step, x = STEPS[self.method], x_init
-        for t, t_next in zip(time_grid[:-1], time_grid[1:], strict=True):
+        for t, t_next in pairwise(time_grid):
             x = step(self.velocity, x, t, t_next)
         return x
 

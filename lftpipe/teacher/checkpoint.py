@@ -24,7 +24,7 @@ class Checkpoint:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = _files_of(index)
             self.files = [folder / name for name in names]
         else:
             self.files = [folder / "model.safetensors"]
@@ -97,3 +97,10 @@ class Checkpoint:
 
     def has(self, name: str) -> bool:
         return name in self._file_of
+
+
+def _files_of(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TeacherError(f"damaged {index}", "the index of a checkpoint", "fetch it again") from error

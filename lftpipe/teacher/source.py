@@ -1,6 +1,7 @@
 """From the name of a teacher to a local folder with its config, weights and tokenizer."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import shutil
@@ -20,6 +21,9 @@ from lftpipe.teacher.names import REGISTERED
 FAMILIES: tuple[Family, ...] = (GPT_NEOX, LLAMA)
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt"]
+
+#: One of these holds a tokenizer's vocabulary.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*")
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def open_teacher(
         path = path.resolve()
         name, model = path.stem, str(path)
         folder = _converted(path, workspace / name / "teacher")
-    elif not registered and path.is_dir():
+    elif not registered and model and path.is_dir():
         folder = path.resolve()
         name, model = folder.name, str(folder)
     elif registered or _looks_like_hub_id(model):
@@ -149,7 +153,11 @@ def load_tokenizer(teacher: Teacher) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        if not any(any(teacher.folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+            raise FileNotFoundError  # transformers would make one up that knows no words
         tokenizer = AutoTokenizer.from_pretrained(teacher.folder)
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise TypeError("a tokenizer without the Rust library behind it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TeacherError(
             f"{teacher.folder} without a usable tokenizer",
@@ -173,15 +181,21 @@ def _looks_like_hub_id(model: str) -> bool:
 def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str]:
     """The model's snapshot in the Hub's local cache, fetched if need be, and its commit."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise TeacherError(
             f"model {hub_id}", "a public model on the Hugging Face Hub", "check the name"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+    except RevisionNotFoundError as error:
+        raise TeacherError(
+            f"revision {revision} of {hub_id}", "a branch, tag or commit of it", "check --revision"
+        ) from error
+    except Exception as error:  # whatever the client's network library comes up with
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise  # of the local disk, not of the Hub
         raise TeacherError(
             f"model {hub_id}, which is not on this machine",
             "the Hugging Face Hub within reach",
@@ -237,7 +251,9 @@ def _converted(gguf: Path, folder: Path) -> Path:
         raise TeacherError(
             f"{gguf}", "the packages gguf and accelerate", "pip install 'lftpipe[gguf]'"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except TeacherError:
+        raise
+    except Exception as error:  # whatever reading a damaged file runs into
         raise TeacherError(
             f"{gguf} ({error})", "a GGUF file that transformers reads", "fetch it again"
         ) from error

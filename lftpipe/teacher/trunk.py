@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lftpipe.errors import TeacherError
@@ -42,17 +43,24 @@ class Trunk:
         self.device = torch.device(device)
         try:
             with quiet_transformers():
-                model = AutoModel.from_pretrained(
+                model, loading = AutoModel.from_pretrained(
                     teacher.folder,
                     num_hidden_layers=max(deepest, 1),
                     dtype=torch.float32,
                     attn_implementation="sdpa",
+                    output_loading_info=True,
                 )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise TeacherError(
                 f"model {teacher.model} ({reason})", "weights that load", "fetch it again"
             ) from error
+        if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+            raise TeacherError(
+                f"model {teacher.model} without {missing[0]}",
+                "all weights of its layers",
+                "fetch or save it again",
+            )
         if compute_dtype == torch.bfloat16:
             for module in model.modules():  # autocast would cast these anew at every call
                 if isinstance(module, nn.Linear):
