@@ -24,7 +24,7 @@ def value(recoupling: Map, name: str, block: Block) -> float | None:
     return None if matrix is None else matrix[layers.index(block[0])][layers.index(block[1])]
 
 
-def _key(recoupling: Map, block: Block) -> tuple[float, ...]:
+def _key(recoupling: Map, block: Block) -> tuple[float | int, ...]:
     ratio, gap, displacement = (
         value(recoupling, name, block) or 0.0 for name in ("ratio", "relative_gap", "relative_displacement")
     )

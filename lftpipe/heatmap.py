@@ -67,7 +67,7 @@ def _draw_transport(axis: Axes, recoupling: dict[str, Any], pair: tuple[int, int
     m, n = (recoupling["layers"].index(layer) for layer in pair)
     partner = np.array(recoupling["partners"][m][n])
     source = np.arange(len(partner))
-    size = np.clip(600 / len(partner), 0.5, 12)
+    size = np.clip(1500 / len(partner), 0.5, 16)
     for chosen, colour, marker, name in (
         (partner == source, MATCHED, "o", "own partner"),
         (partner != source, RECOUPLED, "x", "another"),

@@ -71,7 +71,7 @@ def solve_pairs(
         for first in range(0, count, together):
             states = gather(store, layers, samples[first : first + together], pool)
             for batch in range(first, min(first + together, count)):
-                plain, clouds = _clouds(settings, [state[batch - first] for state in states], pool)
+                plain, clouds = make_clouds(settings, [state[batch - first] for state in states], pool)
                 solved = [solvers.submit(_pair, settings, plain, clouds, *pair) for pair in pairs]
                 for (m, n), future in zip(pairs, solved, strict=True):
                     coupling, figures["displacement"][batch, m, n] = future.result()
@@ -83,7 +83,7 @@ def solve_pairs(
     return figures, partners
 
 
-def _clouds(
+def make_clouds(
     settings: RecoupleSettings, states: list[np.ndarray], pool: ThreadPoolExecutor
 ) -> tuple[list[Cloud], list[Cloud]]:
     """One batch's states as they are, for displacements, and as the metric wants them."""

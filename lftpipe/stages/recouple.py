@@ -56,7 +56,7 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
             f"at most {MOST_EXACT_TOKENS} with exact transport",
             "lower it, or pass --approximate",
         )
-    shown = _shown(settings, layers)
+    shown = _shown(settings, layers, store.layers)
     samples = draw_samples(
         store,
         tokens=settings.tokens,
@@ -73,7 +73,7 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
         **statistics(figures),
         "partners": partners,
         "samples": samples.tolist(),
-        "teacher": teacher.get("name", ""),
+        "teacher": teacher.get("name", path.parent.name),
         "num_layers": num_layers,
         "approximate": settings.approximate,
         "solver": "POT sinkhorn_log" if settings.approximate else f"scipy {scipy.__version__}",
@@ -129,15 +129,17 @@ def _layers(settings: RecoupleSettings, store: Store) -> tuple[int, ...]:
         )
     if len(layers) < 2:
         raise SettingsError(
-            f"one state, {layers[0]}",
+            f"one state, {', '.join(map(str, layers))}",
             "at least two states to compare",
             "pass --layers all, or extract more layers",
         )
     return layers
 
 
-def _shown(settings: RecoupleSettings, layers: tuple[int, ...]) -> list[tuple[int, int]]:
-    pairs = [parse_block(text, max(layers)) for text in settings.show.split(",") if text]
+def _shown(
+    settings: RecoupleSettings, layers: tuple[int, ...], held: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    pairs = [parse_block(text.strip(), max(held)) for text in settings.show.split(",") if text]
     for m, n in pairs:
         if m not in layers or n not in layers:
             raise SettingsError(
@@ -187,7 +189,7 @@ def summary(result: dict[str, Any]) -> RenderableType:
     size, used = len(result["layers"]), result["settings"]
     kind = "APPROXIMATE (Sinkhorn, blurred) " if result["approximate"] else ""
     head = (
-        f"{kind}recoupling ratio R, {size * (size - 1) // 2} pairs of states of {result['teacher'] or 'a store'}: "
+        f"{kind}recoupling ratio R, {size * (size - 1) // 2} pairs of states of {result['teacher']}: "
         f"{used['batches']} batches of {used['tokens']} tokens, {used['metric']}"
         + (", standardised" if used["standardise"] else "")
         + (", without first positions" if used["skip_first"] else "")

@@ -1,0 +1,71 @@
+"""The map's pictures, drawn from maps of several sizes."""
+
+import json
+import re
+from itertools import combinations
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from lftpipe.heatmap import draw_recoupling
+from lftpipe.heatmap_page import recoupling_page
+
+
+def a_map(size, tokens=32, **changes):
+    rng = np.random.default_rng(size)
+    layers = list(range(size))
+    square = [[float(rng.uniform()) if m < n else None for n in layers] for m in layers]
+    partners = [[rng.permutation(tokens).tolist() if m < n else None for n in layers] for m in layers]
+    figures = ("ratio", "ratio_raw", "transport_cost", "identity_cost", "random_cost", "relative_gap")
+    return {
+        "layers": layers,
+        **dict.fromkeys((*figures, "ratio_stderr", "relative_displacement"), square),
+        "partners": partners,
+        "teacher": "tiny",
+        "approximate": False,
+        "settings": {
+            "batches": 2,
+            "tokens": tokens,
+            "metric": "euclidean",
+            "standardise": True,
+            "skip_first": True,
+        },
+        "store_fingerprint": "f" * 32,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("size", [2, 13, 33])
+def test_the_figure_grows_so_that_cells_stay_readable(tmp_path, size):
+    path = tmp_path / "map.png"
+    draw_recoupling(a_map(size), [(0, 1), (0, size - 1)][: size - 1], path)
+    height, width, _ = matplotlib.image.imread(path).shape
+    assert min(height, width) > 0.25 * 150 * size  # inches a cell, at 150 dots an inch
+    assert [file.name for file in tmp_path.iterdir()] == ["map.png"]
+
+
+def test_a_map_can_be_drawn_without_transport_or_with_many(tmp_path):
+    draw_recoupling(a_map(4), [], tmp_path / "none.png")
+    draw_recoupling(a_map(4), list(combinations(range(4), 2)), tmp_path / "many.png")
+    assert (
+        matplotlib.image.imread(tmp_path / "none.png").shape[1]
+        < matplotlib.image.imread(tmp_path / "many.png").shape[1]
+    )
+
+
+def test_the_page_is_self_contained_and_holds_the_numbers():
+    recoupling = a_map(5)
+    page = recoupling_page(recoupling)
+    assert not re.search(r"(https?:)?//\w|src=|@import|<link", page)
+    assert "{{" not in page
+    data = json.loads(re.search(r"^const data = (.*);$", page, re.M)[1])
+    assert data["ratio"] == recoupling["ratio"]
+    assert data["partners"] == recoupling["partners"]
+    assert len(data["colours"]) == 32
+
+
+def test_a_name_cannot_break_out_of_the_page():
+    page = recoupling_page(a_map(3, teacher="</title><b>x", store_fingerprint="</script><b>y"))
+    assert "<b>x" not in page and "</script><b>" not in page
+    assert page.count("</script>") == 1
