@@ -25,7 +25,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check slow results report pythia-tiny smollm2 clean
+.PHONY: help setup demo test check slow runtimes results report pythia-tiny smollm2 clean
 .DELETE_ON_ERROR:
 
 help:
@@ -98,6 +98,11 @@ test: check
 
 slow: setup
 	$(BIN)/pytest -m slow
+
+# Plain exports in other runtimes: lm_eval and llama.cpp.
+runtimes: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval xllamacpp
+	$(BIN)/pytest -m slow tests/test_runtimes.py
 
 clean:
 	rm -rf $(VENV)

@@ -37,10 +37,7 @@ def find_store(workspace: Path, store: Path | None) -> Path:
 
 def run_path(store: Path, name: str) -> Path:
     """The folder of a run called `name`, which may also be a path."""
-    path = Path(name)
-    if path.is_absolute() or len(path.parts) > 1:
-        return path
-    return store.parent / "runs" / name
+    return Path(name) if "/" in name else store.parent / "runs" / name
 
 
 def find_run(workspace: Path, store: Path | None, name: str) -> Path:
@@ -57,6 +54,8 @@ def find_run(workspace: Path, store: Path | None, name: str) -> Path:
     if store is not None:
         return run_path(store, name)
     found = sorted(workspace.glob(f"*/runs/{name}"))
+    if not found and path.is_dir():
+        return path
     if not found:
         raise RunError(
             f"no run {name} in {workspace}", "a run's name or path", "see `lftpipe info`, or train one"

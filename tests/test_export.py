@@ -156,7 +156,7 @@ def test_the_card_says_what_it_is(neox_run: runs.Run, tmp_path: Path) -> None:
     assert "layers 1 to 2 replaced by one flow layer, run in 3 euler steps" in card
     assert "a gpt_neox checkpoint of 5 layers" in card
     assert "| flow | 1:3 | fw | 0 | 1,000 |" in card
-    assert "Not evaluated" in card
+    assert "Not measured yet: `lftpipe evaluate flow --k 3` does." in card
     assert "import lftpipe" not in card
 
 

@@ -136,7 +136,7 @@ def test_a_skipping_draft_is_the_teacher_without_those_layers(teacher: Teacher) 
         ({"draft": "flow", "compare": True}, SettingsError, "--draft with --compare"),
         ({"target": "nothing"}, RunError, "no run nothing"),
         ({"target": "no/thing"}, RunError, "a finished run"),
-        ({"target": "empty/"}, RunError, "empty"),
+        ({"target": "empty"}, RunError, "expected: a finished run"),
         ({"target": "flow", "max_new_tokens": 1000}, SettingsError, "at most 128 together"),
         ({"target": "plain", "k": 2}, RunError, "only they have steps"),
         ({"draft": "plain"}, RunError, "expected: a run"),

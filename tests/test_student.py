@@ -1,5 +1,6 @@
 """The student is what its parts make it, and a language model like any other of transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from lftpipe import runs
 from lftpipe.errors import RunError, SettingsError, TeacherError
 from lftpipe.flow.solver import ODESolver
+from lftpipe.flow.velocity import Velocity
 from lftpipe.student.assemble import build_student, load_model, load_teacher, teacher_of_run
 from lftpipe.student.config import LatentFlowGPTNeoXConfig
 from lftpipe.student.model import LatentFlowGPTNeoXForCausalLM
 from lftpipe.teacher.family import attention_context
-from lftpipe.teacher.parts import Tail, load_rotary
+from lftpipe.teacher.parts import Tail, load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.trunk import Trunk
 
@@ -63,6 +65,15 @@ def test_logits_are_trunk_then_flow_then_tail(
     flow = runs.load_flow(run, teacher)
     x_1 = ODESolver(lambda x, t: flow(x, t, context), solver).sample(states[1], k)
     torch.testing.assert_close(student(ids).logits, Tail(teacher, 3)(x_1, context), atol=ATOL, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_an_untrained_flow_of_one_layer_is_the_teacher(teacher: Teacher, run: runs.Run) -> None:
+    layer = Velocity(load_layer(teacher, 1), teacher.width)
+    runs.save_run(run.path, layer, json.loads((run.path / runs.MANIFEST).read_text()) | {"block": [1, 2]})
+    student = build_student(teacher, [runs.open_run(run.path)], steps=1, solver="euler")
+    ids = tokens(20, sequences=2)
+    torch.testing.assert_close(student(ids).logits, load_teacher(teacher)(ids).logits, atol=ATOL, rtol=1e-4)
 
 
 @torch.inference_mode()

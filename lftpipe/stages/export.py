@@ -184,7 +184,10 @@ def _measured(result: dict[str, Any], opened: Sequence[Run]) -> list[str]:
             return markdown_table([{key: row[key] for key in COLUMNS} for row in rows])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no table, or not ours: the card says that there is none
-    return [f"Not evaluated in this form: `lftpipe evaluate {opened[0].path.name} --k {result['k']}`."]
+    run = opened[0]
+    if run.solver != result["solver"]:
+        return [f"Not measured: `lftpipe evaluate` takes the run's own solver, {run.solver}."]
+    return [f"Not measured yet: `lftpipe evaluate {run.path.name} --k {result['k']}` does."]
 
 
 def _is_of(row: dict[str, Any], result: dict[str, Any], run: Run) -> bool:

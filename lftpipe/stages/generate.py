@@ -223,7 +223,9 @@ def summary(result: dict[str, Any]) -> str | Table:
 
 
 def _steps(facts: dict[str, Any]) -> str:
-    return f", {facts['k']} {facts['solver']} steps (NFE {facts['nfe']})" if facts["k"] else ""
+    if not facts["k"]:
+        return ""
+    return f", {facts['k']} {facts['solver']} step{'s' if facts['k'] > 1 else ''} (NFE {facts['nfe']})"
 
 
 def _side_by_side(result: dict[str, Any]) -> Table:

@@ -40,7 +40,7 @@ def check_foldable(student: Any) -> None:
             raise RunError(
                 f"{name} with the {config.solver} solver",
                 "euler: the midpoint connects two evaluations across layers, which no ordinary layer does",
-                "use --form latent-flow, or --solver euler and evaluate that student",
+                "use --form latent-flow, or train with --solver euler (--solver here makes another student)",
             )
         if config.steps > 1 and not family.parallel_residual(config):
             raise RunError(
