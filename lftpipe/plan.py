@@ -22,6 +22,9 @@ from lftpipe.workspace import STORE_NAME
 #: Aim for the bytes of one shard: large enough to write in one sweep, small enough to redo after a kill.
 SHARD_BYTES = 128 * 2**20
 
+#: And at most so many sequences: a shard's index has a place for each, filled or not.
+SHARD_SEQUENCES = 256
+
 BYTES_PER_FEATURE = {"float16": 2.0, "float32": 4.0, "int8": 612 / 576}
 
 #: Room left free on the disk beside the store.
@@ -85,7 +88,7 @@ def make_plan(settings: ExtractSettings) -> Plan:
     attention = tuple(l for l in layers if l < max(layers)) if settings.attention else ()  # noqa: E741
     state = BYTES_PER_FEATURE[settings.dtype] * teacher.width * settings.context
     batch = max(1, settings.batch_tokens // settings.context)
-    per_shard = max(1, int(SHARD_BYTES / (state * len(layers))))
+    per_shard = min(max(1, int(SHARD_BYTES / (state * len(layers)))), SHARD_SEQUENCES)
     wanted = {
         "train": math.ceil(settings.tokens / settings.context),
         "validation": math.ceil(settings.validation_tokens / settings.context),

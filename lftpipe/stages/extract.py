@@ -4,6 +4,7 @@ import queue
 import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ class _Background:
                         raise InterruptedError
         except BaseException as error:  # whatever it is, the caller hears of it
             self._error = error
-            while self._queue.get() is not None:  # the caller may be waiting for room
+            while not self._aborted and self._queue.get() is not None:  # the caller may be waiting for room
                 pass
 
     def __enter__(self) -> "_Background":
@@ -255,6 +256,9 @@ class _Background:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._aborted = True
+            with suppress(queue.Empty):  # what is queued no longer matters; the end must fit in
+                while True:
+                    self._queue.get_nowait()
             self._queue.put(None)
         self._thread.join()
         if kind is None:

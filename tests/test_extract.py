@@ -1,0 +1,302 @@
+"""What is stored is what the teacher computes; nothing is ever mixed, lost or half done."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lftpipe.errors import CorpusError, LftpipeError, SettingsError, StoreError
+from lftpipe.packing import positions
+from lftpipe.settings import ExtractSettings
+from lftpipe.stages.extract import extract
+from lftpipe.store import Store
+
+CONTEXT = 32
+
+
+@pytest.fixture
+def settings(tmp_path: Path, teachers: dict[str, Path], text_folder: Path) -> ExtractSettings:
+    return ExtractSettings(
+        workspace=tmp_path,
+        model=str(teachers["neox"]),
+        corpus=str(text_folder),
+        context=CONTEXT,
+        tokens=40 * CONTEXT,
+        validation_tokens=6 * CONTEXT,
+        batch_tokens=4 * CONTEXT,
+        compute_dtype="float32",
+        dtype="float32",
+        threads=1,
+    )
+
+
+def change(settings: ExtractSettings, **values: Any) -> ExtractSettings:
+    return dataclasses.replace(settings, **values)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Every file of a store that is data or metadata, by its path."""
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and path.name != "writer.lock"
+    }
+
+
+@pytest.mark.parametrize("name", ["neox", "neox-sequential", "llama"])
+def test_a_stored_piece_is_what_the_teacher_computes_on_it_alone(settings, teachers, name):
+    result = extract(change(settings, model=str(teachers[name])))
+    store = Store.open(Path(result["store"]))
+    model = AutoModelForCausalLM.from_pretrained(teachers[name], dtype=torch.float32).eval()
+    pieces = 0
+    for row in range(0, store.num_sequences("train"), 7):
+        tokens, document = store.tokens("train")[row], store.document("train")[row]
+        starts = [*np.flatnonzero(positions(document) == 0), CONTEXT]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            ids = torch.from_numpy(tokens[None, start:stop]).long()
+            with torch.inference_mode():
+                expected = model(ids, output_hidden_states=True).hidden_states
+            for layer in range(model.config.num_hidden_layers):  # the last is after the final norm
+                stored = store.read("train", layer, [row])[0, start:stop]
+                np.testing.assert_allclose(stored, expected[layer][0].numpy(), rtol=1e-4, atol=1e-5)
+            pieces += 1
+    assert pieces > 6  # there were sequences of several pieces among them
+
+
+def test_the_last_state_is_before_the_final_norm(settings, teachers):
+    store = Store.open(Path(extract(settings)["store"]))
+    model = AutoModelForCausalLM.from_pretrained(teachers["neox"], dtype=torch.float32).eval()
+    last = torch.from_numpy(store.read("train", 4, [0]))
+    ids = torch.from_numpy(store.tokens("train")[:1]).long()
+    places = torch.from_numpy(positions(store.document("train")[:1])).long()
+    with torch.inference_mode():
+        expected = model.gpt_neox(ids, position_ids=places, use_cache=False).last_hidden_state
+        torch.testing.assert_close(model.gpt_neox.final_layer_norm(last), expected, rtol=1e-4, atol=1e-4)
+    assert (last - expected).abs().max() > 0.1
+
+
+def test_splits_share_no_document(settings):
+    store = Store.open(Path(extract(settings)["store"]))
+    assert not set(store.document("train").ravel()) & set(store.document("validation").ravel())
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "attention"),
+    [
+        ("all", (0, 1, 2, 3, 4), (0, 1, 2, 3)),
+        ("1,3", (1, 3), (1,)),
+        ("0:3", (0, 1, 2), (0, 1)),
+        ("2", (2,), ()),
+    ],
+)
+def test_layers_chosen(settings, layers, hidden, attention):
+    store = Store.open(Path(extract(change(settings, layers=layers))["store"]))
+    assert (store.layers, store.attention_layers) == (hidden, attention)
+
+
+def test_again_does_nothing(settings, monkeypatch):
+    first = extract(settings)
+    before = contents(Path(first["store"]))
+    monkeypatch.setattr("lftpipe.stages.extract.Trunk", None)  # the teacher cannot even be loaded
+    again = extract(settings)
+    assert again["already_complete"] and not first["already_complete"]
+    assert contents(Path(again["store"])) == before
+
+
+def test_growing_keeps_what_is_there(settings, tmp_path):
+    small = Store.open(Path(extract(settings)["store"]))
+    before = [small.read("train", layer, range(40)).copy() for layer in small.layers]
+    large = Store.open(Path(extract(change(settings, tokens=60 * CONTEXT))["store"]))
+    assert large.num_sequences("train") == 60
+    for layer, state in zip(small.layers, before, strict=True):
+        np.testing.assert_array_equal(large.read("train", layer, range(40)), state)
+    fresh = change(settings, tokens=60 * CONTEXT, store=tmp_path / "fresh.zarr")
+    whole = Store.open(Path(extract(fresh)["store"]))
+    np.testing.assert_array_equal(whole.read("train", 4, range(60)), large.read("train", 4, range(60)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"context": 16}, "context"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"layers": "0:3"}, "layers"),
+        ({"attention": False}, "attention_layers"),
+        ({"compute_dtype": "bfloat16"}, "compute_dtype"),
+    ],
+)
+def test_a_changed_setting_is_never_mixed_in(settings, changes, named):
+    store = Path(extract(settings)["store"])
+    before = contents(store)
+    with pytest.raises(StoreError, match=named):
+        extract(change(settings, **changes))
+    assert contents(store) == before
+
+
+def test_changed_weights_tokenizer_and_corpus_are_noticed(settings, tmp_path, teachers, text_folder):
+    model, corpus = tmp_path / "model", tmp_path / "corpus"
+    shutil.copytree(teachers["neox"], model)
+    shutil.copytree(text_folder, corpus)
+    mine = change(settings, model=str(model), corpus=str(corpus))
+    extract(mine)
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        {**weights, "gpt_neox.final_layer_norm.bias": torch.ones(32)},
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(StoreError, match="weights_digest"):
+        extract(mine)
+    shutil.copy(teachers["neox"] / "model.safetensors", model)
+    (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text() + " ")
+    with pytest.raises(StoreError, match="tokenizer_digest"):
+        extract(mine)
+    shutil.copy(teachers["neox"] / "tokenizer.json", model)
+    for path in corpus.iterdir():
+        path.write_text(path.read_text().upper())
+    with pytest.raises(StoreError, match="tokens"):
+        extract(mine)
+    shutil.rmtree(corpus)
+    shutil.copytree(text_folder, corpus)
+    assert extract(mine)["already_complete"]
+
+
+def spawn(settings: ExtractSettings) -> subprocess.Popen[bytes]:
+    arguments = [
+        "--workspace", settings.workspace, "--model", settings.model, "--corpus", settings.corpus,
+        "--context", settings.context, "--tokens", settings.tokens, "--validation-tokens",
+        settings.validation_tokens, "--batch-tokens", settings.batch_tokens, "--threads", 1,
+        "--compute-dtype", settings.compute_dtype, "--dtype", settings.dtype,
+    ]  # fmt: skip
+    code = "from lftpipe.cli import main; import lftpipe.plan; lftpipe.plan.SHARD_BYTES = 120_000; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "extract", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_killed_and_resumed_equals_never_killed(settings, tmp_path, monkeypatch, compute_dtype):
+    monkeypatch.setattr("lftpipe.plan.SHARD_BYTES", 120_000)
+    settings = change(settings, tokens=60 * CONTEXT, compute_dtype=compute_dtype)
+    whole = contents(Path(extract(change(settings, workspace=tmp_path / "whole"))["store"]))
+    assert sum("hidden/c." in name for name in whole) > 10
+    killed = change(settings, workspace=tmp_path / "killed")
+    store = tmp_path / "killed" / "neox" / "states.zarr"
+    rng = random.Random(0)
+    kills = 0
+    for enough in (1, 3):  # kill it twice, after that many shards
+        process = spawn(killed)
+        while process.poll() is None and len(list(store.glob("train/hidden/c.*"))) < enough:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    if kills:
+        with pytest.raises(StoreError, match="--resume"):
+            Store.open(store)
+    extract(killed)
+    assert contents(store) == whole
+
+
+def test_a_teacher_that_overflows_stops_the_run_and_names_the_place(settings, tmp_path, teachers):
+    model = tmp_path / "hot"
+    shutil.copytree(teachers["neox"], model)
+    weights = load_file(model / "model.safetensors")
+    weights["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"][5] = 1e6
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    hot = change(settings, model=str(model), dtype="float16")
+    with pytest.raises(StoreError, match=r"hidden layer 2.*channel 5.*--dtype float32"):
+        extract(hot)
+    assert extract(change(hot, dtype="float32", force=True))["tokens"]["train"] == 40 * CONTEXT
+
+
+def test_a_dry_run_writes_nothing_and_is_right(settings):
+    for dtype in ("float16", "float32"):
+        asked = change(
+            settings, dtype=dtype, tokens=400 * CONTEXT, store=settings.workspace / f"{dtype}.zarr"
+        )
+        planned = extract(change(asked, dry_run=True))
+        assert not asked.store.exists()
+        written = extract(asked)
+        share = sum(written["tokens"].values()) / sum(planned["tokens"].values())  # the corpus may end early
+        assert planned["bytes"] * share == pytest.approx(written["bytes"], rel=0.05)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_starts(settings, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=300 * 2**20)
+    monkeypatch.setattr("lftpipe.plan.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(StoreError, match=r"free.*--layers"):
+        extract(change(settings, tokens=10**6))
+    assert not list(settings.workspace.rglob("*.zarr"))
+
+
+def test_an_interrupt_loses_nothing(settings, monkeypatch):
+    monkeypatch.setattr("lftpipe.plan.SHARD_BYTES", 120_000)
+    from lftpipe.teacher.trunk import Trunk
+
+    run, calls = Trunk.run, []
+
+    def interrupted(self: Trunk, *arguments: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        run(self, *arguments, **options)
+
+    monkeypatch.setattr(Trunk, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(settings)
+    done = len(list(settings.workspace.glob("*/states.zarr/*/hidden/c.*")))
+    assert done > 0
+    assert not list(settings.workspace.rglob("*.partial"))
+    assert extract(settings)["tokens"]["train"] == 40 * CONTEXT
+    assert len(calls) < 6 + 12  # what was done before was not done again
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"layers": "9:4"}, SettingsError, "4:9"),
+        ({"layers": "0,17"}, SettingsError, "0 to 4"),
+        ({"layers": "six"}, SettingsError, "6,18"),
+        ({"context": 4096}, SettingsError, "--context 128"),
+        ({"corpus": "nowhere.txt"}, CorpusError, "python-stdlib"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, changes, error, message):
+    with pytest.raises(error, match=message):
+        extract(change(settings, **changes))
+    assert not list(settings.workspace.rglob("*.zarr"))
+
+
+def test_corpora_that_make_no_sense(settings, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
+    (tmp_path / "short.txt").write_text("a word")
+    for name in ("empty", "empty.txt", "binary.txt", "short.txt"):
+        with pytest.raises(CorpusError, match=name):
+            extract(change(settings, corpus=str(tmp_path / name)))
+    assert not list(tmp_path.rglob("*.zarr"))
+
+
+def test_errors_are_one_line_and_json_plain_results(settings):
+    json.dumps(extract(settings))
+    with pytest.raises(LftpipeError) as caught:
+        extract(change(settings, layers="9:4"))
+    assert "\n" not in str(caught.value)
