@@ -180,3 +180,11 @@ def test_tokens_alone_are_repaired_without_a_teacher(whole, path):
     assert files(path) == files(whole)
     assert json.loads((path / "zarr.json").read_text())["attributes"]["complete"]
     np.testing.assert_array_equal(Store.open(path).document("train"), tokens(make_spec(), "train")[1])
+
+
+def test_damaged_tokens_of_a_complete_store_are_named_when_tokens_are_compared(path):
+    flip(path / "train/tokens/c.0.0", 3)
+    with StoreWriter.open(path, make_spec()) as writer:
+        assert writer.complete
+        with pytest.raises(StoreError, match=r"chunk 0 of .*tokens/c\.0\.0 is damaged .*--repair"):
+            writer.put_tokens("train", *tokens(make_spec(), "train"))

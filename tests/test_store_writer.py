@@ -238,3 +238,12 @@ def test_a_damaged_plan_is_refused(path):
     with pytest.raises(StoreError, match=r"journal\.jsonl is damaged"):
         Store.open(path)
     write(path, make_spec(), force=True)
+
+
+def test_a_writer_leaves_no_file_open(path):
+    def opened() -> set[str]:
+        return {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+
+    write(path, make_spec())
+    write(path, make_spec(sequences={"train": 13, "validation": 3}))
+    assert not [name for name in opened() if name.startswith(str(path))]

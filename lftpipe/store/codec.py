@@ -6,9 +6,9 @@ of a channel share one scale, their largest magnitude over 127:
     value[position, feature] = mean[feature] + scale[position // 32, feature] * code[position, feature]
 
 Real models put values a thousand times the usual on a few positions and channels (SmolLM2-135M: 28,000 in
-channel 507 at position 0, where the rest has an RMS of 10). One of these would coarsen the scale of 31 others,
-so values beyond 6 standard deviations of their channel are kept as they are and do not count in scales. At
-most 1 in 256 values is kept so, the strongest first, which bounds a chunk's size.
+channel 507 at position 0, where the rest has an RMS of 10). One of these would coarsen the scale of 31
+others, so values beyond 6 standard deviations of their channel are kept as they are and do not count in
+scales. At most 1 in 256 values is kept so, the strongest first, which bounds a chunk's size.
 
 Bytes of a chunk of P positions and F features, all little-endian, G = ceil(P / 32):
 

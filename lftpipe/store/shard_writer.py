@@ -29,11 +29,6 @@ class ShardWriter:
         self._files = {array.name: array.file(key.split, key.index) for array in arrays}
         self._store = store
         self._chunks: dict[str, ChunkWriter] = {}
-        with disk_errors(store):
-            for array in arrays:
-                self._chunks[array.name] = ChunkWriter(
-                    store / self._files[array.name], array.chunks_per_shard
-                )
         self._values = {dtype: np.empty(array.chunk, dtype) for array in arrays for dtype in (array.dtype,)}
         self._bits = {
             dtype: np.empty(values.shape, _BITS[dtype][0])

@@ -219,7 +219,11 @@ class StoreWriter:
                 self._compare_tokens(
                     array, key, parts[array.name][: max(origin + stored - begin, 0)], begin - origin
                 )
-        except (DamagedShardError, FileNotFoundError):
+        except (DamagedShardError, FileNotFoundError) as error:
+            if self.complete:
+                raise StoreError(
+                    str(error), "a store as it was written", "run `lftpipe extract --repair`"
+                ) from None
             stored = 0
         if stored == len(key.sequences):
             return
@@ -277,4 +281,5 @@ class StoreWriter:
         for name in sorted(files, key=lambda name: -name.count("/")):
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(target, files[name])
+            if not target.exists() or target.read_bytes() != files[name]:
+                write_atomic(target, files[name])
