@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_a_stored_piece_is_what_the_teacher_computes_on_it_alone(settings, teach
     for row in range(0, store.num_sequences("train"), 7):
         tokens, document = store.tokens("train")[row], store.document("train")[row]
         starts = [*np.flatnonzero(positions(document) == 0), CONTEXT]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             ids = torch.from_numpy(tokens[None, start:stop]).long()
             with torch.inference_mode():
                 expected = model(ids, output_hidden_states=True).hidden_states

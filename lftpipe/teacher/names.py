@@ -29,6 +29,6 @@ REGISTERED: dict[str, Registered] = {
     "smollm2-135m": Registered(
         "python-stdlib",
         gguf="teacher.gguf",
-        how="run `make smollm2` in a checkout of lftpipe, or pass --model HuggingFaceTB/SmolLM2-135M-Instruct",
+        how="run `make smollm2` in a checkout of lftpipe, or pass --model HuggingFaceTB/SmolLM2-135M",
     ),
 }

@@ -12,7 +12,6 @@ cosine decay, in bf16 autocast where the processor has it. It stops and resumes 
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -171,7 +170,7 @@ def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
     def save() -> None:
         state = {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}
         torch.save(state, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        checkpoint.with_suffix(".tmp").replace(checkpoint)
 
     compiled_loss = torch.compile(loss_of) if arguments.compile else loss_of
     model.train()

