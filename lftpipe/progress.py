@@ -15,17 +15,19 @@ PLAIN_INTERVAL = 30.0
 class Task:
     """One long step. `advance` it as work is done; extra fields are shown as they are."""
 
-    def __init__(self, label: str, total: int, unit: str, live: Progress | None) -> None:
+    def __init__(self, label: str, total: int, unit: str, live: Progress | None, done: int) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.done = self._before = done
         self._live = live
-        self._id = live.add_task(label, total=total, rate="", fields="") if live else TaskID(0)
+        self._id = (
+            live.add_task(label, total=total, completed=done, rate="", fields="") if live else TaskID(0)
+        )
         self._started = self._printed = time.monotonic()
 
     @property
     def rate(self) -> float:
-        """Units a second since the start."""
-        return self.done / max(time.monotonic() - self._started, 1e-9)
+        """Units a second since the start, without those done before."""
+        return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def advance(self, amount: int, **fields: str) -> None:
         self.done += amount
@@ -41,11 +43,11 @@ class Task:
 
 
 @contextmanager
-def task(label: str, total: int, unit: str) -> Iterator[Task]:
-    """Show a step of `total` units; the line goes away when the step is over."""
+def task(label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+    """Show a step of `total` units, `done` of them before; the line goes away when the step is over."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Task(label, total, unit, None)
+        yield Task(label, total, unit, None, done)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -56,7 +58,7 @@ def task(label: str, total: int, unit: str) -> Iterator[Task]:
         TextColumn("{task.fields[fields]}"),
     )
     with Progress(*columns, console=console, transient=True) as live:
-        yield Task(label, total, unit, live)
+        yield Task(label, total, unit, live, done)
 
 
 def human(number: int | float) -> str:

@@ -1,7 +1,7 @@
 """A run's folder: settings, metrics, weights, checkpoint, manifest."""
 
 import json
-import os
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from lftpipe.errors import RunError
 from lftpipe.flow.linear import LinearMap
+from lftpipe.flow.solver import Method
 from lftpipe.flow.velocity import Velocity
 from lftpipe.manifest import file_digest, write_atomic
+from lftpipe.recipe import RECORD_TABLE
 from lftpipe.teacher.parts import empty_layer
 from lftpipe.teacher.source import Teacher
 
@@ -35,7 +37,7 @@ class Run:
     path: Path
     block: tuple[int, int]
     objective: str
-    solver: str
+    solver: Method
     walk_steps: int
     seed: int
     train_tokens: int
@@ -49,17 +51,35 @@ class Run:
         return self.velocity["time"]
 
 
-def write_settings(run: Path, settings: dict[str, Any]) -> None:
-    """The run's resolved settings as a recipe that makes it again."""
+def write_settings(run: Path, settings: dict[str, Any], store_fingerprint: str) -> None:
+    """The run's resolved settings as a recipe that makes it again, and the store they go with."""
     run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / SETTINGS, tomli_w.dumps({"train": settings}).encode())
+    recipe = {"train": settings, RECORD_TABLE: {"fingerprint": store_fingerprint}}
+    write_atomic(run / SETTINGS, tomli_w.dumps(recipe).encode())
+
+
+def read_settings(run: Path) -> tuple[dict[str, Any], str]:
+    """What `write_settings` wrote.
+
+    Raises
+    ------
+    RunError
+        If it is not readable.
+    """
+    try:
+        recipe = tomllib.loads((run / SETTINGS).read_text())
+        return recipe["train"], recipe[RECORD_TABLE]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"damaged {run / SETTINGS}", "the run's settings", "start again with --force"
+        ) from error
 
 
 def save_run(path: Path, flow: nn.Module, manifest: dict[str, Any]) -> None:
     """Write weights, then the manifest that makes the run a finished one."""
     partial = path / (WEIGHTS + ".partial")
     save_file({name: value.detach().contiguous() for name, value in flow.state_dict().items()}, partial)
-    os.replace(partial, path / WEIGHTS)
+    partial.replace(path / WEIGHTS)
     manifest = manifest | {"weights_digest": file_digest(path / WEIGHTS)}
     write_atomic(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 

@@ -2,19 +2,18 @@
 
 import json
 import math
-import os
+import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import lftpipe
-from lftpipe import progress, runs
+from lftpipe import feed, progress, runs
 from lftpipe.errors import RunError
 from lftpipe.flow.linear import LeastSquares, LinearMap
 from lftpipe.flow.objective import ErrorScale, flow_matching, flow_walking, hybrid, walk_times
@@ -62,7 +61,7 @@ class Training:
         self.flow = Velocity(
             load_layer(teacher, self.m), teacher.width, time=settings.objective != "regression"
         ).to(self.device)
-        self.flow.train().requires_grad_(True)
+        self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
         self.optimizer = self._make_optimizer()
         self.scale = ErrorScale(settings.loss_scale, self._channel_variance())
         self.rotary = load_rotary(teacher).to(self.device)
@@ -96,8 +95,12 @@ class Training:
 
     def batches(self) -> Iterator[Batch]:
         """Batches from step `self.step` on: a pure function of seed and step."""
-        source = _live_states if self.settings.from_teacher else _cached_states
-        for step, states, document in source(self):
+        given = (self.layers, self.batch_size, self.settings.seed, self.settings.device)
+        if self.settings.from_teacher:
+            source = feed.from_teacher(self.store, self.teacher, *given)
+        else:
+            source = feed.from_cache(self.store, *given)
+        for step, states, document in source(self.step):
             places = torch.from_numpy(positions(document)).long().to(self.device)
             yield Batch(step, states, attention_context(self.rotary, places))
 
@@ -135,9 +138,13 @@ class Training:
         batches = self.batches()
         with (
             (self.folder / runs.METRICS).open(mode) as metrics,
-            progress.task(f"train {self.folder.name}", self.num_steps * tokens_per_step, "tokens") as task,
+            progress.task(
+                f"train {self.folder.name}",
+                self.num_steps * tokens_per_step,
+                "tokens",
+                done=self.step * tokens_per_step,
+            ) as task,
         ):
-            task.advance(self.step * tokens_per_step)
             while self.step < self.num_steps:
                 before = time.monotonic()
                 batch = next(batches)
@@ -147,12 +154,12 @@ class Training:
                     group["lr"] = learning_rate
                 loss = self.loss_of(batch)
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.flow.parameters(), self.settings.clip)
+                norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.settings.clip).item()
                 self.loss = loss.item()
-                if not math.isfinite(self.loss):
+                if not (math.isfinite(self.loss) and math.isfinite(norm)):
                     raise RunError(
-                        f"a loss of {self.loss} at step {self.step} of {self.folder}",
-                        "a finite loss",
+                        f"loss {self.loss}, gradient norm {norm} at step {self.step} of {self.folder}",
+                        "finite ones",
                         "lower --learning-rate and start again with --force; the last checkpoint is kept",
                     )
                 self.optimizer.step()
@@ -210,13 +217,16 @@ class Training:
         path.parent.mkdir(exist_ok=True)
         state = {"step": self.step, "flow": self.flow.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, path.with_suffix(".partial"))
-        os.replace(path.with_suffix(".partial"), path)
+        path.with_suffix(".partial").replace(path)
 
     def _restore(self) -> None:
         path = self.folder / runs.CHECKPOINT
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True, map_location=self.device)
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.device)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise RunError(f"damaged {path}", "a checkpoint", "start the run again with --force") from error
         self.step = state["step"]
         self.flow.load_state_dict(state["flow"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -238,54 +248,11 @@ def _drop_after(metrics: Path, step: int) -> None:
         metrics.write_text("".join(line + "\n" for line in kept))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     try:
         return json.loads(line)["step"]
     except ValueError:  # a line cut short by a kill
         return math.inf
-
-
-def _cached_states(training: Training) -> Iterator[tuple[int, dict[int, Tensor], np.ndarray]]:
-    batches = training.store.batches(
-        "train",
-        training.layers,
-        batch_size=training.batch_size,
-        seed=training.settings.seed,
-        start_step=training.step,
-    )
-    for batch in batches:
-        # The reader's buffers are used again: float() copies, which float16 needs anyway.
-        states = {
-            layer: torch.from_numpy(state).to(training.device, torch.float32, copy=True)
-            for layer, state in batch.states.items()
-        }
-        yield batch.step, states, batch.document
-
-
-def _live_states(training: Training) -> Iterator[tuple[int, dict[int, Tensor], np.ndarray]]:
-    """The same batches with the teacher run for each: the yardstick for the cache."""
-    from lftpipe.teacher.trunk import Trunk
-
-    recorded = getattr(torch, training.store.identity["compute_dtype"])
-    trunk = Trunk(training.teacher, training.n, recorded, training.settings.device)
-    batches = training.store.batches(
-        "train",
-        (),
-        batch_size=training.batch_size,
-        seed=training.settings.seed,
-        start_step=training.step,
-    )
-    for batch in batches:
-        states: dict[int, Tensor] = {}
-
-        def keep(layer: int, state: Tensor, states: dict[int, Tensor] = states) -> None:
-            if layer in training.layers:
-                states[layer] = state.float().clone()
-
-        places = torch.from_numpy(positions(batch.document)).long()
-        trunk.run(torch.from_numpy(batch.tokens).long(), places, hidden=keep)
-        # Tensors of inference mode can't take part in autograd; a clone outside of it can.
-        yield batch.step, {layer: state.clone() for layer, state in states.items()}, batch.document
 
 
 def _manifest(

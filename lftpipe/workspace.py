@@ -49,7 +49,7 @@ def find_run(workspace: Path, store: Path | None, name: str) -> Path:
         If there is none of that name, or more than one.
     """
     path = Path(name)
-    if path.is_absolute() or len(path.parts) > 1 or (path / "manifest.json").is_file():
+    if "/" in name or (path / "manifest.json").is_file():
         return path
     if store is not None:
         return run_path(store, name)

@@ -143,3 +143,33 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(60):
         (folder / f"{seed:02d}.md").write_text(text_of(seed, 20 + 3 * seed))
     return folder
+
+
+def extracted(workspace: Path, teacher: Path, text: Path, **changes: Any) -> Path:
+    """A store of 48 training and 7 validation sequences of 32 tokens in a workspace."""
+    from lftpipe.settings import ExtractSettings
+    from lftpipe.stages.extract import extract
+
+    settings = ExtractSettings(
+        **{
+            "workspace": workspace,
+            "model": str(teacher),
+            "corpus": str(text),
+            "context": CONTEXT,
+            "tokens": 48 * CONTEXT,
+            "validation_tokens": 7 * CONTEXT,
+            "batch_tokens": 8 * CONTEXT,
+            "compute_dtype": "float32",
+            **changes,
+        }
+    )
+    return Path(extract(settings)["store"])
+
+
+@pytest.fixture(scope="session")
+def stores(
+    tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, Path], text_folder: Path
+) -> dict[str, Path]:
+    """A float16 store of all states of each family. Their folders are shared: write runs elsewhere."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    return {name: extracted(workspace, teachers[name], text_folder) for name in ("neox", "llama")}

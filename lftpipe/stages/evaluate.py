@@ -165,7 +165,10 @@ def _rows(opened: list[runs.Run], settings: EvaluateSettings, store: Store, teac
             )
         flow = runs.load_flow(run, teacher).to(settings.device)
         size = total - (n - m) * layer + sum(parameter.numel() for parameter in flow.parameters())
-        for method, k in [(run.solver, k) for k in settings.k] if run.has_time else [("euler", 1)]:
+        steps: list[tuple[Method, int]] = [("euler", 1)]
+        if run.has_time:
+            steps = [(run.solver, k) for k in settings.k]
+        for method, k in steps:
             rows.append(
                 Row(
                     method=run.objective,

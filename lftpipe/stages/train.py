@@ -1,6 +1,5 @@
 """`lftpipe train`: learn one flow layer for one block, from the cache or from the live teacher."""
 
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,14 +112,14 @@ def _name(settings: TrainSettings, m: int, n: int) -> str:
 
 
 #: Settings that do not change a run's numbers, or that a resumed run may change.
-_MAY_DIFFER = {"resume", "force", "workspace", "log_every", "checkpoint_every", "run"}
+_MAY_DIFFER = {"resume", "force", "workspace", "store", "log_every", "checkpoint_every", "run"}
 
 
 def _claim(run: Path, settings: TrainSettings, store: Store) -> bool:
     """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already."""
-    plain = to_plain(settings) | {"store_fingerprint": store.fingerprint}
+    plain = to_plain(settings)
     if (run / runs.SETTINGS).exists() and not settings.force:
-        _compare(run, plain)
+        _compare(run, plain, store.fingerprint)
         finished = (run / runs.MANIFEST).exists()
         if not finished and not settings.resume:
             raise RunError(
@@ -130,13 +129,14 @@ def _claim(run: Path, settings: TrainSettings, store: Store) -> bool:
     if settings.force:
         for name in (runs.MANIFEST, runs.METRICS, runs.CHECKPOINT, runs.WEIGHTS):
             (run / name).unlink(missing_ok=True)
-    runs.write_settings(run, plain)
+    runs.write_settings(run, plain, store.fingerprint)
     return False
 
 
-def _compare(run: Path, plain: dict[str, Any]) -> None:
+def _compare(run: Path, plain: dict[str, Any], fingerprint: str) -> None:
     """Refuse to go on with a run that was begun with other settings."""
-    before = tomllib.loads((run / runs.SETTINGS).read_text())["train"]
+    before, old_fingerprint = runs.read_settings(run)
+    before["store fingerprint"], plain["store fingerprint"] = old_fingerprint, fingerprint
     for key in sorted((before.keys() | plain.keys()) - _MAY_DIFFER):
         if before.get(key) != plain.get(key):
             raise RunError(
