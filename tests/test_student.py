@@ -86,11 +86,16 @@ def test_a_cache_changes_nothing(student: Any) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole[:, 10:], atol=ATOL, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static"}],
+    ids=["greedy", "beams", "static"],
+)
 def test_cached_generation_equals_uncached(student: Any, options: dict[str, Any]) -> None:
     prompt = tokens(9)
     cached = greedy(student, prompt, **options)
     assert cached.shape == (1, 17)
+    options = {name: value for name, value in options.items() if name != "cache_implementation"}
     assert torch.equal(cached, greedy(student, prompt, use_cache=False, **options))
 
 
@@ -336,7 +341,9 @@ def test_a_teacher_that_lacks_a_tensor_is_refused(teachers: dict[str, Path], tmp
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(teachers["neox"], tmp_path / "teacher")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors") | {"something.else": torch.zeros(1)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_teacher(open_teacher(str(folder), tmp_path)).config.num_hidden_layers == 4
     tensors.pop("gpt_neox.layers.3.mlp.dense_h_to_4h.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TeacherError, match=r"missing tensor .*layers\.3\.mlp"):

@@ -214,7 +214,7 @@ def load_teacher(teacher: Teacher) -> Any:
         If its weights do not load, or one is missing.
     """
     try:
-        return _load(teacher.folder)
+        return _load(teacher.folder, wrong=("missing", "mismatched"))  # others put more into their files
     except RunError as error:
         raise TeacherError(error.given, error.expected, "fetch or save the teacher again") from error
 
@@ -232,10 +232,10 @@ def load_model(folder: Path) -> Any:
         raise RunError(
             f"{folder}", "a run, or a folder with config.json and model.safetensors", "check the path"
         )
-    return _load(folder)
+    return _load(folder, wrong=("missing", "unexpected", "mismatched"))
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, wrong: tuple[str, ...]) -> Any:
     known = [kind for family in FAMILIES for kind in family.model_types]
     known += [kind.config_class.model_type for kind in STUDENTS.values()]
     if not list(folder.glob("*.safetensors")):
@@ -244,7 +244,7 @@ def _load(folder: Path) -> Any:
         )
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             if config.model_type not in known:
                 raise RunError(
                     f"{folder} of type {config.model_type}", ", ".join(known), "name another folder"
@@ -256,6 +256,7 @@ def _load(folder: Path) -> Any:
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are reported below, by name
                 output_loading_info=True,
+                trust_remote_code=False,
             )
     except LftpipeError:
         raise
@@ -264,7 +265,7 @@ def _load(folder: Path) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{folder} ({reason})", "a model that loads", "export it again") from error
     model, report = loaded
-    for kind in ("missing", "unexpected", "mismatched"):
+    for kind in wrong:
         for name in sorted(map(str, report[f"{kind}_keys"])):
             raise RunError(f"{folder}: {kind} tensor {name}", "the model's tensors", "export it again")
     return model.eval().requires_grad_(False)
