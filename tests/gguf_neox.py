@@ -61,7 +61,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, int]
         for index in range(size)
     ]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre("gpt-2")  # the splitting of `ByteLevel(use_regex=True)`
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(size)])
     writer.add_token_types(kinds)
     merges = tokenizer["model"]["merges"]

@@ -126,14 +126,15 @@ def test_llama_cpp_agrees(exported: tuple[Path, Any], neox_teacher: Teacher, tmp
     convert(folder, tmp_path / "plain.gguf")
     tokenizer, vocabulary = load_tokenizer(neox_teacher), student.config.vocab_size
     prompts, expected = [], []
-    for seed in range(20):
-        ids = tokens(24, seed=seed)
-        log_p = student(ids).logits[0, -1].log_softmax(-1)
+    # Token ids, and text, which the server's own tokenizer splits.
+    for prompt in [tokens(24, seed=seed)[0].tolist() for seed in range(20)] + DOCUMENTS:
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        log_p = student(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         # The server holds back a byte that is no whole character yet, and its likelihoods with it.
         if tokenizer.decode(log_p.argmax()).isascii():
-            prompts.append(ids[0].tolist())
+            prompts.append(prompt)
             expected.append(log_p)
-    assert len(prompts) > 3
+    assert {type(prompt) for prompt in prompts} == {list, str}
     theirs = run_script(LLAMA_CPP, str(tmp_path / "plain.gguf"), json.dumps(prompts), str(vocabulary))
     # llama.cpp looks GELU up in a table of half precision.
     assert (torch.tensor(theirs) - torch.stack(expected)).abs().max() < 1e-2
