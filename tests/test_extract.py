@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lftpipe.errors import CorpusError, LftpipeError, SettingsError, StoreError
+from lftpipe.errors import CorpusError, LftpipeError, SettingsError, StoreError, TeacherError
 from lftpipe.packing import positions
 from lftpipe.settings import ExtractSettings
 from lftpipe.stages.extract import extract
@@ -301,3 +301,26 @@ def test_errors_are_one_line_and_json_plain_results(settings):
     with pytest.raises(LftpipeError) as caught:
         extract(change(settings, layers="9:4"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(settings, teachers, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(teachers["neox"], model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: id_ + 100 * (id_ > 200) for word, id_ in vocabulary.items()}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        TeacherError, match=r"a tokenizer with token \d+ beside .* / expected: tokens below 320"
+    ):
+        extract(change(settings, model=str(model)))
+
+
+def test_nothing_but_the_store_remains(settings, tmp_path):
+    store = Path(extract(settings)["store"])
+    assert list(store.parent.iterdir()) == [store]
+    with pytest.raises(CorpusError, match="corpus"):
+        extract(
+            change(settings, store=tmp_path / "other/states.zarr", tokens=1, context=128, corpus=str(store))
+        )
+    assert not (tmp_path / "other").exists() or not list((tmp_path / "other").iterdir())

@@ -1,7 +1,7 @@
 """`lftpipe extract`: run the frozen teacher once and write its states to the store."""
 
 import queue
-import shutil
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lftpipe
 from lftpipe import progress
-from lftpipe.errors import CorpusError
+from lftpipe.errors import CorpusError, TeacherError
 from lftpipe.packing import SPLITS, Packing, positions
 from lftpipe.plan import BYTES_PER_FEATURE, Plan, check_disk, dry_run, make_plan
 from lftpipe.settings import ExtractSettings
@@ -47,11 +47,7 @@ def extract(settings: ExtractSettings) -> dict[str, Any]:
         return dry_run(plan)
     check_disk(plan)
     packing = _packing(plan, tokenizer)
-    spool = plan.path.with_name(plan.path.name + ".tokens")
-    try:
-        return _run(plan, packing, _pack(packing, plan, spool), settings)
-    finally:
-        shutil.rmtree(spool, ignore_errors=True)
+    return _run(plan, packing, _pack(packing, plan), settings)
 
 
 def _run(
@@ -99,23 +95,25 @@ def _packing(plan: Plan, tokenizer: Any) -> Packing:
     return Packing(plan.corpus, encode, tokenizer.eos_token_id, plan.context, plan.wanted)
 
 
-def _pack(packing: Packing, plan: Plan, spool: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _pack(packing: Packing, plan: Plan) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Token ids and document numbers of each split, `(sequence, position)`, in files mapped to memory."""
     packing.fit_to_small_corpus()
-    spool.mkdir(parents=True, exist_ok=True)
+    plan.path.parent.mkdir(parents=True, exist_ok=True)
     rows = {
-        split: [
-            np.lib.format.open_memmap(spool / f"{split}-{name}.npy", "w+", np.int32, (count, plan.context))
-            if count
-            else np.zeros((0, plan.context), np.int32)
-            for name in ("tokens", "document")
-        ]
+        split: [_on_disk(plan.path.parent, (count, plan.context)) for _ in ("tokens", "document")]
         for split, count in plan.wanted.items()
     }
+    vocabulary = plan.teacher.config.vocab_size
     made = dict.fromkeys(SPLITS, 0)
     total = sum(plan.wanted.values()) * plan.context
     with progress.task(f"tokenise {plan.corpus.name}", total, "tokens") as task:
         for sequence in packing:
+            if (largest := sequence.tokens.max()) >= vocabulary:
+                raise TeacherError(
+                    f"a tokenizer with token {largest} beside {plan.teacher.model}",
+                    f"tokens below {vocabulary}, the model's vocabulary",
+                    "put the model's own tokenizer.json into its folder",
+                )
             tokens, document = rows[sequence.split]
             tokens[made[sequence.split]] = sequence.tokens
             document[made[sequence.split]] = sequence.document
@@ -131,6 +129,15 @@ def _pack(packing: Packing, plan: Plan, spool: Path) -> dict[str, tuple[np.ndarr
     return {
         split: (tokens[: made[split]], document[: made[split]]) for split, (tokens, document) in rows.items()
     }
+
+
+def _on_disk(folder: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Whole numbers mapped to a file without a name: no other run meets it, and nothing remains of it."""
+    if not shape[0]:
+        return np.zeros(shape, np.int32)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(4 * shape[0] * shape[1])
+        return np.memmap(file, np.int32, "r+", shape=shape)
 
 
 def _spec(plan: Plan, packing: Packing, settings: ExtractSettings) -> StoreSpec:
@@ -274,9 +281,10 @@ def summary(result: dict[str, Any]) -> str:
         arrays = ", ".join(
             f"{name} {progress.human_bytes(n)}" for name, n in result["bytes_by_array"].items()
         )
+        free = progress.human_bytes(result["free_bytes"])
         return (
             f"{result['store']} would hold {tokens} tokens x {layers}\n"
-            f"  {size} as {result['dtype']} ({arrays}); {progress.human_bytes(result['free_bytes'])} are free\n"
+            f"  {size} as {result['dtype']} ({arrays}); {free} are free\n"
             f"  about {result['seconds']:.0f} s at {result['probe_tokens_per_second']:,.0f} tokens/s "
             f"({result['compute_dtype']})"
         )
