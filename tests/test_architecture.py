@@ -70,6 +70,13 @@ MUST_NOT_KNOW = {
     "lftpipe.coupling": ("torch", "transformers", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
     "lftpipe.metrics": ("transformers", "zarr", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
     "lftpipe.training": ("transformers", "zarr", "lftpipe.teacher.trunk", "lftpipe.stages"),
+    "lftpipe.student": (
+        "zarr",
+        "lftpipe.store",
+        "lftpipe.stages",
+        "lftpipe.training",
+        "lftpipe.teacher.trunk",
+    ),
     "lftpipe.stages.train": ("transformers", "lftpipe.teacher.trunk"),
     "lftpipe.stages.evaluate": ("transformers", "lftpipe.teacher.trunk"),
     "lftpipe.stages.report": ("torch", "transformers", "lftpipe.teacher", "lftpipe.flow"),
