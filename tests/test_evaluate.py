@@ -179,7 +179,11 @@ def test_left_out_every_finished_run_beside_the_store_is_scored(teachers, text_f
     result = evaluate(EvaluateSettings(workspace=tmp_path, k=(1,)))
     assert [row["run"] for row in result["rows"] if row["run"]] == ["seed0", "seed1"]
     assert Path(result["out"]) == store.parent / "results.json"
-    only = evaluate(EvaluateSettings(workspace=tmp_path, runs=("seed1",), k=(1,)))
+    with pytest.raises(
+        SettingsError, match=r"results\.json, which exists / .* / do: pass --force or another --out"
+    ):
+        evaluate(EvaluateSettings(workspace=tmp_path, runs=("seed1",), k=(1,)))
+    only = evaluate(EvaluateSettings(workspace=tmp_path, runs=("seed1",), k=(1,), force=True))
     assert [row["run"] for row in only["rows"] if row["run"]] == ["seed1"]
     with pytest.raises(RunError, match=r"missing run .*seed7 / expected: a finished run with manifest\.json"):
         evaluate(EvaluateSettings(workspace=tmp_path, runs=("seed7",)))
