@@ -186,12 +186,12 @@ def test_left_out_every_finished_run_beside_the_store_is_scored(teachers, text_f
     only = evaluate(EvaluateSettings(workspace=tmp_path, runs=("seed1",), k=(1,), force=True))
     assert [row["run"] for row in only["rows"] if row["run"]] == ["seed1"]
     with pytest.raises(RunError, match=r"missing run .*seed7 / expected: a finished run with manifest\.json"):
-        evaluate(EvaluateSettings(workspace=tmp_path, runs=("seed7",)))
+        evaluate(EvaluateSettings(workspace=tmp_path, runs=("seed7",), force=True))
     (store.parent / "runs/seed1/manifest.json").unlink()
     with pytest.raises(
         RunError, match=r"unfinished run .*seed1 / .* do: train it with `lftpipe train --resume`"
     ):
-        evaluate(EvaluateSettings(workspace=tmp_path, runs=("seed1",)))
+        evaluate(EvaluateSettings(workspace=tmp_path, runs=("seed1",), force=True))
 
 
 def test_a_run_of_another_store_is_refused(stores, teachers, text_folder, tmp_path):
