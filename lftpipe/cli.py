@@ -75,13 +75,13 @@ def _field_docs(kind: type) -> dict[str, str]:
 def _option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Any:
     """The typer annotation of one settings field; every option defaults to 'not given'."""
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # pyright: ignore
-    if field.metadata.get("argument"):
-        many = typing.get_origin(hint) is tuple
-        return Annotated[list[str] | None if many else (str | None), typer.Argument(help=doc)]
-    if isinstance(default, tuple):
-        hint, default = str, ",".join(map(str, default))
     if isinstance(hint, types.UnionType):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if field.metadata.get("argument"):
+        many = typing.get_origin(hint) is tuple
+        return Annotated[(list[str] if many else hint) | None, typer.Argument(help=doc, show_default=False)]
+    if isinstance(default, tuple):
+        hint, default = str, ",".join(map(str, default))
     shown = f" [default: {default}]" if default is not None and default != () and hint is not bool else ""
     names = [SPELLINGS[field.name]] if field.name in SPELLINGS else []
     return Annotated[hint | None, typer.Option(*names, help=doc + shown, show_default=False)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -108,6 +109,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     out = settings.out or store_path.parent / "results.json"
     if out.suffix == ".md":
         raise SettingsError(f"--out {out}", "the JSON file's name", "end it in .json; the .md goes beside it")
+    for file in (out, out.with_suffix(".md")):
+        if file.exists() and not settings.force:
+            raise SettingsError(f"--out {file}, which exists", "a new file", "pass --force or another --out")
     if store.num_sequences("validation") == 0:
         raise StoreError(
             f"store {store_path} without validation sequences",
@@ -307,21 +311,12 @@ def markdown(result: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> Table:
     """The table for a terminal."""
-    table = Table(title=f"{result['teacher']}: {result['validation_tokens']:,} validation tokens")
-    shown = (
-        "method",
-        "block",
-        "k",
-        "nfe",
-        "kl_latent",
-        "nmse",
-        "nmse_without_first",
-        "kl",
-        "ppl",
-        "ms_per_token",
-    )
+    title = f"{result['teacher']}: {result['validation_tokens']:,} validation tokens"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = ("method", "block", "k", "nfe", "kl_latent", "nmse", "nmse_without_first", "kl", "ppl")
     for key in shown:
-        table.add_column(COLUMNS[key], justify="left" if key in ("method", "block") else "right")
+        left = key in ("method", "block")
+        table.add_column(COLUMNS[key], justify="left" if left else "right", no_wrap=left)
     for row in result["rows"]:
         table.add_row(*(cell(row[key]) for key in shown))
     table.caption = f"written to {result['out']} and {Path(result['out']).with_suffix('.md')}"
