@@ -3,8 +3,8 @@
     python benchmarks/store_read.py [--sequences 48] [--layers 31] [--width 576] [--dtype float16]
 
 Prints MB/s of decoded states and the ratio to the memory map; every contender reads the same batches in turn,
-the median of the rounds counts. The memory map is copied into the batch's memory, as training needs it. "First
-time" opens the store anew, and so its shards, and compares every chunk's checksum.
+the median of the rounds counts. The memory map is copied into the batch's memory, as training needs it.
+"First time" opens the store anew, and so its shards, and compares every chunk's checksum.
 """
 
 import argparse

@@ -127,4 +127,5 @@ def _changed(path: Path, changed: list[str]) -> StoreError:
 
 
 def _names(path: Path) -> set[str]:
-    return {entry.name for entry in path.iterdir()} - {LOCK}
+    """What is in the folder, but for what a writer that was killed at its very first write leaves."""
+    return {entry.name for entry in path.iterdir()} - {LOCK, f"{JOURNAL}.partial"}

@@ -99,8 +99,8 @@ class ChunkReader:
     """One open shard file and its index.
 
     It holds on to the file it opened, even when a longer one takes that name, and moves no file position:
-    threads and forked processes may share it. A chunk's checksum is compared when it is first read: that takes
-    as long as reading it from a warm cache.
+    threads and forked processes may share it. A chunk's checksum is compared when it is first read: it
+    takes as long as the reading does from a warm cache.
 
     Raises
     ------
