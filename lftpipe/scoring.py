@@ -1,0 +1,217 @@
+"""Students scored over the whole validation split of a store, from its cached states.
+
+Of the teacher only the layers from the blocks' first on, the final norm and the head are loaded.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from lftpipe import progress, runs
+from lftpipe.flow.path import States
+from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver
+from lftpipe.metrics import LogitMetrics, Reference, StateMetrics
+from lftpipe.packing import positions
+from lftpipe.settings import ComputeDtype
+from lftpipe.store import Store
+from lftpipe.teacher.compute import resolve_compute_dtype
+from lftpipe.teacher.family import AttentionContext, attention_context
+from lftpipe.teacher.parts import Tail, count_layer_parameters, count_parameters, load_rotary
+from lftpipe.teacher.source import Teacher
+
+
+@dataclass
+class Row:
+    """One row of Table 1: how `h[m]` becomes a prediction of `h[n]`, and what comes of it."""
+
+    method: str
+    block: tuple[int, int] | None
+    predict: Callable[[States, AttentionContext], States]
+    parameters: int
+    nfe: int | None = None
+    k: int | None = None
+    solver: str | None = None
+    objective: str | None = None
+    run: str | None = None
+    seed: int | None = None
+    train_tokens: int | None = None
+    state: StateMetrics = field(default_factory=StateMetrics)
+    logits: LogitMetrics = field(default_factory=LogitMetrics)
+    ms_per_token: float = math.inf
+
+    def plain(self) -> dict[str, Any]:
+        known = self.block is not None and self.state.num_tokens > 0
+        return {
+            "method": self.method,
+            "block": None if self.block is None else f"{self.block[0]}:{self.block[1]}",
+            "objective": self.objective,
+            "solver": self.solver,
+            "k": self.k,
+            "nfe": self.nfe,
+            "kl_latent": self.state.kl_latent if known else None,
+            "nmse": self.state.nmse if known else None,
+            "nmse_without_first": self.state.nmse_without_first if known else None,
+            "kl": self.logits.kl if self.block is not None else None,
+            "ppl": self.logits.perplexity,
+            "parameters": self.parameters,
+            "ms_per_token": None if math.isinf(self.ms_per_token) else self.ms_per_token,
+            "run": self.run,
+            "seed": self.seed,
+            "train_tokens": self.train_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some validation sequences; their states are read as they are needed."""
+
+    rows: range
+    tokens: Int[Tensor, "sequence position"]
+    first: Bool[Tensor, "sequence position"]
+    context: AttentionContext
+
+
+def run_rows(run: runs.Run, step_counts: tuple[int, ...], teacher: Teacher, device: str) -> list[Row]:
+    """A run's rows: one for each number of steps, or the only one if it has no time."""
+    m, n = run.block
+    flow = runs.load_flow(run, teacher).to(device)
+    size = count_parameters(teacher) - (n - m) * count_layer_parameters(teacher)
+    size += sum(parameter.numel() for parameter in flow.parameters())
+    steps: list[tuple[Method, int]] = [("euler", 1)]
+    if run.has_time:
+        steps = [(run.solver, k) for k in step_counts]
+    return [
+        Row(
+            method=run.objective,
+            block=run.block,
+            predict=_flowing(flow, method, k),
+            parameters=size,
+            nfe=EVALUATIONS[method] * k,
+            k=k,
+            solver=method,
+            objective=run.objective,
+            run=run.path.name,
+            seed=run.seed,
+            train_tokens=run.train_tokens,
+        )
+        for method, k in steps
+    ]
+
+
+def _flowing(flow: nn.Module, method: Method, k: int) -> Callable[[States, AttentionContext], States]:
+    """`k` steps through a flow layer (algorithm 3)."""
+
+    def predict(x_0: States, context: AttentionContext) -> States:
+        return ODESolver(lambda x, t: flow(x, t, context), method).sample(x_0, k)
+
+    return predict
+
+
+def _batches(store: Store, batch_tokens: int, device: str, rotary: nn.Module) -> Iterator[Batch]:
+    """The whole validation split, with every state that the store holds of it read on demand."""
+    step = max(1, batch_tokens // store.context)
+    total = store.num_sequences("validation")
+    tokens, document = store.tokens("validation"), store.document("validation")
+    for start in range(0, total, step):
+        rows = range(start, min(start + step, total))
+        places = torch.from_numpy(positions(document[start : rows.stop])).long().to(device)
+        yield Batch(
+            rows=rows,
+            tokens=torch.from_numpy(tokens[start : rows.stop]).long().to(device),
+            first=places == 0,
+            context=attention_context(rotary, places),
+        )
+
+
+@torch.inference_mode()
+def score(
+    rows: list[Row],
+    store: Store,
+    teacher: Teacher,
+    *,
+    batch_tokens: int,
+    compute_dtype: ComputeDtype,
+    device: str,
+    timed_batches: int = 0,
+) -> None:
+    """Fill in every row's metrics over the whole validation split, and its time if any batch is timed."""
+    start = min((row.block[0] for row in rows if row.block), default=max(store.layers))
+    tail = Tail(teacher, start).to(device)
+    rotary = load_rotary(teacher).to(device)
+    dtype = resolve_compute_dtype(compute_dtype, device)
+    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+    total = store.num_sequences("validation") * store.context * len(rows)
+    with autocast, progress.task(f"evaluate {teacher.name}", total, "tokens") as task:
+        for index, batch in enumerate(_batches(store, batch_tokens, device, rotary)):
+            read = _Reader(store, batch.rows, device)
+            for n, group in groupby(
+                sorted(rows, key=lambda row: _end(row, store)), lambda row: _end(row, store)
+            ):
+                x_1 = read(n)
+                teacher_logits = tail(x_1, batch.context, start=n)
+                reference = Reference.of(teacher_logits)
+                for row in group:
+                    _add(row, read, tail, batch, x_1, n, teacher_logits, reference)
+                    task.advance(batch.tokens.numel())
+            if index < timed_batches and len(batch.rows) > 0:
+                _time(rows, read, tail, batch, start)
+
+
+def _end(row: Row, store: Store) -> int:
+    """The cached state whose logits a row is compared with: its block's end if stored, else the last."""
+    return row.block[1] if row.block and row.block[1] in store.layers else max(store.layers)
+
+
+def _add(
+    row: Row,
+    read: "_Reader",
+    tail: Tail,
+    batch: Batch,
+    x_1: States,
+    n: int,
+    teacher_logits: Tensor,
+    reference: Reference,
+) -> None:
+    if row.block is None:
+        row.logits.add(teacher_logits, reference, batch.tokens, batch.first)
+        return
+    predicted = row.predict(read(row.block[0]), batch.context).float()
+    if row.block[1] == n:
+        row.state.add(predicted, x_1, batch.first)
+    logits = tail(predicted, batch.context, start=row.block[1])
+    row.logits.add(logits, reference, batch.tokens, batch.first)
+
+
+def _time(rows: list[Row], read: "_Reader", tail: Tail, batch: Batch, start: int) -> None:
+    """Time every row over the same stretch, from `h[start]` to the logits; the fastest batch counts."""
+    for row in rows:
+        x = read(start)
+        began = time.perf_counter()
+        m, n = row.block or (start, start)
+        x = tail.states(x, batch.context, start=start, stop=m)
+        tail(row.predict(x, batch.context), batch.context, start=n)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        milliseconds = 1000 * (time.perf_counter() - began) / batch.tokens.numel()
+        row.ms_per_token = min(row.ms_per_token, milliseconds)
+
+
+class _Reader:
+    """States of some validation sequences, each read once."""
+
+    def __init__(self, store: Store, rows: range, device: str) -> None:
+        self._store, self._rows, self._device = store, rows, device
+        self._states: dict[int, States] = {}
+
+    def __call__(self, layer: int) -> States:
+        if layer not in self._states:
+            state = torch.from_numpy(self._store.read("validation", layer, self._rows))
+            self._states[layer] = state.to(self._device, torch.float32)
+        return self._states[layer]
