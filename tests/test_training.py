@@ -106,7 +106,8 @@ def test_the_settings_of_a_run_are_a_recipe_that_makes_it_again(settings, tmp_pa
     again = from_recipe(
         TrainSettings, tmp_path / "run/settings.toml", "train", {"run": str(tmp_path / "again")}
     )
-    assert change(again, run=settings.run) == settings
+    assert again.threads == torch.get_num_threads()  # what was left out is recorded as it was settled
+    assert change(again, run=settings.run, threads=settings.threads) == settings
     train(again)
     torch.testing.assert_close(weights_of(tmp_path / "again"), weights_of(tmp_path / "run"), rtol=0, atol=0)
     assert tomllib.loads((tmp_path / "run/settings.toml").read_text())["store"]["fingerprint"]

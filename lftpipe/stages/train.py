@@ -1,5 +1,6 @@
 """`lftpipe train`: learn one flow layer for one block, from the cache or from the live teacher."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,24 +34,34 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     store_path = find_store(settings.workspace, settings.store)
     store = Store.open(store_path)
     teacher = teacher_of(store, settings.workspace)
-    settings, (m, n) = _resolve(settings, store, store_path, teacher)
-    run = run_path(store_path, settings.run or _name(settings, m, n))
+    if settings.block == "auto":
+        from lftpipe.stages.recouple import choose_block
+
+        block = choose_block(store_path, settings)
+    else:
+        block = parse_block(settings.block, teacher.num_layers)
+    settings = resolved(settings, store, block)
+    run = run_path(store_path, settings.run or run_name(settings, block))
+    return train_run(run, settings, store, teacher, block) | {"store": str(store_path)}
+
+
+def train_run(
+    run: Path, settings: TrainSettings, store: Store, teacher: Teacher, block: tuple[int, int]
+) -> dict[str, Any]:
+    """Train one run with `resolved` settings, or go on with it; a finished one is left as it is."""
     if _claim(run, settings, store):
         finished = runs.open_run(run)
         return {
             "run": str(run),
-            "store": str(store_path),
-            "block": [m, n],
+            "block": list(block),
             "objective": settings.objective,
             "train_tokens": finished.train_tokens,
             "already_finished": True,
         }
     torch.manual_seed(settings.seed)
     if settings.objective == "linear":
-        result = fit_linear(run, settings, store, teacher, (m, n))
-    else:
-        result = Training(run, settings, store, teacher, (m, n)).run()
-    return result | {"store": str(store_path)}
+        return fit_linear(run, settings, store, teacher, block)
+    return Training(run, settings, store, teacher, block).run()
 
 
 def teacher_of(store: Store, workspace: Path) -> Teacher:
@@ -59,29 +70,30 @@ def teacher_of(store: Store, workspace: Path) -> Teacher:
     Raises
     ------
     TeacherError
-        If it is not found, or its weights are no longer the ones the store was made with.
+        If it is not found, or is no longer as it was when the store was made.
     """
     recorded = store.identity["teacher"]
     teacher = open_teacher(recorded["model"], workspace, revision=recorded["revision"])
-    if teacher.checkpoint.digest != recorded["weights_digest"]:
-        raise TeacherError(
-            f"teacher {recorded['model']} whose weights changed since {store.path} was made",
-            f"weights with digest {recorded['weights_digest'][:12]}…",
-            "put the old weights back, or extract again with --force",
-        )
+    for part, digest in (("weights", teacher.checkpoint.digest), ("config", teacher.config_digest)):
+        before = recorded.get(f"{part}_digest", digest)
+        if digest != before:
+            raise TeacherError(
+                f"teacher {recorded['model']} whose {part} changed since {store.path} was made",
+                f"{part} with digest {before[:12]}…",
+                f"put the old {part} back, or extract again with --force",
+            )
     return teacher
 
 
-def _resolve(
-    settings: TrainSettings, store: Store, store_path: Path, teacher: Teacher
-) -> tuple[TrainSettings, tuple[int, int]]:
-    """Settings with the block chosen and checked against the store."""
-    if settings.block == "auto":
-        from lftpipe.stages.recouple import choose_block
+def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> TrainSettings:
+    """Settings with all that was left open chosen, and checked against the store.
 
-        m, n = choose_block(store_path, settings)
-    else:
-        m, n = parse_block(settings.block, teacher.num_layers)
+    Raises
+    ------
+    LftpipeError
+        If the store lacks a state of the block or has nothing to train on, or the settings contradict.
+    """
+    m, n = block
     needed = range(m, n + 1) if settings.objective == "trajectory" else (m, n)
     absent = [l for l in needed if l not in store.layers]  # noqa: E741
     if absent and not settings.from_teacher:
@@ -94,9 +106,10 @@ def _resolve(
         raise SettingsError("--objective hybrid --alpha 0", "a positive --alpha", "use --objective fw")
     if store.num_sequences("train") == 0:
         raise StoreError(
-            f"store {store_path} without training sequences", "at least one", "extract with more --tokens"
+            f"store {store.path} without training sequences", "at least one", "extract with more --tokens"
         )
-    return replace(settings, block=f"{m}:{n}"), (m, n)
+    # All settled here is recorded with the run, and compared when it is resumed.
+    return replace(settings, block=f"{m}:{n}", threads=torch.get_num_threads())
 
 
 def _ranges(layers: tuple[int, ...]) -> str:
@@ -104,11 +117,12 @@ def _ranges(layers: tuple[int, ...]) -> str:
     return f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
 
 
-def _name(settings: TrainSettings, m: int, n: int) -> str:
+def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
+    """What a run is called that was given no name: after block, objective and seed."""
     objective = settings.objective
     if objective in ("fw", "hybrid"):
         objective += str(settings.walk_steps) + ("" if settings.solver == "midpoint" else "-euler")
-    return f"{m}-{n}-{objective}-seed{settings.seed}"
+    return f"{block[0]}-{block[1]}-{objective}-seed{settings.seed}"
 
 
 #: Settings that do not change a run's numbers, or that a resumed run may change.
@@ -119,7 +133,12 @@ def _claim(run: Path, settings: TrainSettings, store: Store) -> bool:
     """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already."""
     plain = to_plain(settings)
     if (run / runs.SETTINGS).exists() and not settings.force:
-        _compare(run, plain, store.fingerprint)
+        for key, before, now in changed_settings(run, settings, store):
+            raise RunError(
+                f"{key} = {now} for {run}",
+                f"{key} = {before}, as it was begun",
+                "use the same settings, start another run with --run NAME, or overwrite it with --force",
+            )
         finished = (run / runs.MANIFEST).exists()
         if not finished and not settings.resume:
             raise RunError(
@@ -133,17 +152,14 @@ def _claim(run: Path, settings: TrainSettings, store: Store) -> bool:
     return False
 
 
-def _compare(run: Path, plain: dict[str, Any], fingerprint: str) -> None:
-    """Refuse to go on with a run that was begun with other settings."""
-    before, old_fingerprint = runs.read_settings(run)
-    before["store fingerprint"], plain["store fingerprint"] = old_fingerprint, fingerprint
-    for key in sorted((before.keys() | plain.keys()) - _MAY_DIFFER):
-        if before.get(key) != plain.get(key):
-            raise RunError(
-                f"{key} = {plain.get(key)} for {run}",
-                f"{key} = {before.get(key)}, as it was begun",
-                "use the same settings, start another run with --run NAME, or overwrite it with --force",
-            )
+def changed_settings(run: Path, settings: TrainSettings, store: Store) -> Iterator[tuple[str, Any, Any]]:
+    """Setting, value with which the run was begun, and value now, of all that would give another run."""
+    before, fingerprint = runs.read_settings(run)
+    before = before | {"store fingerprint": fingerprint}
+    now = to_plain(settings) | {"store fingerprint": store.fingerprint}
+    for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -66,6 +66,11 @@ class Teacher:
             total.update(file.read_bytes())
         return total.hexdigest()
 
+    @cached_property
+    def config_digest(self) -> str:
+        """SHA-256 of config.json: with other rotary settings the same weights are another model."""
+        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+
     def identity(self) -> dict[str, Any]:
         """What a store records of its teacher, JSON-plain."""
         return {
@@ -73,6 +78,7 @@ class Teacher:
             "model": self.model,
             "revision": self.revision,
             "weights_digest": self.checkpoint.digest,
+            "config_digest": self.config_digest,
             "family": self.family.name,
             "parallel_residual": self.family.parallel_residual(self.config),
             "layers": self.num_layers,
