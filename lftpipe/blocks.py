@@ -3,15 +3,24 @@
 Blocks of one length are ranked by the tie-credited ratio to two decimals, then by the relative gap to three,
 then by the relative displacement. What lies below those digits is noise at the usual 8 batches of 256: not
 rounded, one token in 2,048 that changes its partner would outweigh a displacement ten times as large.
-docs/recoupling.md gives the reasons.
+docs/recoupling.md gives the reasons. Another figure may be asked for (`by`); the ratio breaks its ties.
 """
 
 from typing import Any
 
 from lftpipe.errors import SettingsError
+from lftpipe.settings import Predictor
 
 RATIO_DIGITS = 2
 GAP_DIGITS = 3
+
+#: What blocks can be ranked by, and the key of a map that has it.
+PREDICTORS: dict[Predictor, str] = {
+    "ratio": "ratio",
+    "gap": "relative_gap",
+    "displacement": "relative_displacement",
+    "probe": "probe_residual",
+}
 
 Map = dict[str, Any]
 Block = tuple[int, int]
@@ -24,18 +33,32 @@ def value(recoupling: Map, name: str, block: Block) -> float | None:
     return None if matrix is None else matrix[layers.index(block[0])][layers.index(block[1])]
 
 
-def _key(recoupling: Map, block: Block) -> tuple[float | int, ...]:
+def _key(recoupling: Map, block: Block, by: Predictor) -> tuple[float | int, ...]:
     ratio, gap, displacement = (
         value(recoupling, name, block) or 0.0 for name in ("ratio", "relative_gap", "relative_displacement")
     )
+    if by != "ratio":
+        return value(recoupling, PREDICTORS[by], block) or 0.0, ratio, block[0]
     return round(ratio, RATIO_DIGITS), round(gap, GAP_DIGITS), displacement, ratio, block[0]
 
 
-def rank_blocks(recoupling: Map, length: int) -> list[Block]:
-    """All blocks `m:n` of `length` layers whose two states are on the map, the best first."""
+def rank_blocks(recoupling: Map, length: int, by: Predictor = "ratio") -> list[Block]:
+    """All blocks `m:n` of `length` layers whose two states are on the map, the best first.
+
+    Raises
+    ------
+    SettingsError
+        If the map does not have the figure to rank by.
+    """
+    if by != "ratio" and PREDICTORS[by] not in recoupling:
+        raise SettingsError(
+            f"--rank-by {by} and a map without {PREDICTORS[by]}",
+            "a map that has it",
+            f"run `lftpipe recouple --rank-by {by} --force`",
+        )
     layers = recoupling["layers"]
     blocks = [(m, m + length) for m in layers if m + length in layers]
-    return sorted(blocks, key=lambda block: _key(recoupling, block))
+    return sorted(blocks, key=lambda block: _key(recoupling, block, by))
 
 
 def block_length(num_layers: int, replace: float) -> int:
@@ -43,16 +66,16 @@ def block_length(num_layers: int, replace: float) -> int:
     return min(max(1, round(replace * num_layers)), num_layers)
 
 
-def best_block(recoupling: Map, num_layers: int, replace: float) -> Block:
+def best_block(recoupling: Map, num_layers: int, replace: float, by: Predictor = "ratio") -> Block:
     """The best block that replaces a share of the teacher's layers.
 
     Raises
     ------
     SettingsError
-        If no two states of the map are that far apart.
+        If no two states of the map are that far apart, or the map does not have the figure to rank by.
     """
     length = block_length(num_layers, replace)
-    ranked = rank_blocks(recoupling, length)
+    ranked = rank_blocks(recoupling, length, by)
     if not ranked:
         raise SettingsError(
             f"--replace {replace:g}, a block of {length} of {num_layers} layers",
@@ -62,9 +85,9 @@ def best_block(recoupling: Map, num_layers: int, replace: float) -> Block:
     return ranked[0]
 
 
-def ranking(recoupling: Map, num_layers: int) -> list[dict[str, Any]]:
+def ranking(recoupling: Map, num_layers: int, by: Predictor = "ratio") -> list[dict[str, Any]]:
     """Every length's blocks, the best first; JSON-plain."""
-    lengths = {length: rank_blocks(recoupling, length) for length in range(1, num_layers + 1)}
+    lengths = {length: rank_blocks(recoupling, length, by) for length in range(1, num_layers + 1)}
     return [
         {"length": length, "share": length / num_layers, "blocks": [list(block) for block in blocks]}
         for length, blocks in lengths.items()

@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recouple": ("RecoupleSettings", "lftpipe.stages.recouple:recouple"),
     "train": ("TrainSettings", "lftpipe.stages.train:train"),
     "evaluate": ("EvaluateSettings", "lftpipe.stages.evaluate:evaluate"),
+    "sweep": ("SweepSettings", "lftpipe.stages.sweep:sweep"),
     "export": ("ExportSettings", "lftpipe.stages.export:export"),
     "generate": ("GenerateSettings", "lftpipe.stages.generate:generate"),
     "info": ("InfoSettings", "lftpipe.stages.info:info"),

@@ -1,4 +1,4 @@
-"""Curves of results and of training, as PNG. No torch."""
+"""Curves of results and of training, and the scatter of a sweep, as PNG. No torch."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -47,4 +47,40 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axis.set(xlabel="training tokens", ylabel="NMSE", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+#: Predictors of a sweep and what their axes say.
+PREDICTOR_LABELS = {
+    "ratio": "recoupling ratio R",
+    "relative_gap": "relative gap",
+    "relative_displacement": "relative displacement",
+    "probe_residual": "linear probe's residual",
+}
+
+
+def draw_sweep(result: dict[str, Any], path: Path) -> None:
+    """The KL that every block of a sweep reached against each predictor; one colour and marker a length."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.subplots(2, 2, sharey=True)
+    found = {
+        entry["predictor"]: entry
+        for entry in result["correlations"]
+        if entry["against"] == "kl" and entry["length"] is None
+    }
+    for axis, (key, label) in zip(axes.flat, PREDICTOR_LABELS.items(), strict=True):
+        for length, colour, marker in zip(result["lengths"], COLOURS * 4, "osD^vP*" * 4, strict=False):
+            rows = [row for row in result["rows"] if row["length"] == length]
+            x, y = [row[key] for row in rows], [row["kl"] for row in rows]
+            axis.scatter(x, y, c=colour, marker=marker, label=f"{length} layers")
+            for row in rows:
+                at = (row[key], row["kl"])
+                axis.annotate(row["block"], at, xytext=(4, 3), textcoords="offset points", fontsize=7)
+        coefficient = found[key]["spearman"]
+        shown = "no rank correlation" if coefficient is None else f"Spearman {coefficient:+.2f}"
+        axis.set(xlabel=label, yscale="log", title=f"{shown} over all blocks")
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("KL reached, nats a token")
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=150)

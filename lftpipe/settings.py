@@ -17,6 +17,7 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Metric = Literal["euclidean", "sqeuclidean", "cosine"]
 Objective = Literal["fw", "sfm", "hybrid", "regression", "trajectory", "linear"]
 SolverName = Literal["midpoint", "euler"]
+Predictor = Literal["ratio", "gap", "displacement", "probe"]
 LossScale = Literal["token", "channel", "none"]
 Form = Literal["latent-flow", "plain"]
 WeightsDtype = Literal["float32", "bfloat16", "float16"]
@@ -65,6 +66,8 @@ class ExtractSettings(Common):
     validation_tokens: int = 20_000
     attention: bool = True
     """Store each layer's attention-branch output too."""
+    logits: int = 0
+    """Store so many of the teacher's largest next-token logits of every position too, e.g. 64."""
     dtype: Dtype = "float16"
     """Format on disk."""
     compute_dtype: ComputeDtype = "auto"
@@ -98,6 +101,8 @@ class RecoupleSettings(Common):
     """Leave out the first position of every document's piece in a sequence."""
     approximate: bool = False
     """Sinkhorn instead of exact transport, for more than 4096 tokens; uses `device`."""
+    rank_by: Predictor = "ratio"
+    """What blocks are ranked by; `probe` fits a linear map to every pair first."""
     show: str = ""
     """Pairs whose transport is drawn, as in `0:6,6:18`; default: the first and the best quarter."""
     out: Path | None = None
@@ -112,6 +117,8 @@ class TrainSettings(Common):
     """`m:n`, half-open, or `auto`: the best block of `replace` of the layers by the map."""
     replace: float = 0.25
     """Share of the layers that `--block auto` replaces."""
+    rank_by: Predictor = "ratio"
+    """By what `--block auto` chooses: a figure of the map."""
     objective: Objective = "fw"
     walk_steps: int = 3
     """Steps k of flow walking."""
@@ -155,6 +162,28 @@ class EvaluateSettings(Common):
     compute_dtype: ComputeDtype = "float32"
     out: Path | None = None
     """The JSON file; default `results.json` beside the store. A `.md` file goes beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings(Common):
+    """`lftpipe sweep`: a short run for every block of some lengths: does the map predict what they reach?"""
+
+    lengths: tuple[int, ...] = ()
+    """Numbers of layers; left out, a quarter and a half of the teacher's."""
+    objective: Objective = "regression"
+    """What every run learns; `regression` is the cheapest."""
+    tokens: int = 300_000
+    """Training tokens of each run."""
+    batch_tokens: int = 2048
+    learning_rate: float = 1e-3
+    compute_dtype: ComputeDtype = "auto"
+    """Of training; scores are computed in float32."""
+    repeats: int = 1
+    """Runs of each block, with seeds from `seed` on; their mean counts."""
+    probe_tokens: int = 16_384
+    """Training tokens that the linear probe is fitted on."""
+    out: Path | None = None
+    """The JSON file; default `sweep.json` beside the store. The runs are in a folder of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)

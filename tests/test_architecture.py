@@ -69,6 +69,23 @@ MUST_NOT_KNOW = {
     "lftpipe.manifest": ("torch", "transformers", "zarr", "lftpipe"),
     "lftpipe.coupling": ("torch", "transformers", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
     "lftpipe.metrics": ("transformers", "zarr", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
+    "lftpipe.correlation": ("torch", "transformers", "zarr", "lftpipe"),
+    "lftpipe.probe": ("transformers", "zarr", "lftpipe.teacher.source", "lftpipe.training", "lftpipe.stages"),
+    "lftpipe.scoring": (
+        "transformers",
+        "zarr",
+        "lftpipe.teacher.trunk",
+        "lftpipe.training",
+        "lftpipe.stages",
+    ),
+    "lftpipe.sweep_page": (
+        "torch",
+        "transformers",
+        "zarr",
+        "lftpipe.store",
+        "lftpipe.teacher",
+        "lftpipe.stages",
+    ),
     "lftpipe.training": ("transformers", "zarr", "lftpipe.teacher.trunk", "lftpipe.stages"),
     "lftpipe.student": (
         "zarr",
@@ -79,6 +96,8 @@ MUST_NOT_KNOW = {
     ),
     "lftpipe.stages.train": ("transformers", "lftpipe.teacher.trunk"),
     "lftpipe.stages.evaluate": ("transformers", "lftpipe.teacher.trunk"),
+    "lftpipe.stages.recouple": ("transformers", "lftpipe.teacher", "lftpipe.training"),
+    "lftpipe.stages.sweep": ("transformers", "lftpipe.teacher.trunk"),
     "lftpipe.stages.report": ("torch", "transformers", "lftpipe.teacher", "lftpipe.flow"),
 }
 

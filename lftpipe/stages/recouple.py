@@ -81,7 +81,9 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
         "settings": to_plain(settings),
         "store_fingerprint": store.fingerprint,
     }
-    result["ranking"] = blocks.ranking(result, num_layers)
+    if settings.rank_by == "probe":
+        result["probe_residual"] = _residuals(store, layers, settings)
+    result["ranking"] = blocks.ranking(result, num_layers, settings.rank_by)
     pictures = [out.with_suffix(".png"), out.with_suffix(".html")]
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_recoupling(result, shown or _default_shown(result), pictures[0])
@@ -94,6 +96,27 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
     }
 
 
+def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> dict[str, Any]:
+    """The map beside a store, made with these settings if there is none.
+
+    Raises
+    ------
+    SettingsError
+        If it was made from another store.
+    """
+    path = store_path.parent / FILE_NAME
+    if not path.exists():
+        recouple(made_with)
+    found = json.loads(path.read_text())
+    if found["store_fingerprint"] != store.fingerprint:
+        raise SettingsError(
+            f"{path}, made from another or an older store than {store_path}",
+            f"a map of the store {store.fingerprint}",
+            "run `lftpipe recouple --force`",
+        )
+    return found
+
+
 def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
     """The block of `train --block auto`, from the map beside the store, which is made if there is none.
 
@@ -102,19 +125,13 @@ def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
     SettingsError
         If the map was made from another store, or has no block of that length.
     """
-    path = store_path.parent / FILE_NAME
-    if not path.exists():
-        recouple(RecoupleSettings(workspace=settings.workspace, store=store_path, threads=settings.threads))
-    found = json.loads(path.read_text())
     store = Store.open(store_path)
-    if found["store_fingerprint"] != store.fingerprint:
-        raise SettingsError(
-            f"{path}, made from another or an older store than {store_path}",
-            f"a map of the store {store.fingerprint}",
-            "run `lftpipe recouple --force`, or pass --block m:n",
-        )
+    made_with = RecoupleSettings(
+        workspace=settings.workspace, store=store_path, threads=settings.threads, rank_by=settings.rank_by
+    )
+    found = open_map(store_path, store, made_with)
     num_layers = store.identity.get("teacher", {}).get("layers", max(store.layers))
-    return blocks.best_block(found, num_layers, settings.replace)
+    return blocks.best_block(found, num_layers, settings.replace, settings.rank_by)
 
 
 def _layers(settings: RecoupleSettings, store: Store) -> tuple[int, ...]:
@@ -146,6 +163,16 @@ def _shown(
                 f"--show {m}:{n}", f"two of the states {', '.join(map(str, layers))}", "choose among these"
             )
     return pairs
+
+
+def _residuals(store: Store, layers: tuple[int, ...], settings: RecoupleSettings) -> list[list[float | None]]:
+    import torch  # only here: the map itself needs none
+
+    from lftpipe.probe import residual_map
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return residual_map(store, layers, settings.seed)
 
 
 def _default_shown(result: dict[str, Any]) -> list[tuple[int, int]]:
@@ -193,6 +220,7 @@ def summary(result: dict[str, Any]) -> RenderableType:
         f"{used['batches']} batches of {used['tokens']} tokens, {used['metric']}"
         + (", standardised" if used["standardise"] else "")
         + (", without first positions" if used["skip_first"] else "")
+        + (f"; ranked by {used['rank_by']}" if used["rank_by"] != "ratio" else "")
     )
     tail = f"{result['out']} and {', '.join(result['pictures'])}, {result['seconds']:.1f} s"
     return Group(head, table, tail)

@@ -126,7 +126,7 @@ def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
 
 
 #: Settings that do not change a run's numbers, or that a resumed run may change.
-_MAY_DIFFER = {"resume", "force", "workspace", "store", "log_every", "checkpoint_every", "run"}
+_MAY_DIFFER = {"resume", "force", "workspace", "store", "log_every", "checkpoint_every", "run", "rank_by"}
 
 
 def _claim(run: Path, settings: TrainSettings, store: Store) -> bool:

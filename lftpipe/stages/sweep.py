@@ -1,0 +1,272 @@
+"""`lftpipe sweep`: a short run for every block of some lengths: did the map predict what they reach?"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+
+import lftpipe
+from lftpipe import blocks, correlation, manifest, progress, runs
+from lftpipe.errors import RunError, SettingsError, StoreError
+from lftpipe.plots import draw_sweep
+from lftpipe.probe import draw_parts, probe_residual
+from lftpipe.scoring import run_rows, score
+from lftpipe.settings import RecoupleSettings, SweepSettings, TrainSettings, to_plain
+from lftpipe.stages.recouple import open_map
+from lftpipe.stages.train import changed_settings, resolved, run_name, teacher_of, train_run
+from lftpipe.store import Store
+from lftpipe.sweep_page import AGAINST, OUTCOMES, correlation_table, markdown
+from lftpipe.teacher.source import Teacher
+from lftpipe.workspace import find_store
+
+#: Shares of the layers that are swept where no lengths are given.
+SHARES = (0.25, 0.5)
+
+#: Tokens scored at a time.
+SCORE_TOKENS = 2048
+
+
+def sweep(settings: SweepSettings) -> dict[str, Any]:
+    """Train every block of some lengths alike, score them, and correlate the map's figures with the scores.
+
+    Finished runs are not trained again, unfinished ones go on; `force` writes over the results, and over
+    runs that were begun with other settings.
+
+    Returns
+    -------
+    dict
+        The content of the JSON file (docs/recoupling.md describes it), `out`, and `trained`, the number of
+        runs that were trained now.
+
+    Raises
+    ------
+    LftpipeError
+        If lengths or store do not allow it, or the results exist and `force` is not set.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    store_path = find_store(settings.workspace, settings.store)
+    out = settings.out or store_path.parent / "sweep.json"
+    _check_out(out, settings.force)
+    store = Store.open(store_path)
+    if store.num_sequences("validation") == 0:
+        raise StoreError(
+            f"store {store_path} without validation sequences",
+            "at least one",
+            "extract with --validation-tokens",
+        )
+    teacher = teacher_of(store, settings.workspace)
+    lengths = _lengths(settings.lengths, teacher.num_layers)
+    made_with = RecoupleSettings(workspace=settings.workspace, store=store_path, threads=settings.threads)
+    found = open_map(store_path, store, made_with)
+    swept = _blocks(found, lengths)
+    found = found | {"probe_residual": _residuals(settings, store, found, swept)}
+    trained, finished = _train(settings, store, teacher, swept, out.with_suffix(""))
+    rows = _rows(found, swept, _score(finished, settings, store, teacher))
+    result = {
+        "teacher": teacher.name,
+        "store_fingerprint": store.fingerprint,
+        "lengths": lengths,
+        "validation_tokens": store.num_sequences("validation") * store.context,
+        "map_settings": found["settings"],
+        "settings": {key: entry for key, entry in to_plain(settings).items() if key != "force"},
+        "lftpipe": lftpipe.__version__,
+        "rows": rows,
+        "correlations": _correlations(rows, lengths, settings.seed),
+        "choices": _choices(found, rows, lengths),
+    }
+    draw_sweep(result, out.with_suffix(".png"))
+    manifest.write_atomic(out.with_suffix(".md"), markdown(result).encode())
+    manifest.write_atomic(out, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    return result | {"out": str(out), "trained": trained}
+
+
+def _check_out(out: Path, force: bool) -> None:
+    if out.suffix != ".json":
+        raise SettingsError(
+            f"--out {out}", "the JSON file's name", "end it in .json; the rest goes beside it"
+        )
+    for file in (out, out.with_suffix(".md"), out.with_suffix(".png")):
+        if file.exists() and not force:
+            raise SettingsError(
+                f"{file}, which exists",
+                "a new file",
+                "pass --force (finished runs are not trained again) or another --out",
+            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _lengths(given: tuple[int, ...], num_layers: int) -> list[int]:
+    lengths = sorted(set(given or (blocks.block_length(num_layers, share) for share in SHARES)))
+    if lengths[-1] > num_layers:
+        raise SettingsError(
+            f"--lengths {','.join(map(str, lengths))}",
+            f"at most {num_layers}, the teacher's layers",
+            "name smaller lengths",
+        )
+    return lengths
+
+
+def _blocks(found: blocks.Map, lengths: list[int]) -> list[blocks.Block]:
+    """All blocks of these lengths between states on the map, in order."""
+    swept: list[blocks.Block] = []
+    for length in lengths:
+        here = sorted(blocks.rank_blocks(found, length))
+        if not here:
+            raise SettingsError(
+                f"--lengths {length}",
+                f"two states that far apart on the map of states {', '.join(map(str, found['layers']))}",
+                "name other lengths, or extract and recouple more layers",
+            )
+        swept += here
+    if len(swept) < correlation.FEWEST:
+        raise SettingsError(
+            f"--lengths {','.join(map(str, lengths))}, of which there are {len(swept)} blocks",
+            f"at least {correlation.FEWEST} blocks to compare",
+            "name smaller lengths, or more of them",
+        )
+    return swept
+
+
+def _residuals(
+    settings: SweepSettings, store: Store, found: blocks.Map, swept: list[blocks.Block]
+) -> list[list[float | None]]:
+    """The linear probe's residual of the swept blocks, as a square like those of the map."""
+    layers = found["layers"]
+    residuals: list[list[float | None]] = [[None] * len(layers) for _ in layers]
+    parts = draw_parts(store, settings.probe_tokens, settings.seed)
+    with progress.task(f"linear probe of {len(swept)} blocks", len(swept), "blocks") as task:
+        for m, n in swept:
+            residuals[layers.index(m)][layers.index(n)] = probe_residual(store, (m, n), *parts)
+            task.advance(1)
+    return residuals
+
+
+def _train(
+    settings: SweepSettings, store: Store, teacher: Teacher, swept: list[blocks.Block], folder: Path
+) -> tuple[int, list[runs.Run]]:
+    """How many runs were trained now, and all of them, finished."""
+    trained, finished = 0, []
+    seeds = range(settings.seed, settings.seed + settings.repeats)
+    with progress.task(f"sweep {teacher.name}", len(swept) * len(seeds), "runs") as task:
+        for block in swept:
+            for seed in seeds:
+                wanted = TrainSettings(
+                    workspace=settings.workspace,
+                    store=store.path,
+                    seed=seed,
+                    device=settings.device,
+                    objective=settings.objective,
+                    tokens=settings.tokens,
+                    batch_tokens=settings.batch_tokens,
+                    learning_rate=settings.learning_rate,
+                    compute_dtype=settings.compute_dtype,
+                    resume=True,
+                )
+                wanted = resolved(wanted, store, block)
+                run = folder / run_name(wanted, block)
+                result = train_run(run, _agreed(run, wanted, store, settings.force), store, teacher, block)
+                trained += not result.get("already_finished", False)
+                finished.append(runs.open_run(run))
+                task.advance(1)
+    return trained, finished
+
+
+def _agreed(run: Path, wanted: TrainSettings, store: Store, force: bool) -> TrainSettings:
+    """The settings, if the run was not begun with others; with `force`, they then start it anew."""
+    if not (run / runs.SETTINGS).exists():
+        return wanted
+    try:
+        for key, before, now in changed_settings(run, wanted, store):
+            raise RunError(
+                f"{key} = {now} for {run}",
+                f"{key} = {before}, as it was begun",
+                "use the same settings, another --out, or --force to train it again",
+            )
+    except RunError:
+        if not force:
+            raise
+        return replace(wanted, force=True)
+    return wanted
+
+
+def _score(
+    finished: list[runs.Run], settings: SweepSettings, store: Store, teacher: Teacher
+) -> list[dict[str, Any]]:
+    """Every run's row of Table 1, with as many steps as it was trained with, untimed."""
+    rows = [row for run in finished for row in run_rows(run, (run.walk_steps,), teacher, settings.device)]
+    score(
+        rows,
+        store,
+        teacher,
+        batch_tokens=SCORE_TOKENS,
+        compute_dtype="float32",
+        device=settings.device,
+    )
+    return [row.plain() for row in rows]
+
+
+def _rows(found: blocks.Map, swept: list[blocks.Block], scored: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a block: the predictors, and what its runs reached, in the mean and each."""
+    kept = ("run", "seed", "train_tokens", "k", "solver", *OUTCOMES)
+    rows = []
+    for m, n in swept:
+        mine = [row for row in scored if row["block"] == f"{m}:{n}"]
+        predictors = {key: blocks.value(found, key, (m, n)) for key in blocks.PREDICTORS.values()}
+        reached = {key: float(np.mean([row[key] for row in mine])) for key in OUTCOMES}
+        each = [{key: row[key] for key in kept} for row in mine]
+        rows.append({"block": f"{m}:{n}", "length": n - m, **predictors, **reached, "runs": each})
+    return rows
+
+
+def _correlations(rows: list[dict[str, Any]], lengths: list[int], seed: int) -> list[dict[str, Any]]:
+    """Of every predictor with every outcome: over all blocks (`length` null), and within each length.
+
+    Over all blocks their mere length is a predictor too: what the others have to beat.
+    """
+    found = []
+    for against in AGAINST:
+        for length in (None, *lengths):
+            here = [row for row in rows if length in (None, row["length"])]
+            y = np.array([row[against] for row in here])
+            for predictor in (*blocks.PREDICTORS.values(), *(["length"] if length is None else [])):
+                x = np.array([row[predictor] for row in here], np.float64)
+                entry = {"against": against, "predictor": predictor, "length": length}
+                found.append(entry | correlation.correlate(x, y, seed))
+    return found
+
+
+def _choices(found: blocks.Map, rows: list[dict[str, Any]], lengths: list[int]) -> list[dict[str, Any]]:
+    """Which block each predictor would choose, what it reached, and which place that is, 1 the best."""
+    choices = []
+    for length in lengths:
+        order = sorted((row for row in rows if row["length"] == length), key=lambda row: row["kl"])
+        names = [row["block"] for row in order]
+        for by in blocks.PREDICTORS:
+            m, n = blocks.rank_blocks(found, length, by)[0]
+            place = names.index(f"{m}:{n}")
+            choice = {"rank_by": by, "length": length, "block": f"{m}:{n}", "kl": order[place]["kl"]}
+            best = {"best_block": names[0], "best_kl": order[0]["kl"]}
+            choices.append(choice | {"place": place + 1, "of": len(order)} | best)
+    return choices
+
+
+def summary(result: dict[str, Any]) -> Table:
+    """The correlations with KL for a terminal."""
+    heading, rows = correlation_table(result, "kl")
+    title = f"{result['teacher']}: Spearman's coefficient with the KL reached, {len(result['rows'])} blocks"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in heading:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    out = Path(result["out"])
+    table.caption = (
+        f"{result['trained']} runs trained; {out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}"
+    )
+    return table
