@@ -60,17 +60,19 @@ def packed_corpus(tokenizer: Tokenizer, work: Path) -> dict[str, np.ndarray]:
     """Token ids of both splits, `(sequence, position)`, made once and kept in `work`."""
     path = work / "tokens.npz"
     if not path.exists():
+        end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        assert end_of_text is not None
         packing = Packing(
             open_corpus("python-stdlib"),
             lambda texts: [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)],
-            tokenizer.token_to_id(END_OF_TEXT),
+            end_of_text,
             CONTEXT,
             {"train": EVERYTHING, "validation": EVERYTHING},
         )
         rows: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
         for sequence in packing:
             rows[sequence.split].append(sequence.tokens.astype(np.uint16))
-        np.savez(path, **{split: np.stack(tokens) for split, tokens in rows.items()})
+        np.savez(path, train=np.stack(rows["train"]), validation=np.stack(rows["validation"]))
     return dict(np.load(path))
 
 
