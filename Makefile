@@ -25,7 +25,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check slow runtimes results report pythia-tiny smollm2 clean
+.PHONY: help setup demo test check slow runtimes results sweep report pythia-tiny smollm2 clean
 .DELETE_ON_ERROR:
 
 help:
@@ -62,6 +62,12 @@ $(FLOW): $(STATES) $(if $(filter auto,$(BLOCK)),$(MAP))
 
 $(TABLE): $(FLOW)
 	$(LFTPIPE) evaluate $(COMMON) --store $(STORE) $(USE_RECIPE) --force
+
+# A short run for every block of a quarter and of a half of the layers: does the map predict what they reach?
+sweep: $(HERE)/sweep.json
+
+$(HERE)/sweep.json: $(MAP)
+	$(LFTPIPE) sweep $(COMMON) --store $(STORE) $(USE_RECIPE) --seed $(SEED) --force
 
 report: $(TABLE)
 	$(LFTPIPE) report $(COMMON) --store $(STORE) --force

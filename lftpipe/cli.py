@@ -124,7 +124,7 @@ def _command(name: str, kind: type[Common], place: str) -> Callable[..., None]:
             if result.get("failed"):
                 raise typer.Exit(1)
 
-        guarded(call, debug=debug)
+        guarded(call, debug=debug, asks_to_resume="resume" in hints)
 
     parameters = [
         inspect.Parameter(
@@ -154,8 +154,11 @@ def _print(summary: Any) -> None:
     Console(soft_wrap=isinstance(summary, str), highlight=False, markup=False).print(summary)
 
 
-def guarded(call: Callable[[], None], *, debug: bool) -> None:
-    """Run a stage; an error becomes one line and exit status 1."""
+def guarded(call: Callable[[], None], *, debug: bool, asks_to_resume: bool) -> None:
+    """Run a stage; an error becomes one line and exit status 1.
+
+    After an interrupt the same command goes on, in some stages only if it is asked to.
+    """
     try:
         call()
     except LftpipeError as error:
@@ -163,10 +166,8 @@ def guarded(call: Callable[[], None], *, debug: bool) -> None:
             raise
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail(
-            "given: an interrupt / expected: to run to the end / do: the same command with --resume goes on",
-            130,
-        )
+        command = "the same command with --resume goes on" if asks_to_resume else "run the same command again"
+        _fail(f"given: an interrupt / expected: to run to the end / do: {command}", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

@@ -189,6 +189,14 @@ def test_an_interrupt_is_no_traceback(run, stage):
     assert "--resume goes on" in err and err.count("\n") == 1
 
 
+def test_an_interrupted_sweep_needs_no_resume(run, monkeypatch):
+    fake = SimpleNamespace(sweep=failing(KeyboardInterrupt()))
+    monkeypatch.setitem(sys.modules, "lftpipe.stages.sweep", fake)
+    status, out, err = run("sweep")
+    assert (status, out) == (130, "")
+    assert "do: run the same command again" in err and "--resume" not in err
+
+
 def test_a_recipe_with_an_unknown_key_is_refused_before_the_stage_runs(run, stage, tmp_path):
     stage(failing(AssertionError("the stage ran")))
     (tmp_path / "r.toml").write_text("[train]\nlearning_rat = 1\n")
