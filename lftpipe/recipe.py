@@ -23,6 +23,7 @@ _LEAST: dict[str, float] = {
     "seed": 0,
     "context": 2,
     "validation_tokens": 0,
+    "logits": 0,
     "alpha": 0,
     "replace": 0,
     "warmup": 0,
