@@ -64,7 +64,8 @@ def markdown(result: Result) -> str:
         "",
         f"{len(result['rows'])} blocks, {used['repeats']} run(s) each: {used['objective']}, "
         f"{used['tokens']:,} training tokens; scored on {result['validation_tokens']:,} validation tokens. "
-        f"Spearman's coefficient with the {correlation.CONFIDENCE:.0%} bootstrap interval over blocks.",
+        f"Spearman's coefficient with the {correlation.CONFIDENCE:.0%} bootstrap interval over blocks; "
+        "positive where a lower figure went with a better score.",
         "",
     ]
     for against in AGAINST:
