@@ -15,6 +15,7 @@ from lftpipe.corpus import Corpus, open_corpus
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.settings import ExtractSettings, parse_layers
 from lftpipe.teacher.compute import resolve_compute_dtype
+from lftpipe.teacher.head import Head, compute_batch
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.trunk import Trunk
 from lftpipe.workspace import STORE_NAME
@@ -46,22 +47,34 @@ class Plan:
     sequences_per_shard: int
     compute_dtype: torch.dtype
     dtype: str
+    logits: int
+    device: str
 
-    @property
-    def num_states(self) -> int:
-        """States and attention contexts stored of every position."""
-        return len(self.layers) + len(self.attention_layers)
+    def load_trunk(self) -> Trunk:
+        """The layers below the deepest state wanted; logits need the last state."""
+        deepest = self.teacher.num_layers if self.logits else max(self.layers)
+        return Trunk(self.teacher, deepest, self.compute_dtype, self.device)
+
+    def load_head(self) -> Head | None:
+        """The LM head, if logits are wanted."""
+        return Head(self.teacher, self.logits, self.device) if self.logits else None
 
     def array_bytes(self) -> dict[str, int]:
         """Bytes of every array on the disk, both splits together."""
         positions_ = sum(self.wanted.values()) * self.context
         state = BYTES_PER_FEATURE[self.dtype] * self.teacher.width
-        return {
+        arrays = {
             "hidden": int(positions_ * len(self.layers) * state),
             "attention": int(positions_ * len(self.attention_layers) * state),
             "tokens": positions_ * 4,
             "document": positions_ * 4,
         }
+        if self.logits:
+            value = 4 if self.dtype == "float32" else 2
+            arrays["logit_values"] = positions_ * self.logits * value
+            arrays["logit_ids"] = positions_ * self.logits * 4
+            arrays["logit_normaliser"] = positions_ * 4
+        return arrays
 
 
 def make_plan(settings: ExtractSettings) -> Plan:
@@ -83,6 +96,12 @@ def make_plan(settings: ExtractSettings) -> Plan:
             f"no corpus for {settings.model}",
             "--corpus, as this teacher has no default",
             "name a file or folder",
+        )
+    if not 0 <= settings.logits <= teacher.config.vocab_size:
+        raise SettingsError(
+            f"--logits {settings.logits}",
+            f"0 to {teacher.config.vocab_size}, the teacher's vocabulary",
+            "pass --logits 64, or leave it out",
         )
     layers = parse_layers(settings.layers, teacher.num_layers + 1)
     attention = tuple(l for l in layers if l < max(layers)) if settings.attention else ()  # noqa: E741
@@ -107,6 +126,8 @@ def make_plan(settings: ExtractSettings) -> Plan:
         sequences_per_shard=max(per_shard // batch * batch, min(batch, per_shard)),
         compute_dtype=resolve_compute_dtype(settings.compute_dtype, settings.device),
         dtype=settings.dtype,
+        logits=settings.logits,
+        device=settings.device,
     )
 
 
@@ -130,7 +151,7 @@ def check_disk(plan: Plan) -> None:
 
 def dry_run(plan: Plan) -> dict[str, Any]:
     """The plan's figures, with a time estimated from a short measured probe."""
-    trunk = Trunk(plan.teacher, max(plan.layers), plan.compute_dtype)
+    trunk, head = plan.load_trunk(), plan.load_head()
     rng = np.random.default_rng(0)
     shape = (plan.batch_sequences, plan.context)
     probe = torch.from_numpy(rng.integers(0, plan.teacher.config.vocab_size, shape))
@@ -138,7 +159,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 
     def timed() -> float:
         started = time.monotonic()
-        trunk.run(probe, places)
+        compute_batch(trunk, head, probe, places, lambda array, layer, state: None)
         return time.monotonic() - started
 
     timed()  # the first pass also sets up kernels
@@ -154,6 +175,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "tokens": tokens,
         "layers": list(plan.layers),
         "attention_layers": list(plan.attention_layers),
+        "logits": plan.logits,
         "dtype": plan.dtype,
         "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
         "bytes": sum(by_array.values()),

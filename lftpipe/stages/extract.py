@@ -1,29 +1,22 @@
 """`lftpipe extract`: run the frozen teacher once and write its states to the store."""
 
-import queue
 import tempfile
-import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import lftpipe
 from lftpipe import progress
 from lftpipe.errors import CorpusError, TeacherError
-from lftpipe.packing import SPLITS, Packing, positions
-from lftpipe.plan import BYTES_PER_FEATURE, Plan, check_disk, dry_run, make_plan
+from lftpipe.forward import Tokens, forward
+from lftpipe.packing import SPLITS, Packing
+from lftpipe.plan import Plan, check_disk, dry_run, make_plan
 from lftpipe.settings import ExtractSettings
-from lftpipe.store import ShardKey, StoreSpec, StoreWriter, verify_store
+from lftpipe.store import StoreSpec, StoreWriter, verify_store
 from lftpipe.teacher.source import load_tokenizer
-from lftpipe.teacher.trunk import Sink, Trunk
-
-#: Computed states that may wait to be written; each is a batch of one layer.
-QUEUED_STATES = 8
 
 
 def extract(settings: ExtractSettings) -> dict[str, Any]:
@@ -50,9 +43,7 @@ def extract(settings: ExtractSettings) -> dict[str, Any]:
     return _run(plan, packing, _pack(packing, plan), settings)
 
 
-def _run(
-    plan: Plan, packing: Packing, tokens: dict[str, tuple[np.ndarray, np.ndarray]], settings: ExtractSettings
-) -> dict[str, Any]:
+def _run(plan: Plan, packing: Packing, tokens: Tokens, settings: ExtractSettings) -> dict[str, Any]:
     spec = _spec(plan, packing, settings)
     started = time.monotonic()
     repair = verify_store(plan.path) if settings.repair else None
@@ -64,8 +55,7 @@ def _run(
         pending = writer.pending()
         computed = sum(len(key.sequences) for key in pending) * plan.context
         if pending:
-            trunk = Trunk(plan.teacher, max(plan.layers), plan.compute_dtype, settings.device)
-            _forward(plan, writer, trunk, tokens)
+            forward(plan, writer, tokens)
         if not writer.complete:
             writer.finish()
     seconds = time.monotonic() - started
@@ -78,6 +68,7 @@ def _run(
         "documents": packing.num_documents,
         "layers": list(plan.layers),
         "attention_layers": list(plan.attention_layers),
+        "logits": plan.logits,
         "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
         "bytes": sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file()),
         "seconds": round(seconds, 3),
@@ -95,7 +86,7 @@ def _packing(plan: Plan, tokenizer: Any) -> Packing:
     return Packing(plan.corpus, encode, tokenizer.eos_token_id, plan.context, plan.wanted)
 
 
-def _pack(packing: Packing, plan: Plan) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _pack(packing: Packing, plan: Plan) -> Tokens:
     """Token ids and document numbers of each split, `(sequence, position)`, in files mapped to memory."""
     packing.fit_to_small_corpus()
     plan.path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,100 +167,8 @@ def _spec(plan: Plan, packing: Packing, settings: ExtractSettings) -> StoreSpec:
         dtype=settings.dtype,
         sequences_per_shard=plan.sequences_per_shard,
         sequences=packing.made,
+        logits=plan.logits,
     )
-
-
-def _forward(
-    plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: dict[str, tuple[np.ndarray, np.ndarray]]
-) -> None:
-    """Compute every pending shard, while a thread encodes and writes what was computed before."""
-    pending = writer.pending()
-    total = sum(len(key.sequences) for key in pending) * plan.context
-    token_bytes = BYTES_PER_FEATURE[plan.dtype] * plan.teacher.width * plan.num_states
-    with (
-        _Background(writer, pending, plan.dtype) as background,
-        progress.task(f"extract {plan.teacher.name}", total, "tokens") as task,
-    ):
-        for key in pending:
-            ids, documents = tokens[key.split]
-            for first in range(0, len(key.sequences), plan.batch_sequences):
-                rows = key.sequences[first : first + plan.batch_sequences]
-                batch = slice(rows[0], rows[-1] + 1)
-
-                def sink(array: str, kept: tuple[int, ...], first: int = first) -> Sink:
-                    def put(layer: int, state: Tensor) -> None:
-                        if layer in kept:
-                            background.put(array, layer, first, state)
-
-                    return put
-
-                trunk.run(
-                    torch.from_numpy(ids[batch]).long(),
-                    torch.from_numpy(positions(documents[batch])).long(),
-                    hidden=sink("hidden", plan.layers),
-                    attention=sink("attention", plan.attention_layers) if plan.attention_layers else None,
-                )
-                task.advance(len(rows) * plan.context, written=progress.human_bytes(task.done * token_bytes))
-            background.end_shard()
-
-
-class _Background:
-    """A thread that writes one shard after the other from a bounded queue of computed states.
-
-    Rounding, checksums, writing and waiting for the disk all happen there, and most of it without
-    Python's lock, so the teacher hardly waits. An error of the thread is raised in the caller; an
-    error of the caller discards the shard that is being written.
-    """
-
-    def __init__(self, writer: StoreWriter, pending: list[ShardKey], dtype: str) -> None:
-        self._queue: queue.Queue[tuple[str, int, int, Tensor] | None] = queue.Queue(QUEUED_STATES)
-        self._error: BaseException | None = None
-        self._aborted = False
-        self._dtype = torch.float32 if dtype == "float32" else torch.float16
-        self._thread = threading.Thread(target=self._run, args=(writer, pending), daemon=True)
-
-    def put(self, array: str, layer: int, first: int, state: Tensor) -> None:
-        """Queue a state of some sequences of the current shard; waits while the queue is full."""
-        self._raise()
-        self._queue.put((array, layer, first, state))
-
-    def end_shard(self) -> None:
-        """All states of the current shard are queued."""
-        self._raise()
-        self._queue.put(None)
-
-    def _raise(self) -> None:
-        if self._error:
-            raise self._error
-
-    def _run(self, writer: StoreWriter, pending: list[ShardKey]) -> None:
-        try:
-            for key in pending:
-                with writer.shard(key) as shard:
-                    while item := self._queue.get():
-                        array, layer, first, state = item
-                        shard.put(array, layer, first, state.to("cpu", self._dtype).numpy())
-                    if self._aborted:
-                        raise InterruptedError
-        except BaseException as error:  # whatever it is, the caller hears of it
-            self._error = error
-            while not self._aborted and self._queue.get() is not None:  # the caller may be waiting for room
-                pass
-
-    def __enter__(self) -> "_Background":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._aborted = True
-            with suppress(queue.Empty):  # what is queued no longer matters; the end must fit in
-                while True:
-                    self._queue.get_nowait()
-            self._queue.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -277,6 +176,8 @@ def summary(result: dict[str, Any]) -> str:
     size = progress.human_bytes(result["bytes"])
     tokens = " and ".join(f"{count:,} {split}" for split, count in result["tokens"].items())
     layers = f"{len(result['layers'])} states and {len(result['attention_layers'])} attention contexts"
+    if result["logits"]:
+        layers += f" and {result['logits']} logits"
     if result.get("dry_run"):
         arrays = ", ".join(
             f"{name} {progress.human_bytes(n)}" for name, n in result["bytes_by_array"].items()

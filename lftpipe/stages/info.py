@@ -54,7 +54,9 @@ def _of_run(path: Path) -> dict[str, Any]:
 
 
 def _of_store(store: Store) -> dict[str, Any]:
-    size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    files = [file for file in store.path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    coded = sum(file.stat().st_size for file in files if file.parent.name in ("hidden", "attention"))
     states = sum(store.num_sequences(split) for split in SPLITS) * store.context * store.width
     states *= len(store.layers) + len(store.attention_layers)
     return {
@@ -65,13 +67,14 @@ def _of_store(store: Store) -> dict[str, Any]:
         "details": store.spec.details,
         "layers": list(store.layers),
         "attention_layers": list(store.attention_layers),
+        "logits": store.spec.logits,
         "context": store.context,
         "width": store.width,
         "dtype": store.dtype,
         "tokens": {split: store.num_sequences(split) * store.context for split in SPLITS},
         "bytes": size,
         "bytes_of_float16_states": 2 * states,
-        "compression": round(2 * states / size, 4),
+        "compression": round(2 * states / max(coded, 1), 4),
         "statistics": [_statistics(store, layer) for layer in store.layers],
     }
 
@@ -123,6 +126,7 @@ def summary(result: dict[str, Any]) -> Group | Table:
     table.add_row("tokens", f"{tokens}, in sequences of {result['context']}")
     table.add_row("states", f"{len(result['layers'])} x {result['width']} features, {result['dtype']}")
     table.add_row("attention contexts", str(len(result["attention_layers"])))
+    table.add_row("logits", f"the largest {result['logits']}" if result["logits"] else "none")
     size = progress.human_bytes(result["bytes"])
     table.add_row("size", f"{size}, 1 : {result['compression']:.2f} to float16")
     table.add_row("computed in", identity["compute_dtype"])

@@ -1,6 +1,6 @@
 """The cache of a teacher's states: a Zarr store never wrong, and read at the speed of a memory map."""
 
-from lftpipe.store.batches import Batch, batch_sequences
+from lftpipe.store.batches import Batch, Logits, batch_sequences
 from lftpipe.store.layout import ShardKey, StoreSpec
 from lftpipe.store.reader import Store
 from lftpipe.store.shard_writer import ShardWriter
@@ -10,6 +10,7 @@ from lftpipe.store.writer import StoreWriter
 __all__ = [
     "Batch",
     "Damage",
+    "Logits",
     "Report",
     "ShardKey",
     "ShardWriter",

@@ -7,11 +7,23 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 
 States = dict[int, Float[np.ndarray, "sequence position feature"]]  # by layer l
+
+
+class Logits(NamedTuple):
+    """The teacher's largest next-token logits at each position, and what makes probabilities of them."""
+
+    values: Float[np.ndarray, "sequence position rank"]
+    """The largest logits, descending."""
+    ids: Int32[np.ndarray, "sequence position rank"]
+    """Their tokens."""
+    normaliser: Float32[np.ndarray, "sequence position"]
+    """Log of the sum of all exponentials: `exp(values - normaliser)` are probabilities."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,7 @@ class Batch:
     states: States
     tokens: Int32[np.ndarray, "sequence position"] | None
     document: Int32[np.ndarray, "sequence position"] | None
+    logits: Logits | None = None
 
 
 @functools.lru_cache(maxsize=2)

@@ -144,7 +144,7 @@ def progress(path: Path) -> tuple[int, int] | None:
     if journal is None:
         return None
     spec, records = journal
-    states = [array for array in spec.arrays.values() if array.layers]
+    states = [array for array in spec.arrays.values() if array.computed]
     keys = list(spec.shard_keys())
     files = ([array.file(key.split, key.index) for array in states] for key in keys)
     done = sum(

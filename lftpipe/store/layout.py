@@ -14,6 +14,8 @@ from lftpipe.manifest import plain
 
 SCHEMA_VERSION = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "writer.lock"
+TOKEN_ARRAYS = ("tokens", "document")  # made of the corpus alone; the teacher computes all others
+LOGIT_ARRAYS = ("logit_values", "logit_ids", "logit_normaliser")
 
 
 @dataclass(frozen=True, order=True)
@@ -35,16 +37,26 @@ class ArrayLayout:
 
     name: str
     layers: tuple[int, ...] | None  # None: no layer axis
-    chunk: tuple[int, ...]  # sizes behind the sequence axis: (position,) or (position, feature)
+    chunk: tuple[int, ...]  # sizes behind the sequence axis: of position, and of feature or rank
     dtype: str  # of the decoded array
     sequences_per_shard: int
     coded: bool = False  # int8 codec
 
     @property
+    def computed(self) -> bool:
+        """Whether the teacher computes it."""
+        return self.name not in TOKEN_ARRAYS
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of a chunk."""
+        return ("position", "rank" if self.name in LOGIT_ARRAYS else "feature")[: len(self.chunk)]
+
+    @property
     def dimensions(self) -> tuple[str, ...]:
         # xarray allows one size per dimension name, and there are fewer attention layers than states.
         front = () if self.layers is None else ("layer" if self.name == "hidden" else f"{self.name}_layer",)
-        return (*front, "sequence", *("position", "feature")[: len(self.chunk)])
+        return (*front, "sequence", *self.axes)
 
     def shape(self, sequences: int) -> tuple[int, ...]:
         front = () if self.layers is None else (len(self.layers),)
@@ -92,6 +104,7 @@ class StoreSpec:
     sequences_per_shard: int
     sequences: dict[str, int]  # split -> how many
     details: dict[str, Any] = field(default_factory=dict)
+    logits: int = 0  # how many of the largest logits of each position; 0 = no such arrays
 
     def __post_init__(self) -> None:
         for name in ("identity", "details"):
@@ -106,6 +119,8 @@ class StoreSpec:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.dtype not in ("float16", "float32", "int8"):
             raise ValueError(f"dtype must be float16, float32 or int8, not {self.dtype!r}")
+        if self.logits < 0:
+            raise ValueError(f"logits must not be negative: {self.logits}")
         if any(count < 0 for count in self.sequences.values()):
             raise ValueError(f"numbers of sequences must not be negative: {self.sequences}")
         taken = (self._own.keys() | {"complete"}) & (self.identity.keys() | self.details.keys())
@@ -115,6 +130,8 @@ class StoreSpec:
     @property
     def _own(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if name not in ("identity", "details")}
+        if not self.logits:  # a store without them is what it was before there were any
+            del own["logits"]
         return plain({"schema_version": SCHEMA_VERSION, **own})
 
     def to_json(self) -> dict[str, Any]:
@@ -136,11 +153,16 @@ class StoreSpec:
     def arrays(self) -> dict[str, ArrayLayout]:
         """Every array of a split, by name."""
         row, state, count = (self.context,), (self.context, self.width), self.sequences_per_shard
-        arrays = [ArrayLayout(name, None, row, "int32", count) for name in ("tokens", "document")]
+        arrays = [ArrayLayout(name, None, row, "int32", count) for name in TOKEN_ARRAYS]
         for name, layers in (("hidden", self.layers), ("attention", self.attention_layers)):
             if layers:
                 coded = self.dtype == "int8"
                 arrays.append(ArrayLayout(name, layers, state, self.decoded_dtype, count, coded))
+        if self.logits:
+            ranks = (self.context, self.logits)
+            kinds = ((ranks, self.decoded_dtype), (ranks, "int32"), (row, "float32"))
+            for name, (chunk, dtype) in zip(LOGIT_ARRAYS, kinds, strict=True):
+                arrays.append(ArrayLayout(name, None, chunk, dtype, count))
         return {array.name: array for array in arrays}
 
     def shard_keys(self) -> Iterator[ShardKey]:
@@ -180,7 +202,7 @@ def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
                 serializer=Int8Codec() if array.coded else BytesCodec(endian="little"),
                 compressors=Crc32cCodec(),
                 # A missing chunk must never look like data: no state is NaN, no token is negative.
-                fill_value=float("nan") if array.layers else -1,
+                fill_value=-1 if array.dtype == "int32" else float("nan"),
                 dimension_names=array.dimensions,
                 chunk_key_encoding={"name": "default", "separator": "."},
                 attributes={"layers": list(array.layers)} if array.layers else {},

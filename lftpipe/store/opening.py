@@ -53,7 +53,7 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
         old = replace(spec, sequences=attributes["sequences"])
         free = spec.details.keys() | {"sequences"}
         attributes, given = (
-            {key: each.get(key) for key in given.keys() - free} for each in (attributes, given)
+            {key: each.get(key) for key in (given.keys() | {"logits"}) - free} for each in (attributes, given)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(

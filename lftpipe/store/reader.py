@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from lftpipe.errors import StoreError
-from lftpipe.store.batches import Batch, States, batch_sequences, read_ahead
+from lftpipe.store.batches import Batch, Logits, States, batch_sequences, read_ahead
 from lftpipe.store.codec import decode, widen
 from lftpipe.store.journal import Manifest, progress
-from lftpipe.store.layout import ArrayLayout, StoreSpec
+from lftpipe.store.layout import LOGIT_ARRAYS, ArrayLayout, StoreSpec
 from lftpipe.store.shard import ChunkReader, DamagedShardError
 
 Indices = Sequence[int] | np.ndarray
@@ -120,6 +120,17 @@ class Store:
         """Which document each token came from, of these sequences, or of all."""
         return self._rows("document", split, None, sequences, None)
 
+    def logits(self, split: str, sequences: Indices | None = None) -> Logits:
+        """The teacher's largest logits of these sequences, or of all.
+
+        Raises
+        ------
+        StoreError
+            If the store was made without.
+        """
+        self._need_logits()
+        return Logits(*(self._rows(array, split, None, sequences, None) for array in LOGIT_ARRAYS))
+
     def read(
         self,
         split: str,
@@ -161,6 +172,7 @@ class Store:
         array: str = "hidden",
         prefetch: int = 2,
         with_tokens: bool = True,
+        with_logits: bool = False,
         dtype: str | None = None,
     ) -> Iterator[Batch]:
         """Endless batches, shuffled over the whole split anew each epoch, read ahead by a thread.
@@ -185,13 +197,15 @@ class Store:
             raise ValueError(f"there are no such batches of {count} {split} sequences: {given}")
         shape = (batch_size, self.context, self.width)
         stored = {layer: self._layout(array, layer).dtype for layer in layers}
+        if with_logits:
+            self._need_logits()
 
         def fill(step: int, states: States) -> Batch:
             wanted = batch_sequences(count, batch_size, seed, step)
             for layer, out in states.items():
                 self.read(split, layer, wanted, array=array, out=out)
             rows = (self.tokens(split, wanted), self.document(split, wanted)) if with_tokens else (None, None)
-            return Batch(step, wanted, states, *rows)
+            return Batch(step, wanted, states, *rows, self.logits(split, wanted) if with_logits else None)
 
         buffers = [
             {layer: np.empty(shape, dtype or own) for layer, own in stored.items()}
@@ -229,6 +243,14 @@ class Store:
                     "run `lftpipe verify`, then `lftpipe extract --repair`",
                 ) from None
         return out
+
+    def _need_logits(self) -> None:
+        if not self.spec.logits:
+            raise StoreError(
+                f"{self.path} holds no logits",
+                "a store with the teacher's largest logits",
+                "extract with --logits 64 into another --store",
+            )
 
     def _layout(self, array: str, layer: int | None) -> ArrayLayout:
         layout = self._arrays.get(array)

@@ -29,11 +29,10 @@ class ShardWriter:
         self._files = {array.name: array.file(key.split, key.index) for array in arrays}
         self._store = store
         self._chunks: dict[str, ChunkWriter] = {}
-        self._values = {dtype: np.empty(array.chunk, dtype) for array in arrays for dtype in (array.dtype,)}
+        kinds = {(array.dtype, array.chunk) for array in arrays}
+        self._values = {(dtype, chunk): np.empty(chunk, dtype) for dtype, chunk in kinds}
         self._bits = {
-            dtype: np.empty(values.shape, _BITS[dtype][0])
-            for dtype, values in self._values.items()
-            if dtype in _BITS
+            (dtype, chunk): np.empty(chunk, _BITS[dtype][0]) for dtype, chunk in kinds if dtype in _BITS
         }
 
     def put(
@@ -44,14 +43,14 @@ class ShardWriter:
         Parameters
         ----------
         array
-            ``"hidden"`` or ``"attention"``.
+            ``"hidden"``, ``"attention"`` or one of the logits' arrays.
         layer
-            The layer l itself, not its index.
+            The layer l itself, not its index; None for logits.
         first
             Which of ``key.sequences`` the block begins with.
         block
-            Float16 or float32, (sequence, position, feature). What has the storage dtype is taken as it is,
-            without a copy; numpy rounds float32 to float16 more slowly than the disk writes.
+            Float16 or float32, (sequence, position, feature); ids are int32. What has the storage dtype is
+            taken as it is, without a copy; numpy rounds float32 to float16 more slowly than the disk writes.
 
         Raises
         ------
@@ -121,12 +120,13 @@ class ShardWriter:
         """The values as they are stored, C-contiguous, checked to be finite."""
         given = values
         if values.dtype != layout.dtype or not values.flags.c_contiguous:
-            values = self._values[layout.dtype]
+            values = self._values[layout.dtype, layout.chunk]
             with np.errstate(over="ignore"):  # an overflow gives an infinity, which is reported below
                 np.copyto(values, given, casting="same_kind")
         if layout.dtype in _BITS:
             kind, magnitude, infinity = _BITS[layout.dtype]
-            bits = np.bitwise_and(values.view(kind), kind(magnitude), out=self._bits[layout.dtype])
+            out = self._bits[layout.dtype, layout.chunk]
+            bits = np.bitwise_and(values.view(kind), kind(magnitude), out=out)
             if bits.max() >= infinity:
                 raise self._not_finite(layout, layer, within, given)
         return values
@@ -136,11 +136,13 @@ class ShardWriter:
     ) -> StoreError:
         with np.errstate(over="ignore"):
             bad = np.argwhere(~np.isfinite(values.astype(layout.dtype)))
-        position, channel = bad[0]
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        array = layout.name if layer is None else f"{layout.name} layer {layer}"
+        axes = ("channel" if axis == "feature" else axis for axis in layout.axes)
+        place = ", ".join(f"{axis} {index}" for axis, index in zip(axes, bad[0], strict=True))
         return StoreError(
-            f"{values[position, channel]:g} in {layout.name} layer {layer}, {self.key.split} sequence "
-            f"{self._origin + within}, position {position}, channel {channel}{more}",
+            f"{values[tuple(bad[0])]:g} in {array}, {self.key.split} sequence {self._origin + within}, "
+            f"{place}{more}",
             f"finite values within {np.finfo(layout.dtype).max:g}",
             "use --dtype float32 if it is only too large, else --compute-dtype float32; look at the teacher",
         )

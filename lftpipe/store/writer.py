@@ -97,7 +97,7 @@ class StoreWriter:
         """The shards whose states are still to be computed, in order."""
         todo = []
         for key in self.spec.shard_keys():
-            stored = min(self._stored(key, array) for array in self._states)
+            stored = min(self._stored(key, array) for array in self._computed)
             if stored < len(key.sequences):
                 todo.append(ShardKey(key.split, key.index, key.sequences[stored:]))
         return todo
@@ -105,7 +105,7 @@ class StoreWriter:
     @contextmanager
     def shard(self, key: ShardKey) -> Iterator[ShardWriter]:
         """Write one pending shard: it counts when the block ends; an error within leaves nothing behind."""
-        with self._writing(key, self._states) as shard:
+        with self._writing(key, self._computed) as shard:
             yield shard
 
     def put_tokens(
@@ -157,8 +157,8 @@ class StoreWriter:
         self.complete = True
 
     @property
-    def _states(self) -> list[ArrayLayout]:
-        return [array for array in self.spec.arrays.values() if array.layers]
+    def _computed(self) -> list[ArrayLayout]:
+        return [array for array in self.spec.arrays.values() if array.computed]
 
     def _stored(self, key: ShardKey, array: ArrayLayout) -> int:
         """How many sequences of this shard are on disk."""
