@@ -14,6 +14,7 @@ from lftpipe.packing import positions
 from lftpipe.plan import Plan
 from lftpipe.store import ShardKey, StoreWriter
 from lftpipe.teacher.head import compute_batch
+from lftpipe.teacher.trunk import Trunk
 
 #: Computed states that may wait to be written; each is a batch of one layer.
 QUEUED_STATES = 8
@@ -22,9 +23,9 @@ QUEUED_STATES = 8
 Tokens = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def forward(plan: Plan, writer: StoreWriter, tokens: Tokens) -> None:
+def forward(plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: Tokens) -> None:
     """Compute every pending shard, while a thread encodes and writes what was computed before."""
-    trunk, head = plan.load_trunk(), plan.load_head()
+    head = plan.load_head()
     pending = writer.pending()
     total = sum(len(key.sequences) for key in pending) * plan.context
     token_bytes = sum(plan.array_bytes().values()) / (sum(plan.wanted.values()) * plan.context)

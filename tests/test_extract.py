@@ -1,6 +1,7 @@
 """What is stored is what the teacher computes; nothing is ever mixed, lost or half done."""
 
 import dataclasses
+import io
 import json
 import os
 import random
@@ -16,14 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lftpipe.errors import CorpusError, LftpipeError, SettingsError, StoreError, TeacherError
 from lftpipe.packing import positions
-from lftpipe.settings import ExtractSettings
+from lftpipe.settings import ExtractSettings, InfoSettings
 from lftpipe.stages.extract import extract
-from lftpipe.store import Store, verify_store
+from lftpipe.stages.info import info, summary
+from lftpipe.store import ShardWriter, Store, verify_store
 
 CONTEXT = 32
 
@@ -394,3 +397,48 @@ def test_without_logits_no_head_is_loaded_and_a_store_says_so(settings, monkeypa
         store.batches("train", [0], batch_size=2, seed=0, with_logits=True)
     with pytest.raises(SettingsError, match="--logits 321 / expected: 0 to 320"):
         extract(change(settings, logits=321))
+
+
+def test_the_error_of_bfloat16_is_that_between_two_stores(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("lftpipe.plan.SHARD_BYTES", 120_000)
+    mine = change(settings, compute_dtype="bfloat16", layers="0:4")
+    store = Store.open(Path(extract(mine)["store"]))
+    exact = Store.open(Path(extract(change(settings, layers="0:4", store=tmp_path / "exact.zarr"))["store"]))
+    assert "compute_error" not in exact.spec.details
+    found = store.spec.details["compute_error"]
+    assert (found["sequences"], found["tokens"]) == (4, 4 * CONTEXT)
+    for array, layers in (("hidden", store.layers), ("attention", store.attention_layers)):
+        for index, layer in enumerate(layers):
+            ours, theirs = (each.read("train", layer, range(4), array=array) for each in (store, exact))
+            for name, first in (("nmse", 0), ("nmse_without_first", 1)):
+                expected = np.square(ours - theirs)[:, first:].sum() / np.square(theirs)[:, first:].sum()
+                assert found[array][name][index] == pytest.approx(expected, rel=0.02, abs=1e-12)
+    assert found["hidden"]["nmse"][0] == 0 < found["hidden"]["nmse"][-1] < 1e-3
+    described = info(InfoSettings(workspace=tmp_path, target=store.path))
+    assert described["compute_error"] == found
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(summary(described))
+    assert "NMSE to float32" in console.export_text()
+
+
+def test_the_error_of_bfloat16_is_measured_once_in_a_stores_life(settings, monkeypatch):
+    monkeypatch.setattr("lftpipe.plan.SHARD_BYTES", 120_000)
+    settings = change(settings, compute_dtype="bfloat16")
+    put, calls = ShardWriter.put, []
+
+    def interrupted(self: ShardWriter, *arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 60:
+            raise KeyboardInterrupt
+        put(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(settings)
+    monkeypatch.setattr("lftpipe.stages.extract.measured_trunk", None)
+    path = Path(extract(settings)["store"])
+    found = Store.open(path).spec.details["compute_error"]
+    extract(change(settings, tokens=60 * CONTEXT))
+    (path / "manifest.json").unlink()
+    extract(change(settings, tokens=60 * CONTEXT, repair=True))
+    assert Store.open(path).spec.details["compute_error"] == found

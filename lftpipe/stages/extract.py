@@ -14,9 +14,11 @@ from lftpipe.errors import CorpusError, TeacherError
 from lftpipe.forward import Tokens, forward
 from lftpipe.packing import SPLITS, Packing
 from lftpipe.plan import Plan, check_disk, dry_run, make_plan
+from lftpipe.precision import measured_trunk
 from lftpipe.settings import ExtractSettings
 from lftpipe.store import StoreSpec, StoreWriter, verify_store
 from lftpipe.teacher.source import load_tokenizer
+from lftpipe.teacher.trunk import Trunk
 
 
 def extract(settings: ExtractSettings) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def _run(plan: Plan, packing: Packing, tokens: Tokens, settings: ExtractSettings
         pending = writer.pending()
         computed = sum(len(key.sequences) for key in pending) * plan.context
         if pending:
-            forward(plan, writer, tokens)
+            forward(plan, writer, _trunk(plan, writer, tokens), tokens)
         if not writer.complete:
             writer.finish()
     seconds = time.monotonic() - started
@@ -74,6 +76,16 @@ def _run(plan: Plan, packing: Packing, tokens: Tokens, settings: ExtractSettings
         "seconds": round(seconds, 3),
         "tokens_per_second": round(computed / max(seconds, 1e-9), 1),
     }
+
+
+def _trunk(plan: Plan, writer: StoreWriter, tokens: Tokens) -> Trunk:
+    """The teacher's trunk; what its compute dtype costs is measured once in a store's life, and noted."""
+    known = plan.compute_dtype == torch.float32 or "compute_error" in writer.spec.details
+    if known or not len(tokens["train"][0]):
+        return plan.load_trunk()
+    trunk, error = measured_trunk(plan, tokens)
+    writer.note(compute_error=error)
+    return trunk
 
 
 def _packing(plan: Plan, tokenizer: Any) -> Packing:

@@ -65,6 +65,7 @@ def _of_store(store: Store) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
         "identity": store.identity,
         "details": store.spec.details,
+        "compute_error": store.spec.details.get("compute_error"),
         "layers": list(store.layers),
         "attention_layers": list(store.attention_layers),
         "logits": store.spec.logits,
@@ -130,12 +131,23 @@ def summary(result: dict[str, Any]) -> Group | Table:
     size = progress.human_bytes(result["bytes"])
     table.add_row("size", f"{size}, 1 : {result['compression']:.2f} to float16")
     table.add_row("computed in", identity["compute_dtype"])
+    error = result["compute_error"]
+    if error:
+        nmse = error["hidden"]["nmse"]
+        worst = result["layers"][int(np.argmax(nmse))]
+        table.add_row(
+            "its error",
+            f"NMSE to float32 {np.mean(nmse):.2g}, at most {max(nmse):.2g} (state {worst}), "
+            f"over {error['tokens']:,} tokens",
+        )
     table.add_row("made by", ", ".join(f"{name} {version}" for name, version in details["versions"].items()))
     table.add_row("fingerprint", result["fingerprint"])
     layers = Table(
         "state", "RMS", "RMS w/o position 0", "largest", "position", "channel", title="activations"
     )
-    for row in result["statistics"]:
+    if error:
+        layers.add_column("compute error")
+    for index, row in enumerate(result["statistics"]):
         layers.add_row(
             str(row["layer"]),
             f"{row['rms']:.3g}",
@@ -143,5 +155,6 @@ def summary(result: dict[str, Any]) -> Group | Table:
             f"{row['largest']:.4g}",
             str(row["position"]),
             str(row["channel"]),
+            *([f"{error['hidden']['nmse'][index]:.2g}"] if error else []),
         )
     return Group(table, layers)

@@ -50,7 +50,9 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
     try:
         attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
         given = root_attributes(spec)
-        old = replace(spec, sequences=attributes["sequences"])
+        own = given.keys() - spec.details.keys() | {"complete", "logits"}
+        details = {key: value for key, value in attributes.items() if key not in own}
+        old = replace(spec, sequences=attributes["sequences"], details=details)
         free = spec.details.keys() | {"sequences"}
         attributes, given = (
             {key: each.get(key) for key in (given.keys() | {"logits"}) - free} for each in (attributes, given)

@@ -4,8 +4,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -135,6 +137,14 @@ class StoreWriter:
                 part = slice(begin - first, end - first)
                 self._put_tokens(key, begin, {"tokens": tokens[part], "document": document[part]})
 
+    def note(self, **details: Any) -> None:
+        """Record details of a store in the making; whoever resumes it finds them in its specification."""
+        assert self._journal is not None, "a complete store takes no notes"
+        with books.disk_errors(self.path), self._commits:
+            self.spec = replace(self.spec, details={**self.spec.details, **details})
+            self._journal.close()
+            self._journal = Journal(self.path, self.spec, self._records)
+
     def finish(self) -> None:
         """Check everything on disk, then declare the store complete.
 
@@ -175,6 +185,8 @@ class StoreWriter:
                     f"{self.path} exists", "a new store", "go on with it (--resume) or begin anew (--force)"
                 )
             opening.refuse_changes(self.path, old[0], self.spec)
+            # Details that are not given anew stay: an earlier run may have noted them.
+            self.spec = replace(self.spec, details={**old[0].details, **self.spec.details})
             damaged = {damage.file for damage in repair.damaged} if repair else set()
             kept = {file: record for file, record in old[1].items() if file not in damaged}
             books.settle(self.path, kept)
