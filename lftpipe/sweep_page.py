@@ -17,7 +17,7 @@ Result = dict[str, Any]
 def _interval(entry: dict[str, Any]) -> str:
     if entry["spearman"] is None:
         return "-"
-    return f"{entry['spearman']:+.2f} [{entry['low']:+.2f}, {entry['high']:+.2f}]"
+    return f"{entry['spearman']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
 
 
 def correlation_table(result: Result, against: str) -> tuple[list[str], list[list[str]]]:
@@ -27,9 +27,10 @@ def correlation_table(result: Result, against: str) -> tuple[list[str], list[lis
     counts = {length: entries["ratio", length]["points"] for length in columns}
     heads = ["all" if length is None else f"length {length}" for length in columns]
     heading = ["predictor", *(f"{head} ({counts[c]})" for head, c in zip(heads, columns, strict=True))]
+    keys = {**blocks.PREDICTORS, "length": "length"}
     table = [
-        [name, *(_interval(entries[name, c]) if (name, c) in entries else "-" for c in columns)]
-        for name in (*blocks.PREDICTORS.values(), "length")
+        [name, *(_interval(entries[key, c]) if (key, c) in entries else "-" for c in columns)]
+        for name, key in keys.items()
     ]
     return heading, table
 

@@ -70,14 +70,15 @@ def test_the_files_hold_what_is_returned(swept):
     assert json.loads(written(swept)) == {k: v for k, v in swept.items() if k not in ("out", "trained")}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page = out.with_suffix(".md").read_text()
-    assert "| probe_residual |" in page and "| 2:4 |" in page
+    assert "| probe |" in page and "| 2:4 |" in page
     assert {path.name for path in (out.parent / "sweep").iterdir()} == {
         run["run"] for row in swept["rows"] for run in row["runs"]
     }
-    console = Console(width=120)
+    console = Console(width=80)
     with console.capture() as shown:
         console.print(summary(swept))
     assert "7 runs trained" in shown.get() and "length 2 (3)" in shown.get()
+    assert "…" not in shown.get()
 
 
 def test_the_predictors_are_those_of_the_map_and_of_the_probe(swept, store):
