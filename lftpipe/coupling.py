@@ -14,39 +14,45 @@ from scipy.optimize import linear_sum_assignment
 
 from lftpipe.settings import Metric
 
-#: Channels whose products are summed in float64. Massive activations sit in one or two; the rest is small.
+#: Channels whose products are summed in float64: those with the largest values, massive activations first.
+#: Without them a float32 product rounds so much more that near ties are decided otherwise than in float64.
 HEAVY_CHANNELS = 16
 
-#: A squared distance below this share of the largest squared norm has lost three digits to cancellation in a
-#: float32 product: then the product is done in float64.
+#: A squared distance below this share of its two squared norms has lost three digits to cancellation in a
+#: float32 product: then it is done by differences, or the whole product in float64.
 CANCELLATION = 1e-3
 
-#: Relaxations from the identity before the solver is called: one to fail, two to warm-start it well.
-SWEEPS = 3
+#: Relaxations from the identity before the solver is called: each costs a hundredth of a solve, and on states
+#: of SmolLM2-135M the solves saved or shortened paid for five.
+SWEEPS = 5
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """A cloud's points, made ready once for the cost matrices against all other clouds.
+    """A cloud's points, made ready once for the costs against all other clouds.
 
     Attributes
     ----------
     light
         The points, with the heavy channels zero.
+    light_norm
+        Their squared norms.
     heavy
         The heavy channels alone.
+    left, right
+        Whose product is `|x|^2 + |y|^2 - 2 x.y` but for the light channels of `x.y`.
     squared_norm
         Of whole points.
-    largest
-        Largest squared norm of the light part.
     groups
         Number of each point's value: identical points have the same.
     """
 
     light: Float32[np.ndarray, "sample feature"]
+    light_norm: Float64[np.ndarray, " sample"]
     heavy: Float64[np.ndarray, "sample heavy"]
+    left: Float64[np.ndarray, "sample heavy+2"]
+    right: Float64[np.ndarray, "sample heavy+2"]
     squared_norm: Float64[np.ndarray, " sample"]
-    largest: float
     groups: Int64[np.ndarray, " sample"]
 
     @property
@@ -70,6 +76,8 @@ class Coupling:
         are none.
     transport_cost, identity_cost, random_cost
         Mean cost of a pair under the optimal plan, the given pairing, and a random one.
+    displacement
+        `sum |x_1 - x_0|^2 / sum |x_1|^2` of the given pairs, 0 if all of `x_1` are 0.
     """
 
     partner: Int64[np.ndarray, " sample"]
@@ -78,6 +86,7 @@ class Coupling:
     transport_cost: float
     identity_cost: float
     random_cost: float
+    displacement: float
 
 
 def standardised(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndarray, "sample feature"]:
@@ -105,14 +114,19 @@ def make_cloud(
     points: Float[np.ndarray, "sample feature"],
     heavy: Int64[np.ndarray, " heavy"],
     groups: Int64[np.ndarray, " sample"],
+    light: Float32[np.ndarray, "sample feature"] | None = None,
 ) -> Cloud:
-    """Split a cloud's points for `cost_matrix`; all clouds of a map share their heavy channels."""
-    light = points.astype(np.float32)
-    kept = light[:, heavy].astype(np.float64)
+    """Split a cloud's points; a map's clouds share their heavy channels. `light` is where to put them."""
+    if light is None:
+        light = np.empty(points.shape, np.float32)
+    light[:] = points
     light[:, heavy] = 0
-    norm = np.einsum("sf,sf->s", light, light, dtype=np.float64)
-    largest = float(norm.max())
-    return Cloud(light, kept, norm + np.einsum("sh,sh->s", kept, kept), largest, groups)
+    kept = points[:, heavy].astype(np.float64)
+    light_norm = np.einsum("sf,sf->s", light, light, dtype=np.float64)
+    norm = light_norm + np.einsum("sh,sh->s", kept, kept)
+    one = np.ones((len(points), 1))
+    left, right = np.hstack([kept, norm[:, None], one]), np.hstack([-2 * kept, one, norm[:, None]])
+    return Cloud(light, light_norm, kept, left, right, norm, groups)
 
 
 def tie_groups(points: Float[np.ndarray, "sample feature"]) -> Int64[np.ndarray, " sample"]:
@@ -122,11 +136,23 @@ def tie_groups(points: Float[np.ndarray, "sample feature"]) -> Int64[np.ndarray,
     return np.unique(values, return_inverse=True)[1].astype(np.int64)
 
 
-def squared_displacement(x_0: Cloud, x_1: Cloud) -> Float64[np.ndarray, " sample"]:
-    """`|x_1 - x_0|^2` of each pair, by differences: no cancellation."""
-    step = x_1.light - x_0.light
-    jump = x_1.heavy - x_0.heavy
-    return np.einsum("sf,sf->s", step, step).astype(np.float64) + np.einsum("sh,sh->s", jump, jump)
+def squared_displacement(
+    x_0: Cloud, x_1: Cloud, steps: Float32[np.ndarray, "sample feature"] | None = None
+) -> Float64[np.ndarray, " sample"]:
+    """`|x_1 - x_0|^2` of each pair, by differences: no cancellation. `steps` is memory to work in."""
+    return _squared_lengths(np.subtract(x_1.light, x_0.light, out=steps), x_1.heavy - x_0.heavy)
+
+
+def _squared_lengths(
+    light: Float32[np.ndarray, "sample feature"], heavy: Float64[np.ndarray, "sample heavy"]
+) -> Float64[np.ndarray, " sample"]:
+    return np.einsum("sf,sf->s", light, light).astype(np.float64) + np.einsum("sh,sh->s", heavy, heavy)
+
+
+def relative_displacement(x_1: Cloud, displacement: Float64[np.ndarray, " sample"]) -> float:
+    """`sum |x_1 - x_0|^2 / sum |x_1|^2`, 0 if all of `x_1` are 0."""
+    energy = float(x_1.squared_norm.sum())
+    return float(displacement.sum()) / energy if energy else 0.0
 
 
 def cost_matrix(x_0: Cloud, x_1: Cloud, metric: Metric) -> Float64[np.ndarray, "sample sample"]:
@@ -135,28 +161,49 @@ def cost_matrix(x_0: Cloud, x_1: Cloud, metric: Metric) -> Float64[np.ndarray, "
     The product that takes the time is in float32, but for the heavy channels; norms, sums and roots are in
     float64. For `cosine` the clouds must be `directions`: the cost is then half the squared distance.
     """
-    product = x_0.light @ x_1.light.T
-    squared = _squared(x_0, x_1, product)
-    squared.flat[:: len(squared) + 1] = np.inf
-    if squared.min() < CANCELLATION * max(x_0.largest, x_1.largest):
-        squared = _squared(x_0, x_1, x_0.light.astype(np.float64) @ x_1.light.T.astype(np.float64))
-    squared.flat[:: len(squared) + 1] = squared_displacement(x_0, x_1)
+    cost, spare = (np.empty((len(x_0.light), len(x_1.light))) for _ in range(2))
+    _costs(x_0, x_1, metric, x_0.light @ x_1.light.T, squared_displacement(x_0, x_1), cost, spare)
+    return cost
+
+
+def _costs(
+    x_0: Cloud,
+    x_1: Cloud,
+    metric: Metric,
+    product: Float32[np.ndarray, "sample sample"],
+    displacement: Float64[np.ndarray, " sample"],
+    cost: Float64[np.ndarray, "sample sample"],
+    spare: Float64[np.ndarray, "sample sample"],
+) -> None:
+    """Write the costs into `cost`; overwrites `product` and `spare`."""
+    count = len(cost)
+    product.reshape(-1)[:: count + 1] = -np.inf  # the diagonal is known: never near
+    product *= 2
+    # |x - y|^2 < C (|x|^2 + |y|^2) is 2 x.y > (1 - C) (|x|^2 + |y|^2).
+    norm_0, norm_1 = (((1 - CANCELLATION) * cloud.light_norm).astype(np.float32) for cloud in (x_0, x_1))
+    near = product > np.add(norm_0[:, None], norm_1, out=_as_float32(spare))
+    np.matmul(x_0.left, x_1.right.T, out=cost)
+    rows, columns = np.nonzero(near) if near.any() else ([], [])
+    if len(rows) > count:
+        np.matmul(x_0.light.astype(np.float64), x_1.light.T.astype(np.float64), out=spare)
+        spare *= 2
+        cost -= spare
+    else:
+        cost -= product
+        if len(rows):
+            light = x_1.light[columns] - x_0.light[rows]
+            cost[rows, columns] = _squared_lengths(light, x_1.heavy[columns] - x_0.heavy[rows])
+    np.maximum(cost, 0, out=cost)
+    cost.reshape(-1)[:: count + 1] = displacement
     if metric == "euclidean":
-        return np.sqrt(squared, out=squared)
-    if metric == "cosine":
-        squared *= 0.5
-    return squared
+        np.sqrt(cost, out=cost)
+    elif metric == "cosine":
+        cost *= 0.5
 
 
-def _squared(
-    x_0: Cloud, x_1: Cloud, product: Float[np.ndarray, "sample sample"]
-) -> Float64[np.ndarray, "sample sample"]:
-    squared = x_0.heavy @ x_1.heavy.T
-    squared += product
-    squared *= -2
-    squared += x_0.squared_norm[:, None]
-    squared += x_1.squared_norm
-    return np.maximum(squared, 0, out=squared)
+def _as_float32(matrix: Float64[np.ndarray, "sample sample"]) -> Float32[np.ndarray, "sample sample"]:
+    """The first half of a matrix's memory."""
+    return matrix.reshape(-1).view(np.float32)[: matrix.size].reshape(matrix.shape)
 
 
 def assign(cost: Float64[np.ndarray, "sample sample"]) -> Int64[np.ndarray, " sample"]:
@@ -166,17 +213,23 @@ def assign(cost: Float64[np.ndarray, "sample sample"]) -> Int64[np.ndarray, " sa
     A few Bellman-Ford relaxations either find them, which saves the solve, or give the solver a start that
     is near the optimum when the identity is. The cost reduced by the potentials has the same optima.
     """
-    reduced = cost - cost.diagonal()[:, None]
-    potential = np.zeros(len(cost))
-    shifted = np.empty_like(reduced)
-    for sweep in range(SWEEPS):
-        relaxed = np.add(reduced, potential[:, None], out=shifted).min(0)
+    return _assign(cost - cost.diagonal()[:, None], np.empty_like(cost))
+
+
+def _assign(
+    reduced: Float64[np.ndarray, "sample sample"], spare: Float64[np.ndarray, "sample sample"]
+) -> Int64[np.ndarray, " sample"]:
+    """`assign` on `c_ij - c_ii`, to which it adds `p_i - p_j`; overwrites `spare`."""
+    potential = np.zeros(len(reduced))
+    relaxed = reduced.min(0)
+    for _ in range(SWEEPS - 1):
         if (relaxed >= potential).all():
-            return np.arange(len(cost))
-        if sweep < SWEEPS - 1:
-            potential = relaxed
-    np.add(reduced, potential[:, None], out=reduced)
-    reduced -= potential
+            return np.arange(len(reduced))
+        potential = relaxed
+        relaxed = np.add(reduced, potential[:, None], out=spare).min(0)
+    if (relaxed >= potential).all():
+        return np.arange(len(reduced))
+    np.subtract(spare, potential, out=reduced)
     return linear_sum_assignment(reduced)[1].astype(np.int64)
 
 
@@ -204,17 +257,59 @@ def recoupled(
 
 def couple(x_0: Cloud, x_1: Cloud, metric: Metric) -> Coupling:
     """The exact optimal plan between paired clouds (equation 6) and its recoupling ratio (equation 7)."""
-    cost = cost_matrix(x_0, x_1, metric)
-    partner = assign(cost)
+    return couple_many([x_0], x_1, metric)[0]
+
+
+def couple_many(
+    x_0s: Sequence[Cloud],
+    x_1: Cloud,
+    metric: Metric,
+    light: Float32[np.ndarray, "cloud sample feature"] | None = None,
+) -> list[Coupling]:
+    """`couple` several clouds with one: a single matrix product, and memory that is used again.
+
+    Parameters
+    ----------
+    light
+        The light parts of `x_0s` in one piece, if they lie so.
+    """
+    if light is None:
+        light = x_0s[0].light[None] if len(x_0s) == 1 else np.stack([cloud.light for cloud in x_0s])
+    count = len(x_1.light)
+    products = (light.reshape(-1, light.shape[-1]) @ x_1.light.T).reshape(-1, count, count)
+    cost, spare = (np.empty((count, count)) for _ in range(2))
+    steps = np.empty_like(x_1.light)
+    couplings = []
+    for x_0, product in zip(x_0s, products, strict=True):
+        displacement = squared_displacement(x_0, x_1, steps)
+        _costs(x_0, x_1, metric, product, displacement, cost, spare)
+        couplings.append(_couple(x_0, x_1, displacement, cost, spare))
+    return couplings
+
+
+def _couple(
+    x_0: Cloud,
+    x_1: Cloud,
+    displacement: Float64[np.ndarray, " sample"],
+    cost: Float64[np.ndarray, "sample sample"],
+    spare: Float64[np.ndarray, "sample sample"],
+) -> Coupling:
+    """The coupling under the costs; overwrites them and `spare`."""
+    own, random_cost = cost.diagonal().copy(), float(cost.mean())
+    reduced = np.subtract(cost, own[:, None], out=cost)
+    partner = _assign(reduced, spare)
     if x_0.has_ties or x_1.has_ties:
         ratio, ratio_raw = recoupled(partner, x_0.groups, x_1.groups)
     else:
         ratio = ratio_raw = 1 - float((partner == np.arange(len(partner))).mean())
+    # The potentials cancel in the sum over a permutation.
+    saved = float(np.take_along_axis(reduced, partner[:, None], 1).mean())
     return Coupling(
         partner=partner,
         ratio=ratio,
         ratio_raw=ratio_raw,
-        transport_cost=float(np.take_along_axis(cost, partner[:, None], 1).mean()),
-        identity_cost=float(cost.diagonal().mean()),
-        random_cost=float(cost.mean()),
+        transport_cost=float(own.mean()) + saved,
+        identity_cost=float(own.mean()),
+        random_cost=random_cost,
+        displacement=relative_displacement(x_1, displacement),
     )

@@ -2,33 +2,58 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 from threadpoolctl import threadpool_limits
 
 from lftpipe import progress
 from lftpipe.coupling import (
     Cloud,
     Coupling,
-    couple,
+    couple_many,
     directions,
     heavy_channels,
     make_cloud,
+    relative_displacement,
     squared_displacement,
     standardised,
     tie_groups,
 )
 from lftpipe.samples import gather
-from lftpipe.settings import RecoupleSettings
+from lftpipe.settings import Metric, RecoupleSettings
 from lftpipe.store import Store
 
 #: States held at a time; batches beyond it are read and solved in turn.
 HELD_BYTES = 2**30
 
+#: Rows of one matrix product: several states against one, where they are small. More gains nothing.
+PANEL_ROWS = 1024
+
 #: What is averaged over batches.
 MEANS = ("ratio", "ratio_raw", "transport_cost", "identity_cost", "random_cost")
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """One batch's clouds of all states; their light parts lie in one piece, `light[state]`."""
+
+    light: Float32[np.ndarray, "state sample feature"]
+    each: list[Cloud]
+
+    @classmethod
+    def make(cls, states: list[np.ndarray], groups: list[np.ndarray], pool: ThreadPoolExecutor) -> "Clouds":
+        light = np.empty((len(states), *states[0].shape), np.float32)
+        heavy = heavy_channels(states)
+        made = pool.map(lambda *parts: make_cloud(parts[0], heavy, *parts[1:]), states, groups, light)
+        return cls(light, list(made))
+
+    def couple(self, members: list[int], n: int, metric: Metric) -> list[Coupling]:
+        """Couplings of the neighbouring states `members` with state `n`."""
+        light = self.light[members[0] : members[-1] + 1]
+        return couple_many([self.each[m] for m in members], self.each[n], metric, light)
 
 
 def solve_pairs(
@@ -37,7 +62,7 @@ def solve_pairs(
     """Solve every batch of every pair of layers, in threads, reading each state once.
 
     Held in memory are the states of as many batches as fit `HELD_BYTES` (at least one), twice for a batch at
-    work, and three cost matrices of 8 bytes an entry for each thread: at 4096 tokens 400 MB a thread.
+    work, and the matrices of each thread (docs/recoupling.md has the figures).
 
     Parameters
     ----------
@@ -54,7 +79,8 @@ def solve_pairs(
         The first batch's plans as square lists `[m][n]`, None where `m >= n`.
     """
     count, size = len(samples), len(layers)
-    pairs = list(combinations(range(size), 2))
+    groups = group_pairs(size, settings.tokens)
+    problems = count * size * (size - 1) // 2
     figures = {name: np.full((count, size, size), np.nan) for name in (*MEANS, "displacement")}
     partners: list[list[list[int] | None]] = [[None] * size for _ in layers]
     together = max(1, HELD_BYTES // (size * settings.tokens * store.width * 4))
@@ -62,7 +88,7 @@ def solve_pairs(
     # Sinkhorn has threads of its own, or a GPU that one problem fills.
     at_once = 1 if settings.approximate else threads
     with (
-        progress.task(f"recouple {len(pairs)} pairs", count * len(pairs), "problems") as task,
+        progress.task(f"recouple {problems // count} pairs", problems, "problems") as task,
         ThreadPoolExecutor(threads) as pool,
         ThreadPoolExecutor(at_once) as solvers,
         # One thread a problem: BLAS's own threads would fight with these.
@@ -72,23 +98,31 @@ def solve_pairs(
             states = gather(store, layers, samples[first : first + together], pool)
             for batch in range(first, min(first + together, count)):
                 plain, clouds = make_clouds(settings, [state[batch - first] for state in states], pool)
-                solved = [solvers.submit(_pair, settings, plain, clouds, *pair) for pair in pairs]
-                for (m, n), future in zip(pairs, solved, strict=True):
-                    coupling, figures["displacement"][batch, m, n] = future.result()
+                solved = [solvers.submit(_couple_group, settings, plain, clouds, *group) for group in groups]
+                for (members, n), future in zip(groups, solved, strict=True):
+                    couplings, displacements = future.result()
+                    figures["displacement"][batch, members, n] = displacements
                     for name in MEANS:
-                        figures[name][batch, m, n] = getattr(coupling, name)
+                        figures[name][batch, members, n] = [getattr(one, name) for one in couplings]
                     if batch == 0:
-                        partners[m][n] = coupling.partner.tolist()
-                    task.advance(1)
+                        for m, coupling in zip(members, couplings, strict=True):
+                            partners[m][n] = coupling.partner.tolist()
+                    task.advance(len(members))
     return figures, partners
+
+
+def group_pairs(size: int, tokens: int) -> list[tuple[list[int], int]]:
+    """All pairs `m < n` as `([m, ...], n)` with neighbouring `m`, whose costs are one matrix product."""
+    step = max(1, PANEL_ROWS // tokens)
+    return [(list(range(m, min(m + step, n))), n) for n in range(1, size) for m in range(0, n, step)]
 
 
 def make_clouds(
     settings: RecoupleSettings, states: list[np.ndarray], pool: ThreadPoolExecutor
-) -> tuple[list[Cloud], list[Cloud]]:
+) -> tuple[Clouds, Clouds]:
     """One batch's states as they are, for displacements, and as the metric wants them."""
     groups = list(pool.map(tie_groups, states))
-    plain = _split(states, groups, pool)
+    plain = Clouds.make(states, groups, pool)
     if not settings.standardise and settings.metric != "cosine":
         return plain, plain
     points: list[np.ndarray] = states
@@ -96,24 +130,25 @@ def make_clouds(
         points = list(pool.map(standardised, points))
     if settings.metric == "cosine":
         points = list(pool.map(directions, points))
-    return plain, _split(points, groups, pool)
+    return plain, Clouds.make(points, groups, pool)
 
 
-def _split(points: list[np.ndarray], groups: list[np.ndarray], pool: ThreadPoolExecutor) -> list[Cloud]:
-    heavy = heavy_channels(points)
-    return list(pool.map(lambda one, group: make_cloud(one, heavy, group), points, groups))
-
-
-def _pair(
-    settings: RecoupleSettings, plain: list[Cloud], clouds: list[Cloud], m: int, n: int
-) -> tuple[Coupling, float]:
-    energy = plain[n].squared_norm.sum()
-    displacement = float(squared_displacement(plain[m], plain[n]).sum() / energy) if energy else 0.0
+def _couple_group(
+    settings: RecoupleSettings, plain: Clouds, clouds: Clouds, members: list[int], n: int
+) -> tuple[list[Coupling], list[float]]:
     if settings.approximate:
         from lftpipe.sinkhorn import couple_approximately
 
-        return couple_approximately(clouds[m], clouds[n], settings.metric, settings.device), displacement
-    return couple(clouds[m], clouds[n], settings.metric), displacement
+        couplings = [
+            couple_approximately(clouds.each[m], clouds.each[n], settings.metric, settings.device)
+            for m in members
+        ]
+    else:
+        couplings = clouds.couple(members, n, settings.metric)
+    if plain is clouds:
+        return couplings, [coupling.displacement for coupling in couplings]
+    x_1 = plain.each[n]
+    return couplings, [relative_displacement(x_1, squared_displacement(plain.each[m], x_1)) for m in members]
 
 
 def statistics(figures: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -7,7 +7,14 @@ is a guide, not the recoupling ratio. Everything made with it is marked as appro
 import numpy as np
 from jaxtyping import Float64
 
-from lftpipe.coupling import Cloud, Coupling, cost_matrix, recoupled
+from lftpipe.coupling import (
+    Cloud,
+    Coupling,
+    cost_matrix,
+    recoupled,
+    relative_displacement,
+    squared_displacement,
+)
 from lftpipe.settings import Metric
 
 #: Entropic regularisation as a share of the costs' interquartile range, which massive activations do not
@@ -57,4 +64,5 @@ def couple_approximately(x_0: Cloud, x_1: Cloud, metric: Metric, device: str) ->
         transport_cost=float((plan * cost).sum()),
         identity_cost=float(cost.diagonal().mean()),
         random_cost=float(cost.mean()),
+        displacement=relative_displacement(x_1, squared_displacement(x_0, x_1)),
     )

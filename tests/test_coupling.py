@@ -12,6 +12,7 @@ from lftpipe.coupling import (
     assign,
     cost_matrix,
     couple,
+    couple_many,
     directions,
     heavy_channels,
     make_cloud,
@@ -35,7 +36,7 @@ def coupling(x_0, x_1, metric="euclidean"):
     return couple(*clouds(x_0, x_1, metric), metric)
 
 
-def pair(seed, samples=48, features=40, step=2.0, dtype=np.float32):
+def pair(seed, samples=48, features=40, step=2.0, dtype: type = np.float32):
     rng = np.random.default_rng(seed)
     x_0 = rng.normal(size=(samples, features)) * np.arange(1, features + 1) ** -0.5
     return x_0.astype(dtype), (x_0 + step * rng.normal(size=x_0.shape) / features**0.5).astype(dtype)
@@ -181,6 +182,27 @@ def test_a_shared_offset_in_every_channel_is_done_in_float64():
     x_0, x_1 = (1000 + x_0).astype(np.float32), (1000 + x_1).astype(np.float32)
     exact = cdist(x_0.astype(np.float64), x_1.astype(np.float64))
     np.testing.assert_allclose(cost_matrix(*clouds(x_0, x_1), "euclidean"), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("features", [8, 64])
+def test_near_points_of_other_pairs_keep_their_distances(features):
+    """A few entries off the diagonal cancel in the product: they are done by differences."""
+    x_0, x_1 = pair(10, 64, features, step=3.0)
+    x_1[:5] = x_0[20:25] * np.float32(1 + 1e-4)
+    x_1[5] = x_0[25]
+    exact = cdist(x_0.astype(np.float64), x_1.astype(np.float64))
+    np.testing.assert_allclose(cost_matrix(*clouds(x_0, x_1), "euclidean"), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_several_clouds_at_once_are_coupled_as_one_by_one():
+    x_0, x_1 = clouds(*pair(11, step=4.0))
+    x_2, _ = clouds(*pair(12))
+    together = couple_many([x_0, x_2], x_1, "euclidean")
+    for result, alone in zip(
+        together, (couple(x_0, x_1, "euclidean"), couple(x_2, x_1, "euclidean")), strict=True
+    ):
+        assert (result.partner == alone.partner).all()
+        assert result.transport_cost == pytest.approx(alone.transport_cost, rel=1e-6)
 
 
 def test_ties_are_identical_points_whatever_the_sign_of_zero():
