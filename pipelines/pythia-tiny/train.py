@@ -177,7 +177,7 @@ def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
     compiled_loss = torch.compile(loss_of) if arguments.compile else loss_of
     model.train()
     started, first = time.time(), step
-    while step < steps:
+    while step < min(steps, arguments.stop_after):
         epoch, index = divmod(step * arguments.batch, len(data["train"]) - arguments.batch)
         order = np.random.default_rng([arguments.seed, epoch]).permutation(len(data["train"]))
         batch = data["train"][order[index : index + arguments.batch]].astype(np.int64)
@@ -197,7 +197,7 @@ def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
         if step % 20 == 0:
             rate = (step - first) * arguments.batch * CONTEXT / (time.time() - started)
             print(f"step {step} loss {loss.item():.4f} {rate:.0f} tokens/s", flush=True)
-        if step % 100 == 0 or step == steps:
+        if step % 100 == 0:
             save()
             print(
                 f"held-out bits per byte {bits_per_byte(model, data['validation'][:64], tokenizer):.4f}",
@@ -214,6 +214,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/pythia-tiny"))
     parser.add_argument("--work", type=Path, default=Path("data/pythia-tiny-training"))
     parser.add_argument("--tokens", type=int, default=9_000_000)
+    parser.add_argument(
+        "--stop-after", type=int, default=1000, help="steps; the cosine's last tenth adds little"
+    )
     parser.add_argument("--batch", type=int, default=16, help=f"sequences of {CONTEXT} tokens")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)
@@ -229,15 +232,15 @@ def main() -> None:
 
     model = train(arguments)
     tokenizer = train_tokenizer(arguments.out)
-    held_out = packed_corpus(tokenizer, arguments.work)["validation"]
+    held_out = packed_corpus(tokenizer, arguments.work)["validation"][:256]
     # What is published is measured: the float16 weights, not the float32 ones they come from.
     model = model.half().float()
     reached = {
         "bits_per_byte": bits_per_byte(model, held_out, tokenizer),
         "held_out_tokens": int(held_out.size),
-        "training_tokens": arguments.tokens,
+        "training_tokens": min(arguments.tokens, arguments.stop_after * arguments.batch * CONTEXT),
         "seed": arguments.seed,
-        "skip_cost_nats": [round(cost, 4) for cost in skip_costs(model, held_out[:128])],
+        "skip_cost_nats": [round(cost, 4) for cost in skip_costs(model, held_out[:64])],
     }
     model.half().save_pretrained(arguments.out)
     (arguments.out / "reached.json").write_text(json.dumps(reached, indent=2) + "\n")
