@@ -1,0 +1,178 @@
+"""Extraction of all states and attention contexts against the bare trunk, and its peak memory.
+
+    python benchmarks/extract_speed.py [--model pythia-tiny] [--tokens 16384] [--context 512] [--threads 2]
+
+Speed: in one process, with one loaded trunk, the same batches of random tokens go through the trunk alone and
+through extraction into a new store, in turn: opening it, computing, rounding, checksums, writing, fsync, the
+final check. The medians of the rounds count, and the median of the rounds' ratios. The first batch of either
+is not counted. `--model` may be a folder: `random_teacher.py` makes one of Pythia-410M's size.
+
+Memory: the whole of `lftpipe extract` in a process of its own for each of `--memory-tokens` of `--corpus`,
+and what `getrusage` says was resident at most. `--memory-tokens ""` leaves it out, `--rounds 0` the speed.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# torch is imported only after the processes for the memory were run: a process inherits its parent's peak.
+
+
+def settings_of(options: argparse.Namespace, folder: Path, tokens: int) -> Any:
+    from lftpipe.settings import ExtractSettings
+
+    return ExtractSettings(
+        workspace=options.workspace,
+        store=folder / "states.zarr",
+        model=options.model,
+        corpus=options.corpus,
+        layers=options.layers,
+        tokens=tokens,
+        validation_tokens=0,
+        context=options.context,
+        batch_tokens=options.batch_tokens,
+        dtype=options.dtype,
+        compute_dtype=options.compute_dtype,
+        logits=options.logits,
+        threads=options.threads,
+        force=True,
+    )
+
+
+def peak(options: argparse.Namespace, folder: Path, tokens: int) -> dict[str, Any]:
+    """Extract in this process; MiB that were resident at most."""
+    from lftpipe.stages.extract import extract
+
+    result = extract(settings_of(options, folder, tokens))
+    return {
+        "tokens": sum(result["tokens"].values()),
+        "bytes": result["bytes"],
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def memory(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for tokens in map(int, filter(None, options.memory_tokens.split(","))):
+        command = [sys.executable, __file__, *sys.argv[1:], "--peak", str(tokens), "--folder", str(folder)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{found[-1]['tokens']:>9,} tokens: {found[-1]['peak_mib']:,.0f} MiB resident at most")
+    if len(found) > 1:
+        print(f"largest to smallest peak: {found[-1]['peak_mib'] / found[0]['peak_mib']:.3f}")
+    return found
+
+
+def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from lftpipe.forward import batch_of, forward
+    from lftpipe.plan import make_plan
+    from lftpipe.store import StoreSpec, StoreWriter
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    plan = make_plan(settings_of(options, folder, options.tokens))
+    trunk = plan.load_trunk()
+    count = plan.wanted["train"]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, plan.teacher.config.vocab_size, (count, plan.context), dtype=np.int32)
+    tokens = {"train": (ids, np.zeros_like(ids))}
+    spec = StoreSpec(
+        identity={"benchmark": "extract"},
+        layers=plan.layers,
+        attention_layers=plan.attention_layers,
+        context=plan.context,
+        width=plan.teacher.width,
+        dtype=plan.dtype,
+        sequences_per_shard=plan.sequences_per_shard,
+        sequences={"train": count},
+        logits=plan.logits,
+    )
+
+    def bare() -> None:
+        for first in range(0, count, plan.batch_sequences):
+            trunk.run(*batch_of(tokens, "train", range(first, min(first + plan.batch_sequences, count))))
+
+    def extraction() -> None:
+        with StoreWriter.open(plan.path, spec, force=True) as writer:
+            writer.put_tokens("train", *tokens["train"])
+            forward(plan, writer, trunk, tokens)
+            writer.finish()
+
+    trunk.run(*batch_of(tokens, "train", range(min(plan.batch_sequences, count))))
+    seconds: dict[str, list[float]] = {"bare": [], "extraction": []}
+    processor: dict[str, list[float]] = {"bare": [], "extraction": []}
+    for turn in range(options.rounds):
+        order = [("bare", bare), ("extraction", extraction)]
+        for name, run in order if turn % 2 else reversed(order):  # neither is always the first
+            wall, used = time.perf_counter(), time.process_time()
+            run()
+            seconds[name].append(time.perf_counter() - wall)
+            processor[name].append(time.process_time() - used)
+    size = sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file())
+    positions = count * plan.context
+    rates = {name: positions / statistics.median(taken) for name, taken in seconds.items()}
+    pairs = zip(seconds["bare"], seconds["extraction"], strict=True)
+    ratios = sorted(one / other for one, other in pairs)
+    cpu = statistics.median(processor["bare"]) / statistics.median(processor["extraction"])
+    kind = str(plan.compute_dtype).removeprefix("torch.")
+    print(
+        f"{plan.teacher.name}: {len(plan.layers)} states, {len(plan.attention_layers)} attention contexts, "
+        f"{plan.dtype}, computed in {kind}, {torch.get_num_threads()} threads, {positions:,} tokens, "
+        f"{size / 2**20:,.0f} MiB, {options.rounds} rounds"
+    )
+    print(f"  bare trunk  {rates['bare']:9,.0f} tokens/s")
+    print(f"  extraction  {rates['extraction']:9,.0f} tokens/s")
+    ratio = statistics.median(ratios)
+    print(f"  ratio {ratio:.3f} (from {ratios[0]:.3f} to {ratios[-1]:.3f}); of processor seconds {cpu:.3f}")
+    return {"tokens_per_second": rates, "ratios": ratios, "ratio": ratio, "processor_ratio": cpu}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="pythia-tiny")
+    parser.add_argument("--workspace", type=Path, default=Path("data"), help="where GGUF teachers are")
+    parser.add_argument("--corpus", default="python-stdlib", help="for the memory; speed takes random tokens")
+    parser.add_argument("--layers", default="all")
+    parser.add_argument("--tokens", type=int, default=16_384, help="of each round")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--dtype", default="float16", choices=("float16", "float32", "int8"))
+    parser.add_argument("--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--logits", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-tokens", default="20000,200000")
+    parser.add_argument("--folder", type=Path, default=None, help="where the stores go (default: temporary)")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file too")
+    parser.add_argument("--peak", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        if options.peak:
+            print(json.dumps(peak(options, folder, options.peak)))
+            return
+        found: dict[str, Any] = {"memory": memory(options, folder)}
+        if options.rounds:
+            found["speed"] = speed(options, folder)
+    finally:
+        shutil.rmtree(folder)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
