@@ -1,7 +1,7 @@
 """The recoupling map against the plain loop `ot.dist` + `ot.emd` over pairs, and the time of larger problems.
 
     python benchmarks/recouple_speed.py                     25 states of width 1024, 8 batches of 256 tokens
-    python benchmarks/recouple_speed.py --sizes 1024,4096   seconds and memory of larger problems
+    python benchmarks/recouple_speed.py --sizes 1024        seconds and memory of larger problems
     python benchmarks/recouple_speed.py --solvers           exact solvers, and Sinkhorn, on some pairs' costs
 
 States are a seeded random walk that resembles a residual stream (`residual_stream`): pairs with R = 0 and

@@ -131,9 +131,9 @@ def make_cloud(
 
 def tie_groups(points: Float[np.ndarray, "sample feature"]) -> Int64[np.ndarray, " sample"]:
     """Number the distinct points: identical ones (0 and -0 too) have the same number."""
-    rows = np.ascontiguousarray(points + 0)  # -0 + 0 = 0
-    values = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
-    return np.unique(values, return_inverse=True)[1].astype(np.int64)
+    numbers: dict[bytes, int] = {}
+    rows = points + 0  # -0 + 0 = 0
+    return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], np.int64)
 
 
 def squared_displacement(

@@ -20,6 +20,7 @@ from lftpipe.coupling import (
     standardised,
     tie_groups,
 )
+from lftpipe.settings import Metric
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 
@@ -32,7 +33,7 @@ def clouds(x_0, x_1, metric="euclidean"):
     return make_cloud(x_0, heavy, groups[0]), make_cloud(x_1, heavy, groups[1])
 
 
-def coupling(x_0, x_1, metric="euclidean"):
+def coupling(x_0, x_1, metric: Metric = "euclidean"):
     return couple(*clouds(x_0, x_1, metric), metric)
 
 
