@@ -31,10 +31,11 @@ def forward(plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: Tokens) -> No
     token_bytes = sum(plan.array_bytes().values()) / (sum(plan.wanted.values()) * plan.context)
     kept = {"hidden": plan.layers, "attention": plan.attention_layers}
     with (
-        _Background(writer, pending) as background,
+        _Background(writer) as background,
         progress.task(f"extract {plan.teacher.name}", total, "tokens") as task,
     ):
         for key in pending:
+            background.begin_shard(key)
             for first in range(0, len(key.sequences), plan.batch_sequences):
                 rows = key.sequences[first : first + plan.batch_sequences]
 
@@ -63,60 +64,99 @@ class _Item(NamedTuple):
     values: Tensor
 
 
-class _Background:
-    """A thread that writes one shard after the other from a bounded queue of computed states.
+class _ShardThread:
+    """Rounds, checks and writes one shard from a bounded queue, and waits for the disk."""
 
-    Rounding, checksums, writing and waiting for the disk all happen there, and most of it without
-    Python's lock, so the teacher hardly waits. An error of the thread is raised in the caller; an
-    error of the caller discards the shard that is being written.
-    """
-
-    def __init__(self, writer: StoreWriter, pending: list[ShardKey]) -> None:
+    def __init__(self, writer: StoreWriter, key: ShardKey) -> None:
         self._queue: queue.Queue[_Item | None] = queue.Queue(QUEUED_STATES)
         self._error: BaseException | None = None
         self._aborted = False
-        self._dtypes = {name: getattr(torch, array.dtype) for name, array in writer.spec.arrays.items()}
-        self._thread = threading.Thread(target=self._run, args=(writer, pending), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(writer, key), daemon=True)
+        self._thread.start()
 
-    def put(self, item: _Item) -> None:
-        """Queue a batch of the current shard; waits while the queue is full."""
-        self._raise()
+    def put(self, item: _Item | None) -> None:
+        """Queue a batch, waiting while the queue is full; None ends the shard."""
+        if self._error:
+            raise self._error
         self._queue.put(item)
 
-    def end_shard(self) -> None:
-        """All of the current shard is queued."""
-        self._raise()
+    def abort(self) -> None:
+        """Discard the shard."""
+        self._aborted = True
+        with suppress(queue.Empty):  # what is queued no longer matters; the end must fit in
+            while True:
+                self._queue.get_nowait()
         self._queue.put(None)
+        self._thread.join()
 
-    def _raise(self) -> None:
+    def join(self) -> None:
+        """Wait until the ended shard is on the disk."""
+        self._thread.join()
         if self._error:
             raise self._error
 
-    def _run(self, writer: StoreWriter, pending: list[ShardKey]) -> None:
+    def _run(self, writer: StoreWriter, key: ShardKey) -> None:
         try:
-            for key in pending:
-                with writer.shard(key) as shard:
-                    while item := self._queue.get():
-                        values = item.values.to("cpu", self._dtypes[item.array]).numpy()
-                        shard.put(item.array, item.layer, item.first, values)
-                    if self._aborted:
-                        raise InterruptedError
+            dtypes = {name: getattr(torch, array.dtype) for name, array in writer.spec.arrays.items()}
+            with writer.shard(key) as shard:
+                while item := self._queue.get():
+                    values = _as(item.values, dtypes[item.array])
+                    shard.put(item.array, item.layer, item.first, values)
+                if self._aborted:
+                    raise InterruptedError
         except BaseException as error:  # whatever it is, the caller hears of it
             self._error = error
             while not self._aborted and self._queue.get() is not None:  # the caller may be waiting for room
                 pass
 
+
+class _Background:
+    """Writes behind the teacher's back: one shard fills while the one before waits for the disk.
+
+    Most of it is done without Python's lock, so that the teacher hardly waits. Shards are committed
+    in order. An error of a thread is raised in the caller; an error of the caller discards the
+    shard that is being written, not the one that is whole.
+    """
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+        self._current: _ShardThread | None = None
+        self._before: _ShardThread | None = None
+
+    def begin_shard(self, key: ShardKey) -> None:
+        self._current = _ShardThread(self._writer, key)
+
+    def put(self, item: _Item) -> None:
+        """Queue a batch of the current shard; waits while the queue is full."""
+        assert self._current is not None, "no shard was begun"
+        self._current.put(item)
+
+    def end_shard(self) -> None:
+        """All of the current shard is queued; it may be committed once the one before is."""
+        self._wait()
+        assert self._current is not None, "no shard was begun"
+        self._current.put(None)
+        self._before, self._current = self._current, None
+
+    def _wait(self) -> None:
+        before, self._before = self._before, None
+        if before:
+            before.join()
+
     def __enter__(self) -> "_Background":
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._aborted = True
-            with suppress(queue.Empty):  # what is queued no longer matters; the end must fit in
-                while True:
-                    self._queue.get_nowait()
-            self._queue.put(None)
-        self._thread.join()
+        if self._current:
+            self._current.abort()
         if kind is None:
-            self._raise()
+            self._wait()
+        else:
+            with suppress(Exception):  # the caller's error is the one to tell
+                self._wait()
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> np.ndarray:
+    if values.dtype == torch.bfloat16:  # torch takes six times as long from there to float16 directly
+        values = values.float()
+    return values.to("cpu", dtype).numpy()

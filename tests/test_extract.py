@@ -1,6 +1,7 @@
 """What is stored is what the teacher computes; nothing is ever mixed, lost or half done."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -442,3 +443,25 @@ def test_the_error_of_bfloat16_is_measured_once_in_a_stores_life(settings, monke
     (path / "manifest.json").unlink()
     extract(change(settings, tokens=60 * CONTEXT, repair=True))
     assert Store.open(path).spec.details["compute_error"] == found
+
+
+@pytest.mark.parametrize("nth", [2, 5, 9])
+def test_a_disk_that_fills_up_while_a_shard_is_committed_stops_the_run(settings, monkeypatch, nth):
+    monkeypatch.setattr("lftpipe.plan.SHARD_BYTES", 120_000)
+    seal, calls = ShardWriter.seal, []
+
+    def full(self: ShardWriter) -> Any:
+        calls.append(1)
+        if len(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return seal(self)
+
+    monkeypatch.setattr(ShardWriter, "seal", full)
+    with pytest.raises(StoreError, match="room for the whole store"):
+        extract(settings)
+    assert not list(settings.workspace.rglob("*.partial"))
+    path = Path(extract(settings)["store"])
+    assert verify_store(path).ok
+    assert contents(path) == contents(
+        Path(extract(change(settings, store=path.parent / "whole.zarr"))["store"])
+    )
