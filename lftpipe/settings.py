@@ -68,8 +68,6 @@ class ExtractSettings(Common):
     """Store each layer's attention-branch output too."""
     logits: int = 0
     """Store so many of the teacher's largest next-token logits of every position too, e.g. 64."""
-    logits: int = 0
-    """Store so many of the teacher's largest next-token logits of every position too, e.g. 64."""
     dtype: Dtype = "float16"
     """Format on disk."""
     compute_dtype: ComputeDtype = "auto"
