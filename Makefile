@@ -29,7 +29,7 @@ COMMON     := --workspace $(WORKSPACE)
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q;1,2d' ; sed -n '3,6s/^# *//p' Makefile
+	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 
 # --- set-up ---------------------------------------------------------------------------------------
 
