@@ -76,12 +76,12 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from lftpipe.compute import prepare_processor
     from lftpipe.forward import batch_of, forward
     from lftpipe.plan import make_plan
     from lftpipe.store import StoreSpec, StoreWriter
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    prepare_processor(options.threads)
     plan = make_plan(settings_of(options, folder, options.tokens))
     trunk = plan.load_trunk()
     count = plan.wanted["train"]

@@ -30,6 +30,7 @@ def forward(plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: Tokens) -> No
     total = sum(len(key.sequences) for key in pending) * plan.context
     token_bytes = sum(plan.array_bytes().values()) / (sum(plan.wanted.values()) * plan.context)
     kept = {"hidden": plan.layers, "attention": plan.attention_layers}
+    dtypes = {name: getattr(torch, array.dtype) for name, array in writer.spec.arrays.items()}
     with (
         _Background(writer) as background,
         progress.task(f"extract {plan.teacher.name}", total, "tokens") as task,
@@ -41,7 +42,9 @@ def forward(plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: Tokens) -> No
 
                 def put(array: str, layer: int | None, values: Tensor, first: int = first) -> None:
                     if layer is None or layer in kept[array]:
-                        background.put(_Item(array, layer, first, values))
+                        # Rounded here, by all of torch's threads: each of them would wait for a thread
+                        # that takes a core for it.
+                        background.put(_Item(array, layer, first, _as(values, dtypes[array])))
 
                 compute_batch(trunk, head, *batch_of(tokens, key.split, rows), put)
                 task.advance(len(rows) * plan.context, written=progress.human_bytes(task.done * token_bytes))
@@ -61,11 +64,12 @@ class _Item(NamedTuple):
     layer: int | None
     first: int
     """Which of the shard's sequences it begins with."""
-    values: Tensor
+    values: np.ndarray
+    """In the storage dtype."""
 
 
 class _ShardThread:
-    """Rounds, checks and writes one shard from a bounded queue, and waits for the disk."""
+    """Checks and writes one shard from a bounded queue, and waits for the disk."""
 
     def __init__(self, writer: StoreWriter, key: ShardKey) -> None:
         self._queue: queue.Queue[_Item | None] = queue.Queue(QUEUED_STATES)
@@ -97,11 +101,9 @@ class _ShardThread:
 
     def _run(self, writer: StoreWriter, key: ShardKey) -> None:
         try:
-            dtypes = {name: getattr(torch, array.dtype) for name, array in writer.spec.arrays.items()}
             with writer.shard(key) as shard:
                 while item := self._queue.get():
-                    values = _as(item.values, dtypes[item.array])
-                    shard.put(item.array, item.layer, item.first, values)
+                    shard.put(item.array, item.layer, item.first, item.values)
                 if self._aborted:
                     raise InterruptedError
         except BaseException as error:  # whatever it is, the caller hears of it

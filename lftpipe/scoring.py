@@ -15,13 +15,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lftpipe import progress, runs
+from lftpipe.compute import resolve_compute_dtype
 from lftpipe.flow.path import States
 from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver
 from lftpipe.metrics import LogitMetrics, Reference, StateMetrics
 from lftpipe.packing import positions
 from lftpipe.settings import ComputeDtype
 from lftpipe.store import Store
-from lftpipe.teacher.compute import resolve_compute_dtype
 from lftpipe.teacher.family import AttentionContext, attention_context
 from lftpipe.teacher.parts import Tail, count_layer_parameters, count_parameters, load_rotary
 from lftpipe.teacher.source import Teacher

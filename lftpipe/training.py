@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lftpipe
 from lftpipe import feed, progress, runs
+from lftpipe.compute import resolve_compute_dtype
 from lftpipe.errors import RunError
 from lftpipe.flow.linear import LeastSquares, LinearMap
 from lftpipe.flow.objective import ErrorScale, flow_matching, flow_walking, hybrid, walk_times
@@ -23,7 +24,6 @@ from lftpipe.flow.velocity import Velocity
 from lftpipe.packing import positions
 from lftpipe.settings import TrainSettings
 from lftpipe.store import Store
-from lftpipe.teacher.compute import resolve_compute_dtype
 from lftpipe.teacher.family import AttentionContext, attention_context
 from lftpipe.teacher.parts import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher

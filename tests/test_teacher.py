@@ -8,9 +8,9 @@ from conftest import CONTEXT, MODELS, VOCABULARY, neox, randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
+from lftpipe.compute import resolve_compute_dtype
 from lftpipe.errors import TeacherError
 from lftpipe.teacher import source
-from lftpipe.teacher.compute import resolve_compute_dtype
 from lftpipe.teacher.family import attention_context
 from lftpipe.teacher.names import REGISTERED
 from lftpipe.teacher.parts import (

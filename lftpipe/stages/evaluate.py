@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 
 from lftpipe import manifest, runs
+from lftpipe.compute import prepare_processor
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.flow.path import States
 from lftpipe.results import COLUMNS, cell, markdown_table
@@ -41,8 +41,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     LftpipeError
         If a run is missing or of another store, or the store lacks a state.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    prepare_processor(settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     store = Store.open(store_path)
     out = settings.out or store_path.parent / "results.json"

@@ -10,6 +10,7 @@ import torch
 
 import lftpipe
 from lftpipe import progress, runs
+from lftpipe.compute import prepare_processor
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.results import COLUMNS, markdown_table
 from lftpipe.runs import Run
@@ -37,8 +38,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         If a run is missing, damaged, or of a teacher that changed; if the student has no exact plain
         form and one was asked for; or if there is something at the destination and no `--force`.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    prepare_processor(settings.threads)
     if not settings.runs:
         raise SettingsError("export without a run", "the name or path of a run", "name one")
     opened = [runs.open_run(find_run(settings.workspace, settings.store, name)) for name in settings.runs]

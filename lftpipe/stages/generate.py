@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from lftpipe import runs
+from lftpipe.compute import prepare_processor
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.solver import EVALUATIONS
 from lftpipe.settings import GenerateSettings
@@ -74,8 +75,7 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> dict[
     """
     _check(settings)
     assert settings.prompt is not None
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    prepare_processor(settings.threads)
     if settings.draft is not None:
         return _drafted(settings, settings.prompt, out)
     writer = _open(settings, settings.target or "")

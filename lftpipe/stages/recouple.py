@@ -166,12 +166,11 @@ def _shown(
 
 
 def _residuals(store: Store, layers: tuple[int, ...], settings: RecoupleSettings) -> list[list[float | None]]:
-    import torch  # only here: the map itself needs none
-
+    # Only here: the map itself needs no torch.
+    from lftpipe.compute import prepare_processor
     from lftpipe.probe import residual_map
 
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    prepare_processor(settings.threads)
     return residual_map(store, layers, settings.seed)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich import box
 from rich.table import Table
 
 import lftpipe
 from lftpipe import blocks, correlation, manifest, progress, runs
+from lftpipe.compute import prepare_processor
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.plots import draw_sweep
 from lftpipe.probe import draw_parts, probe_residual
@@ -48,8 +48,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     LftpipeError
         If lengths or store do not allow it, or the results exist and `force` is not set.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    prepare_processor(settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     out = settings.out or store_path.parent / "sweep.json"
     _check_out(out, settings.force)

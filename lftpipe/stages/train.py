@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lftpipe import runs
+from lftpipe.compute import prepare_processor
 from lftpipe.errors import RunError, SettingsError, StoreError, TeacherError
 from lftpipe.settings import TrainSettings, parse_block, to_plain
 from lftpipe.store import Store
@@ -29,8 +30,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     LftpipeError
         If the store, block or settings do not allow it, or training diverges.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    prepare_processor(settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     store = Store.open(store_path)
     teacher = teacher_of(store, settings.workspace)

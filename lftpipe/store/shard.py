@@ -6,6 +6,9 @@ index's crc32c. This is what zarr-python writes too; doing it here costs one sys
 copies of the shard.
 """
 
+import errno
+import fcntl
+import mmap
 import os
 import weakref
 from collections.abc import Iterable
@@ -18,6 +21,9 @@ import xxhash
 
 _MISSING = 2**64 - 1
 _CRC_BYTES = 4
+
+#: Bytes gathered for one write past the page cache: many times what a disk's block and a page need.
+_GATHERED = 4 * 2**20
 
 
 class Record(NamedTuple):
@@ -42,14 +48,20 @@ def _crc(data: np.ndarray | bytes) -> bytes:
 
 
 class ChunkWriter:
-    """Appends chunks to a new file next to ``path``; whoever calls `seal` renames it."""
+    """Appends chunks to a new file next to ``path``; whoever calls `seal` renames it.
+
+    The bytes go past the page cache where the file system allows it: copying them there and waiting for
+    the kernel to write them back took a fifth of the processor's time and a third of the disk's speed.
+    """
 
     def __init__(self, path: Path, num_chunks: int) -> None:
         self.path = partial_file(path)
         self._index = np.full((num_chunks, 2), _MISSING, "<u8")
         self._digest = xxhash.xxh3_128()
         self._offset = 0
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._gathered = _pages(_GATHERED)
+        self._fill = 0
+        self._fd, self._direct = _create(self.path)
 
     def put(self, chunk: int, data: np.ndarray | bytes) -> None:
         """Append one encoded chunk: a C-contiguous array or bytes. The order of chunks is free."""
@@ -68,6 +80,10 @@ class ChunkWriter:
         """Write the index and wait until all is on the disk."""
         index = self._index.tobytes()
         self._append(index, _crc(index))
+        blocks = self._fill - self._fill % mmap.PAGESIZE  # the file need not end with a whole one
+        self._write(self._gathered[:blocks])
+        self._through_page_cache()
+        self._write(self._gathered[blocks : self._fill])
         os.fsync(self._fd)
         self._close()
         return Record(sequences, self._offset, self._digest.hexdigest())
@@ -78,21 +94,58 @@ class ChunkWriter:
         self.path.unlink(missing_ok=True)
 
     def _append(self, *parts: np.ndarray | bytes) -> None:
-        views = [memoryview(part.data if isinstance(part, np.ndarray) else part).cast("B") for part in parts]
-        for view in views:
+        for part in parts:
+            view = memoryview(part.data if isinstance(part, np.ndarray) else part).cast("B")
             self._digest.update(view)
             self._offset += len(view)
-        while views:  # a write may be cut short, by a full disk for one
-            count = os.writev(self._fd, views)
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if views:
-                views[0] = views[0][count:]
+            while view:
+                count = min(len(view), _GATHERED - self._fill)
+                self._gathered[self._fill : self._fill + count] = view[:count]
+                self._fill += count
+                view = view[count:]
+                if self._fill == _GATHERED:
+                    self._write(self._gathered)
+                    self._fill = 0
+
+    def _write(self, view: memoryview) -> None:
+        while view:  # a write may be cut short, by a full disk for one
+            try:
+                view = view[os.write(self._fd, view) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._through_page_cache()
+
+    def _through_page_cache(self) -> None:
+        if self._direct:
+            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            self._direct = False
 
     def _close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _pages(num_bytes: int) -> memoryview:
+    """Memory that begins on a page, as direct writes need it; huge pages take less time to hand over."""
+    pages = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)
+
+
+def _create(path: Path) -> tuple[int, bool]:
+    """A new file's descriptor, and whether it bypasses the page cache, which not all file systems can."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    if direct := getattr(os, "O_DIRECT", 0):
+        try:
+            return os.open(path, flags | direct, 0o666), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(path, flags, 0o666), False
 
 
 class ChunkReader:

@@ -12,8 +12,12 @@ from lftpipe.store.journal import Records, disk_errors
 from lftpipe.store.layout import ArrayLayout, ShardKey
 from lftpipe.store.shard import ChunkReader, ChunkWriter, DamagedShardError
 
-# dtype -> unsigned type of its bits, all bits but the sign, bits of infinity: what is not below is not finite
-_BITS = {"float16": (np.uint16, 0x7FFF, 0x7C00), "float32": (np.uint32, 0x7FFFFFFF, 0x7F800000)}
+# dtype -> signed and unsigned type of its bits, and those of infinity and -infinity: where no value's bits
+# reach the first as a signed number, nor the second as an unsigned one, all are finite.
+_BITS = {
+    "float16": (np.int16, 0x7C00, np.uint16, 0xFC00),
+    "float32": (np.int32, 0x7F800000, np.uint32, 0xFF800000),
+}
 
 
 class ShardWriter:
@@ -31,9 +35,6 @@ class ShardWriter:
         self._chunks: dict[str, ChunkWriter] = {}
         kinds = {(array.dtype, array.chunk) for array in arrays}
         self._values = {(dtype, chunk): np.empty(chunk, dtype) for dtype, chunk in kinds}
-        self._bits = {
-            (dtype, chunk): np.empty(chunk, _BITS[dtype][0]) for dtype, chunk in kinds if dtype in _BITS
-        }
 
     def put(
         self, array: str, layer: int | None, first: int, block: Shaped[np.ndarray, "sequence position ..."]
@@ -124,10 +125,8 @@ class ShardWriter:
             with np.errstate(over="ignore"):  # an overflow gives an infinity, which is reported below
                 np.copyto(values, given, casting="same_kind")
         if layout.dtype in _BITS:
-            kind, magnitude, infinity = _BITS[layout.dtype]
-            out = self._bits[layout.dtype, layout.chunk]
-            bits = np.bitwise_and(values.view(kind), kind(magnitude), out=out)
-            if bits.max() >= infinity:
+            signed, infinity, unsigned, minus_infinity = _BITS[layout.dtype]
+            if values.view(signed).max() >= infinity or values.view(unsigned).max() >= minus_infinity:
                 raise self._not_finite(layout, layer, within, given)
         return values
 
