@@ -17,7 +17,8 @@ from lftpipe.heatmap_page import recoupling_page
 from lftpipe.manifest import write_atomic
 from lftpipe.pairs import solve_pairs, statistics
 from lftpipe.samples import draw_samples
-from lftpipe.settings import RecoupleSettings, TrainSettings, parse_block, parse_layers, to_plain
+from lftpipe.settings import RecoupleSettings, TrainSettings, to_plain
+from lftpipe.spans import parse_block, parse_layers
 from lftpipe.store import Store
 from lftpipe.workspace import find_store
 
