@@ -286,8 +286,17 @@ def order_of(settings: TrainSettings, store: Store) -> Order:
     """Which sequences a run sees, in which order."""
     total = store.num_sequences("train")
     held_back = math.ceil(settings.hold_back * total)
+    batch_size = max(1, settings.batch_tokens // store.context)
+    if batch_size % processes.count():
+        raise RunError(
+            f"a batch of {batch_size} sequences for {processes.count()} processes",
+            "a multiple of their number",
+            "choose another --batch-tokens",
+        )
+    if held_back >= total:
+        raise RunError(f"--hold-back {settings.hold_back:g} of {total} sequences", "some left", "lower it")
     return Order(
-        batch_size=max(1, settings.batch_tokens // store.context),
+        batch_size=batch_size,
         seed=settings.seed,
         num_sequences=total - held_back,
         part=slice(processes.rank(), None, processes.count()),

@@ -1,0 +1,5 @@
+"""`python -m lftpipe`, as `torchrun -m lftpipe` needs it."""
+
+from lftpipe.cli import main
+
+main()
