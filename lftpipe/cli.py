@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("TrainSettings", "lftpipe.stages.train:train"),
     "evaluate": ("EvaluateSettings", "lftpipe.stages.evaluate:evaluate"),
     "sweep": ("SweepSettings", "lftpipe.stages.sweep:sweep"),
+    "toy": ("ToySettings", "lftpipe.stages.toy:toy"),
     "export": ("ExportSettings", "lftpipe.stages.export:export"),
     "generate": ("GenerateSettings", "lftpipe.stages.generate:generate"),
     "info": ("InfoSettings", "lftpipe.stages.info:info"),

@@ -13,7 +13,7 @@ from lftpipe.settings import Common
 
 S = TypeVar("S", bound=Common)
 
-RECIPE_TABLES = ("extract", "recouple", "train", "evaluate", "sweep")
+RECIPE_TABLES = ("extract", "recouple", "train", "evaluate", "sweep", "toy")
 
 #: What the settings.toml of a run records beside its settings; a recipe may hold it.
 RECORD_TABLE = "store"

@@ -211,6 +211,22 @@ class SweepSettings(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToySettings(Common):
+    """`lftpipe toy`: draw figure 3, paired points of the plane under every objective."""
+
+    steps: int = 2000
+    """Training steps of each panel."""
+    batch: int = 512
+    """Pairs in a step."""
+    learning_rate: float = 3e-3
+    solver: SolverName = "midpoint"
+    steps_at_inference: int = 48
+    """Steps of standard flow matching; walks take those they were trained with."""
+    out: Path | None = None
+    """The JSON file; default `toy.json` in the workspace. The picture goes beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportSettings(Common):
     """`lftpipe export`: write a student as a folder that transformers loads."""
 

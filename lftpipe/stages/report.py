@@ -37,8 +37,9 @@ def report(settings: ReportSettings) -> dict[str, Any]:
     draw_steps_curve(result["rows"], here / "steps.png")
     curves = {path.parent.name: _metrics(path) for path in sorted(here.glob("runs/*/metrics.jsonl"))}
     if any(curves.values()):
-        draw_training({name: rows for name, rows in curves.items() if rows}, here / "training.png")
-        pictures["NMSE on training batches against tokens"] = here / "training.png"
+        skips = [row for row in result["rows"] if row["run"] is None and row["nmse"] is not None]
+        draw_training({name: rows for name, rows in curves.items() if rows}, skips, here / "training.png")
+        pictures["NMSE against training tokens (figure 4)"] = here / "training.png"
     if (here / "recoupling.png").exists():
         pictures["Recoupling ratio over all pairs of states (figure 6)"] = here / "recoupling.png"
     page = [
