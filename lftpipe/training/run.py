@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lftpipe
 from lftpipe import runs
-from lftpipe.compute import resolve_compute_dtype
+from lftpipe.compute import cast_linear, resolve_compute_dtype
 from lftpipe.errors import RunError
 from lftpipe.feed import Needs, Order
 from lftpipe.flow.objective import ErrorScale, Loss, walk_times
@@ -87,10 +87,7 @@ class Training:
 
     def _load_tail(self) -> Tail:
         tail = Tail(self.teacher, self.n)
-        if self.compute_dtype == torch.bfloat16:
-            for module in tail.modules():  # frozen: autocast would cast these anew at every call
-                if isinstance(module, nn.Linear):
-                    module.to(torch.bfloat16)
+        cast_linear(tail, self.compute_dtype)
         return tail.to(self.device)
 
     @property
