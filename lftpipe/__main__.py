@@ -1,5 +1,6 @@
-"""`python -m lftpipe`, as `torchrun -m lftpipe` needs it."""
+"""`python -m lftpipe`, which `torchrun` needs."""
 
 from lftpipe.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

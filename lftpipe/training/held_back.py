@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -41,16 +42,12 @@ class HeldBack:
         """By run's folder: `held_back_loss`, `held_back_nmse`, `validation_nmse`; judges every run."""
         started = time.monotonic()
         found: dict[Path, dict[str, float]] = {run.folder: {} for run in self.chain.runs}
-        contexts = [run.final_weights() for run in self.chain.runs]
-        for context in contexts:
-            context.__enter__()
-        try:
+        with ExitStack() as shown:
+            for run in self.chain.runs:
+                shown.enter_context(run.kept.shown())
             for split, key in (("train", "held_back"), ("validation", "validation")):
                 if self._rows[split]:
                     self._evaluate_split(split, key, found)
-        finally:
-            for context in contexts:
-                context.__exit__(None, None, None)
         for run in self.chain.runs:
             if "held_back_loss" in found[run.folder]:
                 run.judge(found[run.folder]["held_back_loss"])

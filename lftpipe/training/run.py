@@ -1,9 +1,6 @@
 """One run in progress: its flow layer, its optimiser, its loss, and where it stands."""
 
-import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from lftpipe.store import Store
 from lftpipe.teacher.parts import Tail, load_layer
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
+from lftpipe.training.keeping import Kept
 from lftpipe.training.terms import Batch, Problem, weighted_sum
 
 
@@ -63,9 +61,7 @@ class Training:
         self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), processes.mean)
         through_logits = any({"logits", "top-logits"} & stage.weights.keys() for stage in self.stages)
         self.tail = self._load_tail() if through_logits else None
-        self.average = self._copy() if settings.ema else None
-        self.best: dict[str, Tensor] | None = None
-        self.best_loss, self.since_best = math.inf, 0
+        self.kept = Kept(self.flow, settings.ema)
         self.step, self.loss, self.seconds, self.waited = 0, math.nan, 0.0, 0.0
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -188,13 +184,9 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.average is not None:
-            # A short memory at first, or the average would hold on to where it began.
-            decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
-            for name, value in self.flow.state_dict().items():
-                self.average[name].lerp_(value, 1 - decay)
+        self.kept.follow(self.step)
         if self.step in self.stage_starts[1:-1]:
-            self.best, self.best_loss, self.since_best = None, math.inf, 0  # another loss, another best
+            self.kept.forget_best()
         return learning_rate
 
     @torch.no_grad()
@@ -205,29 +197,11 @@ class Training:
         x_1 = batch.states[self.n]
         return ((end - x_1).square().sum() / x_1.square().sum()).item()
 
-    @contextmanager
-    def final_weights(self) -> Iterator[None]:
-        """The weights that would be written now: the averaged ones, if any."""
-        if self.average is None:
-            yield
-            return
-        kept = self._copy()
-        self.flow.load_state_dict(self.average)
-        try:
-            yield
-        finally:
-            self.flow.load_state_dict(kept)
-
     def judge(self, held_back_loss: float) -> None:
         """Take note of an evaluation; end the run where the last stage has had no better one for long."""
-        if held_back_loss < self.best_loss:
-            self.best_loss, self.since_best = held_back_loss, 0
-            with self.final_weights():
-                self.best = self._copy()
-            return
-        self.since_best += 1
+        since_best = self.kept.judge(held_back_loss)
         in_last_stage = self.stage_end == self.num_steps
-        if self.settings.patience and self.since_best >= self.settings.patience and in_last_stage:
+        if self.settings.patience and since_best >= self.settings.patience and in_last_stage:
             self.num_steps = self.step
 
     def state(self) -> dict[str, Any]:
@@ -237,10 +211,7 @@ class Training:
             "num_steps": self.num_steps,
             "flow": self.flow.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "best": self.best,
-            "best_loss": self.best_loss,
-            "since_best": self.since_best,
+            "kept": self.kept.state(),
             "seconds": self.seconds,
             "waited": self.waited,
         }
@@ -249,15 +220,15 @@ class Training:
         """Go on from a checkpoint."""
         self.flow.load_state_dict(state["flow"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("step", "num_steps", "average", "best", "best_loss", "since_best", "seconds", "waited"):
+        self.kept.restore(state["kept"])
+        for name in ("step", "num_steps", "seconds", "waited"):
             setattr(self, name, state[name])
         if processes.rank() == 0:
-            _drop_after(self.folder / runs.METRICS, self.step)
+            runs.drop_metrics_after(self.folder, self.step)
 
     def finish(self) -> dict[str, Any]:
         """Write weights and manifest; what to tell of the run."""
-        if weights := self.best or self.average:
-            self.flow.load_state_dict(weights)
+        self.kept.settle()
         shape = {"time": self.flow.modulation is not None, "shift": self.flow.shift}
         manifest = manifest_of(self.settings, self.store, self.block, shape)
         manifest["train_tokens"] = self.step * self.tokens_per_step
@@ -274,9 +245,6 @@ class Training:
             "tokens_per_second": round(self.step * self.tokens_per_step / max(self.seconds, 1e-9), 1),
             "data_wait_share": round(self.waited / max(self.seconds, 1e-9), 4),
         }
-
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.flow.state_dict().items()}
 
 
 def order_of(settings: TrainSettings, store: Store) -> Order:
@@ -317,18 +285,3 @@ def manifest_of(
         "velocity": velocity,
         "versions": {"lftpipe": lftpipe.__version__, "torch": torch.__version__},
     }
-
-
-def _drop_after(metrics: Path, step: int) -> None:
-    """Cut lines of steps that will be done again."""
-    if metrics.exists():
-        lines = metrics.read_text().splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
-        metrics.write_text("".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> int | float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # a line cut short by a kill
-        return math.inf
