@@ -31,6 +31,7 @@ _LEAST: dict[str, float] = {
     "learning_rate": 0,
     "clip": 0,
     "temperature": 0,
+    "adaptive": 0,
 }
 
 
