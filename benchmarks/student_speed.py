@@ -8,7 +8,8 @@ through every model, beginning with another model each time. Prefill is up to th
 tokens after it. Medians over rounds and passages count, and medians of the ratios to the teacher on the
 same passage in the same round. Size on disk is that of the safetensors which transformers saves in `--dtype`,
 for teacher and student alike. `--plain` adds the unrolled plain form, where there is one. `--draft` lets the
-teacher write with the student as its draft, and with itself without the block.
+teacher write with the student as its draft, and with itself without the block, by transformers' default rules
+of when a draft stops.
 
 The passages: the first documents of python-stdlib (that of the running interpreter) which extraction holds
 out for validation and which are long enough, from their 128th token on.
@@ -96,7 +97,9 @@ def open_student(options: argparse.Namespace) -> tuple[Any, Any, list[tuple[int,
     folder = Path(options.run)
     if (folder / "config.json").is_file():
         teacher, student = teacher_of_folder(folder, options.workspace), load_model(folder)
-        if options.solver and isinstance(student, LatentFlow):
+        if options.solver and not isinstance(student, LatentFlow):
+            raise RunError(f"--solver for {folder}, a plain export", "a student with steps", "leave it out")
+        if options.solver:
             student.set_steps(1, options.solver)
         recorded = json.loads((folder / "lftpipe.json").read_text())["blocks"]
         return student, teacher, [(int(m), int(n)) for m, n in (block.split(":") for block in recorded)]

@@ -1,12 +1,13 @@
 """Which student runs where: family x solver x k x form x runtime, found by running it.
 
-    python tests/runtime_matrix.py      (after `make runtimes`, which prints it too)
+    python tests/runtime_matrix.py [--flash]      (after `make runtimes`, which prints it too)
 
 Random flows in tiny random teachers (tests/tiny_students.py); every student is exported in both forms and
 tried in every runtime. What works is compared with the student as it was built; what does not says why in
-its own words.
+its own words. `--flash` lets llama.cpp use its flash attention.
 """
 
+import argparse
 import math
 import re
 import tempfile
@@ -67,7 +68,7 @@ class Row:
     cells: dict[str, Cell] = field(default_factory=dict)
 
 
-def matrix(teachers: dict[str, Path], work: Path) -> list[Row]:
+def matrix(teachers: dict[str, Path], work: Path, *, flash: bool = False) -> list[Row]:
     """Try everything everywhere; `teachers` are folders by the name of their family."""
     rows = []
     for family, folder in teachers.items():
@@ -82,7 +83,7 @@ def matrix(teachers: dict[str, Path], work: Path) -> list[Row]:
                     _export(rows[-1], run.path, work)
     exported = [row for row in rows if row.folder.is_dir()]
     tokenizer = load_tokenizer(open_teacher(str(next(iter(teachers.values()))), work))
-    for runtime, judge in _judges(tokenizer, work).items():
+    for runtime, judge in _judges(tokenizer, work, flash).items():
         if find_spec(NEEDS.get(runtime, "torch")) is None:
             for row in rows:
                 row.cells[runtime] = Cell(installed=False)
@@ -103,7 +104,7 @@ def _export(row: Row, run: Path, work: Path) -> None:
         row.cells = dict.fromkeys(RUNTIMES, Cell(refusal=str(error)))
 
 
-def _judges(tokenizer: Any, work: Path) -> dict[str, Callable[[list[Row]], list[Cell]]]:
+def _judges(tokenizer: Any, work: Path, flash: bool) -> dict[str, Callable[[list[Row]], list[Cell]]]:
     """For each runtime, from the exported students to what came of them there."""
     ids = tokens(24)
 
@@ -148,8 +149,8 @@ def _judges(tokenizer: Any, work: Path) -> dict[str, Callable[[list[Row]], list[
                 continue
             candidates = [tokens(24, seed=seed)[0].tolist() for seed in range(10)] + DOCUMENTS
             prompts, expected = usable_prompts(row.student, tokenizer, candidates)
-            found = torch.tensor(llama_cpp_likelihoods(file, prompts, row.student.config.vocab_size))
-            cells.append(Cell((found - expected).abs().max().item()))
+            found = llama_cpp_likelihoods(file, prompts, row.student.config.vocab_size, flash=flash)
+            cells.append(Cell((torch.tensor(found) - expected).abs().max().item()))
         return cells
 
     return {
@@ -198,10 +199,15 @@ def _short(refusal: str) -> str:
 def main() -> None:
     from conftest import make_teachers, make_tokenizer
 
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--flash", action="store_true")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         teachers = make_teachers(work, ("neox", "llama"), make_tokenizer())
-        print("\n".join(markdown(matrix(teachers, work))))
+        print("\n".join(markdown(matrix(teachers, work, flash=options.flash))))
 
 
 if __name__ == "__main__":

@@ -87,8 +87,9 @@ params.model.path = file
 params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 128, 1, 0, False
 params.cpuparams.n_threads = 1
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-# Its flash attention computes in half precision.
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+kind = xllamacpp.llama_flash_attn_type
+on, off = kind.LLAMA_FLASH_ATTN_TYPE_ENABLED, kind.LLAMA_FLASH_ATTN_TYPE_DISABLED
+params.flash_attn_type = on if sys.argv[4] == "flash" else off
 server = xllamacpp.Server(params)
 answers = []
 for prompt in prompts:
@@ -122,9 +123,15 @@ def byte_perplexities(folders: list[Path], work: Path, *, how: str = "bare") -> 
     return run_script(LM_EVAL, how, str(tasks), *map(str, folders))
 
 
-def llama_cpp_likelihoods(file: Path, prompts: list[Any], vocabulary: int) -> list[list[float]]:
-    """Of every token after each prompt, by llama.cpp from a GGUF file."""
-    return run_script(LLAMA_CPP, str(file), json.dumps(prompts), str(vocabulary))
+def llama_cpp_likelihoods(
+    file: Path, prompts: list[Any], vocabulary: int, *, flash: bool = False
+) -> list[list[float]]:
+    """Of every token after each prompt, by llama.cpp from a GGUF file.
+
+    Its flash attention, which it uses by itself, computes in half precision.
+    """
+    attention = "flash" if flash else "plain"
+    return run_script(LLAMA_CPP, str(file), json.dumps(prompts), str(vocabulary), attention)
 
 
 @torch.inference_mode()
