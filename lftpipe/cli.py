@@ -97,11 +97,13 @@ def _parse(name: str, hint: Any, value: Any) -> Any:
         return ",".join(value)
     if typing.get_origin(hint) is not tuple or not isinstance(value, str):
         return tuple(value) if isinstance(value, list) else value
+    number = typing.get_args(hint)[0]
     try:
-        return tuple(int(part) for part in value.split(","))
+        return tuple(number(part) for part in value.split(","))
     except ValueError as error:
+        example = "1,2,3" if number is int else "0.02,0.05"
         raise SettingsError(
-            f"--{name} {value}", "numbers with commas between, as in 1,2,3", "write it so"
+            f"--{name} {value}", f"numbers with commas between, as in {example}", "write it so"
         ) from error
 
 

@@ -38,6 +38,20 @@ def draw_steps_curve(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_adaptive(rows: list[dict[str, Any]], adaptive: list[dict[str, Any]], path: Path) -> None:
+    """KL against mean NFE: one line a run for fixed steps, a dashed one for steps chosen token by token."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, colour in zip(sorted({row["run"] for row in adaptive}), COLOURS * 4, strict=False):
+        for source, style, label in ((rows, "o-", name), (adaptive, "s--", f"{name}, chosen")):
+            points = sorted((row["nfe"], row["kl"]) for row in source if row["run"] == name)
+            axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
+    axis.set(xlabel="mean NFE of a token", ylabel="KL, nats a token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def draw_training(curves: dict[str, list[dict[str, Any]]], skips: list[dict[str, Any]], path: Path) -> None:
     """Figure 4: NMSE against training tokens, one line a run, skipped layers as dotted lines.
 

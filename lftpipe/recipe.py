@@ -35,6 +35,7 @@ _LEAST: dict[str, float] = {
     "hold_back": 0,
     "evaluate_every": 0,
     "patience": 0,
+    "adaptive": 0,
 }
 
 

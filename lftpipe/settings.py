@@ -180,6 +180,11 @@ class EvaluateSettings(Common):
     """Names or paths of runs; none: every finished run beside the store."""
     k: tuple[int, ...] = (1, 2, 3, 8)
     """Step counts at inference."""
+    solver: SolverName | None = None
+    """Solver of every flow; left out, each run's own."""
+    adaptive: tuple[float, ...] = ()
+    """Thresholds such as 0.02,0.05, an experiment: each token takes as many of Euler's steps as it needs
+    to settle, at most the largest of `k`; a table of its own."""
     skips: tuple[int, ...] = (1, 2, 3)
     """Numbers of layers, from the block's first, that the skip rows leave out."""
     batch_tokens: int = 2048
