@@ -23,8 +23,10 @@ import ot
 from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
-from lftpipe.coupling import Coupling, assign, cost_matrix, recoupled, tie_groups
+from lftpipe.assignment import assign
+from lftpipe.coupling import Coupling, cost_matrix, recoupled, tie_groups
 from lftpipe.pairs import group_pairs, make_clouds
+from lftpipe.product import fastest
 from lftpipe.settings import RecoupleSettings
 from lftpipe.sinkhorn import couple_approximately
 
@@ -69,9 +71,11 @@ def plain_loop(batches: list[np.ndarray], pairs: list[tuple[int, int]]) -> dict[
 def ours(batches: list[np.ndarray], threads: int) -> dict[Key, Coupling]:
     """Couplings of each batch and pair, as `lftpipe recouple` computes them."""
     settings, couplings = RecoupleSettings(), {}
-    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"):
+    pairs = len(batches) * len(batches[0]) * (len(batches[0]) - 1) // 2
+    work = 2 * pairs * batches[0].shape[1] ** 2 * batches[0].shape[2]
+    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"), fastest(work) as products:
         for number, states in enumerate(batches):
-            _, clouds = make_clouds(settings, list(states), pool)
+            _, clouds = make_clouds(settings, list(states), pool, products)
             groups = group_pairs(len(states), states.shape[1])
             solved = [pool.submit(clouds.couple, members, n, "euclidean") for members, n in groups]
             for (members, n), future in zip(groups, solved, strict=True):
