@@ -26,7 +26,6 @@ from threadpoolctl import threadpool_limits
 from lftpipe.assignment import assign
 from lftpipe.coupling import Coupling, cost_matrix, recoupled, tie_groups
 from lftpipe.pairs import group_pairs, make_clouds
-from lftpipe.product import fastest
 from lftpipe.settings import RecoupleSettings
 from lftpipe.sinkhorn import couple_approximately
 
@@ -71,11 +70,9 @@ def plain_loop(batches: list[np.ndarray], pairs: list[tuple[int, int]]) -> dict[
 def ours(batches: list[np.ndarray], threads: int) -> dict[Key, Coupling]:
     """Couplings of each batch and pair, as `lftpipe recouple` computes them."""
     settings, couplings = RecoupleSettings(), {}
-    pairs = len(batches) * len(batches[0]) * (len(batches[0]) - 1) // 2
-    work = 2 * pairs * batches[0].shape[1] ** 2 * batches[0].shape[2]
-    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"), fastest(work) as products:
+    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"):
         for number, states in enumerate(batches):
-            _, clouds = make_clouds(settings, list(states), pool, products)
+            _, clouds = make_clouds(settings, list(states), pool)
             groups = group_pairs(len(states), states.shape[1])
             solved = [pool.submit(clouds.couple, members, n, "euclidean") for members, n in groups]
             for (members, n), future in zip(groups, solved, strict=True):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 from threadpoolctl import threadpool_limits
 
 from lftpipe import progress
@@ -21,7 +22,6 @@ from lftpipe.coupling import (
     standardised,
     tie_groups,
 )
-from lftpipe.product import MakeProducts, Products, fastest, plain_products
 from lftpipe.samples import gather
 from lftpipe.settings import Metric, RecoupleSettings
 from lftpipe.store import Store
@@ -38,28 +38,22 @@ MEANS = ("ratio", "ratio_raw", "transport_cost", "identity_cost", "random_cost")
 
 @dataclass(frozen=True)
 class Clouds:
-    """One batch's clouds of all states, and the products of their light parts."""
+    """One batch's clouds of all states; their light parts lie in one piece, `light[state]`."""
 
+    light: Float32[np.ndarray, "state sample feature"]
     each: list[Cloud]
-    products: Products
 
     @classmethod
-    def make(
-        cls,
-        states: list[np.ndarray],
-        groups: list[np.ndarray],
-        pool: ThreadPoolExecutor,
-        make_products: MakeProducts,
-    ) -> "Clouds":
+    def make(cls, states: list[np.ndarray], groups: list[np.ndarray], pool: ThreadPoolExecutor) -> "Clouds":
         light = np.empty((len(states), *states[0].shape), np.float32)
         heavy = heavy_channels(states)
         made = pool.map(lambda *parts: make_cloud(parts[0], heavy, *parts[1:]), states, groups, light)
-        clouds = list(made)
-        return cls(clouds, make_products(light))
+        return cls(light, list(made))
 
     def couple(self, members: list[int], n: int, metric: Metric) -> list[Coupling]:
         """Couplings of the neighbouring states `members` with state `n`."""
-        products = self.products(members, n)
+        left, right = self.light[members[0] : members[-1] + 1], self.light[n]
+        products = (left.reshape(-1, left.shape[-1]) @ right.T).reshape(*left.shape[:2], -1)
         return couple_products([self.each[m] for m in members], self.each[n], metric, products)
 
 
@@ -100,12 +94,11 @@ def solve_pairs(
         ThreadPoolExecutor(at_once) as solvers,
         # One thread a problem: BLAS's own threads would fight with these.
         threadpool_limits(None if settings.approximate else 1, "blas"),
-        fastest(0 if settings.approximate else 2 * problems * settings.tokens**2 * store.width) as products,
     ):
         for first in range(0, count, together):
             states = gather(store, layers, samples[first : first + together], pool)
             for batch in range(first, min(first + together, count)):
-                plain, clouds = make_clouds(settings, [state[batch - first] for state in states], pool, products)
+                plain, clouds = make_clouds(settings, [state[batch - first] for state in states], pool)
                 solved = [solvers.submit(_couple_group, settings, plain, clouds, *group) for group in groups]
                 for (members, n), future in zip(groups, solved, strict=True):
                     couplings, displacements = future.result()
@@ -126,14 +119,11 @@ def group_pairs(size: int, tokens: int) -> list[tuple[list[int], int]]:
 
 
 def make_clouds(
-    settings: RecoupleSettings,
-    states: list[np.ndarray],
-    pool: ThreadPoolExecutor,
-    make_products: MakeProducts = plain_products,
+    settings: RecoupleSettings, states: list[np.ndarray], pool: ThreadPoolExecutor
 ) -> tuple[Clouds, Clouds]:
     """One batch's states as they are, for displacements, and as the metric wants them."""
     groups = list(pool.map(tie_groups, states))
-    plain = Clouds.make(states, groups, pool, make_products)
+    plain = Clouds.make(states, groups, pool)
     if not settings.standardise and settings.metric != "cosine":
         return plain, plain
     points: list[np.ndarray] = states
@@ -141,7 +131,7 @@ def make_clouds(
         points = list(pool.map(standardised, points))
     if settings.metric == "cosine":
         points = list(pool.map(directions, points))
-    return plain, Clouds.make(points, groups, pool, make_products)
+    return plain, Clouds.make(points, groups, pool)
 
 
 def _couple_group(
