@@ -102,22 +102,32 @@ def directions(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndarra
     return points / np.where(length > 0, length, 1)[:, None]
 
 
-def heavy_channels(clouds: Sequence[Float[np.ndarray, "sample feature"]]) -> Int64[np.ndarray, " heavy"]:
-    """The channels with the largest magnitudes in any of the clouds."""
-    peak = np.max([np.maximum(cloud.max(0), -cloud.min(0)) for cloud in clouds], axis=0)
-    return np.sort(np.argsort(peak)[-HEAVY_CHANNELS:]).astype(np.int64)
+def peaks(
+    points: Float[np.ndarray, "sample feature"], copy: Float32[np.ndarray, "sample feature"]
+) -> Float32[np.ndarray, " feature"]:
+    """Each channel's largest magnitude; leaves the points in `copy`, since float16 is slow to compute in."""
+    copy[:] = points
+    return np.maximum(copy.max(0), -copy.min(0))
+
+
+def heavy_channels(peaks: Sequence[Float[np.ndarray, " feature"]]) -> Int64[np.ndarray, " heavy"]:
+    """The channels with the largest `peaks` in any of the clouds."""
+    return np.sort(np.argsort(np.max(peaks, axis=0))[-HEAVY_CHANNELS:]).astype(np.int64)
 
 
 def make_cloud(
     points: Float[np.ndarray, "sample feature"],
     heavy: Int64[np.ndarray, " heavy"],
     groups: Int64[np.ndarray, " sample"],
-    light: Float32[np.ndarray, "sample feature"] | None = None,
+    light: Float32[np.ndarray, "sample feature"],
 ) -> Cloud:
-    """Split a cloud's points; a map's clouds share their heavy channels. `light` is where to put them."""
-    if light is None:
-        light = np.empty(points.shape, np.float32)
-    light[:] = points
+    """Split a cloud's points; a map's clouds share their heavy channels.
+
+    Parameters
+    ----------
+    light
+        A copy of the points, to be kept: its heavy channels are set to zero.
+    """
     light[:, heavy] = 0
     kept = points[:, heavy].astype(np.float64)
     light_norm = np.einsum("sf,sf->s", light, light, dtype=np.float64)

@@ -17,6 +17,7 @@ from lftpipe.coupling import (
     directions,
     heavy_channels,
     make_cloud,
+    peaks,
     relative_displacement,
     squared_displacement,
     standardised,
@@ -46,7 +47,7 @@ class Clouds:
     @classmethod
     def make(cls, states: list[np.ndarray], groups: list[np.ndarray], pool: ThreadPoolExecutor) -> "Clouds":
         light = np.empty((len(states), *states[0].shape), np.float32)
-        heavy = heavy_channels(states)
+        heavy = heavy_channels(list(pool.map(peaks, states, light)))
         made = pool.map(lambda *parts: make_cloud(parts[0], heavy, *parts[1:]), states, groups, light)
         return cls(light, list(made))
 

@@ -29,8 +29,9 @@ def clouds(x_0, x_1, metric="euclidean"):
     groups = tie_groups(x_0), tie_groups(x_1)
     if metric == "cosine":
         x_0, x_1 = directions(x_0), directions(x_1)
-    heavy = heavy_channels([x_0, x_1])
-    return make_cloud(x_0, heavy, groups[0]), make_cloud(x_1, heavy, groups[1])
+    light = [x.astype(np.float32) for x in (x_0, x_1)]
+    heavy = heavy_channels([abs(x).max(0) for x in light])
+    return make_cloud(x_0, heavy, groups[0], light[0]), make_cloud(x_1, heavy, groups[1], light[1])
 
 
 def coupling(x_0, x_1, metric: Metric = "euclidean"):
