@@ -1,7 +1,7 @@
 """The recoupling map against the plain loop `ot.dist` + `ot.emd` over pairs, and the time of larger problems.
 
     python benchmarks/recouple_speed.py                     25 states of width 1024, 8 batches of 256 tokens
-    python benchmarks/recouple_speed.py --sizes 1024,4096   seconds and memory of larger problems, and POT on one
+    python benchmarks/recouple_speed.py --sizes 1024,4096   time and memory of larger problems
     python benchmarks/recouple_speed.py --solvers           exact solvers, and Sinkhorn, on some pairs' costs
 
 States are a seeded random walk that resembles a residual stream (`residual_stream`): pairs with R = 0 and
@@ -23,7 +23,7 @@ import ot
 from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
-from lftpipe.assignment import assign
+from lftpipe.assignment import assign, lapjvx
 from lftpipe.coupling import Coupling, cost_matrix, recoupled, tie_groups
 from lftpipe.pairs import group_pairs, make_clouds
 from lftpipe.settings import RecoupleSettings
@@ -154,7 +154,8 @@ def larger(sizes: list[int], width: int, threads: int) -> None:
         groups = tie_groups(states[1]), tie_groups(states[2])
         same = np.allclose((mine.ratio, mine.ratio_raw), recoupled(plans[0, 0, 1], *groups), atol=1e-12)
         print(
-            f"  8:24 alone {spent[1]:.2f} s of processor and at most {peak:.0f} MB; the loop {loop[1]:.2f} s, "
+            f"  8:24 alone {spent[1]:.2f} s of processor and at most {peak:.0f} MB; "
+            f"the loop {loop[1]:.2f} s, "
             f"{loop[1] / spent[1]:.1f} times as much; ratios {'equal' if same else 'DIFFER'}",
             flush=True,
         )
@@ -170,12 +171,8 @@ def solvers(tokens: int, width: int) -> None:
         "scipy": linear_sum_assignment,
         "ot.emd": lambda cost: ot.emd(weights, weights, cost, numItermax=10**8),
     }
-    try:
-        import lap  # pyright: ignore[reportMissingImports]
-
-        ways["lapx lapjv"] = lap.lapjv
-    except ImportError:
-        print("lapx is not installed")
+    if lapjvx is not None:
+        ways["lapx"] = lapjvx
     pairs = list(combinations(range(25), 2))[::5]
     groups: dict[str, list[list[float]]] = {}
     for m, n in pairs:

@@ -1,7 +1,7 @@
 """Exact assignment, for matrices whose optimum may be, or be near, the identity.
 
 The solver is lapx's Jonker-Volgenant in float64, or SciPy's shortest augmenting path where lapx is not
-installed. Either starts from good potentials, which is what makes it fast; docs/recoupling.md has the figures.
+installed. Either starts from good potentials, which is what makes it fast.
 """
 
 from importlib.metadata import version
@@ -68,20 +68,26 @@ def _blurred_potentials(cost: Float64[np.ndarray, "sample sample"]) -> Float64[n
 
     The regularisation is halved from stage to stage, for which the scaled kernel need only be squared.
     Entries are kept off zero, since denormal numbers are a hundred times slower.
+
+    Parameters
+    ----------
+    cost
+        Whose rows have their least entry at 0.
     """
     blur = BLUR * float(cost.mean())
     if blur <= 0:
         return np.zeros(len(cost))
-    kernel = np.multiply(cost, -1 / blur, dtype=np.float32, casting="same_kind")
-    np.maximum(kernel, -60, out=kernel)
+    kernel = np.empty(cost.shape, np.float32)
+    np.multiply(cost, -1 / blur, out=kernel, casting="same_kind")
+    np.maximum(kernel, -40, out=kernel)
     np.exp(kernel, out=kernel)
     potential = np.zeros(len(cost))
     for stage in range(STAGES):
-        right = np.ones(len(cost), np.float32)
+        left = right = np.ones(len(cost), np.float32)
         for _ in range(ROUNDS):
             left = 1 / (kernel @ right)
             right = 1 / (left @ kernel)
-        potential += blur * np.log(right)
+        potential += blur * np.log(right, dtype=np.float64)
         if stage < STAGES - 1:
             kernel *= left[:, None]
             kernel *= right

@@ -1,7 +1,7 @@
 """Exact optimal transport between two paired clouds, and the recoupling ratio.
 
 Source: Latent Flow Transformer (arXiv 2505.14513), section 3.2, equations 6-7. For `O` pairs with uniform
-weights the optimal plan is a permutation, so that this is an assignment problem. `lftpipe.assignment` solves it.
+weights the optimal plan is a permutation, so that this is an assignment problem (`lftpipe.assignment`).
 """
 
 from collections.abc import Sequence
@@ -183,8 +183,8 @@ def _costs(
 ) -> Float64[np.ndarray, " sample"]:
     """Write the costs into `cost` and return `|x_1 - x_0|^2` of the given pairs; overwrites `product`.
 
-    `product` is that of the light parts, in float32. Norms, heavy channels, sums and roots are in float64. What
-    cancels is computed by differences.
+    `product` is that of the light parts, in float32. Norms, heavy channels, sums and roots are in float64.
+    What cancels is computed by differences.
     """
     count = len(cost)
     product *= 2

@@ -67,6 +67,7 @@ MUST_NOT_KNOW = {
     "lftpipe.recipe": ("torch", "transformers", "numpy", "zarr"),
     "lftpipe.errors": ("torch", "lftpipe"),
     "lftpipe.manifest": ("torch", "transformers", "zarr", "lftpipe"),
+    "lftpipe.assignment": ("torch", "transformers", "zarr", "lftpipe"),
     "lftpipe.coupling": ("torch", "transformers", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
     "lftpipe.metrics": ("transformers", "zarr", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
     "lftpipe.correlation": ("torch", "transformers", "zarr", "lftpipe"),

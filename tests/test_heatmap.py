@@ -13,7 +13,6 @@ import pytest
 from lftpipe.heatmap import draw_recoupling
 from lftpipe.heatmap_page import recoupling_page
 
-
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -77,7 +76,8 @@ def test_a_browser_draws_the_page_and_shows_what_is_hovered(tmp_path):
       const map = document.getElementById("map"), box = map.getBoundingClientRect();
       const point = {clientX: box.left + 50 + 4.5 * 34, clientY: box.top + 2.5 * 34};
       map.dispatchEvent(new MouseEvent("mousemove", point));
-      document.title = map.toDataURL().length > 2000 && document.getElementById("plan").toDataURL().length > 2000;
+      const canvases = [map, document.getElementById("plan")];
+      document.title = canvases.every(each => each.toDataURL().length > 2000);
     })</script></html>"""
     path = tmp_path / "map.html"
     path.write_text(recoupling_page(recoupling).replace("</html>", hover))
