@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, Int64
 
-from lftpipe.assignment import assign_in_place
+from lftpipe.assignment import assign
 from lftpipe.settings import Metric
 
 #: Channels whose products are summed in float64: those with the largest values, massive activations first.
@@ -276,22 +276,18 @@ def _couple(
     cost: Float64[np.ndarray, "sample sample"],
     spare: Float64[np.ndarray, "sample sample"],
 ) -> Coupling:
-    """The coupling under the costs; overwrites them and `spare`."""
-    own, random_cost = cost.diagonal().copy(), float(cost.mean())
-    reduced = np.subtract(cost, own[:, None], out=cost)
-    partner = assign_in_place(reduced, spare)
+    """The coupling under the costs; overwrites `spare`."""
+    partner = assign(cost, spare)
     if x_0.has_ties or x_1.has_ties:
         ratio, ratio_raw = recoupled(partner, x_0.groups, x_1.groups)
     else:
         ratio = ratio_raw = 1 - float((partner == np.arange(len(partner))).mean())
-    # The potentials cancel in the sum over a permutation.
-    saved = float(np.take_along_axis(reduced, partner[:, None], 1).mean())
     return Coupling(
         partner=partner,
         ratio=ratio,
         ratio_raw=ratio_raw,
-        transport_cost=float(own.mean()) + saved,
-        identity_cost=float(own.mean()),
-        random_cost=random_cost,
+        transport_cost=float(cost[np.arange(len(cost)), partner].mean()),
+        identity_cost=float(cost.diagonal().mean()),
+        random_cost=float(cost.mean()),
         displacement=relative_displacement(x_1, displacement),
     )
