@@ -23,7 +23,7 @@ from lftpipe.workspace import find_store
 
 FILE_NAME = "recoupling.json"
 
-#: Largest exact problem: at 4096 tokens each thread needs 370 MB and the solver seconds a pair.
+#: Largest exact problem: at 4096 tokens each thread needs 420 MB and about a second a pair.
 MOST_EXACT_TOKENS = 4096
 
 #: Shares of the layers for which the summary recommends blocks.
