@@ -70,6 +70,7 @@ MUST_NOT_KNOW = {
     "lftpipe.loss": ("torch", "transformers", "numpy", "zarr"),
     "lftpipe.spans": ("torch", "transformers", "numpy", "zarr"),
     "lftpipe.compute": ("transformers", "zarr", "lftpipe"),
+    "lftpipe.assignment": ("torch", "transformers", "zarr", "lftpipe"),
     "lftpipe.coupling": ("torch", "transformers", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
     "lftpipe.metrics": ("transformers", "zarr", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
     "lftpipe.correlation": ("torch", "transformers", "zarr", "lftpipe"),

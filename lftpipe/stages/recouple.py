@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import scipy
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 import lftpipe
 from lftpipe import blocks
+from lftpipe.assignment import solver
 from lftpipe.errors import SettingsError
 from lftpipe.heatmap import draw_recoupling
 from lftpipe.heatmap_page import recoupling_page
@@ -24,7 +24,7 @@ from lftpipe.workspace import find_store
 
 FILE_NAME = "recoupling.json"
 
-#: Largest exact problem: at 4096 tokens each thread needs 370 MB and the solver seconds a pair.
+#: Largest exact problem: at 4096 tokens each thread needs 420 MB and about a second a pair.
 MOST_EXACT_TOKENS = 4096
 
 #: Shares of the layers for which the summary recommends blocks.
@@ -77,7 +77,7 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
         "teacher": teacher.get("name", path.parent.name),
         "num_layers": num_layers,
         "approximate": settings.approximate,
-        "solver": "POT sinkhorn_log" if settings.approximate else f"scipy {scipy.__version__}",
+        "solver": "POT sinkhorn_log" if settings.approximate else solver(),
         "lftpipe": lftpipe.__version__,
         "settings": to_plain(settings),
         "store_fingerprint": store.fingerprint,
