@@ -258,7 +258,7 @@ def test_variants_trained_from_the_same_batches_equal_runs_on_their_own(settings
         for key in ("store", "block", "tokens", "batch_tokens", "compute_dtype", "log_every")
     }
     together = train(from_recipe(TrainSettings, recipe(tmp_path), "train", given))
-    assert [Path(result["run"]).name for result in together["runs"]] == ["a", "b", "c"]
+    assert [Path(result["run"]).name for result in together["runs"]] == ["a-1-3", "b-1-3", "c-1-3"]
     folder = store.parent / "runs"
     for name, changes in (
         ("a", {"objective": "regression", "solver": "midpoint"}),
@@ -266,7 +266,7 @@ def test_variants_trained_from_the_same_batches_equal_runs_on_their_own(settings
         ("c", {"objective": "linear"}),
     ):
         train(change(settings, run=str(tmp_path / name), **changes))
-        assert_same_weights(folder / name, tmp_path / name)
+        assert_same_weights(folder / f"{name}-1-3", tmp_path / name)
     again = train(from_recipe(TrainSettings, recipe(tmp_path), "train", given | {"run": "a,c"}))
     assert [result["already_finished"] for result in again["runs"]] == [True, True]
 

@@ -45,7 +45,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             for block in blocks:
                 one = resolved(variant, store, block)
                 name = variant.run or run_name(one, block)
-                if variant.run and len(blocks) > 1:  # a run holds one flow layer
+                if variant.run and (settings.variants or len(blocks) > 1):  # a run holds one flow layer
                     name += f"-{block[0]}-{block[1]}"
                 wanted.append((run_path(store_path, name), one, block))
         results = train_runs(wanted, store, teacher, joint=settings.joint)
