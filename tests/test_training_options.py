@@ -279,7 +279,7 @@ def test_a_variant_that_is_not_there_or_misspelt_is_refused(settings, tmp_path):
     with pytest.raises(SettingsError, match=r"'objctive' in \[train\.variants\.a\] of .* / expected: one of"):
         from_recipe(TrainSettings, path, "train", {})
     path.write_text("[train.variants.a]\nseed = 1\n[train.variants.b]\nseed = 2\n")
-    with pytest.raises(SettingsError, match=r"seed = 2 for b, 1 for another run / expected: the same"):
+    with pytest.raises(SettingsError, match=r"seed = 2 for b-1-3, 1 for another run / expected: the same"):
         train(from_recipe(TrainSettings, path, "train", {"store": settings.store, "block": "1:3"}))
 
 
