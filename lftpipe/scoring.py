@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lftpipe import progress, runs
-from lftpipe.compute import resolve_compute_dtype
+from lftpipe.compute import cast_linear, resolve_compute_dtype
 from lftpipe.flow.adaptive import sample_adaptively
 from lftpipe.flow.path import States
 from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver
@@ -24,7 +24,14 @@ from lftpipe.packing import positions
 from lftpipe.settings import ComputeDtype
 from lftpipe.store import Store
 from lftpipe.teacher.family import AttentionContext, attention_context
-from lftpipe.teacher.parts import Tail, count_layer_parameters, count_parameters, keys_share, load_rotary
+from lftpipe.teacher.parts import (
+    Tail,
+    count_layer_parameters,
+    count_parameters,
+    keys_share,
+    load_layer,
+    load_rotary,
+)
 from lftpipe.teacher.source import Teacher
 
 
@@ -63,15 +70,22 @@ class Row:
     state: StateMetrics = field(default_factory=StateMetrics)
     logits: LogitMetrics = field(default_factory=LogitMetrics)
     ms_per_token: float = math.inf
+    parts: tuple[str, ...] = ()
+    """Blocks of a student of several flow layers; `block` then spans them all."""
     evaluations: Evaluations | None = None
     """Of a row whose steps are chosen token by token; `k` is then their largest number."""
+
+    @property
+    def block_text(self) -> str:
+        assert self.block is not None
+        return ",".join(self.parts) or f"{self.block[0]}:{self.block[1]}"
 
     def plain(self) -> dict[str, Any]:
         known = self.block is not None and self.state.num_tokens > 0
         chosen = {} if self.evaluations is None else self.evaluations.plain(self.k or 0)
         return {
             "method": self.method,
-            "block": None if self.block is None else f"{self.block[0]}:{self.block[1]}",
+            "block": None if self.block is None else self.block_text,
             "objective": self.objective,
             "solver": self.solver,
             "k": self.k,
@@ -157,6 +171,58 @@ def run_rows(
     return rows
 
 
+def together_rows(each: list[list[Row]], teacher: Teacher, device: str) -> list[Row]:
+    """Rows of the student that has all the flow layers, one for each number of steps.
+
+    Parameters
+    ----------
+    each
+        The rows of every run, as `run_rows` gives them, in the order of their blocks.
+    """
+    most = max(len(rows) for rows in each)
+    blocks = [rows[0].block or (0, 0) for rows in each]
+    bridges = [
+        nn.ModuleList(load_layer(teacher, layer) for layer in range(n, m)).to(device)
+        for (_, n), (m, _) in pairwise(blocks)
+    ]
+    joined = []
+    for number in range(most):
+        chosen = [rows[min(number, len(rows) - 1)] for rows in each]  # one without time has a single row
+        more = sum(row.parameters - count_parameters(teacher) for row in chosen[1:])
+        joined.append(
+            Row(
+                method=" + ".join(row.method for row in chosen),
+                block=(blocks[0][0], blocks[-1][1]),
+                parts=tuple(row.block_text for row in chosen),
+                predict=_chained([row.predict for row in chosen], bridges),
+                parameters=chosen[0].parameters + more,
+                nfe=sum(row.nfe or 0 for row in chosen),
+                k=max(row.k or 0 for row in chosen),
+                solver=" + ".join(dict.fromkeys(row.solver or "" for row in chosen)),
+                objective=" + ".join(dict.fromkeys(row.objective or "" for row in chosen)),
+                run=" + ".join(row.run or "" for row in chosen),
+                seed=chosen[0].seed,
+                train_tokens=max(row.train_tokens or 0 for row in chosen),
+            )
+        )
+    return joined
+
+
+def _chained(
+    predictions: list[Callable[[States, AttentionContext], States]], bridges: list[nn.ModuleList]
+) -> Callable[[States, AttentionContext], States]:
+    """One flow layer after the other, through the teacher's own layers between them."""
+
+    def predict(x: States, context: AttentionContext) -> States:
+        for index, one in enumerate(predictions):
+            for layer in bridges[index - 1] if index else ():
+                x = layer(x, context)
+            x = one(x, context)
+        return x
+
+    return predict
+
+
 def _flowing(flow: nn.Module, method: Method, k: int) -> Callable[[States, AttentionContext], States]:
     """`k` steps through a flow layer (algorithm 3)."""
 
@@ -209,9 +275,10 @@ def score(
 ) -> None:
     """Fill in every row's metrics over the whole validation split, and its time if any batch is timed."""
     start = min((row.block[0] for row in rows if row.block), default=max(store.layers))
-    tail = Tail(teacher, start).to(device)
-    rotary = load_rotary(teacher).to(device)
     dtype = resolve_compute_dtype(compute_dtype, device)
+    tail = Tail(teacher, start).to(device)
+    cast_linear(tail, dtype)
+    rotary = load_rotary(teacher).to(device)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
     total = store.num_sequences("validation") * store.context * len(rows)
     with autocast, progress.task(f"evaluate {teacher.name}", total, "tokens") as task:

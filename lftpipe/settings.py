@@ -157,7 +157,7 @@ class TrainSettings(Common):
     run: str | None = dataclasses.field(default=None, metadata={"repeated": True})
     """Name or path of the run; default: block, objective and seed. Of a recipe's variants, those to train."""
     variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, metadata={"recipe": True})
-    """A recipe's `[train.variants.NAME]`: runs NAME-m-n that differ in these settings, of the same batches."""
+    """A recipe's `[train.variants.NAME]`: runs NAME-m-n that differ in these, from the same batches."""
     resume: bool = False
     log_every: int = 20
     """Steps between lines of `metrics.jsonl`."""
@@ -185,6 +185,8 @@ class EvaluateSettings(Common):
     adaptive: tuple[float, ...] = ()
     """Thresholds such as 0.02,0.05, an experiment: each token takes as many of Euler's steps as it needs
     to settle, at most the largest of `k`; a table of its own."""
+    together: bool = False
+    """Score the student of all the runs named, of blocks that do not overlap, too."""
     skips: tuple[int, ...] = (1, 2, 3)
     """Numbers of layers, from the block's first, that the skip rows leave out."""
     batch_tokens: int = 2048

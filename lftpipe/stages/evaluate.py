@@ -4,6 +4,7 @@ Of the teacher only the layers from the blocks' first on, the final norm and the
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lftpipe.compute import prepare_processor
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.flow.path import States
 from lftpipe.results import COLUMNS, adaptive_section, cell, markdown_table
-from lftpipe.scoring import Row, run_rows, score
+from lftpipe.scoring import Row, run_rows, score, together_rows
 from lftpipe.settings import EvaluateSettings, to_plain
 from lftpipe.stages.train import teacher_of
 from lftpipe.store import Store
@@ -129,6 +130,7 @@ def _rows(opened: list[runs.Run], settings: EvaluateSettings, store: Store, teac
     for m, n in sorted(first_layers | blocks):
         name = f"skip layer {m}" if n == m + 1 else f"skip layers {m}-{n - 1}"
         rows.append(Row(name, (m, n), _keep, total - (n - m) * layer, nfe=0))
+    each = []
     for run in opened:
         m, n = run.block
         absent = [state for state in run.block if state not in store.layers]
@@ -136,7 +138,7 @@ def _rows(opened: list[runs.Run], settings: EvaluateSettings, store: Store, teac
             raise RunError(
                 f"run {run.path} of block {m}:{n}", f"state {absent[0]} in the store", "extract it"
             )
-        rows += run_rows(
+        own = run_rows(
             run,
             settings.k,
             teacher,
@@ -144,7 +146,23 @@ def _rows(opened: list[runs.Run], settings: EvaluateSettings, store: Store, teac
             solver=settings.solver,
             thresholds=settings.adaptive,
         )
+        each.append([row for row in own if row.evaluations is None])
+        rows += own
+    if settings.together:
+        in_order = sorted(each, key=lambda own: own[0].block or (0, 0))
+        _check_together([own[0].block or (0, 0) for own in in_order])
+        rows += together_rows(in_order, teacher, settings.device)
     return rows
+
+
+def _check_together(blocks: list[tuple[int, int]]) -> None:
+    if len(blocks) < 2 or any(m < n for (_, n), (m, _) in pairwise(blocks)):
+        shown = ", ".join(f"{m}:{n}" for m, n in blocks)
+        raise SettingsError(
+            f"--together with runs of blocks {shown}",
+            "several, of blocks that do not overlap",
+            "name such runs",
+        )
 
 
 def markdown(result: dict[str, Any]) -> str:
