@@ -105,10 +105,11 @@ test: check
 slow: setup
 	$(BIN)/pytest -m slow
 
-# Plain exports in other runtimes: lm_eval and llama.cpp.
+# Exports in other runtimes, lm_eval and llama.cpp, and the table of what runs where.
 runtimes: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval xllamacpp
 	$(BIN)/pytest -m slow tests/test_runtimes.py
+	$(BIN)/python tests/runtime_matrix.py
 
 clean:
 	rm -rf $(VENV)

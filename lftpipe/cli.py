@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("TrainSettings", "lftpipe.stages.train:train"),
     "evaluate": ("EvaluateSettings", "lftpipe.stages.evaluate:evaluate"),
     "sweep": ("SweepSettings", "lftpipe.stages.sweep:sweep"),
+    "toy": ("ToySettings", "lftpipe.stages.toy:toy"),
     "export": ("ExportSettings", "lftpipe.stages.export:export"),
     "generate": ("GenerateSettings", "lftpipe.stages.generate:generate"),
     "info": ("InfoSettings", "lftpipe.stages.info:info"),
@@ -81,6 +82,8 @@ def _option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Any:
     if field.metadata.get("argument"):
         many = typing.get_origin(hint) is tuple
         return Annotated[(list[str] if many else hint) | None, typer.Argument(help=doc, show_default=False)]
+    if field.metadata.get("repeated"):
+        hint = list[str]
     if isinstance(default, tuple):
         hint, default = str, ",".join(map(str, default))
     shown = f" [default: {default}]" if default is not None and default != () and hint is not bool else ""
@@ -89,27 +92,31 @@ def _option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Any:
 
 
 def _parse(name: str, hint: Any, value: Any) -> Any:
-    """A list option's text to its tuple."""
+    """A list option's text to its tuple; an option given several times to one text."""
+    if isinstance(value, list) and hint in (str, str | None):
+        return ",".join(value)
     if typing.get_origin(hint) is not tuple or not isinstance(value, str):
         return tuple(value) if isinstance(value, list) else value
+    number = typing.get_args(hint)[0]
     try:
-        return tuple(int(part) for part in value.split(","))
+        return tuple(number(part) for part in value.split(","))
     except ValueError as error:
+        example = "1,2,3" if number is int else "0.02,0.05"
         raise SettingsError(
-            f"--{name} {value}", "numbers with commas between, as in 1,2,3", "write it so"
+            f"--{name} {value}", f"numbers with commas between, as in {example}", "write it so"
         ) from error
 
 
 def _command(name: str, kind: type[Common], place: str) -> Callable[..., None]:
     hints, docs = typing.get_type_hints(kind), _field_docs(kind)
-    fields = dataclasses.fields(kind)
+    fields = [field for field in dataclasses.fields(kind) if not field.metadata.get("recipe")]
 
     def run(**given: Any) -> None:
         recipe, as_json, debug = (given.pop(key) for key in ("recipe", "json_output", "debug"))
 
         def call() -> None:
             parsed = {key: _parse(key, hints[key], value) for key, value in given.items()}
-            parsed = {key: value for key, value in parsed.items() if value not in (None, ())}
+            parsed = {key: value for key, value in parsed.items() if value not in (None, (), "")}
             settings = from_recipe(kind, recipe, name, parsed)
             module, function = place.split(":")
             stage = importlib.import_module(module)

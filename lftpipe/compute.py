@@ -4,6 +4,7 @@ import ctypes
 import sys
 
 import torch
+from torch import nn
 
 # mallopt's parameters (glibc, malloc.h)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -20,6 +21,16 @@ def prepare_processor(threads: int | None) -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, 2**30)
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a frozen module's linear layers hold their weights in the format of its products.
+
+    Autocast would cast them anew at every call. All else stays in float32.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.to(dtype)
 
 
 def resolve_compute_dtype(name: str, device: str) -> torch.dtype:

@@ -1,8 +1,7 @@
 """Exact optimal transport between two paired clouds, and the recoupling ratio.
 
 Source: Latent Flow Transformer (arXiv 2505.14513), section 3.2, equations 6-7. For `O` pairs with uniform
-weights the optimal plan is a permutation, so that this is an assignment problem. The solver is SciPy's
-shortest augmenting path in float64, warm-started; docs/recoupling.md says what was tried against it.
+weights the optimal plan is a permutation, so that this is an assignment problem (`lftpipe.assignment`).
 """
 
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, Int64
-from scipy.optimize import linear_sum_assignment
 
+from lftpipe.assignment import assign
 from lftpipe.settings import Metric
 
 #: Channels whose products are summed in float64: those with the largest values, massive activations first.
@@ -22,9 +21,8 @@ HEAVY_CHANNELS = 16
 #: float32 product: then it is done by differences, or the whole product in float64.
 CANCELLATION = 1e-3
 
-#: Relaxations from the identity before the solver is called: each costs a hundredth of a solve, and on states
-#: of SmolLM2-135M the solves saved or shortened paid for five.
-SWEEPS = 5
+#: The same for the given pairs, of which there are few and which all figures rest on.
+OWN_CANCELLATION = 0.1
 
 
 @dataclass(frozen=True)
@@ -104,22 +102,32 @@ def directions(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndarra
     return points / np.where(length > 0, length, 1)[:, None]
 
 
-def heavy_channels(clouds: Sequence[Float[np.ndarray, "sample feature"]]) -> Int64[np.ndarray, " heavy"]:
-    """The channels with the largest magnitudes in any of the clouds."""
-    peak = np.max([np.maximum(cloud.max(0), -cloud.min(0)) for cloud in clouds], axis=0)
-    return np.sort(np.argsort(peak)[-HEAVY_CHANNELS:]).astype(np.int64)
+def peaks(
+    points: Float[np.ndarray, "sample feature"], copy: Float32[np.ndarray, "sample feature"]
+) -> Float32[np.ndarray, " feature"]:
+    """Each channel's largest magnitude; leaves the points in `copy`, since float16 is slow to compute in."""
+    copy[:] = points
+    return np.maximum(copy.max(0), -copy.min(0))
+
+
+def heavy_channels(peaks: Sequence[Float[np.ndarray, " feature"]]) -> Int64[np.ndarray, " heavy"]:
+    """The channels with the largest `peaks` in any of the clouds."""
+    return np.sort(np.argsort(np.max(peaks, axis=0))[-HEAVY_CHANNELS:]).astype(np.int64)
 
 
 def make_cloud(
     points: Float[np.ndarray, "sample feature"],
     heavy: Int64[np.ndarray, " heavy"],
     groups: Int64[np.ndarray, " sample"],
-    light: Float32[np.ndarray, "sample feature"] | None = None,
+    light: Float32[np.ndarray, "sample feature"],
 ) -> Cloud:
-    """Split a cloud's points; a map's clouds share their heavy channels. `light` is where to put them."""
-    if light is None:
-        light = np.empty(points.shape, np.float32)
-    light[:] = points
+    """Split a cloud's points; a map's clouds share their heavy channels.
+
+    Parameters
+    ----------
+    light
+        A copy of the points, to be kept: its heavy channels are set to zero.
+    """
     light[:, heavy] = 0
     kept = points[:, heavy].astype(np.float64)
     light_norm = np.einsum("sf,sf->s", light, light, dtype=np.float64)
@@ -131,16 +139,17 @@ def make_cloud(
 
 def tie_groups(points: Float[np.ndarray, "sample feature"]) -> Int64[np.ndarray, " sample"]:
     """Number the distinct points: identical ones (0 and -0 too) have the same number."""
+    few = points[:, :8] + 0  # -0 + 0 = 0
+    if len({row.tobytes() for row in few}) == len(points):
+        return np.arange(len(points))
     numbers: dict[bytes, int] = {}
-    rows = points + 0  # -0 + 0 = 0
+    rows = points + 0
     return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], np.int64)
 
 
-def squared_displacement(
-    x_0: Cloud, x_1: Cloud, steps: Float32[np.ndarray, "sample feature"] | None = None
-) -> Float64[np.ndarray, " sample"]:
-    """`|x_1 - x_0|^2` of each pair, by differences: no cancellation. `steps` is memory to work in."""
-    return _squared_lengths(np.subtract(x_1.light, x_0.light, out=steps), x_1.heavy - x_0.heavy)
+def squared_displacement(x_0: Cloud, x_1: Cloud) -> Float64[np.ndarray, " sample"]:
+    """`|x_1 - x_0|^2` of each pair, by differences: no cancellation."""
+    return _squared_lengths(x_1.light - x_0.light, x_1.heavy - x_0.heavy)
 
 
 def _squared_lengths(
@@ -158,11 +167,10 @@ def relative_displacement(x_1: Cloud, displacement: Float64[np.ndarray, " sample
 def cost_matrix(x_0: Cloud, x_1: Cloud, metric: Metric) -> Float64[np.ndarray, "sample sample"]:
     """Cost of every point of `x_0` against every point of `x_1`.
 
-    The product that takes the time is in float32, but for the heavy channels; norms, sums and roots are in
-    float64. For `cosine` the clouds must be `directions`: the cost is then half the squared distance.
+    For `cosine` the clouds must be `directions`: the cost is then half the squared distance.
     """
-    cost, spare = (np.empty((len(x_0.light), len(x_1.light))) for _ in range(2))
-    _costs(x_0, x_1, metric, x_0.light @ x_1.light.T, squared_displacement(x_0, x_1), cost, spare)
+    cost = np.empty((len(x_0.light), len(x_1.light)))
+    _costs(x_0, x_1, metric, x_0.light @ x_1.light.T, cost)
     return cost
 
 
@@ -171,23 +179,24 @@ def _costs(
     x_1: Cloud,
     metric: Metric,
     product: Float32[np.ndarray, "sample sample"],
-    displacement: Float64[np.ndarray, " sample"],
     cost: Float64[np.ndarray, "sample sample"],
-    spare: Float64[np.ndarray, "sample sample"],
-) -> None:
-    """Write the costs into `cost`; overwrites `product` and `spare`."""
+) -> Float64[np.ndarray, " sample"]:
+    """Write the costs into `cost` and return `|x_1 - x_0|^2` of the given pairs; overwrites `product`.
+
+    `product` is that of the light parts, in float32. Norms, heavy channels, sums and roots are in float64.
+    What cancels is computed by differences.
+    """
     count = len(cost)
-    product.reshape(-1)[:: count + 1] = -np.inf  # the diagonal is known: never near
     product *= 2
+    displacement = _displacement(x_0, x_1, product.diagonal())
+    product.reshape(-1)[:: count + 1] = -np.inf  # the diagonal is known: never near
     # |x - y|^2 < C (|x|^2 + |y|^2) is 2 x.y > (1 - C) (|x|^2 + |y|^2).
     norm_0, norm_1 = (((1 - CANCELLATION) * cloud.light_norm).astype(np.float32) for cloud in (x_0, x_1))
-    near = product > np.add(norm_0[:, None], norm_1, out=_as_float32(spare))
-    np.matmul(x_0.left, x_1.right.T, out=cost)
+    near = product > norm_0[:, None] + norm_1
     rows, columns = np.nonzero(near) if near.any() else ([], [])
+    np.matmul(x_0.left, x_1.right.T, out=cost)
     if len(rows) > count:
-        np.matmul(x_0.light.astype(np.float64), x_1.light.T.astype(np.float64), out=spare)
-        spare *= 2
-        cost -= spare
+        cost -= 2 * (x_0.light.astype(np.float64) @ x_1.light.T.astype(np.float64))
     else:
         cost -= product
         if len(rows):
@@ -199,38 +208,23 @@ def _costs(
         np.sqrt(cost, out=cost)
     elif metric == "cosine":
         cost *= 0.5
+    return displacement
 
 
-def _as_float32(matrix: Float64[np.ndarray, "sample sample"]) -> Float32[np.ndarray, "sample sample"]:
-    """The first half of a matrix's memory."""
-    return matrix.reshape(-1).view(np.float32)[: matrix.size].reshape(matrix.shape)
-
-
-def assign(cost: Float64[np.ndarray, "sample sample"]) -> Int64[np.ndarray, " sample"]:
-    """The permutation of least total cost, exactly.
-
-    The identity is optimal if and only if potentials `p` exist with `p_i + c_ij - c_ii >= p_j` for all i, j.
-    A few Bellman-Ford relaxations either find them, which saves the solve, or give the solver a start that
-    is near the optimum when the identity is. The cost reduced by the potentials has the same optima.
-    """
-    return _assign(cost - cost.diagonal()[:, None], np.empty_like(cost))
-
-
-def _assign(
-    reduced: Float64[np.ndarray, "sample sample"], spare: Float64[np.ndarray, "sample sample"]
-) -> Int64[np.ndarray, " sample"]:
-    """`assign` on `c_ij - c_ii`, to which it adds `p_i - p_j`; overwrites `spare`."""
-    potential = np.zeros(len(reduced))
-    relaxed = reduced.min(0)
-    for _ in range(SWEEPS - 1):
-        if (relaxed >= potential).all():
-            return np.arange(len(reduced))
-        potential = relaxed
-        relaxed = np.add(reduced, potential[:, None], out=spare).min(0)
-    if (relaxed >= potential).all():
-        return np.arange(len(reduced))
-    np.subtract(spare, potential, out=reduced)
-    return linear_sum_assignment(reduced)[1].astype(np.int64)
+def _displacement(
+    x_0: Cloud, x_1: Cloud, twice_product: Float32[np.ndarray, " sample"]
+) -> Float64[np.ndarray, " sample"]:
+    """`squared_displacement`, by differences only where the product cancels."""
+    norms = x_0.light_norm + x_1.light_norm
+    light = norms - twice_product
+    near = np.flatnonzero(light < OWN_CANCELLATION * norms)
+    if len(near) > len(light) // 2:
+        return squared_displacement(x_0, x_1)
+    if len(near):
+        steps = x_1.light[near] - x_0.light[near]
+        light[near] = np.einsum("sf,sf->s", steps, steps)
+    heavy = x_1.heavy - x_0.heavy
+    return light + np.einsum("sh,sh->s", heavy, heavy)
 
 
 def recoupled(
@@ -257,32 +251,20 @@ def recoupled(
 
 def couple(x_0: Cloud, x_1: Cloud, metric: Metric) -> Coupling:
     """The exact optimal plan between paired clouds (equation 6) and its recoupling ratio (equation 7)."""
-    return couple_many([x_0], x_1, metric)[0]
+    return couple_products([x_0], x_1, metric, (x_0.light @ x_1.light.T)[None])[0]
 
 
-def couple_many(
+def couple_products(
     x_0s: Sequence[Cloud],
     x_1: Cloud,
     metric: Metric,
-    light: Float32[np.ndarray, "cloud sample feature"] | None = None,
+    products: Float32[np.ndarray, "cloud sample sample"],
 ) -> list[Coupling]:
-    """`couple` several clouds with one: a single matrix product, and memory that is used again.
-
-    Parameters
-    ----------
-    light
-        The light parts of `x_0s` in one piece, if they lie so.
-    """
-    if light is None:
-        light = x_0s[0].light[None] if len(x_0s) == 1 else np.stack([cloud.light for cloud in x_0s])
-    count = len(x_1.light)
-    products = (light.reshape(-1, light.shape[-1]) @ x_1.light.T).reshape(-1, count, count)
-    cost, spare = (np.empty((count, count)) for _ in range(2))
-    steps = np.empty_like(x_1.light)
+    """`couple` several clouds with one, given the products of their light parts, which are overwritten."""
+    cost, spare = (np.empty(products.shape[1:]) for _ in range(2))
     couplings = []
     for x_0, product in zip(x_0s, products, strict=True):
-        displacement = squared_displacement(x_0, x_1, steps)
-        _costs(x_0, x_1, metric, product, displacement, cost, spare)
+        displacement = _costs(x_0, x_1, metric, product, cost)
         couplings.append(_couple(x_0, x_1, displacement, cost, spare))
     return couplings
 
@@ -294,22 +276,18 @@ def _couple(
     cost: Float64[np.ndarray, "sample sample"],
     spare: Float64[np.ndarray, "sample sample"],
 ) -> Coupling:
-    """The coupling under the costs; overwrites them and `spare`."""
-    own, random_cost = cost.diagonal().copy(), float(cost.mean())
-    reduced = np.subtract(cost, own[:, None], out=cost)
-    partner = _assign(reduced, spare)
+    """The coupling under the costs; overwrites `spare`."""
+    partner = assign(cost, spare)
     if x_0.has_ties or x_1.has_ties:
         ratio, ratio_raw = recoupled(partner, x_0.groups, x_1.groups)
     else:
         ratio = ratio_raw = 1 - float((partner == np.arange(len(partner))).mean())
-    # The potentials cancel in the sum over a permutation.
-    saved = float(np.take_along_axis(reduced, partner[:, None], 1).mean())
     return Coupling(
         partner=partner,
         ratio=ratio,
         ratio_raw=ratio_raw,
-        transport_cost=float(own.mean()) + saved,
-        identity_cost=float(own.mean()),
-        random_cost=random_cost,
+        transport_cost=float(cost[np.arange(len(cost)), partner].mean()),
+        identity_cost=float(cost.diagonal().mean()),
+        random_cost=float(cost.mean()),
         displacement=relative_displacement(x_1, displacement),
     )

@@ -35,6 +35,10 @@ def draw_recoupling(recoupling: dict[str, Any], shown: list[tuple[int, int]], pa
     _draw_map(figure, figure.add_subplot(grid[:, 0]), recoupling)
     for number, pair in enumerate(shown):
         _draw_transport(figure.add_subplot(grid[number % 2, 1 + number // 2]), recoupling, pair)
+    if shown:
+        # Outside the axes, whose every corner may hold tokens.
+        marks = figure.axes[-1].get_legend_handles_labels()
+        figure.legend(*marks, loc="outside lower right", ncols=2, fontsize=8, frameon=False)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, dpi=150, format="png")
     partial.replace(path)
@@ -79,7 +83,6 @@ def _draw_transport(axis: Axes, recoupling: dict[str, Any], pair: tuple[int, int
     axis.set(xlabel=f"token in state {pair[1]}", ylabel=f"token in state {pair[0]}")
     ratio, raw = recoupling["ratio"][m][n], recoupling["ratio_raw"][m][n]
     axis.set_title(f"{pair[0]}:{pair[1]}   R = {ratio:.3f} (raw {raw:.3f})", fontsize=10)
-    axis.legend(fontsize=7, loc="upper right", framealpha=0.9)
 
 
 def _short(ratio: float) -> str:

@@ -13,10 +13,11 @@ from lftpipe import progress
 from lftpipe.coupling import (
     Cloud,
     Coupling,
-    couple_many,
+    couple_products,
     directions,
     heavy_channels,
     make_cloud,
+    peaks,
     relative_displacement,
     squared_displacement,
     standardised,
@@ -46,14 +47,15 @@ class Clouds:
     @classmethod
     def make(cls, states: list[np.ndarray], groups: list[np.ndarray], pool: ThreadPoolExecutor) -> "Clouds":
         light = np.empty((len(states), *states[0].shape), np.float32)
-        heavy = heavy_channels(states)
+        heavy = heavy_channels(list(pool.map(peaks, states, light)))
         made = pool.map(lambda *parts: make_cloud(parts[0], heavy, *parts[1:]), states, groups, light)
         return cls(light, list(made))
 
     def couple(self, members: list[int], n: int, metric: Metric) -> list[Coupling]:
         """Couplings of the neighbouring states `members` with state `n`."""
-        light = self.light[members[0] : members[-1] + 1]
-        return couple_many([self.each[m] for m in members], self.each[n], metric, light)
+        left, right = self.light[members[0] : members[-1] + 1], self.light[n]
+        products = (left.reshape(-1, left.shape[-1]) @ right.T).reshape(*left.shape[:2], -1)
+        return couple_products([self.each[m] for m in members], self.each[n], metric, products)
 
 
 def solve_pairs(

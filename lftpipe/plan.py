@@ -14,7 +14,8 @@ from lftpipe import progress
 from lftpipe.compute import resolve_compute_dtype
 from lftpipe.corpus import Corpus, open_corpus
 from lftpipe.errors import SettingsError, StoreError
-from lftpipe.settings import ExtractSettings, parse_layers
+from lftpipe.settings import ExtractSettings
+from lftpipe.spans import parse_layers
 from lftpipe.teacher.head import Head, compute_batch
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.trunk import Trunk

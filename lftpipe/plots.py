@@ -38,13 +38,48 @@ def draw_steps_curve(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_training(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """NMSE on training batches against tokens, one line a run."""
+def draw_adaptive(rows: list[dict[str, Any]], adaptive: list[dict[str, Any]], path: Path) -> None:
+    """KL against mean NFE: one line a run for fixed steps, a dashed one for steps chosen token by token."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
+    for name, colour in zip(sorted({row["run"] for row in adaptive}), COLOURS * 4, strict=False):
+        for source, style, label in ((rows, "o-", name), (adaptive, "s--", f"{name}, chosen")):
+            points = sorted((row["nfe"], row["kl"]) for row in source if row["run"] == name)
+            axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
+    axis.set(xlabel="mean NFE of a token", ylabel="KL, nats a token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_training(curves: dict[str, list[dict[str, Any]]], skips: list[dict[str, Any]], path: Path) -> None:
+    """Figure 4: NMSE against training tokens, one line a run, skipped layers as dotted lines.
+
+    Parameters
+    ----------
+    curves
+        Lines of metrics by run. Where a run was evaluated on validation, those points are drawn, else
+        its training batches.
+    skips
+        Rows of the table of results.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    on_validation = any("validation_nmse" in row for rows in curves.values() for row in rows)
+    key = "validation_nmse" if on_validation else "nmse"
     for (name, rows), colour in zip(sorted(curves.items()), COLOURS * 4, strict=False):
-        axis.plot([row["tokens"] for row in rows], [row["nmse"] for row in rows], color=colour, label=name)
-    axis.set(xlabel="training tokens", ylabel="NMSE", yscale="log")
+        shown = [row for row in rows if key in row]
+        axis.plot([row["tokens"] for row in shown], [row[key] for row in shown], color=colour, label=name)
+    for row in skips:
+        axis.axhline(row["nmse"], color="0.5", linestyle=":")
+        axis.annotate(
+            row["method"], (0.99, row["nmse"]), xycoords=("axes fraction", "data"), ha="right", fontsize=7
+        )
+    axis.set(
+        xlabel="training tokens",
+        ylabel="NMSE on validation" if on_validation else "NMSE on training batches",
+        yscale="log",
+    )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)

@@ -13,7 +13,7 @@ from lftpipe.settings import Common
 
 S = TypeVar("S", bound=Common)
 
-RECIPE_TABLES = ("extract", "recouple", "train", "evaluate", "sweep")
+RECIPE_TABLES = ("extract", "recouple", "train", "evaluate", "sweep", "toy")
 
 #: What the settings.toml of a run records beside its settings; a recipe may hold it.
 RECORD_TABLE = "store"
@@ -31,6 +31,11 @@ _LEAST: dict[str, float] = {
     "learning_rate": 0,
     "clip": 0,
     "temperature": 0,
+    "ema": 0,
+    "hold_back": 0,
+    "evaluate_every": 0,
+    "patience": 0,
+    "adaptive": 0,
 }
 
 
@@ -55,7 +60,7 @@ def check(settings: Common) -> None:
                 raise SettingsError(option, "a finite number", "choose one")
             if number < least:
                 raise SettingsError(option, f"at least {least}", f"raise --{field.name.replace('_', '-')}")
-            if field.name in ("replace", "warmup") and number > 1:
+            if field.name in ("replace", "warmup", "ema", "hold_back") and number > 1:
                 raise SettingsError(option, "a share of at most 1", f"lower --{field.name}")
 
 
@@ -67,23 +72,29 @@ def from_recipe(kind: type[S], path: Path | None, table: str, given: dict[str, A
     SettingsError
         If the recipe is no TOML, or holds a key that is no setting of this stage.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = _read_recipe(path).get(table, {})
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            raise SettingsError(
-                f"{key!r} in [{table}] of {path}",
-                f"one of {', '.join(sorted(fields))}",
-                "correct or remove the key",
-            )
-    hints = typing.get_type_hints(kind)
-    merged = {key: _convert(value, hints[key], key) for key, value in values.items()}
+    table_values = _read_recipe(path).get(table, {}) if path is not None else {}
+    merged = _checked(kind, table_values, f"[{table}] of {path}")
+    variants = merged.get("variants", {})
+    for name, values in variants.items():
+        variants[name] = _checked(kind, values, f"[{table}.variants.{name}] of {path}")
     merged |= {key: value for key, value in given.items() if value is not None}
     settings = kind(**merged)
     check(settings)
     return settings
+
+
+def _checked(kind: type[Common], values: Any, where: str) -> dict[str, Any]:
+    """A table's values, each of its setting's type."""
+    if not isinstance(values, dict):
+        raise SettingsError(where, "a table of settings", "correct the recipe")
+    hints = typing.get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in names:
+            raise SettingsError(
+                f"{key!r} in {where}", f"one of {', '.join(sorted(names))}", "correct or remove the key"
+            )
+    return {key: _convert(value, hints[key], key) for key, value in values.items()}
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -122,6 +133,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
                 f"{key} = {value!r} in the recipe", f"one of {', '.join(choices)}", "choose one"
             )
         return value
+    if typing.get_origin(hint) is dict:
+        return dict(value) if isinstance(value, dict) else _convert(value, dict, key)
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
     for kind in kinds:
         accepted = {Path: str, float: int | float}.get(kind, kind)
@@ -134,4 +147,11 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     )
 
 
-_TOML_NAMES = {str: "a text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
+_TOML_NAMES = {
+    str: "a text",
+    Path: "a path",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a table",
+}

@@ -1,6 +1,7 @@
 """A run's folder: settings, metrics, weights, checkpoint, manifest."""
 
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,21 @@ def read_settings(run: Path) -> tuple[dict[str, Any], str]:
         raise RunError(
             f"damaged {run / SETTINGS}", "the run's settings", "start again with --force"
         ) from error
+
+
+def drop_metrics_after(run: Path, step: int) -> None:
+    """Cut the lines of steps that will be done again, and one that a kill cut short."""
+    metrics = run / METRICS
+    if metrics.exists():
+        kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
+        metrics.write_text("".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> int | float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def save_run(path: Path, flow: nn.Module, manifest: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Of the teacher only the layers from the blocks' first on, the final norm and the
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lftpipe import progress, runs
 from lftpipe.compute import resolve_compute_dtype
+from lftpipe.flow.adaptive import sample_adaptively
 from lftpipe.flow.path import States
 from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver
 from lftpipe.metrics import LogitMetrics, Reference, StateMetrics
@@ -23,8 +24,25 @@ from lftpipe.packing import positions
 from lftpipe.settings import ComputeDtype
 from lftpipe.store import Store
 from lftpipe.teacher.family import AttentionContext, attention_context
-from lftpipe.teacher.parts import Tail, count_layer_parameters, count_parameters, load_rotary
+from lftpipe.teacher.parts import Tail, count_layer_parameters, count_parameters, keys_share, load_rotary
 from lftpipe.teacher.source import Teacher
+
+
+@dataclass
+class Evaluations:
+    """How often tokens were evaluated whose steps were chosen one by one."""
+
+    threshold: float
+    keys_share: float
+    """What keys and values cost, as a share of an evaluation."""
+    total: int = 0
+    num_tokens: int = 0
+
+    def plain(self, most: int) -> dict[str, Any]:
+        """Mean evaluations of a token, without and with the keys and values that finished tokens make."""
+        mean = self.total / self.num_tokens
+        with_keys = mean + self.keys_share * (most - mean)
+        return {"nfe": mean, "nfe_with_keys": with_keys, "threshold": self.threshold}
 
 
 @dataclass
@@ -45,9 +63,12 @@ class Row:
     state: StateMetrics = field(default_factory=StateMetrics)
     logits: LogitMetrics = field(default_factory=LogitMetrics)
     ms_per_token: float = math.inf
+    evaluations: Evaluations | None = None
+    """Of a row whose steps are chosen token by token; `k` is then their largest number."""
 
     def plain(self) -> dict[str, Any]:
         known = self.block is not None and self.state.num_tokens > 0
+        chosen = {} if self.evaluations is None else self.evaluations.plain(self.k or 0)
         return {
             "method": self.method,
             "block": None if self.block is None else f"{self.block[0]}:{self.block[1]}",
@@ -65,7 +86,7 @@ class Row:
             "run": self.run,
             "seed": self.seed,
             "train_tokens": self.train_tokens,
-        }
+        } | chosen
 
 
 @dataclass(frozen=True)
@@ -78,16 +99,32 @@ class Batch:
     context: AttentionContext
 
 
-def run_rows(run: runs.Run, step_counts: tuple[int, ...], teacher: Teacher, device: str) -> list[Row]:
-    """A run's rows: one for each number of steps, or the only one if it has no time."""
+def run_rows(
+    run: runs.Run,
+    step_counts: tuple[int, ...],
+    teacher: Teacher,
+    device: str,
+    *,
+    solver: Method | None = None,
+    thresholds: tuple[float, ...] = (),
+) -> list[Row]:
+    """A run's rows: one for each number of steps and threshold, or the only one if it has no time.
+
+    Parameters
+    ----------
+    solver
+        Left out, that of training.
+    thresholds
+        Of rows whose steps are chosen token by token, at most the largest of `step_counts`.
+    """
     m, n = run.block
     flow = runs.load_flow(run, teacher).to(device)
     size = count_parameters(teacher) - (n - m) * count_layer_parameters(teacher)
     size += sum(parameter.numel() for parameter in flow.parameters())
     steps: list[tuple[Method, int]] = [("euler", 1)]
     if run.has_time:
-        steps = [(run.solver, k) for k in step_counts]
-    return [
+        steps = [(solver or run.solver, k) for k in step_counts]
+    rows = [
         Row(
             method=run.objective,
             block=run.block,
@@ -103,6 +140,21 @@ def run_rows(run: runs.Run, step_counts: tuple[int, ...], teacher: Teacher, devi
         )
         for method, k in steps
     ]
+    most = max(rows, key=lambda row: row.k or 0)
+    for threshold in thresholds if run.has_time else ():
+        assert most.solver == "euler" and most.k is not None
+        evaluations = Evaluations(threshold, keys_share(teacher))
+        rows.append(
+            replace(
+                most,
+                predict=_choosing(flow, most.k, evaluations),
+                nfe=None,
+                evaluations=evaluations,
+                state=StateMetrics(),
+                logits=LogitMetrics(),
+            )
+        )
+    return rows
 
 
 def _flowing(flow: nn.Module, method: Method, k: int) -> Callable[[States, AttentionContext], States]:
@@ -110,6 +162,20 @@ def _flowing(flow: nn.Module, method: Method, k: int) -> Callable[[States, Atten
 
     def predict(x_0: States, context: AttentionContext) -> States:
         return ODESolver(lambda x, t: flow(x, t, context), method).sample(x_0, k)
+
+    return predict
+
+
+def _choosing(
+    flow: nn.Module, most: int, evaluations: Evaluations
+) -> Callable[[States, AttentionContext], States]:
+    """As many steps as each token needs, and a record of them."""
+
+    def predict(x_0: States, context: AttentionContext) -> States:
+        sample = sample_adaptively(lambda x, t: flow(x, t, context), x_0, most, evaluations.threshold)
+        evaluations.total += int(sample.evaluations.sum())
+        evaluations.num_tokens += sample.evaluations.numel()
+        return sample.x_1
 
     return predict
 
@@ -192,6 +258,8 @@ def _add(
 def _time(rows: list[Row], read: "_Reader", tail: Tail, batch: Batch, start: int) -> None:
     """Time every row over the same stretch, from `h[start]` to the logits; the fastest batch counts."""
     for row in rows:
+        if row.evaluations is not None:  # its batches are evaluated whole: a clock would say nothing
+            continue
         x = read(start)
         began = time.perf_counter()
         m, n = row.block or (start, start)

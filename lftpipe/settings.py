@@ -5,12 +5,9 @@ No torch here: `lftpipe --help` and a usage error cost nothing.
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from lftpipe.errors import SettingsError
 
 Dtype = Literal["float16", "float32", "int8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -19,6 +16,7 @@ Objective = Literal["fw", "sfm", "hybrid", "regression", "trajectory", "linear"]
 SolverName = Literal["midpoint", "euler"]
 Predictor = Literal["ratio", "gap", "displacement", "probe"]
 LossScale = Literal["token", "channel", "none"]
+WalkTimes = Literal["uniform", "equal"]
 Form = Literal["latent-flow", "plain"]
 WeightsDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -113,8 +111,11 @@ class RecoupleSettings(Common):
 class TrainSettings(Common):
     """`lftpipe train`: learn one flow layer for one block."""
 
-    block: str = "auto"
-    """`m:n`, half-open, or `auto`: the best block of `replace` of the layers by the map."""
+    block: str = dataclasses.field(default="auto", metadata={"repeated": True})
+    """`m:n`, half-open, or `auto`: the best block of `replace` of the layers by the map; several give a flow
+    layer each."""
+    joint: bool = False
+    """Train several blocks' flow layers as one student: each begins where the one before it ends."""
     replace: float = 0.25
     """Share of the layers that `--block auto` replaces."""
     rank_by: Predictor = "ratio"
@@ -125,6 +126,10 @@ class TrainSettings(Common):
     solver: SolverName = "midpoint"
     alpha: float = 0.001
     """Weight of SFM in the hybrid objective (eq. 9)."""
+    loss: str | None = None
+    """Weighted terms in stages, as in `fw@0.7/fw:0.1,logits` (docs/training.md); default: the objective's."""
+    walk_times: WalkTimes = "uniform"
+    """Times of a walk: drawn anew for each (algorithm 2), or in equal steps as at inference."""
     loss_scale: LossScale = "token"
     """What a squared error is measured against: see `lftpipe.flow.objective`."""
     tokens: int = 1_000_000
@@ -136,16 +141,35 @@ class TrainSettings(Common):
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest gradient norm."""
+    ema: float = 0.0
+    """Decay of an average of the weights, which is what is kept: 0.999, say; 0 keeps the last weights."""
+    hold_back: float = 0.0
+    """Share of the training sequences kept from training, on which the best weights are chosen."""
+    evaluate_every: int = 0
+    """Steps between evaluations on what is held back and, only to be logged, on validation; 0: none."""
+    patience: int = 0
+    """Evaluations without a better loss on what is held back after which training stops; 0: it never does."""
+    tensorboard: bool = False
+    """Write metrics for TensorBoard too, into the run's folder."""
     compute_dtype: ComputeDtype = "auto"
     from_teacher: bool = False
     """Run the teacher for every batch instead of reading the store: the cache's yardstick."""
-    run: str | None = None
-    """Name or path of the run; default: block, objective and seed."""
+    run: str | None = dataclasses.field(default=None, metadata={"repeated": True})
+    """Name or path of the run; default: block, objective and seed. Of a recipe's variants, those to train."""
+    variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, metadata={"recipe": True})
+    """A recipe's `[train.variants.NAME]`: runs that differ in these settings, from the same batches."""
     resume: bool = False
     log_every: int = 20
     """Steps between lines of `metrics.jsonl`."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
+
+
+def loss_text(settings: TrainSettings) -> str:
+    """The `--loss` of a run: its own, or its objective's."""
+    if settings.loss is not None:
+        return settings.loss
+    return f"fw,sfm:{settings.alpha:g}" if settings.objective == "hybrid" else settings.objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +180,11 @@ class EvaluateSettings(Common):
     """Names or paths of runs; none: every finished run beside the store."""
     k: tuple[int, ...] = (1, 2, 3, 8)
     """Step counts at inference."""
+    solver: SolverName | None = None
+    """Solver of every flow; left out, each run's own."""
+    adaptive: tuple[float, ...] = ()
+    """Thresholds such as 0.02,0.05, an experiment: each token takes as many of Euler's steps as it needs
+    to settle, at most the largest of `k`; a table of its own."""
     skips: tuple[int, ...] = (1, 2, 3)
     """Numbers of layers, from the block's first, that the skip rows leave out."""
     batch_tokens: int = 2048
@@ -184,6 +213,22 @@ class SweepSettings(Common):
     """Training tokens that the linear probe is fitted on."""
     out: Path | None = None
     """The JSON file; default `sweep.json` beside the store. The runs are in a folder of its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToySettings(Common):
+    """`lftpipe toy`: draw figure 3, paired points of the plane under every objective."""
+
+    steps: int = 2000
+    """Training steps of each panel."""
+    batch: int = 512
+    """Pairs in a step."""
+    learning_rate: float = 3e-3
+    solver: SolverName = "midpoint"
+    steps_at_inference: int = 48
+    """Steps of standard flow matching; walks take those they were trained with."""
+    out: Path | None = None
+    """The JSON file; default `toy.json` in the workspace. The picture goes beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,58 +295,6 @@ class ReportSettings(Common):
     """The Markdown file; default `report.md` beside the store."""
 
 
-def parse_layers(text: str, num_states: int) -> tuple[int, ...]:
-    """`all`, `6,18` or `0:13` to sorted state indices below `num_states`.
-
-    Raises
-    ------
-    SettingsError
-        If the text is of another form, the range is empty, or an index is out of range.
-    """
-    if text == "all":
-        return tuple(range(num_states))
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        start, stop = int(match[1]), int(match[2])
-        if start >= stop:
-            right = f"{stop}:{start}" if start > stop else f"{start}:{start + 1}"
-            raise SettingsError(f"layers {text}", "a half-open range m:n with m < n", f"try {right}")
-        chosen = range(start, stop)
-    elif re.fullmatch(r"\d+(,\d+)*", text):
-        chosen = sorted({int(part) for part in text.split(",")})
-    else:
-        raise SettingsError(f"layers {text!r}", "all, a list 6,18 or a range 0:13", "write it so")
-    if chosen[-1] >= num_states:
-        raise SettingsError(
-            f"layers {text}",
-            f"states from 0 to {num_states - 1}",
-            f"name states below {num_states}",
-        )
-    return tuple(chosen)
-
-
-def parse_block(text: str, num_layers: int) -> tuple[int, int]:
-    """`m:n` to the half-open block of layers it replaces.
-
-    Raises
-    ------
-    SettingsError
-        If it is of another form, empty, or reaches past the last layer.
-    """
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match:
-        raise SettingsError(f"block {text!r}", "m:n, as in 6:12", "write it so, or use auto")
-    m, n = int(match[1]), int(match[2])
-    if m >= n:
-        raise SettingsError(
-            f"block {text}", "m:n with m < n", f"try {n}:{m}" if n != m else f"try {m}:{m + 1}"
-        )
-    if n > num_layers:
-        raise SettingsError(
-            f"block {text}", f"n at most {num_layers}, the teacher's layers", "choose a block inside them"
-        )
-    return m, n
-
-
 def to_plain(settings: Common) -> dict[str, Any]:
     """Settings as JSON- and TOML-ready values."""
     plain: dict[str, Any] = {}
@@ -311,6 +304,6 @@ def to_plain(settings: Common) -> dict[str, Any]:
             value = str(value)
         if isinstance(value, tuple):
             value = list(value)
-        if value is not None:
+        if value not in (None, {}):
             plain[field.name] = value
     return plain

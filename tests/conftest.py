@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("lftpipe", "beartype.beartype")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ def text_of(seed: int, words: int) -> str:
     return " ".join(rng.choice(WORDS, words)) + f" {seed}\n"
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 320 tokens, `<|endoftext|>` the first."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,6 +55,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator((text_of(seed, 200) for seed in range(20)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
 
 
 def neox(**changes: Any) -> GPTNeoXForCausalLM:
@@ -113,16 +117,20 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             weight.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
 
 
-@pytest.fixture(scope="session")
-def teachers(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
-    """A folder in transformers' format for every one of `MODELS`."""
-    root = tmp_path_factory.mktemp("teachers")
-    for name, make in MODELS.items():
-        model = make()
+def make_teachers(root: Path, names: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """A folder in transformers' format for some of `MODELS`."""
+    for name in names:
+        model = MODELS[name]()
         randomise(model)
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    return {name: root / name for name in MODELS}
+    return {name: root / name for name in names}
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """A folder in transformers' format for every one of `MODELS`."""
+    return make_teachers(tmp_path_factory.mktemp("teachers"), tuple(MODELS), tokenizer)
 
 
 @pytest.fixture(scope="session", params=list(MODELS))

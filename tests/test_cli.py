@@ -209,3 +209,10 @@ def test_a_list_of_numbers_is_a_list_of_numbers(run):
     status, _, err = run("evaluate", "--k", "1,two")
     assert status == 1
     assert err.startswith("error: given: --k 1,two / expected: numbers with commas between, as in 1,2,3")
+    status, _, err = run("evaluate", "--adaptive", "0.1,much")
+    assert (status, err.split(" / ")[1]) == (1, "expected: numbers with commas between, as in 0.02,0.05")
+    status, _, err = run("evaluate", "--adaptive", "0.1,-2")
+    assert (status, err) == (
+        1,
+        "error: given: --adaptive 0.1,-2.0 / expected: at least 0 / do: raise --adaptive\n",
+    )

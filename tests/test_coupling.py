@@ -3,16 +3,13 @@
 import numpy as np
 import ot
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from lftpipe.coupling import (
-    assign,
     cost_matrix,
     couple,
-    couple_many,
+    couple_products,
     directions,
     heavy_channels,
     make_cloud,
@@ -29,8 +26,9 @@ def clouds(x_0, x_1, metric="euclidean"):
     groups = tie_groups(x_0), tie_groups(x_1)
     if metric == "cosine":
         x_0, x_1 = directions(x_0), directions(x_1)
-    heavy = heavy_channels([x_0, x_1])
-    return make_cloud(x_0, heavy, groups[0]), make_cloud(x_1, heavy, groups[1])
+    light = [x.astype(np.float32) for x in (x_0, x_1)]
+    heavy = heavy_channels([abs(x).max(0) for x in light])
+    return make_cloud(x_0, heavy, groups[0], light[0]), make_cloud(x_1, heavy, groups[1], light[1])
 
 
 def coupling(x_0, x_1, metric: Metric = "euclidean"):
@@ -147,16 +145,6 @@ def test_equals_pot_and_scipy_also_with_ties(seed):
         assert result.ratio == result.ratio_raw == pytest.approx(1 - np.trace(plan))
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 9), st.integers(0, 10_000))
-def test_any_cost_is_assigned_optimally(count, seed):
-    """Small whole costs, so that equal costs abound."""
-    cost = np.random.default_rng(seed).integers(0, 5, (count, count)).astype(np.float64)
-    partner = assign(cost)
-    assert sorted(partner) == list(range(count))
-    assert cost[np.arange(count), partner].sum() == cost[linear_sum_assignment(cost)].sum()
-
-
 @pytest.mark.parametrize("seed", range(40))
 def test_float32_products_give_the_ratio_of_float64_with_massive_activations(seed):
     x_0, x_1 = with_massive_activations(seed)
@@ -198,7 +186,8 @@ def test_near_points_of_other_pairs_keep_their_distances(features):
 def test_several_clouds_at_once_are_coupled_as_one_by_one():
     x_0, x_1 = clouds(*pair(11, step=4.0))
     x_2, _ = clouds(*pair(12))
-    together = couple_many([x_0, x_2], x_1, "euclidean")
+    products = np.stack([x.light @ x_1.light.T for x in (x_0, x_2)])
+    together = couple_products([x_0, x_2], x_1, "euclidean", products)
     for result, alone in zip(
         together, (couple(x_0, x_1, "euclidean"), couple(x_2, x_1, "euclidean")), strict=True
     ):

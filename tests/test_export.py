@@ -150,6 +150,31 @@ def test_everything_goes_along(neox_run: runs.Run, neox_teacher: Teacher, tmp_pa
     assert "logits differ" in summary(result)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "written"),
+    [
+        ("neox", {"partial_rotary_factor": 0.5, "rope_theta": 20_000.0}, ("rotary_pct", "rotary_emb_base")),
+        ("llama", {"rope_theta": 100_000.0}, ("rope_theta",)),
+    ],
+)
+@torch.inference_mode()
+def test_older_readers_find_the_rotary_embedding_too(
+    teachers: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, float], written: tuple[str, ...]
+) -> None:
+    folder = shutil.copytree(teachers[name], tmp_path / "teacher")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    teacher = open_teacher(str(folder), tmp_path)
+    run = save_run(tmp_path / "run", teacher, (1, 3), solver="euler", walk_steps=1)
+    export(settings(run, tmp_path, form="plain"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [config[key] for key in written] == list(changes.values())
+    plain, student = load_model(tmp_path / "out"), build_student(teacher, [run])
+    assert plain.config.rope_parameters == student.config.rope_parameters
+    assert (plain(tokens(32)).logits - student(tokens(32)).logits).abs().max() < EXACT
+
+
 def test_the_card_says_what_it_is(neox_run: runs.Run, tmp_path: Path) -> None:
     export(settings(neox_run, tmp_path, form="plain", k=3))
     card = (tmp_path / "out" / "README.md").read_text()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lftpipe.flow.linear import LeastSquares, LinearMap
-from lftpipe.flow.objective import ErrorScale, flow_matching, flow_walking, hybrid, walk_times
+from lftpipe.flow.objective import ErrorScale, flow_matching, flow_walking, walk_times
 from lftpipe.flow.path import LinearPath, PiecewiseLinearPath
 from lftpipe.flow.solver import EVALUATIONS, ODESolver
 from lftpipe.flow.velocity import Velocity
@@ -146,20 +146,9 @@ def pair() -> tuple[Tensor, Tensor]:
 )
 def test_walking_in_one_step_of_euler_is_regression(scale):
     velocity, (x_0, x_1) = Toy(), pair()
-    walking = flow_walking(velocity, x_0, x_1, walk_times(torch.empty(0, 3)), "euler", scale)
+    end = ODESolver(velocity, "euler").walk(x_0, walk_times(torch.empty(0, 3)))
+    walking = flow_walking(end, x_1, scale)
     torch.testing.assert_close(walking, scale(x_0 + velocity(x_0, torch.zeros(3)) - x_1, x_1))
-
-
-@pytest.mark.parametrize("method", EVALUATIONS)
-def test_the_hybrid_objective_is_walking_plus_alpha_times_matching(method):
-    velocity, (x_0, x_1) = Toy(), pair()
-    grid, t = walk_times(torch.tensor([[0.3, 0.5, 0.9]])), torch.tensor([0.1, 0.2, 0.8])
-    walking = flow_walking(velocity, x_0, x_1, grid, method, NMSE)
-    matching = flow_matching(velocity, LinearPath(x_0, x_1).sample(t), x_1, NMSE)
-    assert torch.equal(hybrid(velocity, x_0, x_1, grid, t, method, 0.0, NMSE), walking)
-    torch.testing.assert_close(
-        hybrid(velocity, x_0, x_1, grid, t, method, 0.7, NMSE), walking + 0.7 * matching
-    )
 
 
 @pytest.mark.parametrize("method", EVALUATIONS)
@@ -185,7 +174,8 @@ def test_the_gradient_of_walking_goes_through_all_steps(teacher, method):
         with torch.no_grad():
             for parameter, place, way in zip(parameters, start, direction, strict=True):
                 parameter.copy_(place + along * way)
-        return flow_walking(lambda x, t: velocity(x, t, context), x_0, x_1, grid, method, NMSE)
+        end = ODESolver(lambda x, t: velocity(x, t, context), method).walk(x_0, grid)
+        return flow_walking(end, x_1, NMSE)
 
     gradients = torch.autograd.grad(loss(0.0), parameters)
     slope = sum((gradient * way).sum() for gradient, way in zip(gradients, direction, strict=True))

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from itertools import combinations
 
 import matplotlib.image
@@ -10,6 +12,8 @@ import pytest
 
 from lftpipe.heatmap import draw_recoupling
 from lftpipe.heatmap_page import recoupling_page
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def a_map(size, tokens=32, **changes):
@@ -63,6 +67,25 @@ def test_the_page_is_self_contained_and_holds_the_numbers():
     assert data["ratio"] == recoupling["ratio"]
     assert data["partners"] == recoupling["partners"]
     assert len(data["colours"]) == 32
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome is installed")
+def test_a_browser_draws_the_page_and_shows_what_is_hovered(tmp_path):
+    recoupling = a_map(5)
+    hover = """<script>addEventListener("load", () => {
+      const map = document.getElementById("map"), box = map.getBoundingClientRect();
+      const point = {clientX: box.left + 50 + 4.5 * 34, clientY: box.top + 2.5 * 34};
+      map.dispatchEvent(new MouseEvent("mousemove", point));
+      const canvases = [map, document.getElementById("plan")];
+      document.title = canvases.every(each => each.toDataURL().length > 2000);
+    })</script></html>"""
+    path = tmp_path / "map.html"
+    path.write_text(recoupling_page(recoupling).replace("</html>", hover))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    done = subprocess.run([str(BROWSER), *options, path.as_uri()], capture_output=True, text=True, timeout=60)
+    assert "<title>true</title>" in done.stdout
+    assert "block 2:4, 2 layers" in done.stdout
+    assert f"<td>R</td><td>{recoupling['ratio'][2][4]:.4g}</td>" in done.stdout
 
 
 def test_a_name_cannot_break_out_of_the_page():

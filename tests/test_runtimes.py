@@ -1,15 +1,14 @@
 """Plain exports in other people's runtimes. `make runtimes` installs those and runs this file."""
 
-import json
 import math
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runtime_matrix import Cell, matrix
+from runtimes import DOCUMENTS, byte_perplexities, llama_cpp_likelihoods, log_likelihood, usable_prompts
 from tiny_students import save_run, tokens
 
 from lftpipe.settings import ExportSettings
@@ -18,64 +17,6 @@ from lftpipe.student.assemble import build_student
 from lftpipe.teacher.source import Teacher, load_tokenizer
 
 pytestmark = pytest.mark.slow
-
-DOCUMENTS = [
-    "the state of a layer flows into the next one step while we return",
-    "self def for in is not value",
-    "one walk into the next layer\nthe value of a state",
-]
-
-LM_EVAL = """
-import json, sys
-sys.modules["lftpipe"] = None  # importing it from now on is an error
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
-folder, tasks = sys.argv[1:]
-result = simple_evaluate(
-    model="hf",
-    model_args={"pretrained": folder, "dtype": "float32"},
-    tasks=["documents"],
-    task_manager=TaskManager(include_path=tasks, include_defaults=False),
-    device="cpu",
-    batch_size=1,
-    bootstrap_iters=0,
-)
-print(json.dumps(result["results"]["documents"]))
-"""
-
-TASK = """
-task: documents
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list:
-  - metric: byte_perplexity
-"""
-
-LLAMA_CPP = """
-import json, sys
-sys.modules["lftpipe"] = None
-import xllamacpp
-file, prompts, vocabulary = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-params = xllamacpp.CommonParams()
-params.model.path = file
-params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 128, 1, 0, False
-params.cpuparams.n_threads = 1
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-server = xllamacpp.Server(params)
-answers = []
-for prompt in prompts:
-    request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": vocabulary}
-    [step] = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
-    likelihoods = {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}
-    answers.append([likelihoods[token] for token in range(vocabulary)])
-print(json.dumps(answers))
-"""
 
 
 @pytest.fixture
@@ -86,55 +27,59 @@ def exported(neox_teacher: Teacher, tmp_path: Path) -> tuple[Path, Any]:
     return tmp_path / "plain", build_student(neox_teacher, [run])
 
 
-def run_script(script: str, *arguments: str) -> Any:
-    """The last line that a script prints, as JSON."""
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@torch.inference_mode()
-def log_likelihood(model: Any, tokenizer: Any, text: str) -> float:
-    """Nats of all of a text's tokens, the first of them after the end of the text before."""
-    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])
-    log_p = model(ids[:, :-1]).logits.log_softmax(-1)
-    return log_p.gather(-1, ids[:, 1:, None]).sum().item()
-
-
 @pytest.mark.skipif(not find_spec("lm_eval"), reason="lm_eval is not installed: `make runtimes`")
 def test_lm_eval_finds_our_perplexity(
     exported: tuple[Path, Any], neox_teacher: Teacher, tmp_path: Path
 ) -> None:
     folder, student = exported
-    data, tasks = tmp_path / "documents.jsonl", tmp_path / "tasks"
-    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
-    tasks.mkdir()
-    (tasks / "documents.yaml").write_text(TASK.format(data=data))
-    theirs = run_script(LM_EVAL, str(folder), str(tasks))["byte_perplexity,none"]
+    [theirs] = byte_perplexities([folder], tmp_path)
     tokenizer = load_tokenizer(neox_teacher)
     nats = sum(log_likelihood(student, tokenizer, text) for text in DOCUMENTS)
     assert theirs == pytest.approx(math.exp(-nats / sum(map(len, DOCUMENTS))), rel=1e-4)
 
 
 @pytest.mark.skipif(not find_spec("xllamacpp"), reason="xllamacpp is not installed: `make runtimes`")
-@torch.inference_mode()
 def test_llama_cpp_agrees(exported: tuple[Path, Any], neox_teacher: Teacher, tmp_path: Path) -> None:
-    from gguf_neox import convert
+    from gguf_plain import convert
 
     folder, student = exported
     convert(folder, tmp_path / "plain.gguf")
-    tokenizer, vocabulary = load_tokenizer(neox_teacher), student.config.vocab_size
-    prompts, expected = [], []
     # Token ids, and text, which the server's own tokenizer splits.
-    for prompt in [tokens(24, seed=seed)[0].tolist() for seed in range(20)] + DOCUMENTS:
-        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        log_p = student(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        # The server holds back a byte that is no whole character yet, and its likelihoods with it.
-        if tokenizer.decode(log_p.argmax()).isascii():
-            prompts.append(prompt)
-            expected.append(log_p)
+    candidates = [tokens(24, seed=seed)[0].tolist() for seed in range(20)] + DOCUMENTS
+    prompts, expected = usable_prompts(student, load_tokenizer(neox_teacher), candidates)
     assert {type(prompt) for prompt in prompts} == {list, str}
-    theirs = run_script(LLAMA_CPP, str(tmp_path / "plain.gguf"), json.dumps(prompts), str(vocabulary))
+    theirs = llama_cpp_likelihoods(tmp_path / "plain.gguf", prompts, student.config.vocab_size)
     # llama.cpp looks GELU up in a table of half precision.
-    assert (torch.tensor(theirs) - torch.stack(expected)).abs().max() < 1e-2
+    assert (torch.tensor(theirs) - expected).abs().max() < 5e-3
+
+
+@pytest.fixture(scope="module")
+def cells(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Cell]:
+    rows = matrix({name: teachers[name] for name in ("neox", "llama")}, tmp_path_factory.mktemp("matrix"))
+    return {
+        (row.family, row.solver, row.k, row.form, runtime): cell
+        for row in rows
+        for runtime, cell in row.cells.items()
+    }
+
+
+def test_what_works_agrees_and_what_cannot_is_refused(cells: dict[tuple[Any, ...], Cell]) -> None:
+    """The whole matrix: plain exports run wherever their family does, flows where lftpipe is."""
+    assert len(cells) == 2 * 2 * 3 * 2 * 5
+    for (family, solver, k, form, runtime), cell in cells.items():
+        if not cell.installed:
+            continue
+        exact = solver == "euler" and (family == "neox" or k == 1)
+        works = exact if form == "plain" else runtime in ("ours", "lm_eval + lftpipe")
+        where = (family, solver, k, form, runtime)
+        assert (cell.refusal is None) == works, (where, cell)
+        if works:
+            # llama.cpp looks GELU, which Llama has none of, up in a table of half precision.
+            allowed = 5e-3 if (runtime, family) == ("llama.cpp", "neox") else 1e-4
+            assert cell.difference is not None and cell.difference < allowed, (where, cell)
+        elif form == "plain":
+            assert "expected: " in str(cell.refusal)
+        elif runtime == "llama.cpp":
+            assert "no architecture for latent_flow" in str(cell.refusal)
+        else:
+            assert "latent_flow" in str(cell.refusal), (where, cell)

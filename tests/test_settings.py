@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lftpipe.errors import SettingsError
-from lftpipe.settings import Common, EvaluateSettings, TrainSettings, parse_block, parse_layers, to_plain
+from lftpipe.settings import Common, EvaluateSettings, TrainSettings, to_plain
+from lftpipe.spans import parse_block, parse_layers
 
 
 @given(st.integers(1, 40))

@@ -81,10 +81,12 @@ def test_memory_is_used_again_and_the_thread_ends(store):
 
 
 def test_attention_without_tokens(store):
-    batch = next(store.batches("validation", [2], batch_size=5, seed=0, array="attention", with_tokens=False))
+    batch = next(
+        store.batches("validation", [], attention_layers=[2], batch_size=5, seed=0, with_tokens=False)
+    )
     assert batch.tokens is None
     want = states(SPEC, "validation", "attention", 2, batch.sequences.tolist()).astype(np.float16)
-    np.testing.assert_array_equal(batch.states[2], want)
+    np.testing.assert_array_equal(batch.attention[2], want)
 
 
 def test_errors_of_the_thread_reach_the_reader(tmp_path):

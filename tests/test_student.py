@@ -132,6 +132,44 @@ def test_steps_can_be_changed_at_run_time(neox_teacher: Teacher, neox_run: runs.
     torch.testing.assert_close(student(ids).logits, first)
 
 
+@torch.inference_mode()
+def test_what_depends_on_time_alone_is_computed_once(neox_student: Any) -> None:
+    calls = []
+    neox_student.student_layers[1].velocity.modulation.register_forward_hook(lambda *_: calls.append(1))
+    first = neox_student(tokens(10, sequences=2)).logits
+    assert len(calls) == 6
+    assert torch.equal(neox_student(tokens(10, sequences=2)).logits, first)
+    greedy(neox_student, tokens(10))
+    assert len(calls) == 6
+    neox_student.set_steps(2, "euler")
+    neox_student(tokens(10))
+    assert len(calls) == 6 + 2
+
+
+@pytest.mark.parametrize("how", ["in place", "loaded", "rounded and back"])
+def test_what_was_remembered_of_other_weights_is_forgotten(neox_student: Any, how: str) -> None:
+    ids, head = tokens(10), neox_student.student_layers[1].velocity.modulation.head
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return neox_student(ids).logits
+
+    before = logits()
+    if how == "in place":
+        with torch.no_grad():
+            head.bias.add_(1)
+    elif how == "loaded":
+        state = neox_student.state_dict()
+        name = "gpt_neox.layers.1.velocity.modulation.head.bias"
+        neox_student.load_state_dict(state | {name: state[name] + 1})
+    else:
+        neox_student.to(torch.bfloat16).to(torch.float32)
+    after = logits()
+    assert (after - before).abs().max() > 1e-3
+    # With gradients nothing is remembered.
+    torch.testing.assert_close(after, neox_student(ids).logits, atol=ATOL, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("steps", "solver", "message"),
     [(0, None, "k = 0 steps"), (True, None, "k = True"), (1, "rk4", "solver 'rk4'")],

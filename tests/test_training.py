@@ -52,10 +52,10 @@ def stop_before(monkeypatch, step: int) -> None:
     """Kill the next run as it is about to do a step."""
     real = Training.loss_of
 
-    def loss_of(self, batch):
+    def loss_of(self, batch, x_0=None):
         if batch.step == step:
             raise KeyboardInterrupt
-        return real(self, batch)
+        return real(self, batch, x_0)
 
     monkeypatch.setattr(Training, "loss_of", loss_of)
 
@@ -162,7 +162,7 @@ def test_a_finished_run_is_left_alone_without_force(settings, monkeypatch):
     train(settings)
     before = weights_of(settings.run)
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "run", None)
+        patch.setattr("lftpipe.stages.train.Training", None)
         again = train(settings)
     assert again["already_finished"] and "nothing was computed" in summary(again)
     with pytest.raises(
@@ -213,17 +213,17 @@ def test_training_from_the_live_teacher_needs_no_stored_states_of_the_block(
 def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch, tmp_path, poison):
     real = Training.loss_of
 
-    def loss_of(self, batch):
-        loss = real(self, batch)
+    def loss_of(self, batch, x_0=None):
+        loss, problem = real(self, batch, x_0)
         if batch.step == 7:
             # The square root's slope at 0 is infinite: a finite loss with a gradient that is not.
             loss = loss * float("nan") if poison == "loss" else loss + (loss - loss.detach()).sqrt()
-        return loss
+        return loss, problem
 
     monkeypatch.setattr(Training, "loss_of", loss_of)
     with pytest.raises(RunError, match=r"at step 7 of .* / do: lower --learning-rate"):
         train(settings)
-    state = torch.load(tmp_path / "run" / runs.CHECKPOINT, weights_only=True)
+    (state,) = torch.load(tmp_path / "run" / runs.CHECKPOINT, weights_only=True)
     assert state["step"] == 5
     assert all(tensor.isfinite().all() for tensor in state["flow"].values())
     assert not (tmp_path / "run" / runs.MANIFEST).exists()

@@ -4,12 +4,14 @@ Samples are never re-paired: the pairing of `x_0` with the teacher's own `x_1` i
 Every random draw comes in as an argument, so a step is a pure function of its batch.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lftpipe.flow.path import LinearPath, PathSample, States, Times
-from lftpipe.flow.solver import Method, ODESolver, VelocityField
+from lftpipe.flow.path import PathSample, States
+from lftpipe.flow.solver import VelocityField
 
 Loss = Float[Tensor, ""]
 
@@ -36,13 +38,21 @@ class ErrorScale:
         One of the above.
     channel_variance
         For `channel`: over the training data, of the target.
+    over_processes
+        For `none`: the mean of a number over the processes that share a batch.
     """
 
-    def __init__(self, scale: str, channel_variance: Float[Tensor, "feature"] | None = None) -> None:
+    def __init__(
+        self,
+        scale: str,
+        channel_variance: Float[Tensor, "feature"] | None = None,
+        over_processes: Callable[[Tensor], Tensor] = lambda mean: mean,
+    ) -> None:
         if scale == "channel" and channel_variance is None:
             raise ValueError("scale='channel' needs the channel variance")
         self.scale = scale
         self.channel_variance = channel_variance
+        self.over_processes = over_processes
 
     def __call__(self, error: States, x_1: States) -> Loss:
         """Mean of `error`'s squares, scaled by the target state `x_1`."""
@@ -52,7 +62,7 @@ class ErrorScale:
         if self.scale == "channel":
             assert self.channel_variance is not None
             return (error.square() / (self.channel_variance + TINY)).mean()
-        return error.square().sum() / (x_1.square().sum() + TINY)
+        return error.square().sum() / (self.over_processes(x_1.square().sum()) + TINY)
 
 
 def flow_matching(velocity: VelocityField, sample: PathSample, x_1: States, scale: ErrorScale) -> Loss:
@@ -64,33 +74,27 @@ def flow_matching(velocity: VelocityField, sample: PathSample, x_1: States, scal
     return scale(velocity(sample.x_t, sample.t) - sample.dx_t, x_1)
 
 
-def flow_walking(
-    velocity: VelocityField,
-    x_0: States,
-    x_1: States,
-    time_grid: Float[Tensor, "time sequence"],
-    method: Method,
-    scale: ErrorScale,
-) -> Loss:
-    """Algorithm 2, eq. 8: walk from 0 to 1 and regress the end point, with gradient through all steps."""
-    return scale(ODESolver(velocity, method).walk(x_0, time_grid) - x_1, x_1)
+def flow_walking(end: States, x_1: States, scale: ErrorScale) -> Loss:
+    """Algorithm 2, eq. 8: regress the `end` of a walk from `x_0` on `x_1`, with gradient through its steps.
+
+    A walk of one Euler step is the regression baseline.
+    """
+    return scale(end - x_1, x_1)
 
 
-def hybrid(
-    velocity: VelocityField,
-    x_0: States,
-    x_1: States,
-    time_grid: Float[Tensor, "time sequence"],
-    t: Times,
-    method: Method,
-    alpha: float,
-    scale: ErrorScale,
+def branch_matching(
+    branches: tuple[States, States], shares: tuple[States, States], x_1: States, scale: ErrorScale
 ) -> Loss:
-    """Eq. 9: flow walking plus `alpha` times standard flow matching."""
-    walking = flow_walking(velocity, x_0, x_1, time_grid, method, scale)
-    if alpha == 0:
-        return walking
-    return walking + alpha * flow_matching(velocity, LinearPath(x_0, x_1).sample(t), x_1, scale)
+    """Regress each branch of the velocity on its own share of `x_1 - x_0`.
+
+    Parameters
+    ----------
+    branches
+        The attention's and the MLP's part of the velocity.
+    shares
+        What the block's attention branches added, and what its MLPs did.
+    """
+    return sum((scale(u - dx, x_1) for u, dx in zip(branches, shares, strict=True)), x_1.new_zeros(()))
 
 
 def walk_times(draws: Float[Tensor, "draw sequence"]) -> Float[Tensor, "time sequence"]:

@@ -21,6 +21,10 @@ def sinusoidal(t: Times, num_features: int = TIME_FEATURES) -> Float[Tensor, "se
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+#: Scale and gate of attention, of the MLP; then, if any, shift of attention, of the MLP.
+Modulations = list[Float[Tensor, "#sequence 1 feature"]]
+
+
 class Modulation(nn.Module):
     """From `t` to shift, scale and gate of each branch, all zero at initialisation."""
 
@@ -32,8 +36,7 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, t: Times) -> list[Float[Tensor, "sequence 1 feature"]]:
-        """Scale and gate of attention, of the MLP; then, if any, shift of attention, of the MLP."""
+    def forward(self, t: Times) -> Modulations:
         # In full precision: it is a vector per sequence, and what it gives scales whole branches.
         with torch.autocast(t.device.type, enabled=False):
             features = sinusoidal(t).to(self.hidden.weight.dtype)
@@ -65,13 +68,18 @@ class Velocity(nn.Module):
         self.shift = layer.has_norm_bias if shift is None else shift
         self.modulation = Modulation(width, shift=self.shift) if time else None
 
-    def branches(self, x: States, t: Times, context: AttentionContext) -> tuple[States, States]:
-        """The attention's and the MLP's share of the velocity; their sum is `forward`."""
+    def branches(
+        self, x: States, t: Times, context: AttentionContext, modulations: Modulations | None = None
+    ) -> tuple[States, States]:
+        """The attention's and the MLP's share of the velocity; their sum is `forward`.
+
+        Whoever knows what `modulation(t)` gives may pass it as `modulations`.
+        """
         layer = self.layer
         if self.modulation is None:
             attention = layer.attention(layer.attention_norm(x), context)
             return attention, layer.mlp(layer.mlp_norm(x if layer.parallel else x + attention))
-        scale_a, gate_a, scale_m, gate_m, *shifts = self.modulation(t)
+        scale_a, gate_a, scale_m, gate_m, *shifts = modulations or self.modulation(t)
         shift_a, shift_m = shifts or (0.0, 0.0)
         normed = (1 + scale_a) * layer.attention_norm(x) + shift_a
         attention = (1 + gate_a) * layer.attention(normed, context)
@@ -79,6 +87,8 @@ class Velocity(nn.Module):
         normed = (1 + scale_m) * layer.mlp_norm(y) + shift_m
         return attention, (1 + gate_m) * layer.mlp(normed)
 
-    def forward(self, x: States, t: Times, context: AttentionContext) -> States:
-        attention, mlp = self.branches(x, t, context)
+    def forward(
+        self, x: States, t: Times, context: AttentionContext, modulations: Modulations | None = None
+    ) -> States:
+        attention, mlp = self.branches(x, t, context, modulations)
         return attention + mlp

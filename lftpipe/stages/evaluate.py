@@ -14,7 +14,7 @@ from lftpipe import manifest, runs
 from lftpipe.compute import prepare_processor
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.flow.path import States
-from lftpipe.results import COLUMNS, cell, markdown_table
+from lftpipe.results import COLUMNS, adaptive_section, cell, markdown_table
 from lftpipe.scoring import Row, run_rows, score
 from lftpipe.settings import EvaluateSettings, to_plain
 from lftpipe.stages.train import teacher_of
@@ -64,6 +64,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
                 "runs of this store",
                 "name the run's store with --store, or train again",
             )
+    if settings.adaptive:
+        _check_adaptive(opened, settings)
     teacher = teacher_of(store, settings.workspace)
     rows = _rows(opened, settings, store, teacher)
     score(
@@ -82,11 +84,32 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "validation_tokens": store.num_sequences("validation") * store.context,
         "compute_dtype": settings.compute_dtype,
         "settings": to_plain(settings),
-        "rows": [row.plain() for row in rows],
+        "rows": [row.plain() for row in rows if row.evaluations is None],
     }
+    if settings.adaptive:
+        result["adaptive"] = [row.plain() for row in rows if row.evaluations is not None]
     manifest.write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
     manifest.write_atomic(out.with_suffix(".md"), markdown(result).encode())
     return result | {"out": str(out)}
+
+
+def _check_adaptive(opened: list[runs.Run], settings: EvaluateSettings) -> None:
+    if max(settings.k) < 2:
+        raise SettingsError(
+            f"--adaptive with --k {max(settings.k)}", "a largest k of at least 2", "pass --k 1,2,3"
+        )
+    timed = [run for run in opened if run.has_time]
+    if not timed:
+        raise SettingsError(
+            "--adaptive without a flow", "a run with steps, as fw and sfm train", "name such a run"
+        )
+    for run in timed:
+        if (settings.solver or run.solver) != "euler":
+            raise SettingsError(
+                f"--adaptive with the midpoint solver of {run.path.name}",
+                "euler, whose every evaluation predicts the end",
+                "pass --solver euler too",
+            )
 
 
 def _keep(x: States, context: AttentionContext) -> States:
@@ -113,7 +136,14 @@ def _rows(opened: list[runs.Run], settings: EvaluateSettings, store: Store, teac
             raise RunError(
                 f"run {run.path} of block {m}:{n}", f"state {absent[0]} in the store", "extract it"
             )
-        rows += run_rows(run, settings.k, teacher, settings.device)
+        rows += run_rows(
+            run,
+            settings.k,
+            teacher,
+            settings.device,
+            solver=settings.solver,
+            thresholds=settings.adaptive,
+        )
     return rows
 
 
@@ -126,8 +156,10 @@ def markdown(result: dict[str, Any]) -> str:
         "ms/token is from the first block's input to the logits, the same stretch for every row.",
         "",
         *markdown_table(result["rows"]),
+        "",
+        *adaptive_section(result),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def summary(result: dict[str, Any]) -> Table:
@@ -140,5 +172,8 @@ def summary(result: dict[str, Any]) -> Table:
         table.add_column(COLUMNS[key], justify="left" if left else "right", no_wrap=left)
     for row in result["rows"]:
         table.add_row(*(cell(row[key]) for key in shown))
+    for row in result.get("adaptive", []):
+        named = row | {"method": f"{row['method']} below {row['threshold']:g}", "k": f"<= {row['k']}"}
+        table.add_row(*(cell(named[key]) for key in shown))
     table.caption = f"written to {result['out']} and {Path(result['out']).with_suffix('.md')}"
     return table

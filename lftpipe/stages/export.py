@@ -185,9 +185,8 @@ def _measured(result: dict[str, Any], opened: Sequence[Run]) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no table, or not ours: the card says that there is none
     run = opened[0]
-    if run.solver != result["solver"]:
-        return [f"Not measured: `lftpipe evaluate` takes the run's own solver, {run.solver}."]
-    return [f"Not measured yet: `lftpipe evaluate {run.path.name} --k {result['k']}` does."]
+    solver = "" if run.solver == result["solver"] else f" --solver {result['solver']}"
+    return [f"Not measured yet: `lftpipe evaluate {run.path.name} --k {result['k']}{solver}` does."]
 
 
 def _is_of(row: dict[str, Any], result: dict[str, Any], run: Run) -> bool:

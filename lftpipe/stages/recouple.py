@@ -5,25 +5,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-import scipy
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 import lftpipe
 from lftpipe import blocks
+from lftpipe.assignment import solver
 from lftpipe.errors import SettingsError
 from lftpipe.heatmap import draw_recoupling
 from lftpipe.heatmap_page import recoupling_page
 from lftpipe.manifest import write_atomic
 from lftpipe.pairs import solve_pairs, statistics
 from lftpipe.samples import draw_samples
-from lftpipe.settings import RecoupleSettings, TrainSettings, parse_block, parse_layers, to_plain
+from lftpipe.settings import RecoupleSettings, TrainSettings, to_plain
+from lftpipe.spans import parse_block, parse_layers
 from lftpipe.store import Store
 from lftpipe.workspace import find_store
 
 FILE_NAME = "recoupling.json"
 
-#: Largest exact problem: at 4096 tokens each thread needs 370 MB and the solver seconds a pair.
+#: Largest exact problem: at 4096 tokens each thread needs 420 MB and about a second a pair.
 MOST_EXACT_TOKENS = 4096
 
 #: Shares of the layers for which the summary recommends blocks.
@@ -76,7 +77,7 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
         "teacher": teacher.get("name", path.parent.name),
         "num_layers": num_layers,
         "approximate": settings.approximate,
-        "solver": "POT sinkhorn_log" if settings.approximate else f"scipy {scipy.__version__}",
+        "solver": "POT sinkhorn_log" if settings.approximate else solver(),
         "lftpipe": lftpipe.__version__,
         "settings": to_plain(settings),
         "store_fingerprint": store.fingerprint,

@@ -6,8 +6,8 @@ from typing import Any
 
 from lftpipe.errors import RunError, StoreError
 from lftpipe.manifest import write_atomic
-from lftpipe.plots import draw_steps_curve, draw_training
-from lftpipe.results import markdown_table
+from lftpipe.plots import draw_adaptive, draw_steps_curve, draw_training
+from lftpipe.results import adaptive_section, markdown_table
 from lftpipe.settings import ReportSettings
 from lftpipe.workspace import find_store
 
@@ -35,10 +35,14 @@ def report(settings: ReportSettings) -> dict[str, Any]:
     result = json.loads(table.read_text())
     pictures = {"KL_x and NMSE against the number of steps (figure 5)": here / "steps.png"}
     draw_steps_curve(result["rows"], here / "steps.png")
+    if result.get("adaptive"):
+        draw_adaptive(result["rows"], result["adaptive"], here / "adaptive.png")
+        pictures["KL against mean NFE, steps fixed and chosen token by token"] = here / "adaptive.png"
     curves = {path.parent.name: _metrics(path) for path in sorted(here.glob("runs/*/metrics.jsonl"))}
     if any(curves.values()):
-        draw_training({name: rows for name, rows in curves.items() if rows}, here / "training.png")
-        pictures["NMSE on training batches against tokens"] = here / "training.png"
+        skips = [row for row in result["rows"] if row["run"] is None and row["nmse"] is not None]
+        draw_training({name: rows for name, rows in curves.items() if rows}, skips, here / "training.png")
+        pictures["NMSE against training tokens (figure 4)"] = here / "training.png"
     if (here / "recoupling.png").exists():
         pictures["Recoupling ratio over all pairs of states (figure 6)"] = here / "recoupling.png"
     page = [
@@ -48,6 +52,7 @@ def report(settings: ReportSettings) -> dict[str, Any]:
         "",
         *markdown_table(result["rows"]),
         "",
+        *adaptive_section(result),
     ]
     for caption, path in pictures.items():
         page += [f"## {caption}", "", f"![{caption}]({_relative(path, out)})", ""]

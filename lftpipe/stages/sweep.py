@@ -18,7 +18,7 @@ from lftpipe.probe import draw_parts, probe_residual
 from lftpipe.scoring import run_rows, score
 from lftpipe.settings import RecoupleSettings, SweepSettings, TrainSettings, to_plain
 from lftpipe.stages.recouple import open_map
-from lftpipe.stages.train import changed_settings, resolved, run_name, teacher_of, train_run
+from lftpipe.stages.train import changed_settings, resolved, run_name, teacher_of, train_runs
 from lftpipe.store import Store
 from lftpipe.sweep_page import AGAINST, OUTCOMES, correlation_table, markdown
 from lftpipe.teacher.source import Teacher
@@ -169,7 +169,8 @@ def _train(
                 )
                 wanted = resolved(wanted, store, block)
                 run = folder / run_name(wanted, block)
-                result = train_run(run, _agreed(run, wanted, store, settings.force), store, teacher, block)
+                agreed = _agreed(run, wanted, store, settings.force)
+                (result,) = train_runs([(run, agreed, block)], store, teacher)
                 trained += not result.get("already_finished", False)
                 finished.append(runs.open_run(run))
                 task.advance(1)

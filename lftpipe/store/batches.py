@@ -6,13 +6,14 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64
 
 States = dict[int, Float[np.ndarray, "sequence position feature"]]  # by layer l
+Buffer = dict[str, States]  # by array, "hidden" or "attention"
 
 
 class Logits(NamedTuple):
@@ -36,6 +37,8 @@ class Batch:
     tokens: Int32[np.ndarray, "sequence position"] | None
     document: Int32[np.ndarray, "sequence position"] | None
     logits: Logits | None = None
+    attention: States = field(default_factory=dict)
+    """Attention contexts, if asked for."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -57,33 +60,33 @@ def batch_sequences(
 
 
 def read_ahead(
-    fill: Callable[[int, States], Batch], buffers: list[States], start_step: int
+    fill: Callable[[int, Buffer], Batch], buffers: list[Buffer], start_step: int
 ) -> Iterator[Batch]:
     """The batches that ``fill`` reads, one after the other, into the same few buffers.
 
     Parameters
     ----------
     fill
-        Reads the batch of a step into the states given.
+        Reads the batch of a step into the buffer given.
     buffers
         One of them is being used and one being read into; the rest hold batches that are ready. With a single
         one each batch is read when it is asked for, without a thread.
     """
     if len(buffers) == 1:
         yield from (fill(step, buffers[0]) for step in itertools.count(start_step))
-    free: queue.SimpleQueue[States] = queue.SimpleQueue()
-    ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+    free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[tuple[Batch, Buffer] | BaseException] = queue.SimpleQueue()
     stop, owner = threading.Event(), os.getpid()
-    for states in buffers:
-        free.put(states)
+    for buffer in buffers:
+        free.put(buffer)
 
     def work() -> None:
         try:
             for step in itertools.count(start_step):
-                states = free.get()
+                buffer = free.get()
                 if stop.is_set():
                     return
-                ready.put(fill(step, states))
+                ready.put((fill(step, buffer), buffer))
         except BaseException as error:
             ready.put(error)
 
@@ -95,11 +98,12 @@ def read_ahead(
                 raise RuntimeError(
                     "these batches belong to the process that began them: call batches() in this one"
                 )
-            batch = ready.get()
-            if isinstance(batch, BaseException):
-                raise batch
+            done = ready.get()
+            if isinstance(done, BaseException):
+                raise done
+            batch, buffer = done
             yield batch
-            free.put(batch.states)
+            free.put(buffer)
     finally:
         stop.set()
         free.put({})

@@ -9,13 +9,14 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from lftpipe.errors import StoreError
-from lftpipe.store.batches import Batch, Logits, States, batch_sequences, read_ahead
+from lftpipe.store.batches import Batch, Buffer, Logits, batch_sequences, read_ahead
 from lftpipe.store.codec import decode, widen
 from lftpipe.store.journal import Manifest, progress
 from lftpipe.store.layout import LOGIT_ARRAYS, ArrayLayout, StoreSpec
 from lftpipe.store.shard import ChunkReader, DamagedShardError
 
 Indices = Sequence[int] | np.ndarray
+_ALL = slice(None)
 _OPEN_FILES = 256  # far below the usual limit of 1024 a process
 
 
@@ -169,7 +170,9 @@ class Store:
         batch_size: int,
         seed: int,
         start_step: int = 0,
-        array: str = "hidden",
+        attention_layers: Sequence[int] = (),
+        num_sequences: int | None = None,
+        part: slice = _ALL,
         prefetch: int = 2,
         with_tokens: bool = True,
         with_logits: bool = False,
@@ -181,34 +184,51 @@ class Store:
 
         Parameters
         ----------
-        layers
-            Which layers l each batch holds.
+        layers, attention_layers
+            Which states, and which attention contexts, each batch holds.
         start_step
             Step of the first batch: a resumed run gets the batches of an unbroken one.
+        num_sequences
+            Of the split, only so many of its first sequences.
+        part
+            Which of a batch's sequences are read: processes that share a batch take ``slice(rank, None,
+            processes)``.
         prefetch
             Batches kept ready; their memory is reused, so that a batch is valid until the next one is asked
             for. 0 reads without a thread.
         dtype
             Of the states: the storage dtype, or ``"float32"``.
         """
-        count = self.num_sequences(split)
-        if count == 0 or batch_size < 1 or min(prefetch, seed, start_step) < 0:
+        count = self.num_sequences(split) if num_sequences is None else num_sequences
+        if (
+            not 0 < count <= self.num_sequences(split)
+            or batch_size < 1
+            or min(prefetch, seed, start_step) < 0
+        ):
             given = f"{batch_size=}, {prefetch=}, {seed=}, {start_step=}"
             raise ValueError(f"there are no such batches of {count} {split} sequences: {given}")
-        shape = (batch_size, self.context, self.width)
-        stored = {layer: self._layout(array, layer).dtype for layer in layers}
+        shape = (len(range(batch_size)[part]), self.context, self.width)
+        stored = {
+            array: {layer: self._layout(array, layer).dtype for layer in wanted}
+            for array, wanted in (("hidden", layers), ("attention", attention_layers))
+        }
         if with_logits:
             self._need_logits()
 
-        def fill(step: int, states: States) -> Batch:
-            wanted = batch_sequences(count, batch_size, seed, step)
-            for layer, out in states.items():
-                self.read(split, layer, wanted, array=array, out=out)
+        def fill(step: int, buffer: Buffer) -> Batch:
+            wanted = batch_sequences(count, batch_size, seed, step)[part]
+            for array, states in buffer.items():
+                for layer, out in states.items():
+                    self.read(split, layer, wanted, array=array, out=out)
             rows = (self.tokens(split, wanted), self.document(split, wanted)) if with_tokens else (None, None)
-            return Batch(step, wanted, states, *rows, self.logits(split, wanted) if with_logits else None)
+            logits = self.logits(split, wanted) if with_logits else None
+            return Batch(step, wanted, buffer["hidden"], *rows, logits, buffer["attention"])
 
         buffers = [
-            {layer: np.empty(shape, dtype or own) for layer, own in stored.items()}
+            {
+                array: {layer: np.empty(shape, dtype or own) for layer, own in states.items()}
+                for array, states in stored.items()
+            }
             for _ in range(prefetch + 2 if prefetch else 1)
         ]
         return read_ahead(fill, buffers, start_step)

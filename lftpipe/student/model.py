@@ -5,6 +5,7 @@ transformers does for the teacher's family (generation, beams, padding, checkpoi
 device and dtype) it does for the student, by the same code.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, cast
@@ -19,8 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from lftpipe.errors import RunError
 from lftpipe.flow.linear import LinearMap
+from lftpipe.flow.path import States, Times
 from lftpipe.flow.solver import Method, ODESolver
-from lftpipe.flow.velocity import Velocity
+from lftpipe.flow.velocity import Modulations, Velocity
 from lftpipe.student.config import Block, FlowLayout, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
 from lftpipe.teacher.family import AttentionContext, Branches, Family
 from lftpipe.teacher.gpt_neox import GPT_NEOX
@@ -66,6 +68,8 @@ class FlowLayer(GradientCheckpointingLayer):
         self.method: Method = "euler"
         self.steps = 1
         self.first_slot = 0
+        self._remembered: dict[tuple[Any, ...], Modulations] = {}
+        self._remembered_of: list[tuple[Any, ...]] = []
 
     def set_steps(self, steps: int, method: Method, first_slot: int) -> None:
         """Choose the number of steps and the solver; flows without time have one step of Euler's."""
@@ -89,8 +93,49 @@ class FlowLayer(GradientCheckpointingLayer):
         assert position_ids is not None and position_embeddings is not None
         context = AttentionContext(position_embeddings, attention_mask, position_ids)
         contexts = self._contexts(context, arguments.get(self.cache_argument))
-        solver = ODESolver(lambda x, t: self.velocity(x, t, next(contexts)), self.method)
-        return solver.sample(hidden_states, self.steps)
+        evaluations = itertools.count()
+        self._forget_if_changed()
+
+        def velocity(x: States, t: Times) -> States:
+            modulations = self._modulations(next(evaluations), t)
+            return self.velocity(x, t, next(contexts), *modulations)
+
+        return ODESolver(velocity, self.method).sample(hidden_states, self.steps)
+
+    def _modulations(self, evaluation: int, t: Times) -> tuple[Modulations, ...]:
+        """What the modulation gives at an evaluation, where that can be known beforehand.
+
+        It depends on nothing but the time, which is the same in every forward pass: a good part of
+        what an evaluation for a single token costs. With gradients it is computed as it comes.
+        """
+        modulation = getattr(self.velocity, "modulation", None)
+        if modulation is None or torch.is_grad_enabled():
+            return ()
+        key = (self.method, self.steps, evaluation)
+        if key not in self._remembered:
+            self._remembered[key] = modulation(t[:1])
+        return (self._remembered[key],)
+
+    def _forget_if_changed(self) -> None:
+        """Forget modulations that were computed from other weights."""
+        modulation = getattr(self.velocity, "modulation", None)
+        weights = [] if modulation is None else list(modulation.parameters())
+        # Tensors that were made in inference mode count no changes: nothing is remembered of them.
+        now = [
+            (
+                weight.data_ptr(),
+                weight.dtype,
+                weight.device,
+                object() if weight.is_inference() else weight._version,
+            )
+            for weight in weights
+        ]
+        if now != self._remembered_of:
+            self._remembered, self._remembered_of = {}, now
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self._remembered_of = []  # moved and back again, weights may lie where they lay before
+        return super()._apply(*arguments, **options)
 
     def _contexts(self, context: AttentionContext, cache: Any) -> Iterator[AttentionContext]:
         """The context of each evaluation, each with its own place in the cache."""

@@ -16,6 +16,13 @@ from lftpipe.student.config import Block
 from lftpipe.student.model import FlowLayer
 from lftpipe.teacher.family import Family
 
+#: Names by which readers from before transformers 5 look for what `rope_parameters` now holds. Without
+#: them they would take their defaults and compute something else.
+OLD_ROTARY_NAMES = {
+    "gpt_neox": {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+    "llama": {"rope_theta": "rope_theta"},
+}
+
 
 def check_foldable(student: Any) -> None:
     """Refuse what no ordinary layers compute exactly.
@@ -85,6 +92,8 @@ def unroll(student: Any) -> Any:
     for key in ("model_type", "architectures", "teacher_layers", "blocks", "solver", "steps", "dtype"):
         plain.pop(key, None)
     config = kind.config_class(**(plain | {"num_hidden_layers": count}))
+    for old, new in OLD_ROTARY_NAMES[family.name].items():
+        setattr(config, old, config.rope_parameters[new])
     config._attn_implementation = student.config._attn_implementation
     with torch.device("meta"):
         model = kind(config)

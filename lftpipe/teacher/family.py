@@ -61,6 +61,13 @@ class AttentionContext:
     cache: Any = None
     """Where attention keeps keys and values of earlier positions, when generating."""
 
+    def rows(self, rows: slice) -> "AttentionContext":
+        """Of some of the sequences."""
+        cos, sin = (part[rows] if len(part) > 1 else part for part in self.rotary)
+        mask = self.mask[rows] if self.mask is not None and len(self.mask) > 1 else self.mask
+        places = self.position_ids[rows] if len(self.position_ids) > 1 else self.position_ids
+        return AttentionContext((cos, sin), mask, places, self.cache)
+
 
 class Branches(nn.Module):
     """One layer as two residual branches: `x + attention(norm(x))`, then or beside it the MLP.

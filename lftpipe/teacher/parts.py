@@ -83,6 +83,17 @@ def count_layer_parameters(teacher: Teacher) -> int:
     return sum(parameter.numel() for parameter in empty_layer(teacher).parameters())
 
 
+def keys_share(teacher: Teacher) -> float:
+    """Share of a layer's parameters that make keys and values.
+
+    It is what a position costs at least that others still attend to.
+    """
+    config = teacher.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    features = getattr(config, "head_dim", None) or teacher.width // config.num_attention_heads
+    return 2 * heads * features * teacher.width / count_layer_parameters(teacher)
+
+
 def _head_names(teacher: Teacher) -> list[str]:
     """The head's weight in the checkpoint; empty where it is tied to the embedding."""
     return [name for name in teacher.family.head_names if teacher.checkpoint.has(name)][:1]

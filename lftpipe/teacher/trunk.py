@@ -11,6 +11,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lftpipe.compute import cast_linear
 from lftpipe.errors import TeacherError
 from lftpipe.teacher.source import Teacher, quiet_transformers
 
@@ -61,10 +62,7 @@ class Trunk:
                 "all weights of its layers",
                 "fetch or save it again",
             )
-        if compute_dtype == torch.bfloat16:
-            for module in model.modules():  # autocast would cast these anew at every call
-                if isinstance(module, nn.Linear):
-                    module.to(torch.bfloat16)
+        cast_linear(model, compute_dtype)
         setattr(model, teacher.family.model_norm, nn.Identity())  # no state is taken after it
         self.model = model.eval().requires_grad_(False).to(self.device)
         self._layers: Any = getattr(model, teacher.family.model_layers)

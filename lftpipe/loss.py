@@ -1,0 +1,82 @@
+"""The language of `--loss`: weighted terms, in stages. No torch.
+
+fw                      one term
+fw,sfm:0.001            a weighted sum
+fw@0.7/fw:0.1,logits    seven tenths of the steps on states alone, then logits with a little of the states
+
+"""
+
+import re
+from dataclasses import dataclass
+
+from lftpipe.errors import SettingsError
+
+#: Every term, and what it regresses or compares (lftpipe.training.terms computes them).
+TERMS = {
+    "fw": "the end of a walk on x_1 (algorithm 2)",
+    "sfm": "the velocity on the straight line's derivative (algorithm 1)",
+    "trajectory": "the velocity on the derivative of the teacher's own path",
+    "branches": "each branch's velocity on its own share of x_1 - x_0",
+    "regression": "x_0 plus the layer's output on x_1",
+    "logits": "the student's next-token distribution on the teacher's, through the frozen tail",
+    "top-logits": "the same on the teacher's largest logits, from the store",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training with one weighted sum of terms."""
+
+    share: float
+    """Of all steps."""
+    weights: dict[str, float]
+    """By term."""
+
+
+def parse_loss(text: str) -> tuple[Stage, ...]:
+    """Stages of a `--loss`; those without a share divide what the others leave.
+
+    Raises
+    ------
+    SettingsError
+        If a term is unknown or named twice, a weight is not positive, or the shares do not add up to 1.
+    """
+    parts = [_parse_stage(part.strip(), text) for part in text.split("/")]
+    given = [share for share, _ in parts if share is not None]
+    left = 1 - sum(given)
+    open_parts = len(parts) - len(given)
+    if left < -1e-9 or (open_parts and left <= 1e-9) or (not open_parts and left > 1e-9):
+        raise SettingsError(
+            f"--loss {text}, whose shares add up to {sum(given):g}", "1 over all stages", "correct the shares"
+        )
+    return tuple(Stage(left / open_parts if share is None else share, weights) for share, weights in parts)
+
+
+def _parse_stage(part: str, text: str) -> tuple[float | None, dict[str, float]]:
+    sum_, at, share = part.partition("@")
+    weights: dict[str, float] = {}
+    for term in sum_.split(","):
+        name, colon, weight = term.strip().partition(":")
+        if name not in TERMS:
+            raise SettingsError(
+                f"{name!r} in --loss {text}", f"one of {', '.join(TERMS)}", "write fw, or fw:1,logits:0.1"
+            )
+        if name in weights:
+            raise SettingsError(f"{name} twice in --loss {text}", "each term once", "add up its weights")
+        weights[name] = _positive(weight, text) if colon else 1.0
+    return (_positive(share, text) if at else None), weights
+
+
+def _positive(number: str, text: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", number) or float(number) <= 0:
+        raise SettingsError(f"{number!r} in --loss {text}", "a positive number", "write it as in fw:0.5@0.7")
+    return float(number)
+
+
+def stage_starts(stages: tuple[Stage, ...], num_steps: int) -> tuple[int, ...]:
+    """The first step of each stage, and the number of steps at the end."""
+    starts, done = [0], 0.0
+    for stage in stages:
+        done += stage.share
+        starts.append(round(done * num_steps))
+    return (*starts[:-1], num_steps)

@@ -1,0 +1,157 @@
+"""The training loop: batches in, trained flow layers out, resumable at any checkpoint."""
+
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lftpipe import feed, progress
+from lftpipe.errors import RunError
+from lftpipe.feed import Needs
+from lftpipe.packing import positions
+from lftpipe.teacher.family import attention_context
+from lftpipe.teacher.parts import load_rotary
+from lftpipe.training import processes
+from lftpipe.training.chain import Chain
+from lftpipe.training.held_back import HeldBack
+from lftpipe.training.log import Log
+from lftpipe.training.run import Training
+from lftpipe.training.terms import Batch
+
+
+def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[str, Any]]:
+    """Train runs that share store, batches and seed from one stream of batches, each read once.
+
+    Parameters
+    ----------
+    chains
+        Runs of one flow layer, or of several that are trained jointly.
+    resume
+        Go on from checkpoints.
+
+    Returns
+    -------
+    list of dict
+        Of every run: where it is and how it ended.
+
+    Raises
+    ------
+    RunError
+        If a run diverges, or a checkpoint is damaged.
+    """
+    for chain in chains:
+        if resume:
+            _restore(chain)
+    labels = ", ".join(run.folder.name for chain in chains for run in chain.runs)
+    first = chains[0].runs[0]
+    start = min((chain.step for chain in chains if not chain.finished), default=0)
+    total = max(chain.num_steps for chain in chains) * first.tokens_per_step
+    with (
+        ExitStack() as logs,
+        progress.task(f"train {labels}", total, "tokens", done=start * first.tokens_per_step) as task,
+    ):
+        together = [Course(chain, logs) for chain in chains]
+        while any(not course.chain.finished for course in together):
+            active = [course for course in together if not course.chain.finished]
+            step = min(course.chain.step for course in active)
+            stop = min(course.chain.stage_end for course in active if course.chain.step == step)
+            needs = Needs(())
+            for course in active:
+                needs |= course.chain.needs
+            for batch, waited in _batches(first, needs, step, stop):
+                for course in active:
+                    if course.chain.step == batch.step and not course.chain.finished:
+                        course.advance(batch, waited)
+                shown = {"loss": f"{first.loss:.4f}", "NMSE": f"{together[0].nmse:.4f}"}
+                task.advance(first.tokens_per_step, **shown)
+                if all(course.chain.finished for course in active):
+                    break
+    return [result for course in together for result in course.finish()]
+
+
+class Course:
+    """A chain on its way: it is advanced, logged, judged and checkpointed."""
+
+    def __init__(self, chain: Chain, logs: ExitStack) -> None:
+        self.chain = chain
+        self.nmse = float("nan")
+        settings = chain.runs[0].settings
+        self._log_every, self._checkpoint_every = settings.log_every, settings.checkpoint_every
+        self._evaluate_every = settings.evaluate_every
+        self._held_back = HeldBack(chain) if self._evaluate_every else None
+        self._logs = [logs.enter_context(closing(Log(run))) for run in chain.runs]
+
+    def advance(self, batch: Batch, waited: float) -> None:
+        """One step of every run of the chain."""
+        chain, started = self.chain, time.monotonic()
+        rates = chain.advance(batch)
+        for run in chain.runs:
+            run.waited += waited
+            run.seconds += waited + time.monotonic() - started
+        step, found = chain.step, {}
+        if self._held_back and (step % self._evaluate_every == 0 or step == chain.num_steps):
+            found = self._held_back.evaluate()
+        if found or step % self._log_every == 0 or step == chain.num_steps:
+            nmses = chain.nmse(batch)
+            self.nmse = nmses[0]
+            for log, rate, nmse in zip(self._logs, rates, nmses, strict=True):
+                log.write(rate, nmse, found.get(log.run.folder, {}))
+        if step % self._checkpoint_every == 0 and not chain.finished:
+            for log in self._logs:
+                log.flush()
+            save_checkpoint(chain)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Write every run's weights and manifest."""
+        results = [run.finish() for run in self.chain.runs]
+        if processes.rank() == 0:
+            self.chain.checkpoint.unlink(missing_ok=True)
+        processes.wait()
+        return results
+
+
+def _batches(run: Training, needs: Needs, step: int, stop: int) -> Iterator[tuple[Batch, float]]:
+    """Batches of steps `step` to `stop - 1`, functions of seed and step, and the seconds waited for each."""
+    given = (needs, run.order, run.settings.device)
+    if run.settings.from_teacher:
+        source = feed.from_teacher(run.store, run.teacher, *given)
+    else:
+        source = feed.from_cache(run.store, *given)
+    rotary = load_rotary(run.teacher).to(run.device)
+    feeds = source(step)
+    for _ in range(step, stop):
+        before = time.monotonic()
+        got = next(feeds)
+        waited = time.monotonic() - before
+        places = torch.from_numpy(positions(got.document)).long().to(run.device)
+        context = attention_context(rotary, places)
+        yield Batch(got.step, got.states, context, got.attention, got.logits, run.order.part), waited
+
+
+def save_checkpoint(chain: Chain) -> None:
+    """All that a killed run needs to go on, in one file for the runs of a chain."""
+    if processes.rank() != 0:
+        return
+    path = chain.checkpoint
+    path.parent.mkdir(exist_ok=True)
+    torch.save([run.state() for run in chain.runs], path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
+
+
+def _restore(chain: Chain) -> None:
+    path = chain.checkpoint
+    if not path.exists():
+        return
+    for run, state in zip(chain.runs, _load(path, chain.runs[0].device), strict=True):
+        run.restore(state)
+
+
+def _load(path: Path, device: torch.device) -> list[dict[str, Any]]:
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RunError(f"damaged {path}", "a checkpoint", "start the run again with --force") from error

@@ -1,0 +1,77 @@
+"""Data-parallel training under `torchrun`: every process takes its part of each batch."""
+
+import os
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def join(device: str) -> str:
+    """Join the processes that `torchrun` started, if it did; the device of this one."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return device
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device
+
+
+def leave() -> None:
+    """Let go of the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """Processes that share each batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; 0 writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def agree(value: T | None) -> T:
+    """What process 0 has, on all of them."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    (agreed,) = values
+    assert agreed is not None
+    return agreed
+
+
+def mean(value: Tensor) -> Tensor:
+    """Over the processes, on all of them."""
+    if count() == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value / count()
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over the processes, in one exchange.
+
+    A wrapper like `DistributedDataParallel` expects one forward pass a step; a walk has many.
+    """
+    if count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
