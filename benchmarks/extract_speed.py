@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # torch is imported only after the processes for the memory were run: a process inherits its parent's peak.
 
@@ -72,9 +73,18 @@ def memory(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+class Contenders(NamedTuple):
+    """One loaded trunk, to be run alone or as an extraction into a new store."""
+
+    plan: Any
+    positions: int
+    bare: Callable[[], None]
+    extraction: Callable[[], None]
+
+
+def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Contenders:
+    """Load the trunk and run its first batch; `ids` are the tokens (sequence, position), or random ones."""
     import numpy as np
-    import torch
 
     from lftpipe.compute import prepare_processor
     from lftpipe.forward import batch_of, forward
@@ -85,8 +95,9 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     plan = make_plan(settings_of(options, folder, options.tokens))
     trunk = plan.load_trunk()
     count = plan.wanted["train"]
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, plan.teacher.config.vocab_size, (count, plan.context), dtype=np.int32)
+    if ids is None:
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, plan.teacher.config.vocab_size, (count, plan.context), dtype=np.int32)
     tokens = {"train": (ids, np.zeros_like(ids))}
     spec = StoreSpec(
         identity={"benchmark": "extract"},
@@ -111,6 +122,13 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             writer.finish()
 
     trunk.run(*batch_of(tokens, "train", range(min(plan.batch_sequences, count))))
+    return Contenders(plan, count * plan.context, bare, extraction)
+
+
+def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import torch
+
+    plan, positions, bare, extraction = contenders(options, folder)
     seconds: dict[str, list[float]] = {"bare": [], "extraction": []}
     processor: dict[str, list[float]] = {"bare": [], "extraction": []}
     for turn in range(options.rounds):
@@ -121,7 +139,6 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - wall)
             processor[name].append(time.process_time() - used)
     size = sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file())
-    positions = count * plan.context
     rates = {name: positions / statistics.median(taken) for name, taken in seconds.items()}
     pairs = zip(seconds["bare"], seconds["extraction"], strict=True)
     ratios = sorted(one / other for one, other in pairs)

@@ -3,7 +3,6 @@
 import queue
 import threading
 from contextlib import suppress
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from lftpipe import progress
 from lftpipe.packing import positions
 from lftpipe.plan import Plan
-from lftpipe.store import ShardKey, StoreWriter
+from lftpipe.store import ShardKey, ShardWriter, Slot, StoreWriter
 from lftpipe.teacher.head import compute_batch
 from lftpipe.teacher.trunk import Trunk
 
@@ -30,7 +29,6 @@ def forward(plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: Tokens) -> No
     total = sum(len(key.sequences) for key in pending) * plan.context
     token_bytes = sum(plan.array_bytes().values()) / (sum(plan.wanted.values()) * plan.context)
     kept = {"hidden": plan.layers, "attention": plan.attention_layers}
-    dtypes = {name: getattr(torch, array.dtype) for name, array in writer.spec.arrays.items()}
     with (
         _Background(writer) as background,
         progress.task(f"extract {plan.teacher.name}", total, "tokens") as task,
@@ -42,9 +40,7 @@ def forward(plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: Tokens) -> No
 
                 def put(array: str, layer: int | None, values: Tensor, first: int = first) -> None:
                     if layer is None or layer in kept[array]:
-                        # Rounded here, by all of torch's threads: each of them would wait for a thread
-                        # that takes a core for it.
-                        background.put(_Item(array, layer, first, _as(values, dtypes[array])))
+                        background.put(array, layer, first, values)
 
                 compute_batch(trunk, head, *batch_of(tokens, key.split, rows), put)
                 task.advance(len(rows) * plan.context, written=progress.human_bytes(task.done * token_bytes))
@@ -57,32 +53,40 @@ def batch_of(tokens: Tokens, split: str, rows: range) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids).long(), torch.from_numpy(positions(documents)).long()
 
 
-class _Item(NamedTuple):
-    """A computed batch of one layer, or of logits, on its way to the store."""
-
-    array: str
-    layer: int | None
-    first: int
-    """Which of the shard's sequences it begins with."""
-    values: np.ndarray
-    """In the storage dtype."""
-
-
 class _ShardThread:
     """Checks and writes one shard from a bounded queue, and waits for the disk."""
 
     def __init__(self, writer: StoreWriter, key: ShardKey) -> None:
-        self._queue: queue.Queue[_Item | None] = queue.Queue(QUEUED_STATES)
+        self._queue: queue.Queue[Slot | None] = queue.Queue(QUEUED_STATES)
+        self._opened = threading.Event()
+        self._shard: ShardWriter | None = None
         self._error: BaseException | None = None
         self._aborted = False
         self._thread = threading.Thread(target=self._run, args=(writer, key), daemon=True)
         self._thread.start()
 
-    def put(self, item: _Item | None) -> None:
-        """Queue a batch, waiting while the queue is full; None ends the shard."""
+    def put(self, array: str, layer: int | None, first: int, values: Tensor) -> None:
+        """Round a batch and queue it, waiting while the queue is full.
+
+        It is rounded here, by all of torch's threads, to where it will be written from: each of them would
+        wait for a thread that takes a core for it.
+        """
+        self._opened.wait()
         if self._error:
             raise self._error
-        self._queue.put(item)
+        assert self._shard is not None
+        slot = self._shard.slot(array, layer, first, len(values))
+        for out, sequence in zip(torch.from_numpy(slot.values), values, strict=True):
+            if sequence.dtype == torch.bfloat16:  # directly to float16 takes torch six times as long
+                sequence = sequence.float()  # one by one they stay in the processor's cache
+            out.copy_(sequence)
+        self._queue.put(slot)
+
+    def end(self) -> None:
+        """All of the shard is queued."""
+        if self._error:
+            raise self._error
+        self._queue.put(None)
 
     def abort(self) -> None:
         """Discard the shard."""
@@ -101,13 +105,15 @@ class _ShardThread:
 
     def _run(self, writer: StoreWriter, key: ShardKey) -> None:
         try:
-            with writer.shard(key) as shard:
-                while item := self._queue.get():
-                    shard.put(item.array, item.layer, item.first, item.values)
+            with writer.shard(key) as self._shard:
+                self._opened.set()
+                while slot := self._queue.get():
+                    self._shard.write(slot)
                 if self._aborted:
                     raise InterruptedError
         except BaseException as error:  # whatever it is, the caller hears of it
             self._error = error
+            self._opened.set()
             while not self._aborted and self._queue.get() is not None:  # the caller may be waiting for room
                 pass
 
@@ -128,16 +134,16 @@ class _Background:
     def begin_shard(self, key: ShardKey) -> None:
         self._current = _ShardThread(self._writer, key)
 
-    def put(self, item: _Item) -> None:
+    def put(self, array: str, layer: int | None, first: int, values: Tensor) -> None:
         """Queue a batch of the current shard; waits while the queue is full."""
         assert self._current is not None, "no shard was begun"
-        self._current.put(item)
+        self._current.put(array, layer, first, values)
 
     def end_shard(self) -> None:
         """All of the current shard is queued; it may be committed once the one before is."""
         self._wait()
         assert self._current is not None, "no shard was begun"
-        self._current.put(None)
+        self._current.end()
         self._before, self._current = self._current, None
 
     def _wait(self) -> None:
@@ -156,9 +162,3 @@ class _Background:
         else:
             with suppress(Exception):  # the caller's error is the one to tell
                 self._wait()
-
-
-def _as(values: Tensor, dtype: torch.dtype) -> np.ndarray:
-    if values.dtype == torch.bfloat16:  # torch takes six times as long from there to float16 directly
-        values = values.float()
-    return values.to("cpu", dtype).numpy()

@@ -27,7 +27,7 @@ from lftpipe.packing import positions
 from lftpipe.settings import ExtractSettings, InfoSettings
 from lftpipe.stages.extract import extract
 from lftpipe.stages.info import info, summary
-from lftpipe.store import ShardWriter, Store, verify_store
+from lftpipe.store import ShardWriter, Slot, Store, verify_store
 
 CONTEXT = 32
 
@@ -425,15 +425,15 @@ def test_the_error_of_bfloat16_is_that_between_two_stores(settings, tmp_path, mo
 def test_the_error_of_bfloat16_is_measured_once_in_a_stores_life(settings, monkeypatch):
     monkeypatch.setattr("lftpipe.plan.SHARD_BYTES", 120_000)
     settings = change(settings, compute_dtype="bfloat16")
-    put, calls = ShardWriter.put, []
+    write, calls = ShardWriter.write, []
 
-    def interrupted(self: ShardWriter, *arguments: Any) -> None:
+    def interrupted(self: ShardWriter, slot: Slot) -> None:
         calls.append(1)
         if len(calls) == 60:
             raise KeyboardInterrupt
-        put(self, *arguments)
+        write(self, slot)
 
-    monkeypatch.setattr(ShardWriter, "put", interrupted)
+    monkeypatch.setattr(ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(settings)
     monkeypatch.setattr("lftpipe.stages.extract.measured_trunk", None)

@@ -3,7 +3,7 @@
 from lftpipe.store.batches import Batch, Logits, batch_sequences
 from lftpipe.store.layout import ShardKey, StoreSpec
 from lftpipe.store.reader import Store
-from lftpipe.store.shard_writer import ShardWriter
+from lftpipe.store.shard_writer import ShardWriter, Slot
 from lftpipe.store.verify import Damage, Report, verify_store
 from lftpipe.store.writer import StoreWriter
 
@@ -14,6 +14,7 @@ __all__ = [
     "Report",
     "ShardKey",
     "ShardWriter",
+    "Slot",
     "Store",
     "StoreSpec",
     "StoreWriter",

@@ -22,8 +22,9 @@ import xxhash
 _MISSING = 2**64 - 1
 _CRC_BYTES = 4
 
-#: Bytes gathered for one write past the page cache: many times what a disk's block and a page need.
-_GATHERED = 4 * 2**20
+#: Bytes gathered at least for one write past the page cache: many times what a disk's block and a page need.
+_GATHERED = 8 * 2**20
+_NOTHING = np.empty(0, np.uint8)
 
 
 class Record(NamedTuple):
@@ -47,29 +48,70 @@ def _crc(data: np.ndarray | bytes) -> bytes:
     return google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
 
 
+class Room(NamedTuple):
+    """Memory from which some chunks of equal size will be written, with place for the crc32c of each."""
+
+    pages: np.ndarray
+    """Bytes, from a page of memory on that stands for a page of the file."""
+    start: int
+    """Where in them the chunks begin."""
+    offset: int
+    """Where in the file."""
+    num_chunks: int
+    stride: int
+    """Bytes from chunk to chunk."""
+
+    def values(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The chunks as an array of `(num_chunks, *shape)` to be filled."""
+        end = self.start + self.num_chunks * self.stride
+        rows = self.pages[self.start : end].reshape(self.num_chunks, self.stride)
+        return rows[:, :-_CRC_BYTES].view(dtype).reshape(self.num_chunks, *shape)
+
+
 class ChunkWriter:
     """Appends chunks to a new file next to ``path``; whoever calls `seal` renames it.
 
     The bytes go past the page cache where the file system allows it: copying them there and waiting for
     the kernel to write them back took a fifth of the processor's time and a third of the disk's speed.
+    Such writes need whole pages of memory and of the file, so chunks are made where they will be written
+    from: one thread may take rooms for those to come while another fills and writes those before.
+
+    Parameters
+    ----------
+    free
+        Memory that other writers of the same store let go; this one takes from it and gives back.
     """
 
-    def __init__(self, path: Path, num_chunks: int) -> None:
+    def __init__(self, path: Path, num_chunks: int, free: list[np.ndarray] | None = None) -> None:
         self.path = partial_file(path)
         self._index = np.full((num_chunks, 2), _MISSING, "<u8")
         self._digest = xxhash.xxh3_128()
-        self._offset = 0
-        self._gathered = _pages(_GATHERED)
-        self._fill = 0
+        self._free = [] if free is None else free
+        self._pages, self._taken, self._planned = _NOTHING, 0, 0  # of the room to be taken next
+        self._filling, self._filled, self._offset = _NOTHING, 0, 0  # of the chunk to be filled next
         self._fd, self._direct = _create(self.path)
+
+    def room(self, count: int, chunk_bytes: int) -> Room:
+        """Memory for some chunks of so many bytes; rooms must be filled in the order they are taken."""
+        stride = chunk_bytes + _CRC_BYTES
+        if self._taken + count * stride > len(self._pages):
+            self._taken = self._planned % mmap.PAGESIZE  # what the pages before do not write
+            self._pages = _pages(self._taken + count * stride, self._free)
+        room = Room(self._pages, self._taken, self._planned, count, stride)
+        self._taken += count * stride
+        self._planned += count * stride
+        return room
+
+    def fill(self, room: Room, within: int, chunk: int) -> None:
+        """The room's chunk `within` is there: sum it up as `chunk` of the file, and write what is full."""
+        if self._index[chunk, 0] != _MISSING:
+            raise ValueError(f"chunk {chunk} of {self.path} is put twice")
+        self._index[chunk] = self._offset, room.stride
+        self._sum(room, within)
 
     def put(self, chunk: int, data: np.ndarray | bytes) -> None:
         """Append one encoded chunk: a C-contiguous array or bytes. The order of chunks is free."""
-        if self._index[chunk, 0] != _MISSING:
-            raise ValueError(f"chunk {chunk} of {self.path} is put twice")
-        start = self._offset
-        self._append(data, _crc(data))
-        self._index[chunk] = start, self._offset - start
+        self.fill(self._copy(data), 0, chunk)
 
     def missing(self, chunks: range) -> int | None:
         """The first of these chunks that was not put."""
@@ -78,14 +120,14 @@ class ChunkWriter:
 
     def seal(self, sequences: int) -> Record:
         """Write the index and wait until all is on the disk."""
-        index = self._index.tobytes()
-        self._append(index, _crc(index))
-        blocks = self._fill - self._fill % mmap.PAGESIZE  # the file need not end with a whole one
-        self._write(self._gathered[:blocks])
+        self._sum(self._copy(self._index.tobytes()), 0)
+        whole = self._filled - self._filled % mmap.PAGESIZE  # the file need not end with a whole page
+        self._write(self._filling[:whole])
         self._through_page_cache()
-        self._write(self._gathered[blocks : self._fill])
+        self._write(self._filling[whole : self._filled])
         os.fsync(self._fd)
         self._close()
+        self._free.append(self._filling)
         return Record(sequences, self._offset, self._digest.hexdigest())
 
     def discard(self) -> None:
@@ -93,21 +135,28 @@ class ChunkWriter:
         self._close()
         self.path.unlink(missing_ok=True)
 
-    def _append(self, *parts: np.ndarray | bytes) -> None:
-        for part in parts:
-            view = memoryview(part.data if isinstance(part, np.ndarray) else part).cast("B")
-            self._digest.update(view)
-            self._offset += len(view)
-            while view:
-                count = min(len(view), _GATHERED - self._fill)
-                self._gathered[self._fill : self._fill + count] = view[:count]
-                self._fill += count
-                view = view[count:]
-                if self._fill == _GATHERED:
-                    self._write(self._gathered)
-                    self._fill = 0
+    def _copy(self, data: np.ndarray | bytes) -> Room:
+        given = np.frombuffer(data, np.uint8)
+        room = self.room(1, len(given))
+        room.values("uint8", given.shape)[0] = given
+        return room
 
-    def _write(self, view: memoryview) -> None:
+    def _sum(self, room: Room, within: int) -> None:
+        assert room.offset + within * room.stride == self._offset, "rooms are filled out of order"
+        if room.pages is not self._filling:
+            whole = self._filled - self._filled % mmap.PAGESIZE
+            self._write(self._filling[:whole])
+            room.pages[: self._filled - whole] = self._filling[whole : self._filled]
+            self._free.append(self._filling)
+            self._filling = room.pages
+        self._filled = room.start + (within + 1) * room.stride
+        chunk = room.pages[self._filled - room.stride : self._filled]
+        chunk[-_CRC_BYTES:] = np.frombuffer(_crc(chunk[:-_CRC_BYTES]), np.uint8)
+        self._digest.update(chunk.data)
+        self._offset += room.stride
+
+    def _write(self, data: np.ndarray) -> None:
+        view = data.data
         while view:  # a write may be cut short, by a full disk for one
             try:
                 view = view[os.write(self._fd, view) :]
@@ -128,12 +177,15 @@ class ChunkWriter:
             self._fd = -1
 
 
-def _pages(num_bytes: int) -> memoryview:
+def _pages(num_bytes: int, free: list[np.ndarray]) -> np.ndarray:
     """Memory that begins on a page, as direct writes need it; huge pages take less time to hand over."""
-    pages = mmap.mmap(-1, num_bytes)
+    while free:
+        if len(pages := free.pop()) >= num_bytes:
+            return pages
+    memory = mmap.mmap(-1, max(num_bytes, _GATHERED))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(pages)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _create(path: Path) -> tuple[int, bool]:

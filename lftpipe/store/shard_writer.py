@@ -1,6 +1,8 @@
 """One shard of several arrays in the making: values are checked, encoded and appended as they come."""
 
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -10,7 +12,7 @@ from lftpipe.manifest import sync_folder
 from lftpipe.store.codec import encode
 from lftpipe.store.journal import Records, disk_errors
 from lftpipe.store.layout import ArrayLayout, ShardKey
-from lftpipe.store.shard import ChunkReader, ChunkWriter, DamagedShardError
+from lftpipe.store.shard import ChunkReader, ChunkWriter, DamagedShardError, Room
 
 # dtype -> signed and unsigned type of its bits, and those of infinity and -infinity: where no value's bits
 # reach the first as a signed number, nor the second as an unsigned one, all are finite.
@@ -20,11 +22,29 @@ _BITS = {
 }
 
 
+class Slot(NamedTuple):
+    """Some sequences of one layer, to be filled where they will be written from."""
+
+    values: Shaped[np.ndarray, "sequence position ..."]
+    """To be filled; no two sequences need lie next to each other."""
+    layout: ArrayLayout
+    layer: int | None
+    within: int
+    """Which of the shard's sequences it begins with."""
+    room: Room | None
+    """None if it has to be encoded first."""
+
+
 class ShardWriter:
-    """Takes blocks of sequences of one layer in any order and holds no more than one chunk of them."""
+    """Takes batches of sequences of one layer in any order and holds no more than some of them."""
 
     def __init__(
-        self, store: Path, key: ShardKey, arrays: list[ArrayLayout], sequences_per_shard: int
+        self,
+        store: Path,
+        key: ShardKey,
+        arrays: list[ArrayLayout],
+        sequences_per_shard: int,
+        free: list[np.ndarray],
     ) -> None:
         """Use `StoreWriter.shard`."""
         self.key = key
@@ -32,14 +52,14 @@ class ShardWriter:
         self._origin = key.index * sequences_per_shard
         self._files = {array.name: array.file(key.split, key.index) for array in arrays}
         self._store = store
+        self._free = free
         self._chunks: dict[str, ChunkWriter] = {}
-        kinds = {(array.dtype, array.chunk) for array in arrays}
-        self._values = {(dtype, chunk): np.empty(chunk, dtype) for dtype, chunk in kinds}
 
-    def put(
-        self, array: str, layer: int | None, first: int, block: Shaped[np.ndarray, "sequence position ..."]
-    ) -> None:
-        """Append some sequences of one layer.
+    def slot(self, array: str, layer: int | None, first: int, count: int) -> Slot:
+        """Memory for some sequences of one layer, to be filled and given to `write`.
+
+        One thread may take and fill slots while another writes those before; they are written in the
+        order in which they are taken.
 
         Parameters
         ----------
@@ -48,37 +68,72 @@ class ShardWriter:
         layer
             The layer l itself, not its index; None for logits.
         first
-            Which of ``key.sequences`` the block begins with.
-        block
-            Float16 or float32, (sequence, position, feature); ids are int32. What has the storage dtype is
-            taken as it is, without a copy; numpy rounds float32 to float16 more slowly than the disk writes.
+            Which of ``key.sequences`` it begins with.
+        count
+            How many there are.
+
+        Raises
+        ------
+        ValueError
+            If they are not in the shard.
+        """
+        layout = self._arrays[array]
+        if first < 0 or first + count > len(self.key.sequences):
+            raise ValueError(f"{count} sequences at {first} do not fit a shard of {len(self.key.sequences)}")
+        within = self.key.sequences.start + first - self._origin
+        if layout.coded:
+            return Slot(np.empty((count, *layout.chunk), layout.dtype), layout, layer, within, None)
+        chunk_bytes = np.dtype(layout.dtype).itemsize * math.prod(layout.chunk)
+        room = self._chunks[array].room(count, chunk_bytes)
+        return Slot(room.values(layout.dtype, layout.chunk), layout, layer, within, room)
+
+    def write(self, slot: Slot) -> None:
+        """Check, encode and append a slot that was filled.
 
         Raises
         ------
         StoreError
             If a value is not finite or too large for the storage dtype, or the disk is full.
         ValueError
-            If the block does not fit the shard, or a sequence is put twice.
+            If a sequence is put twice.
         """
-        layout = self._arrays[array]
-        begin = self.key.sequences.start + first - self._origin
-        if first < 0 or first + len(block) > len(self.key.sequences) or block.shape[1:] != layout.chunk:
-            raise ValueError(
-                f"a block of shape {block.shape} at {first} does not fit {len(self.key.sequences)} sequences "
-                f"of {layout.chunk}"
-            )
-        for within, values in enumerate(block, start=begin):
-            values = self._storable(layout, layer, within, values)
-            encoded = encode(values) if layout.coded else values
+        chunks = self._chunks[slot.layout.name]
+        for number, values in enumerate(slot.values):
+            within = slot.within + number
+            self._check(slot, within, values)
+            chunk = slot.layout.chunk_number(slot.layer, within)
             with disk_errors(self._store):
-                self._chunks[array].put(layout.chunk_number(layer, within), encoded)
+                if slot.room:
+                    chunks.fill(slot.room, number, chunk)
+                else:
+                    chunks.put(chunk, encode(values))
+
+    def put(
+        self, array: str, layer: int | None, first: int, block: Shaped[np.ndarray, "sequence position ..."]
+    ) -> None:
+        """Append a copy of some sequences of one layer: `slot` and `write` in one.
+
+        Parameters
+        ----------
+        block
+            Float16 or float32, (sequence, position, feature); ids are int32. numpy rounds float32 to
+            float16 more slowly than the disk writes.
+        """
+        if block.shape[1:] != (chunk := self._arrays[array].chunk):
+            raise ValueError(f"a block of shape {block.shape} does not hold sequences of {chunk}")
+        slot = self.slot(array, layer, first, len(block))
+        with np.errstate(over="ignore"):  # an overflow gives an infinity, which is reported
+            np.copyto(slot.values, block, casting="same_kind")
+        self.write(slot)
 
     def begin(self) -> None:
         """Open the files; when a store grows, copy what the last shard holds from the file to be replaced."""
         kept = self.key.sequences.start - self._origin
         with disk_errors(self._store):
             for name, array in self._arrays.items():
-                self._chunks[name] = ChunkWriter(self._store / self._files[name], array.chunks_per_shard)
+                self._chunks[name] = ChunkWriter(
+                    self._store / self._files[name], array.chunks_per_shard, self._free
+                )
         for name, array in self._arrays.items() if kept else ():
             try:
                 old = ChunkReader(self._store / self._files[name], array.chunks_per_shard)
@@ -115,31 +170,19 @@ class ShardWriter:
         for chunks in self._chunks.values():
             chunks.discard()
 
-    def _storable(
-        self, layout: ArrayLayout, layer: int | None, within: int, values: np.ndarray
-    ) -> np.ndarray:
-        """The values as they are stored, C-contiguous, checked to be finite."""
-        given = values
-        if values.dtype != layout.dtype or not values.flags.c_contiguous:
-            values = self._values[layout.dtype, layout.chunk]
-            with np.errstate(over="ignore"):  # an overflow gives an infinity, which is reported below
-                np.copyto(values, given, casting="same_kind")
-        if layout.dtype in _BITS:
-            signed, infinity, unsigned, minus_infinity = _BITS[layout.dtype]
-            if values.view(signed).max() >= infinity or values.view(unsigned).max() >= minus_infinity:
-                raise self._not_finite(layout, layer, within, given)
-        return values
-
-    def _not_finite(
-        self, layout: ArrayLayout, layer: int | None, within: int, values: np.ndarray
-    ) -> StoreError:
-        with np.errstate(over="ignore"):
-            bad = np.argwhere(~np.isfinite(values.astype(layout.dtype)))
+    def _check(self, slot: Slot, within: int, values: np.ndarray) -> None:
+        if slot.layout.dtype not in _BITS:
+            return
+        signed, infinity, unsigned, minus_infinity = _BITS[slot.layout.dtype]
+        if values.view(signed).max() < infinity and values.view(unsigned).max() < minus_infinity:
+            return
+        bad = np.argwhere(~np.isfinite(values))
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        array = layout.name if layer is None else f"{layout.name} layer {layer}"
+        layout = slot.layout
+        array = layout.name if slot.layer is None else f"{layout.name} layer {slot.layer}"
         axes = ("channel" if axis == "feature" else axis for axis in layout.axes)
         place = ", ".join(f"{axis} {index}" for axis, index in zip(axes, bad[0], strict=True))
-        return StoreError(
+        raise StoreError(
             f"{values[tuple(bad[0])]:g} in {array}, {self.key.split} sequence {self._origin + within}, "
             f"{place}{more}",
             f"finite values within {np.finfo(layout.dtype).max:g}",

@@ -40,6 +40,7 @@ class StoreWriter:
         self._records: Records = {}  # all shards that count as done
         self._checked: Records = {}  # those whose bytes this process wrote, or an earlier `finish` read
         self._commits = threading.Lock()
+        self._free: list[np.ndarray] = []  # memory that shards written before let go
 
     @classmethod
     def open(
@@ -204,7 +205,7 @@ class StoreWriter:
     @contextmanager
     def _writing(self, key: ShardKey, arrays: list[ArrayLayout]) -> Iterator[ShardWriter]:
         assert self._journal is not None, "nothing is pending in a complete store"
-        shard = ShardWriter(self.path, key, arrays, self.spec.sequences_per_shard)
+        shard = ShardWriter(self.path, key, arrays, self.spec.sequences_per_shard, self._free)
         try:
             shard.begin()
             yield shard

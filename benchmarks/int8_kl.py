@@ -1,0 +1,128 @@
+"""What `--dtype int8` costs a flow layer: trained alike from a float16 and an int8 store of the same tokens.
+
+    python benchmarks/int8_kl.py [--model pythia-tiny] [--block 4:8] [--tokens 100000] [--train-tokens 400000]
+
+Extracts the same tokens twice, trains the same layer (regression by default; same seed, same batches) from
+each store, and scores both over the validation states of the float16 store, against the same reference.
+Prints the KL, NMSE and perplexity of both, the ratio of int8 to float16, and what `lftpipe evaluate` says
+of the int8 run on its own store, whose states are coded too. Everything is made in a temporary workspace.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lftpipe.runs import open_run
+from lftpipe.scoring import Row, run_rows, score
+from lftpipe.settings import EvaluateSettings, ExtractSettings, TrainSettings
+from lftpipe.stages.evaluate import evaluate
+from lftpipe.stages.extract import extract
+from lftpipe.stages.train import teacher_of, train
+from lftpipe.store import Store
+
+DTYPES = ("float16", "int8")
+FIGURES = ("kl", "nmse", "nmse_without_first", "ppl")
+
+
+def trained(options: argparse.Namespace, folder: Path, dtype: Any) -> tuple[Path, Path, int]:
+    """A store of this dtype, the run trained from it, and the bytes of its states."""
+    shared: dict[str, Any] = {
+        "workspace": options.workspace,
+        "store": folder / dtype / "states.zarr",
+        "seed": options.seed,
+        "threads": options.threads,
+    }
+    made = extract(
+        ExtractSettings(
+            **shared,
+            model=options.model,
+            corpus=options.corpus,
+            context=options.context,
+            tokens=options.tokens,
+            validation_tokens=options.validation_tokens,
+            layers=options.block.replace(":", ","),
+            attention=False,
+            dtype=dtype,
+        )
+    )
+    run = folder / dtype / "run"
+    train(
+        TrainSettings(
+            **shared,
+            block=options.block,
+            objective=options.objective,
+            walk_steps=options.k,
+            solver="euler",
+            tokens=options.train_tokens,
+            batch_tokens=options.batch_tokens,
+            run=str(run),
+        )
+    )
+    return shared["store"], run, made["bytes"]
+
+
+def rows_of(runs: list[Path], store_path: Path, options: argparse.Namespace) -> list[Row]:
+    """Both runs over the validation states of one store."""
+    store = Store.open(store_path)
+    teacher = teacher_of(store, options.workspace)
+    rows = [row for run in runs for row in run_rows(open_run(run), (options.k,), teacher, "cpu")]
+    score(rows, store, teacher, batch_tokens=2048, compute_dtype="float32", device="cpu")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="pythia-tiny")
+    parser.add_argument("--workspace", type=Path, default=Path("data"), help="where GGUF teachers are")
+    parser.add_argument("--corpus", default="python-stdlib")
+    parser.add_argument("--block", default="4:8")
+    parser.add_argument("--objective", default="regression")
+    parser.add_argument("--k", type=int, default=1, help="steps of flow walking, in training and scoring")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--validation-tokens", type=int, default=20_000)
+    parser.add_argument("--train-tokens", type=int, default=400_000)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None, help="where the stores go (default: temporary)")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file too")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        stores, runs, sizes = zip(*(trained(options, folder, dtype) for dtype in DTYPES), strict=True)
+        rows = [row.plain() for row in rows_of(list(runs), stores[0], options)]
+        own = evaluate(
+            EvaluateSettings(
+                workspace=options.workspace,
+                store=stores[1],
+                runs=(str(runs[1]),),
+                k=(options.k,),
+                skips=(),
+                threads=options.threads,
+            )
+        )["rows"][-1]
+    finally:
+        shutil.rmtree(folder)
+    print(
+        f"{options.model} {options.block} {options.objective}, {options.train_tokens:,} training tokens of "
+        f"{options.tokens:,}, seed {options.seed}; int8 store {sizes[1] / sizes[0]:.3f} of float16's bytes"
+    )
+    for key in FIGURES:
+        first, second = (row[key] for row in rows)
+        print(
+            f"  {key:18} float16 {first:.6g}   int8 {second:.6g}   ratio {second / first:.4f}   "
+            f"int8 on its own store {own[key]:.6g}"
+        )
+    if options.json:
+        found = {"float16": rows[0], "int8": rows[1], "int8_own_store": own, "bytes": sizes}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
