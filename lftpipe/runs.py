@@ -141,7 +141,7 @@ def build_flow(teacher: Teacher, velocity: dict[str, bool]) -> nn.Module:
     if velocity.get("linear"):
         return LinearMap(teacher.width)
     with torch.device("meta"):
-        return Velocity(empty_layer(teacher), teacher.width, time=velocity["time"], shift=velocity["shift"])
+        return Velocity(empty_layer(teacher), teacher.width, **velocity)
 
 
 def load_flow(run: Run, teacher: Teacher) -> nn.Module:

@@ -18,7 +18,8 @@ from lftpipe import progress, runs
 from lftpipe.compute import cast_linear, resolve_compute_dtype
 from lftpipe.flow.adaptive import sample_adaptively
 from lftpipe.flow.path import States
-from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver
+from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver, VelocityField
+from lftpipe.flow.velocity import Velocity
 from lftpipe.metrics import LogitMetrics, Reference, StateMetrics
 from lftpipe.packing import positions
 from lftpipe.settings import ComputeDtype
@@ -227,9 +228,15 @@ def _flowing(flow: nn.Module, method: Method, k: int) -> Callable[[States, Atten
     """`k` steps through a flow layer (algorithm 3)."""
 
     def predict(x_0: States, context: AttentionContext) -> States:
-        return ODESolver(lambda x, t: flow(x, t, context), method).sample(x_0, k)
+        return ODESolver(_velocity(flow, x_0, context), method).sample(x_0, k)
 
     return predict
+
+
+def _velocity(flow: nn.Module, x_0: States, context: AttentionContext) -> VelocityField:
+    """A flow layer in its context; a linear map sees no source."""
+    source = {"source": x_0} if isinstance(flow, Velocity) else {}
+    return lambda x, t: flow(x, t, context, **source)
 
 
 def _choosing(
@@ -238,7 +245,7 @@ def _choosing(
     """As many steps as each token needs, and a record of them."""
 
     def predict(x_0: States, context: AttentionContext) -> States:
-        sample = sample_adaptively(lambda x, t: flow(x, t, context), x_0, most, evaluations.threshold)
+        sample = sample_adaptively(_velocity(flow, x_0, context), x_0, most, evaluations.threshold)
         evaluations.total += int(sample.evaluations.sum())
         evaluations.num_tokens += sample.evaluations.numel()
         return sample.x_1

@@ -17,6 +17,7 @@ SolverName = Literal["midpoint", "euler"]
 Predictor = Literal["ratio", "gap", "displacement", "probe"]
 LossScale = Literal["token", "channel", "none"]
 WalkTimes = Literal["uniform", "equal"]
+Condition = Literal["none", "source"]
 Form = Literal["latent-flow", "plain"]
 WeightsDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -128,6 +129,8 @@ class TrainSettings(Common):
     """Weight of SFM in the hybrid objective (eq. 9)."""
     loss: str | None = None
     """Weighted terms in stages, as in `fw@0.7/fw:0.1,logits` (docs/training.md); default: the objective's."""
+    condition: Condition = "none"
+    """What the velocity sees beside `x_t` and `t`: nothing, or the `source` `x_0`."""
     walk_times: WalkTimes = "uniform"
     """Times of a walk: drawn anew for each (algorithm 2), or in equal steps as at inference."""
     loss_scale: LossScale = "token"

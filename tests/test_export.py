@@ -105,6 +105,7 @@ def test_an_unrolled_student_shares_nothing_that_is_trained(
         ("llama", {}, {"k": 2}, "in 2 steps of sequential-residual layers"),
         ("neox-sequential", {}, {"k": 3}, "in 3 steps of sequential-residual layers"),
         ("llama", {"velocity": {"shift": True}}, {"k": 1}, "no bias to fold one into"),
+        ("neox", {"velocity": {"source": True}}, {}, "whose velocity sees x_0"),
         ("neox", {"velocity": {"linear": True, "time": False, "shift": False}}, {}, "a linear map"),
     ],
 )

@@ -27,6 +27,7 @@ def trained(request, stores, tmp_path_factory) -> tuple[Path, list[str]]:
         tokens=20 * 4 * CONTEXT,
         batch_tokens=4 * CONTEXT,
         compute_dtype="float32",
+        condition="source",
         run=str(tmp_path_factory.mktemp("together") / "run"),
     )
     return store, [result["run"] for result in train(settings)["runs"]]

@@ -60,20 +60,40 @@ class Velocity(nn.Module):
     shift
         Whether to predict shifts; default: only where the norm has a bias that one folds into,
         so that an Euler student exports to the teacher's own architecture.
+    source
+        Whether it sees `x_0` too: `u(x_t, t, x_0)`. Trajectories may cross then, since `x_0` tells them apart.
     """
 
-    def __init__(self, layer: Branches, width: int, *, time: bool = True, shift: bool | None = None) -> None:
+    def __init__(
+        self,
+        layer: Branches,
+        width: int,
+        *,
+        time: bool = True,
+        shift: bool | None = None,
+        source: bool = False,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.shift = layer.has_norm_bias if shift is None else shift
         self.modulation = Modulation(width, shift=self.shift) if time else None
+        self.source = nn.Linear(width, width, bias=False) if source else None
+        if self.source is not None:
+            nn.init.zeros_(self.source.weight)
 
     def branches(
-        self, x: States, t: Times, context: AttentionContext, modulations: Modulations | None = None
+        self,
+        x: States,
+        t: Times,
+        context: AttentionContext,
+        modulations: Modulations | None = None,
+        *,
+        source: States | None = None,
     ) -> tuple[States, States]:
         """The attention's and the MLP's share of the velocity; their sum is `forward`.
 
-        Whoever knows what `modulation(t)` gives may pass it as `modulations`.
+        Whoever knows what `modulation(t)` gives may pass it as `modulations`. `source` is `x_0`, for a
+        velocity that sees it.
         """
         layer = self.layer
         if self.modulation is None:
@@ -81,14 +101,24 @@ class Velocity(nn.Module):
             return attention, layer.mlp(layer.mlp_norm(x if layer.parallel else x + attention))
         scale_a, gate_a, scale_m, gate_m, *shifts = modulations or self.modulation(t)
         shift_a, shift_m = shifts or (0.0, 0.0)
-        normed = (1 + scale_a) * layer.attention_norm(x) + shift_a
+        seen: States | float = 0.0
+        if self.source is not None:
+            assert source is not None, "this velocity sees x_0"
+            seen = self.source(layer.attention_norm(source))
+        normed = (1 + scale_a) * layer.attention_norm(x) + shift_a + seen
         attention = (1 + gate_a) * layer.attention(normed, context)
         y = x if layer.parallel else x + attention
-        normed = (1 + scale_m) * layer.mlp_norm(y) + shift_m
+        normed = (1 + scale_m) * layer.mlp_norm(y) + shift_m + seen
         return attention, (1 + gate_m) * layer.mlp(normed)
 
     def forward(
-        self, x: States, t: Times, context: AttentionContext, modulations: Modulations | None = None
+        self,
+        x: States,
+        t: Times,
+        context: AttentionContext,
+        modulations: Modulations | None = None,
+        *,
+        source: States | None = None,
     ) -> States:
-        attention, mlp = self.branches(x, t, context, modulations)
+        attention, mlp = self.branches(x, t, context, modulations, source=source)
         return attention + mlp

@@ -180,6 +180,12 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
         If the store lacks a state of the block or has nothing to train on, or the settings contradict.
     """
     m, n = block
+    if settings.condition == "source" and settings.objective in ("regression", "linear"):
+        raise SettingsError(
+            f"--condition source with --objective {settings.objective}",
+            "a flow: this layer sees x_0 and nothing else",
+            "use --objective fw",
+        )
     if settings.objective == "hybrid" and settings.alpha == 0:
         raise SettingsError("--objective hybrid --alpha 0", "a positive --alpha", "use --objective fw")
     terms = _terms(settings)

@@ -15,7 +15,7 @@ from lftpipe import runs
 from lftpipe.errors import LftpipeError, RunError, TeacherError
 from lftpipe.runs import Run
 from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
-from lftpipe.student.config import Block
+from lftpipe.student.config import Block, Kind
 from lftpipe.teacher.source import FAMILIES, Teacher, open_teacher, quiet_transformers
 
 #: By family. transformers types its classes too loosely for a checker to follow.
@@ -169,7 +169,8 @@ def _block(run: Run) -> Block:
     m, n = run.block
     if run.velocity.get("linear"):
         return Block(m, n, "linear")
-    return Block(m, n, "flow" if run.has_time else "layer", run.velocity["shift"])
+    kind: Kind = "flow" if run.has_time else "layer"
+    return Block(m, n, kind, run.velocity["shift"], run.velocity.get("source", False))
 
 
 def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ class Block:
     """`flow` is run in steps; `layer` (the regression baseline) and `linear` once."""
     shift: bool = False
     """Whether the flow's modulation predicts shifts."""
+    source: bool = False
+    """Whether the flow sees the block's input too."""
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)

@@ -60,11 +60,16 @@ class FlowLayer(GradientCheckpointingLayer):
             self.velocity = LinearMap(config.hidden_size)
         else:
             self.velocity = Velocity(
-                Branches(family, config, 0), config.hidden_size, time=block.kind == "flow", shift=block.shift
+                Branches(family, config, 0),
+                config.hidden_size,
+                time=block.kind == "flow",
+                shift=block.shift,
+                source=block.source,
             )
-            if self.velocity.modulation is not None:
+            zeros = [self.velocity.modulation and self.velocity.modulation.head, self.velocity.source]
+            for module in filter(None, zeros):
                 # Tells transformers to leave it as it is in a model with new weights: zero.
-                self.velocity.modulation.head._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
+                module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
         self.method: Method = "euler"
         self.steps = 1
         self.first_slot = 0
@@ -94,11 +99,12 @@ class FlowLayer(GradientCheckpointingLayer):
         context = AttentionContext(position_embeddings, attention_mask, position_ids)
         contexts = self._contexts(context, arguments.get(self.cache_argument))
         evaluations = itertools.count()
+        source = {"source": hidden_states} if self.block.source else {}
         self._forget_if_changed()
 
         def velocity(x: States, t: Times) -> States:
             modulations = self._modulations(next(evaluations), t)
-            return self.velocity(x, t, next(contexts), *modulations)
+            return self.velocity(x, t, next(contexts), *modulations, **source)
 
         return ODESolver(velocity, self.method).sample(hidden_states, self.steps)
 

@@ -55,6 +55,12 @@ def check_foldable(student: Any) -> None:
                 "k = 1: the MLP would have to see the whole attention branch, the residual a part of it",
                 "use --k 1, or --form latent-flow",
             )
+        if block.source:
+            raise RunError(
+                f"{name} whose velocity sees x_0",
+                "one that sees x_t alone: no ordinary layer sees an earlier state",
+                "use --form latent-flow, or train with --condition none",
+            )
         if block.shift and not _flow_layers(student)[block].velocity.layer.has_norm_bias:
             raise RunError(
                 f"{name} with a shift of the normed states",

@@ -54,7 +54,10 @@ class Training:
         self.stages = parse_loss(loss_text(settings))
         self.stage_starts = stage_starts(self.stages, self.num_steps)
         self.flow = Velocity(
-            load_layer(teacher, self.m), teacher.width, time=settings.objective != "regression"
+            load_layer(teacher, self.m),
+            teacher.width,
+            time=settings.objective != "regression",
+            source=settings.condition == "source",
         ).to(self.device)
         self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
         self.optimizer = self._make_optimizer()
@@ -229,7 +232,11 @@ class Training:
     def finish(self) -> dict[str, Any]:
         """Write weights and manifest; what to tell of the run."""
         self.kept.settle()
-        shape = {"time": self.flow.modulation is not None, "shift": self.flow.shift}
+        shape = {
+            "time": self.flow.modulation is not None,
+            "shift": self.flow.shift,
+            "source": self.flow.source is not None,
+        }
         manifest = manifest_of(self.settings, self.store, self.block, shape)
         manifest["train_tokens"] = self.step * self.tokens_per_step
         if processes.rank() == 0:

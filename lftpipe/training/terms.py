@@ -50,7 +50,7 @@ class Problem:
         return self.batch.states[self.block[1]]
 
     def velocity(self, x: States, t: Times) -> States:
-        return self.flow(x, t, self.batch.context)
+        return self.flow(x, t, self.batch.context, source=self.x_0)
 
     @cached_property
     def end(self) -> States:
@@ -77,7 +77,7 @@ def _branches(problem: Problem) -> Loss:
     m, n = problem.block
     attention = torch.stack([problem.batch.attention[l] for l in range(m, n)]).sum(0)  # noqa: E741
     sample = LinearPath(problem.x_0, problem.x_1).sample(problem.t)
-    parts = problem.flow.branches(sample.x_t, sample.t, problem.batch.context)
+    parts = problem.flow.branches(sample.x_t, sample.t, problem.batch.context, source=problem.x_0)
     return branch_matching(parts, (attention, sample.dx_t - attention), problem.x_1, problem.scale)
 
 
