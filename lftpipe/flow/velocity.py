@@ -61,7 +61,7 @@ class Velocity(nn.Module):
         Whether to predict shifts; default: only where the norm has a bias that one folds into,
         so that an Euler student exports to the teacher's own architecture.
     source
-        Whether it sees `x_0` too: `u(x_t, t, x_0)`. Trajectories may cross then, since `x_0` tells them apart.
+        Whether it sees `x_0` too: `u(x_t, t, x_0)`. Trajectories may cross then: `x_0` tells them apart.
     """
 
     def __init__(
