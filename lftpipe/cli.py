@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 import lftpipe
+from lftpipe import progress
 from lftpipe import settings as settings_module
 from lftpipe.errors import LftpipeError, SettingsError
 from lftpipe.recipe import from_recipe
@@ -124,6 +125,8 @@ def _command(name: str, kind: type[Common], place: str) -> Callable[..., None]:
                 result = getattr(stage, function)(settings, sys.stdout)
             else:
                 result = getattr(stage, function)(settings)
+            if not progress.speaks():
+                return
             if as_json:
                 print(json.dumps(result))
             else:

@@ -1,5 +1,6 @@
 """Progress on stderr: a live line in a terminal, a plain line now and then in a log file."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ class Task:
         shown = "  ".join(f"{name} {value}" for name, value in fields.items())
         if self._live:
             self._live.update(self._id, completed=self.done, rate=rate, fields=shown)
-        elif time.monotonic() - self._printed > PLAIN_INTERVAL:
+        elif speaks() and time.monotonic() - self._printed > PLAIN_INTERVAL:
             self._printed = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)
             share = f"{100 * self.done / max(self.total, 1):.0f} %"
@@ -45,7 +46,7 @@ class Task:
 @contextmanager
 def task(label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
     """Show a step of `total` units, `done` of them before; the line goes away when the step is over."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not speaks())
     if not console.is_terminal:
         yield Task(label, total, unit, None, done)
         return
@@ -59,6 +60,11 @@ def task(label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
     )
     with Progress(*columns, console=console, transient=True) as live:
         yield Task(label, total, unit, live, done)
+
+
+def speaks() -> bool:
+    """Whether this process is the one to say something: of those that `torchrun` started, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def human(number: int | float) -> str:

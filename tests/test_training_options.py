@@ -364,6 +364,7 @@ def test_two_processes_have_the_loss_of_one_at_the_same_batch(settings, tmp_path
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("next: lftpipe evaluate") == 1  # one of the two speaks
     ours, theirs = ([row["loss"] for row in log_of(run)] for run in (settings.run, tmp_path / "two"))
     assert theirs == pytest.approx(ours, rel=1e-5)
     assert_same_weights(tmp_path / "two", settings.run, rtol=1e-3, atol=1e-5)
