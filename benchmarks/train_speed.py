@@ -1,8 +1,8 @@
 """Training from the cache against the same training with the teacher live: tokens/s, ratio, wait for data.
 
-    python benchmarks/train_speed.py --store data/smollm2-135m/states.zarr --block 12:20 [--objective sfm]
+    python benchmarks/train_speed.py --store data/smollm2-135m/states.zarr --block 12:20
 
-The same run in turn from the store and with `--from-teacher`, in one process; the median of the rounds counts.
+The same run in turn from the store and with `--from-teacher`, in one process; the rounds' median counts.
 Of each only the loop counts, from the first batch to the last step.
 """
 
