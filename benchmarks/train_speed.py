@@ -53,13 +53,11 @@ def main() -> None:
                     waits.append(result["data_wait_share"])
     cache, teacher = (statistics.median(rates[live]) for live in (False, True))
     ratios = sorted(a / b for a, b in zip(rates[False], rates[True], strict=True))
+    print(f"{options.block} {options.objective}, {options.tokens:,} tokens, {options.rounds} rounds")
     print(
-        f"{options.store} {options.block} {options.objective}, {options.tokens:,} tokens, {options.rounds} rounds"
+        f"  from the cache    {cache:9,.0f} tokens/s; waiting for data {max(waits):.2%} of the time at most"
     )
-    print(
-        f"  from the cache      {cache:9,.0f} tokens/s, {max(waits):.2%} of the time waiting for data at most"
-    )
-    print(f"  from the teacher    {teacher:9,.0f} tokens/s")
+    print(f"  from the teacher  {teacher:9,.0f} tokens/s")
     print(f"  ratio {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
