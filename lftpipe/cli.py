@@ -87,7 +87,8 @@ def _option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Any:
         hint = list[str]
     if isinstance(default, tuple):
         hint, default = str, ",".join(map(str, default))
-    shown = f" [default: {default}]" if default is not None and default != () and hint is not bool else ""
+    # Not in brackets: those are markup to rich, which would leave the default out.
+    shown = f" (default: {default})" if default is not None and default != () and hint is not bool else ""
     names = [SPELLINGS[field.name]] if field.name in SPELLINGS else []
     return Annotated[hint | None, typer.Option(*names, help=doc + shown, show_default=False)]
 

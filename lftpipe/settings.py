@@ -110,7 +110,7 @@ class RecoupleSettings(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(Common):
-    """`lftpipe train`: learn one flow layer for one block."""
+    """`lftpipe train`: learn a flow layer for a block, or several at once."""
 
     block: str = dataclasses.field(default="auto", metadata={"repeated": True})
     """`m:n`, half-open, or `auto`: the best block of `replace` of the layers by the map; several give a flow
