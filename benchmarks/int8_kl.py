@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lftpipe.rows import Row, run_rows
 from lftpipe.runs import open_run
-from lftpipe.scoring import Row, run_rows, score
+from lftpipe.scoring import score
 from lftpipe.settings import EvaluateSettings, ExtractSettings, TrainSettings
 from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.extract import extract

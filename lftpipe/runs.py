@@ -45,6 +45,8 @@ class Run:
     store_fingerprint: str
     teacher: dict[str, Any]
     velocity: dict[str, bool]
+    store_origin: str | None = None
+    """`Store.origin`, which a store keeps when it grows."""
 
     @property
     def has_time(self) -> bool:
@@ -113,6 +115,7 @@ def open_run(path: Path) -> Run:
         run = Run(
             path=path,
             block=(int(manifest["block"][0]), int(manifest["block"][1])),
+            store_origin=manifest.get("store_origin"),
             **{
                 key: manifest[key]
                 for key in (

@@ -75,6 +75,7 @@ MUST_NOT_KNOW = {
     "lftpipe.metrics": ("transformers", "zarr", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
     "lftpipe.correlation": ("torch", "transformers", "zarr", "lftpipe"),
     "lftpipe.probe": ("transformers", "zarr", "lftpipe.teacher.source", "lftpipe.training", "lftpipe.stages"),
+    "lftpipe.rows": ("transformers", "zarr", "lftpipe.store", "lftpipe.training", "lftpipe.stages"),
     "lftpipe.scoring": (
         "transformers",
         "zarr",

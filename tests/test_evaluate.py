@@ -206,6 +206,16 @@ def test_a_run_of_another_store_is_refused(stores, teachers, text_folder, tmp_pa
     assert not (other.parent / "results.json").exists()
 
 
+def test_a_run_is_still_its_stores_when_that_has_grown(teachers, text_folder, tmp_path):
+    store = extracted(tmp_path, teachers["neox"], text_folder, tokens=24 * CONTEXT)
+    run = trained(store, tmp_path / "run")
+    before = evaluate(EvaluateSettings(store=store, runs=(run,), k=(1,), out=tmp_path / "before.json"))
+    extracted(tmp_path, teachers["neox"], text_folder, tokens=48 * CONTEXT)
+    after = evaluate(EvaluateSettings(store=store, runs=(run,), k=(1,), out=tmp_path / "after.json"))
+    assert after["store_fingerprint"] != before["store_fingerprint"]
+    assert row_of(after, run="run")["kl"] == row_of(before, run="run")["kl"]
+
+
 def test_a_store_with_nothing_held_out_cannot_be_evaluated_on(teachers, text_folder, tmp_path):
     store = extracted(tmp_path, teachers["neox"], text_folder, validation_tokens=0)
     with pytest.raises(

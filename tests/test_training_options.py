@@ -123,6 +123,13 @@ def test_hybrid_is_walking_plus_alpha_times_matching(settings, tmp_path):
     assert losses["fw,sfm:0.3"] == pytest.approx(losses["fw"] + 0.3 * losses["sfm"], rel=1e-5)
 
 
+def test_hybrid_tends_to_walking_as_alpha_does_to_zero(settings, tmp_path):
+    train(change(settings, objective="hybrid", alpha=1e-9))
+    train(change(settings, run=str(tmp_path / "walk")))
+    ours, theirs = ([row["loss"] for row in log_of(run)] for run in (settings.run, tmp_path / "walk"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_one_euler_step_of_walking_is_regression_with_time(settings, tmp_path):
     """On the same estimator: both regress x_0 + u(x_0, 0) on x_1."""
     train(change(settings, walk_steps=1))

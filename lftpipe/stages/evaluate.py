@@ -16,7 +16,8 @@ from lftpipe.compute import prepare_processor
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.flow.path import States
 from lftpipe.results import COLUMNS, adaptive_section, cell, markdown_table
-from lftpipe.scoring import Row, run_rows, score, together_rows
+from lftpipe.rows import Row, run_rows, together_rows
+from lftpipe.scoring import score
 from lftpipe.settings import EvaluateSettings, to_plain
 from lftpipe.stages.train import teacher_of
 from lftpipe.store import Store
@@ -59,7 +60,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         )
     opened = [runs.open_run(path) for path in find_runs(store_path, settings.runs)]
     for run in opened:
-        if run.store_fingerprint != store.fingerprint:
+        if store.fingerprint != run.store_fingerprint and store.origin != run.store_origin:
             raise RunError(
                 f"{run.path}, trained from another store than {store_path}",
                 "runs of this store",

@@ -15,7 +15,8 @@ from lftpipe.compute import prepare_processor
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.plots import draw_sweep
 from lftpipe.probe import draw_parts, probe_residual
-from lftpipe.scoring import run_rows, score
+from lftpipe.rows import run_rows
+from lftpipe.scoring import score
 from lftpipe.settings import RecoupleSettings, SweepSettings, TrainSettings, to_plain
 from lftpipe.stages.recouple import open_map
 from lftpipe.stages.train import changed_settings, resolved, run_name, teacher_of, train_runs

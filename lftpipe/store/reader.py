@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from lftpipe.errors import StoreError
+from lftpipe.manifest import fingerprint
 from lftpipe.store.batches import Batch, Buffer, Logits, batch_sequences, read_ahead
 from lftpipe.store.codec import decode, widen
 from lftpipe.store.journal import Manifest, progress
@@ -80,6 +81,14 @@ class Store:
     @property
     def identity(self) -> dict[str, Any]:
         return self.spec.identity
+
+    @functools.cached_property
+    def origin(self) -> str:
+        """Digest over what stays when a store grows: its identity, its format, its first sequences."""
+        splits = [split for split, count in self.spec.sequences.items() if count]
+        first = {split: self.tokens(split, [0]).tolist() for split in splits}
+        kept = {"identity": self.identity, "context": self.context, "dtype": self.dtype, "first": first}
+        return fingerprint(kept)
 
     @property
     def layers(self) -> tuple[int, ...]:

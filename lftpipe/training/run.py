@@ -281,6 +281,7 @@ def manifest_of(
     """What a finished run says of itself."""
     return {
         "store_fingerprint": store.fingerprint,
+        "store_origin": store.origin,
         "store": str(store.path.resolve()),
         "teacher": store.identity["teacher"],
         "block": list(block),
