@@ -1,14 +1,12 @@
-import dataclasses
 import json
 import shutil
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import CONTEXT, extracted
-from safetensors.torch import load_file
+from training_runs import change, log_of, weights_of
 
 from lftpipe import runs
 from lftpipe.errors import RunError, SettingsError, StoreError, TeacherError
@@ -34,18 +32,6 @@ def settings(stores, tmp_path) -> TrainSettings:
         log_every=1,
         checkpoint_every=5,
     )
-
-
-def change(settings: TrainSettings, **values: Any) -> TrainSettings:
-    return dataclasses.replace(settings, **values)
-
-
-def log_of(run: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / runs.METRICS).read_text().splitlines()]
-
-
-def weights_of(run: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(run) / runs.WEIGHTS)
 
 
 def stop_before(monkeypatch, step: int) -> None:
