@@ -33,3 +33,7 @@ class SettingsError(LftpipeError):
 
 class RunError(LftpipeError):
     """A training run is missing, damaged, or does not fit what is asked of it."""
+
+
+class DivergenceError(RunError):
+    """The loss or the gradient of a run is no longer finite."""

@@ -69,11 +69,24 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: list[dict[str,
     key = "validation_nmse" if on_validation else "nmse"
     for (name, rows), colour in zip(sorted(curves.items()), COLOURS * 4, strict=False):
         shown = [row for row in rows if key in row]
-        axis.plot([row["tokens"] for row in shown], [row[key] for row in shown], color=colour, label=name)
-    for row in skips:
+        marker = "o" if len(shown) < 10 else ""
+        axis.plot(
+            [row["tokens"] for row in shown],
+            [row[key] for row in shown],
+            color=colour,
+            marker=marker,
+            label=name,
+        )
+    for number, row in enumerate(sorted(skips, key=lambda row: row["nmse"])):
         axis.axhline(row["nmse"], color="0.5", linestyle=":")
         axis.annotate(
-            row["method"], (0.99, row["nmse"]), xycoords=("axes fraction", "data"), ha="right", fontsize=7
+            row["method"],
+            # In turn left and right: neighbours would cover each other.
+            (0.01 if number % 2 else 0.99, row["nmse"]),
+            xycoords=("axes fraction", "data"),
+            ha="left" if number % 2 else "right",
+            va="bottom",
+            fontsize=7,
         )
     axis.set(
         xlabel="training tokens",

@@ -5,6 +5,7 @@ from typing import Any
 #: Keys of a row of `results.json` and their headings.
 COLUMNS = {
     "method": "method",
+    "run": "run",
     "block": "block",
     "k": "k",
     "solver": "solver",
@@ -23,6 +24,7 @@ COLUMNS = {
 #: Of the table of steps chosen token by token, fixed steps beside them.
 ADAPTIVE_COLUMNS = {
     "method": "method",
+    "run": "run",
     "block": "block",
     "threshold": "threshold",
     "k": "k at most",

@@ -51,6 +51,7 @@ class Row:
     run: str | None = None
     seed: int | None = None
     train_tokens: int | None = None
+    weights_digest: str | None = None
     state: StateMetrics = field(default_factory=StateMetrics)
     logits: LogitMetrics = field(default_factory=LogitMetrics)
     ms_per_token: float = math.inf
@@ -84,6 +85,7 @@ class Row:
             "run": self.run,
             "seed": self.seed,
             "train_tokens": self.train_tokens,
+            "weights_digest": self.weights_digest,
         } | chosen
 
 
@@ -125,6 +127,7 @@ def run_rows(
             run=run.path.name,
             seed=run.seed,
             train_tokens=run.train_tokens,
+            weights_digest=run.weights_digest,
         )
         for method, k in steps
     ]
@@ -177,6 +180,7 @@ def together_rows(each: list[list[Row]], teacher: Teacher, device: str) -> list[
                 run=" + ".join(row.run or "" for row in chosen),
                 seed=chosen[0].seed,
                 train_tokens=max(row.train_tokens or 0 for row in chosen),
+                weights_digest=" + ".join(row.weights_digest or "" for row in chosen),
             )
         )
     return joined

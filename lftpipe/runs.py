@@ -22,12 +22,13 @@ from lftpipe.recipe import RECORD_TABLE
 from lftpipe.teacher.parts import empty_layer
 from lftpipe.teacher.source import Teacher
 
-MANIFEST, SETTINGS, METRICS, WEIGHTS, CHECKPOINT = (
+MANIFEST, SETTINGS, METRICS, WEIGHTS, CHECKPOINT, DIVERGED = (
     "manifest.json",
     "settings.toml",
     "metrics.jsonl",
     "flow.safetensors",
     "checkpoint/state.pt",
+    "diverged.json",
 )
 
 
@@ -43,6 +44,7 @@ class Run:
     seed: int
     train_tokens: int
     store_fingerprint: str
+    weights_digest: str
     teacher: dict[str, Any]
     velocity: dict[str, bool]
     store_origin: str | None = None
@@ -76,6 +78,12 @@ def read_settings(run: Path) -> tuple[dict[str, Any], str]:
         raise RunError(
             f"damaged {run / SETTINGS}", "the run's settings", "start again with --force"
         ) from error
+
+
+def note_divergence(run: Path, step: int, learning_rate: float) -> None:
+    """Record where a run diverged: it may be resumed with other settings of its steps then."""
+    note = {"step": step, "learning_rate": learning_rate}
+    write_atomic(run / DIVERGED, (json.dumps(note) + "\n").encode())
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
@@ -125,6 +133,7 @@ def open_run(path: Path) -> Run:
                     "seed",
                     "train_tokens",
                     "store_fingerprint",
+                    "weights_digest",
                     "teacher",
                     "velocity",
                 )
@@ -132,7 +141,7 @@ def open_run(path: Path) -> Run:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}", "a finished run with a readable manifest.json", "train it again") from error
-    if not (path / WEIGHTS).is_file() or file_digest(path / WEIGHTS) != manifest["weights_digest"]:
+    if not (path / WEIGHTS).is_file() or file_digest(path / WEIGHTS) != run.weights_digest:
         raise RunError(
             f"{path / WEIGHTS}", "the weights that the manifest was written for", "train the run again"
         )

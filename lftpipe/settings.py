@@ -15,7 +15,8 @@ Metric = Literal["euclidean", "sqeuclidean", "cosine"]
 Objective = Literal["fw", "sfm", "hybrid", "regression", "trajectory", "linear"]
 SolverName = Literal["midpoint", "euler"]
 Predictor = Literal["ratio", "gap", "displacement", "probe"]
-LossScale = Literal["token", "channel", "none"]
+LossScale = Literal["token", "channel", "norm", "none"]
+OptimizerName = Literal["muon", "adamw"]
 WalkTimes = Literal["uniform", "equal"]
 Condition = Literal["none", "source"]
 Form = Literal["latent-flow", "plain"]
@@ -138,18 +139,22 @@ class TrainSettings(Common):
     tokens: int = 1_000_000
     """Training tokens to see; the store is read again in a new order as often as needed."""
     batch_tokens: int = 4096
-    learning_rate: float = 1e-3
+    optimizer: OptimizerName = "muon"
+    """Of the layer's matrices; the rest is always AdamW's."""
+    learning_rate: float | None = None
+    """At its peak; left out, 0.01 for `muon` and 0.001 for `adamw`."""
     warmup: float = 0.05
     """Share of the steps with a rising learning rate; cosine decay follows."""
     weight_decay: float = 0.01
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; 0: any."""
     ema: float = 0.0
     """Decay of an average of the weights, which is what is kept: 0.999, say; 0 keeps the last weights."""
     hold_back: float = 0.0
     """Share of the training sequences kept from training, on which the best weights are chosen."""
     evaluate_every: int = 0
-    """Steps between evaluations on what is held back and, only to be logged, on validation; 0: none."""
+    """Steps between evaluations on what is held back and, only to be logged, on validation; 0: 100 if
+    anything is held back, else none."""
     patience: int = 0
     """Evaluations without a better loss on what is held back after which training stops; 0: it never does."""
     tensorboard: bool = False
@@ -209,7 +214,10 @@ class SweepSettings(Common):
     tokens: int = 300_000
     """Training tokens of each run."""
     batch_tokens: int = 2048
-    learning_rate: float = 1e-3
+    optimizer: OptimizerName = "muon"
+    """Of every run."""
+    learning_rate: float | None = None
+    """Of every run; left out, the optimiser's own."""
     compute_dtype: ComputeDtype = "auto"
     """Of training; scores are computed in float32."""
     repeats: int = 1
@@ -281,7 +289,7 @@ class InfoSettings(Common):
     """`lftpipe info`: what a store or a run holds, and from what it was made."""
 
     target: Path | None = dataclasses.field(default=None, metadata={"argument": True})
-    """A store or a run; left out, the workspace's only store."""
+    """A store, or a run by name or folder; left out, the workspace's only store."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,8 +57,11 @@ def find_run(workspace: Path, store: Path | None, name: str) -> Path:
     if not found and path.is_dir():
         return path
     if not found:
+        there = sorted(path.parent.name for path in workspace.glob("*/runs/*/manifest.json"))
         raise RunError(
-            f"no run {name} in {workspace}", "a run's name or path", "see `lftpipe info`, or train one"
+            f"no run {name} in {workspace}",
+            f"a run's name or path; finished are {', '.join(there) or 'none'}",
+            "name one, or train it with `lftpipe train`",
         )
     if len(found) > 1:
         raise RunError(

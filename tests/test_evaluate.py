@@ -32,7 +32,7 @@ ROW = {
         "kl",
         "ppl",
     ),
-    *("parameters", "ms_per_token", "run", "seed", "train_tokens"),
+    *("parameters", "ms_per_token", "run", "seed", "train_tokens", "weights_digest"),
 }
 
 
@@ -102,7 +102,7 @@ def test_what_has_no_meaning_is_null(result):
     assert given == {"method", "ppl", "parameters", "ms_per_token"}
     skip = row_of(result, method="skip layer 1")
     absent = {key for key, value in skip.items() if value is None}
-    assert absent == {"objective", "solver", "k", "run", "seed", "train_tokens"}
+    assert absent == {"objective", "solver", "k", "run", "seed", "train_tokens", "weights_digest"}
 
 
 def test_a_perfect_prediction_has_no_divergence_and_the_teachers_perplexity(result):
@@ -269,7 +269,7 @@ def adaptive(request, stores, tmp_path_factory):
         trained(store, folder / "regression", objective="regression"),
     )
     settings = EvaluateSettings(
-        store=store, runs=runs, k=(1, 4), adaptive=(0.0, 0.1, 1e6), out=folder / "results.json"
+        store=store, runs=runs, k=(1, 4), adaptive=(0.0, 0.3, 1e6), out=folder / "results.json"
     )
     return evaluate(settings)
 
@@ -284,7 +284,7 @@ def test_steps_per_token_lie_between_one_step_and_the_most(adaptive):
         assert {key: row[key] for key in metrics} == pytest.approx({key: fixed[k][key] for key in metrics})
     assert 1 < some["nfe"] < 4
     assert some["kl"] not in (never["kl"], at_once["kl"])
-    assert [row["threshold"] for row in adaptive["adaptive"]] == [0.0, 0.1, 1e6]
+    assert [row["threshold"] for row in adaptive["adaptive"]] == [0.0, 0.3, 1e6]
     assert {row["run"] for row in adaptive["adaptive"]} == {"fw"}, "regression has no steps"
     assert {row["ms_per_token"] for row in adaptive["adaptive"]} == {None}
     assert set(some) == ROW | {"threshold", "nfe_with_keys"}

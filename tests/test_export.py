@@ -189,13 +189,15 @@ def test_the_card_says_what_it_is(neox_run: runs.Run, tmp_path: Path) -> None:
 def test_the_card_takes_its_rows_from_the_table(neox_run: runs.Run, tmp_path: Path) -> None:
     from lftpipe.results import COLUMNS
 
-    teacher = dict.fromkeys([*COLUMNS, "run"]) | {"method": "teacher", "ppl": 9.02}
-    ours = teacher | {"method": "fw", "run": "flow", "k": 3, "solver": "euler", "seed": 0, "ppl": 11.86}
+    teacher = dict.fromkeys([*COLUMNS, "weights_digest"]) | {"method": "teacher", "ppl": 9.02}
+    ours = teacher | {"method": "fw", "run": "flow", "k": 3, "solver": "euler", "ppl": 11.86}
+    ours["weights_digest"] = neox_run.weights_digest
     other = ours | {"k": 1, "ppl": 12.42}
-    (tmp_path / "neox" / "results.json").write_text(json.dumps({"rows": [teacher, ours, other]}))
+    older = ours | {"weights_digest": "of the run before it was trained again", "ppl": 15.11}
+    (tmp_path / "neox" / "results.json").write_text(json.dumps({"rows": [teacher, older, ours, other]}))
     export(settings(neox_run, tmp_path, k=3))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "9.02" in card and "11.86" in card and "12.42" not in card
+    assert "9.02" in card and "11.86" in card and "12.42" not in card and "15.11" not in card
     assert "import lftpipe.student" in card
 
 

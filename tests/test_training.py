@@ -9,7 +9,7 @@ from conftest import CONTEXT, extracted
 from training_runs import change, log_of, weights_of
 
 from lftpipe import runs
-from lftpipe.errors import RunError, SettingsError, StoreError, TeacherError
+from lftpipe.errors import DivergenceError, RunError, SettingsError, StoreError, TeacherError
 from lftpipe.recipe import from_recipe
 from lftpipe.settings import TrainSettings
 from lftpipe.stages.train import summary, train
@@ -93,7 +93,8 @@ def test_the_settings_of_a_run_are_a_recipe_that_makes_it_again(settings, tmp_pa
         TrainSettings, tmp_path / "run/settings.toml", "train", {"run": str(tmp_path / "again")}
     )
     assert again.threads == torch.get_num_threads()  # what was left out is recorded as it was settled
-    assert change(again, run=settings.run, threads=settings.threads) == settings
+    left_out = {"run": settings.run, "threads": settings.threads, "learning_rate": None}
+    assert change(again, **left_out) == settings
     train(again)
     torch.testing.assert_close(weights_of(tmp_path / "again"), weights_of(tmp_path / "run"), rtol=0, atol=0)
     assert tomllib.loads((tmp_path / "run/settings.toml").read_text())["store"]["fingerprint"]
@@ -135,7 +136,7 @@ def test_a_resumed_run_keeps_its_settings(settings, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     with pytest.raises(
-        RunError, match=r"learning_rate = 0.5 for .* / expected: learning_rate = 0.001, as it was"
+        RunError, match=r"learning_rate = 0.5 for .* / expected: learning_rate = 0.01, as it was"
     ):
         train(change(settings, resume=True, learning_rate=0.5))
     # The same store under another name is the same store.
@@ -207,12 +208,44 @@ def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch
         return loss, problem
 
     monkeypatch.setattr(Training, "loss_of", loss_of)
-    with pytest.raises(RunError, match=r"at step 7 of .* / do: lower --learning-rate"):
+    with pytest.raises(
+        DivergenceError, match=r"at step 7 of .* / do: go on from its last checkpoint by --resume"
+    ):
         train(settings)
     (state,) = torch.load(tmp_path / "run" / runs.CHECKPOINT, weights_only=True)
     assert state["step"] == 5
     assert all(tensor.isfinite().all() for tensor in state["flow"].values())
     assert not (tmp_path / "run" / runs.MANIFEST).exists()
+    # Tamed, it goes on from there: the metrics show with which rates.
+    monkeypatch.setattr(Training, "loss_of", real)
+    with pytest.raises(RunError, match=r"seed = 1 for .* / expected: seed = 0, as it was begun"):
+        train(change(settings, resume=True, seed=1))
+    assert train(change(settings, resume=True, learning_rate=1e-4))["steps"] == 12
+    rates = {row["step"]: row["learning_rate"] for row in log_of(settings.run)}
+    assert max(rates[step] for step in (1, 2, 3, 4, 5)) > 1e-4 >= max(rates[step] for step in range(6, 13))
+
+
+def test_a_run_that_diverges_without_a_checkpoint_says_so(settings, monkeypatch):
+    stop = change(settings, checkpoint_every=100)
+    monkeypatch.setattr("lftpipe.training.run.gradient_norm", lambda parameters, clip: float("inf"))
+    with pytest.raises(DivergenceError, match=r"/ do: start it again by --force and a lower --learning-rate"):
+        train(stop)
+
+
+def test_a_clip_of_0_clips_nothing(settings, tmp_path):
+    train(change(settings, clip=0.0))
+    train(change(settings, clip=1e9, run=str(tmp_path / "wide")))
+    torch.testing.assert_close(weights_of(settings.run), weights_of(tmp_path / "wide"), rtol=0, atol=0)
+
+
+def test_the_matrices_are_muons_and_the_rest_adamws(settings, tmp_path):
+    """After one step on the same gradients, only what Muon moves differs from AdamW alone."""
+    one = change(settings, tokens=settings.batch_tokens, learning_rate=1e-3)
+    train(change(one, optimizer="muon"))
+    train(change(one, optimizer="adamw", run=str(tmp_path / "adamw")))
+    ours, theirs = weights_of(settings.run), weights_of(tmp_path / "adamw")
+    differ = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert differ == {name for name in ours if ours[name].ndim == 2 and not name.startswith("modulation.")}
 
 
 def test_a_teachers_dropout_does_not_make_training_random(teachers, text_folder, tmp_path, settings):

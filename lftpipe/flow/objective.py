@@ -29,6 +29,9 @@ class ErrorScale:
         the target's own squared norm: every position counts the same, as a relative error.
     `channel`
         the channel's variance over the training data: every channel counts the same.
+    `norm`
+        as `token`, after the norm of the layer that reads the state: what that layer cannot see, such as the
+        state's length, does not count.
     `none`
         the mean square of the targets of the batch: NMSE as the paper has it.
 
@@ -38,6 +41,8 @@ class ErrorScale:
         One of the above.
     channel_variance
         For `channel`: over the training data, of the target.
+    norm
+        For `norm`: of the layer that reads the target.
     over_processes
         For `none`: the mean of a number over the processes that share a batch.
     """
@@ -46,18 +51,26 @@ class ErrorScale:
         self,
         scale: str,
         channel_variance: Float[Tensor, "feature"] | None = None,
+        norm: Callable[[Tensor], Tensor] | None = None,
         over_processes: Callable[[Tensor], Tensor] = lambda mean: mean,
     ) -> None:
         if scale == "channel" and channel_variance is None:
             raise ValueError("scale='channel' needs the channel variance")
+        if scale == "norm" and norm is None:
+            raise ValueError("scale='norm' needs the norm")
         self.scale = scale
         self.channel_variance = channel_variance
+        self.norm = norm
         self.over_processes = over_processes
 
     def __call__(self, error: States, x_1: States) -> Loss:
         """Mean of `error`'s squares, scaled by the target state `x_1`."""
         error, x_1 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (error, x_1))
-        if self.scale == "token":
+        if self.scale == "norm":
+            assert self.norm is not None
+            seen = self.norm(x_1)
+            error, x_1 = (x.to(torch.float32) for x in (self.norm(x_1 + error) - seen, seen))
+        if self.scale in ("token", "norm"):
             return (error.square().sum(-1) / (x_1.square().sum(-1) + TINY)).mean()
         if self.scale == "channel":
             assert self.channel_variance is not None

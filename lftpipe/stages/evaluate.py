@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from lftpipe import manifest, runs
-from lftpipe.compute import prepare_processor
+from lftpipe.compute import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.flow.path import States
 from lftpipe.results import COLUMNS, adaptive_section, cell, markdown_table
@@ -43,7 +43,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     LftpipeError
         If a run is missing or of another store, or the store lacks a state.
     """
-    prepare_processor(settings.threads)
+    prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     store = Store.open(store_path)
     out = settings.out or store_path.parent / "results.json"
@@ -185,14 +185,17 @@ def summary(result: dict[str, Any]) -> Table:
     """The table for a terminal."""
     title = f"{result['teacher']}: {result['validation_tokens']:,} validation tokens"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown = ("method", "block", "k", "nfe", "kl_latent", "nmse", "nmse_without_first", "kl", "ppl")
+    shown = ("method", "block", "k", "solver", "nfe", "kl_latent", "nmse", "nmse_without_first", "kl", "ppl")
     for key in shown:
-        left = key in ("method", "block")
+        left = key in ("method", "block", "solver")
         table.add_column(COLUMNS[key], justify="left" if left else "right", no_wrap=left)
     for row in result["rows"]:
-        table.add_row(*(cell(row[key]) for key in shown))
-    for row in result.get("adaptive", []):
-        named = row | {"method": f"{row['method']} below {row['threshold']:g}", "k": f"<= {row['k']}"}
+        named = row | {"method": row["run"] or row["method"]}
         table.add_row(*(cell(named[key]) for key in shown))
-    table.caption = f"written to {result['out']} and {Path(result['out']).with_suffix('.md')}"
+    for row in result.get("adaptive", []):
+        named = row | {"method": f"{row['run']} below {row['threshold']:g}", "k": f"<= {row['k']}"}
+        table.add_row(*(cell(named[key]) for key in shown))
+    out = Path(result["out"])
+    draw = "" if out.name != "results.json" else f"\nnext: lftpipe report --store {result['store']}"
+    table.caption = f"written to {out} and {out.with_suffix('.md')}{draw}"
     return table

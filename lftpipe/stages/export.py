@@ -10,7 +10,7 @@ import torch
 
 import lftpipe
 from lftpipe import progress, runs
-from lftpipe.compute import prepare_processor
+from lftpipe.compute import prepare
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.results import COLUMNS, markdown_table
 from lftpipe.runs import Run
@@ -38,7 +38,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         If a run is missing, damaged, or of a teacher that changed; if the student has no exact plain
         form and one was asked for; or if there is something at the destination and no `--force`.
     """
-    prepare_processor(settings.threads)
+    prepare(settings.device, settings.threads)
     if not settings.runs:
         raise SettingsError("export without a run", "the name or path of a run", "name one")
     opened = [runs.open_run(find_run(settings.workspace, settings.store, name)) for name in settings.runs]
@@ -174,24 +174,24 @@ def model_card(result: dict[str, Any], teacher: Teacher, opened: Sequence[Run]) 
 
 def _measured(result: dict[str, Any], opened: Sequence[Run]) -> list[str]:
     """Rows of Table 1 for this student, if `lftpipe evaluate` wrote them."""
-    if len(opened) > 1:
-        return ["Several blocks at once are not in `lftpipe evaluate`'s table."]
     table = opened[0].path.parent.parent / "results.json"
     try:
         rows = json.loads(table.read_text())["rows"]
-        rows = [row for row in rows if row["method"] == "teacher" or _is_of(row, result, opened[0])]
+        rows = [row for row in rows if row["method"] == "teacher" or _is_of(row, result, opened)]
         if len(rows) > 1:
             return markdown_table([{key: row[key] for key in COLUMNS} for row in rows])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no table, or not ours: the card says that there is none
-    run = opened[0]
-    solver = "" if run.solver == result["solver"] else f" --solver {result['solver']}"
-    return [f"Not measured yet: `lftpipe evaluate {run.path.name} --k {result['k']}{solver}` does."]
+    names = " ".join(run.path.name for run in opened) + (" --together" if len(opened) > 1 else "")
+    solver = "" if all(run.solver == result["solver"] for run in opened) else f" --solver {result['solver']}"
+    return [f"Not measured yet: `lftpipe evaluate {names} --k {result['k']}{solver}` does."]
 
 
-def _is_of(row: dict[str, Any], result: dict[str, Any], run: Run) -> bool:
-    asked = (run.path.name, result["k"], result["solver"], run.seed)
-    return (row["run"], row["k"], row["solver"], row["seed"]) == asked
+def _is_of(row: dict[str, Any], result: dict[str, Any], opened: Sequence[Run]) -> bool:
+    """Whether a row was measured on just these weights, run in this way."""
+    digests = " + ".join(run.weights_digest for run in opened)
+    asked = (digests, result["k"], result["solver"])
+    return (row["weights_digest"], row["k"], row["solver"]) == asked
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 import lftpipe
 from lftpipe import progress
-from lftpipe.compute import prepare_processor
+from lftpipe.compute import prepare
 from lftpipe.errors import CorpusError, TeacherError
 from lftpipe.forward import Tokens, forward
 from lftpipe.packing import SPLITS, Packing
@@ -35,7 +35,7 @@ def extract(settings: ExtractSettings) -> dict[str, Any]:
     LftpipeError
         If teacher, corpus, settings, disk or an older store do not allow it.
     """
-    prepare_processor(settings.threads)
+    prepare(settings.device, settings.threads)
     plan = make_plan(settings)
     tokenizer = load_tokenizer(plan.teacher)
     if settings.dry_run:

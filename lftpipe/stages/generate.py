@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from lftpipe import runs
-from lftpipe.compute import prepare_processor
+from lftpipe.compute import prepare
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.solver import EVALUATIONS
 from lftpipe.settings import GenerateSettings
@@ -75,7 +75,7 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> dict[
     """
     _check(settings)
     assert settings.prompt is not None
-    prepare_processor(settings.threads)
+    prepare(settings.device, settings.threads)
     if settings.draft is not None:
         return _drafted(settings, settings.prompt, out)
     writer = _open(settings, settings.target or "")
@@ -234,7 +234,9 @@ def _side_by_side(result: dict[str, Any]) -> Table:
     table = Table(title=escape(result["prompt"]), show_lines=True)
     theirs = result["teacher"]
     for facts, name in ((theirs, f"teacher {theirs['model']}"), (result, f"student{_steps(result)}")):
-        table.add_column(f"{escape(name)}: {facts['tokens_per_second']:.1f} tokens/s", ratio=1)
+        table.add_column(
+            f"{escape(name)}: {facts['tokens_per_second']:.1f} tokens/s", ratio=1, overflow="fold"
+        )
     table.add_row(escape(theirs["text"]), escape(result["text"]))
     table.caption = (
         f"the first {result['common_tokens']} tokens agree; student at {result['speed_up']:.2f} of the speed"

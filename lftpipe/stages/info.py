@@ -13,7 +13,7 @@ from lftpipe.errors import SettingsError
 from lftpipe.packing import SPLITS
 from lftpipe.settings import InfoSettings
 from lftpipe.store import Store
-from lftpipe.workspace import find_store
+from lftpipe.workspace import find_run, find_store
 
 #: Training sequences, spread over the store, that the statistics are taken from.
 SAMPLED_SEQUENCES = 16
@@ -33,11 +33,12 @@ def info(settings: InfoSettings) -> dict[str, Any]:
         If there is no such store or run, or it is incomplete.
     """
     target = settings.target
-    if target is not None and not target.is_dir():
-        raise SettingsError(f"{target}", "the folder of a store or a run", "check the path")
-    if target is not None and not (target / "zarr.json").exists():
-        return _of_run(target)
-    return _of_store(Store.open(find_store(settings.workspace, target or settings.store)))
+    if target is None or (target / "zarr.json").exists():
+        return _of_store(Store.open(find_store(settings.workspace, target or settings.store)))
+    run = find_run(settings.workspace, settings.store, str(target))
+    if not run.is_dir():
+        raise SettingsError(f"{target}", "a run's name, or the folder of a store or a run", "check it")
+    return _of_run(run)
 
 
 def _of_run(path: Path) -> dict[str, Any]:

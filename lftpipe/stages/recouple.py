@@ -47,10 +47,18 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
     started = time.monotonic()
     path = find_store(settings.workspace, settings.store)
     out = settings.out or path.parent / FILE_NAME
-    if out.exists() and not settings.force:
-        raise SettingsError(f"{out}, which exists", "a new file", "pass --force or another --out")
+    if out.suffix != ".json":
+        raise SettingsError(
+            f"--out {out}", "the JSON file's name", "end it in .json; the pictures go beside it"
+        )
+    pictures = [out.with_suffix(".png"), out.with_suffix(".html")]
+    for file in (out, *pictures):
+        if file.exists() and not settings.force:
+            raise SettingsError(f"{file}, which exists", "a new file", "pass --force or another --out")
     store = Store.open(path)
     layers = _layers(settings, store)
+    if settings.tokens < 2:
+        raise SettingsError(f"--tokens {settings.tokens}", "at least 2, that could be recoupled", "raise it")
     if settings.tokens > MOST_EXACT_TOKENS and not settings.approximate:
         raise SettingsError(
             f"--tokens {settings.tokens}",
@@ -85,12 +93,12 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
     if settings.rank_by == "probe":
         result["probe_residual"] = _residuals(store, layers, settings)
     result["ranking"] = blocks.ranking(result, num_layers, settings.rank_by)
-    pictures = [out.with_suffix(".png"), out.with_suffix(".html")]
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_recoupling(result, shown or _default_shown(result), pictures[0])
     write_atomic(pictures[1], recoupling_page(result).encode())
     write_atomic(out, _text(result).encode())
     return result | {
+        "store": str(path),
         "out": str(out),
         "pictures": [str(picture) for picture in pictures],
         "seconds": round(time.monotonic() - started, 3),
@@ -168,10 +176,10 @@ def _shown(
 
 def _residuals(store: Store, layers: tuple[int, ...], settings: RecoupleSettings) -> list[list[float | None]]:
     # Only here: the map itself needs no torch.
-    from lftpipe.compute import prepare_processor
+    from lftpipe.compute import prepare
     from lftpipe.probe import residual_map
 
-    prepare_processor(settings.threads)
+    prepare(settings.device, settings.threads)
     return residual_map(store, layers, settings.seed)
 
 
@@ -222,5 +230,8 @@ def summary(result: dict[str, Any]) -> RenderableType:
         + (", without first positions" if used["skip_first"] else "")
         + (f"; ranked by {used['rank_by']}" if used["rank_by"] != "ratio" else "")
     )
-    tail = f"{result['out']} and {', '.join(result['pictures'])}, {result['seconds']:.1f} s"
+    tail = (
+        f"{result['out']} and {', '.join(result['pictures'])}, {result['seconds']:.1f} s\n"
+        f"next: lftpipe train --from-cache --store {result['store']}"
+    )
     return Group(head, table, tail)

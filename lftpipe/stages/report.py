@@ -33,16 +33,22 @@ def report(settings: ReportSettings) -> dict[str, Any]:
     if not table.exists():
         raise StoreError(f"{here} without results.json", "an evaluation", "run `lftpipe evaluate` first")
     result = json.loads(table.read_text())
-    pictures = {"KL_x and NMSE against the number of steps (figure 5)": here / "steps.png"}
-    draw_steps_curve(result["rows"], here / "steps.png")
+    drawn = out.parent  # the page's own pictures go beside it
+    drawn.mkdir(parents=True, exist_ok=True)
+    names = ("steps.png", "adaptive.png", "training.png")
+    if (old := [drawn / name for name in names if (drawn / name).exists()]) and not settings.force:
+        raise RunError(f"{old[0]}, which exists", "a new file", "pass --force or an --out in another folder")
+    pictures = {"KL_x and NMSE against the number of steps (figure 5)": drawn / "steps.png"}
+    draw_steps_curve(result["rows"], drawn / "steps.png")
     if result.get("adaptive"):
-        draw_adaptive(result["rows"], result["adaptive"], here / "adaptive.png")
-        pictures["KL against mean NFE, steps fixed and chosen token by token"] = here / "adaptive.png"
-    curves = {path.parent.name: _metrics(path) for path in sorted(here.glob("runs/*/metrics.jsonl"))}
-    if any(curves.values()):
+        draw_adaptive(result["rows"], result["adaptive"], drawn / "adaptive.png")
+        pictures["KL against mean NFE, steps fixed and chosen token by token"] = drawn / "adaptive.png"
+    evaluated = sorted({row["run"] for row in result["rows"] if row["run"]})
+    curves = {name: _metrics(here / "runs" / name / "metrics.jsonl") for name in evaluated}
+    if curves := {name: rows for name, rows in curves.items() if rows}:
         skips = [row for row in result["rows"] if row["run"] is None and row["nmse"] is not None]
-        draw_training({name: rows for name, rows in curves.items() if rows}, skips, here / "training.png")
-        pictures["NMSE against training tokens (figure 4)"] = here / "training.png"
+        draw_training(curves, skips, drawn / "training.png")
+        pictures["NMSE against training tokens (figure 4)"] = drawn / "training.png"
     if (here / "recoupling.png").exists():
         pictures["Recoupling ratio over all pairs of states (figure 6)"] = here / "recoupling.png"
     page = [
@@ -67,7 +73,7 @@ def _relative(path: Path, page: Path) -> str:
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:  # the last line of a run that was killed

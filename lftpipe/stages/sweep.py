@@ -11,7 +11,7 @@ from rich.table import Table
 
 import lftpipe
 from lftpipe import blocks, correlation, manifest, progress, runs
-from lftpipe.compute import prepare_processor
+from lftpipe.compute import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.plots import draw_sweep
 from lftpipe.probe import draw_parts, probe_residual
@@ -19,10 +19,12 @@ from lftpipe.rows import run_rows
 from lftpipe.scoring import score
 from lftpipe.settings import RecoupleSettings, SweepSettings, TrainSettings, to_plain
 from lftpipe.stages.recouple import open_map
-from lftpipe.stages.train import changed_settings, resolved, run_name, teacher_of, train_runs
+from lftpipe.stages.train import teacher_of, train_runs
 from lftpipe.store import Store
 from lftpipe.sweep_page import AGAINST, OUTCOMES, correlation_table, markdown
 from lftpipe.teacher.source import Teacher
+from lftpipe.training.claiming import changed_settings
+from lftpipe.training.settling import resolved, run_name
 from lftpipe.workspace import find_store
 
 #: Shares of the layers that are swept where no lengths are given.
@@ -49,7 +51,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     LftpipeError
         If lengths or store do not allow it, or the results exist and `force` is not set.
     """
-    prepare_processor(settings.threads)
+    prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     out = settings.out or store_path.parent / "sweep.json"
     _check_out(out, settings.force)
@@ -164,6 +166,7 @@ def _train(
                     objective=settings.objective,
                     tokens=settings.tokens,
                     batch_tokens=settings.batch_tokens,
+                    optimizer=settings.optimizer,
                     learning_rate=settings.learning_rate,
                     compute_dtype=settings.compute_dtype,
                     resume=True,

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lftpipe import progress
-from lftpipe.compute import prepare_processor
+from lftpipe.compute import prepare
 from lftpipe.errors import SettingsError
 from lftpipe.flow.objective import ErrorScale, Loss, flow_matching, flow_walking, walk_times
 from lftpipe.flow.path import LinearPath, States, Times
@@ -48,7 +48,7 @@ def toy(settings: ToySettings) -> dict[str, Any]:
     SettingsError
         If the files exist and `force` is not set.
     """
-    prepare_processor(settings.threads)
+    prepare(settings.device, settings.threads)
     out = settings.out or settings.workspace / "toy.json"
     for file in (out, out.with_suffix(".png")):
         if file.exists() and not settings.force:

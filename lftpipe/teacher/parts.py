@@ -24,6 +24,15 @@ def load_layer(teacher: Teacher, index: int) -> Branches:
     return layer
 
 
+def load_norm(teacher: Teacher, index: int) -> nn.Module:
+    """What `h[index]` is first read through: the norm before attention of that layer, or the final one."""
+    if index < teacher.num_layers:
+        return load_layer(teacher, index).attention_norm
+    norm = teacher.family.norm(teacher.config)
+    _fill(norm, teacher, f"{teacher.family.final_norm_prefix}.")
+    return norm
+
+
 def load_rotary(teacher: Teacher) -> nn.Module:
     """The module that turns position ids into the rotary `(cos, sin)`."""
     return teacher.family.rotary(teacher.config)
@@ -36,8 +45,7 @@ class Tail(nn.Module):
         super().__init__()
         self.start = start
         self.layers = nn.ModuleList(load_layer(teacher, l) for l in range(start, teacher.num_layers))  # noqa: E741
-        self.norm = teacher.family.norm(teacher.config)
-        _fill(self.norm, teacher, f"{teacher.family.final_norm_prefix}.")
+        self.norm = load_norm(teacher, teacher.num_layers)
         self.head = nn.Linear(teacher.width, teacher.config.vocab_size, bias=False, device="meta")
         self.head.load_state_dict({"weight": _head_weight(teacher)}, assign=True)
         self.eval().requires_grad_(False)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from lftpipe.errors import SettingsError
 from lftpipe.packing import positions
 from lftpipe.teacher.family import attention_context
 from lftpipe.teacher.parts import load_rotary
@@ -32,10 +31,6 @@ class HeldBack:
             "train": range(used, store.num_sequences("train"))[:SEQUENCES],
             "validation": range(store.num_sequences("validation"))[:SEQUENCES],
         }
-        if first.settings.patience and not self._rows["train"]:
-            raise SettingsError(
-                "--patience without --hold-back", "sequences to judge by", "give --hold-back 0.02"
-            )
         self._rotary = load_rotary(first.teacher).to(first.device)
 
     def evaluate(self) -> dict[Path, dict[str, float]]:

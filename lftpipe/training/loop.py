@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lftpipe import feed, progress
-from lftpipe.errors import RunError
+from lftpipe.errors import DivergenceError, RunError
 from lftpipe.feed import Needs
 from lftpipe.packing import positions
 from lftpipe.teacher.family import attention_context
@@ -41,7 +41,7 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
     Raises
     ------
     RunError
-        If a run diverges, or a checkpoint is damaged.
+        If a checkpoint is damaged, or a run diverges: the others are trained to their ends first.
     """
     for chain in chains:
         if resume:
@@ -55,8 +55,7 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
         progress.task(f"train {labels}", total, "tokens", done=start * first.tokens_per_step) as task,
     ):
         together = [Course(chain, logs) for chain in chains]
-        while any(not course.chain.finished for course in together):
-            active = [course for course in together if not course.chain.finished]
+        while active := [course for course in together if course.goes_on]:
             step = min(course.chain.step for course in active)
             stop = min(course.chain.stage_end for course in active if course.chain.step == step)
             needs = Needs(())
@@ -64,13 +63,17 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
                 needs |= course.chain.needs
             for batch, waited in _batches(first, needs, step, stop):
                 for course in active:
-                    if course.chain.step == batch.step and not course.chain.finished:
+                    if course.chain.step == batch.step and course.goes_on:
                         course.advance(batch, waited)
                 shown = {"loss": f"{first.loss:.4f}", "NMSE": f"{together[0].nmse:.4f}"}
                 task.advance(first.tokens_per_step, **shown)
-                if all(course.chain.finished for course in active):
+                if not any(course.goes_on for course in active):
                     break
-    return [result for course in together for result in course.finish()]
+    results = [result for course in together if not course.error for result in course.finish()]
+    for course in together:
+        if course.error:
+            raise course.error
+    return results
 
 
 class Course:
@@ -79,16 +82,25 @@ class Course:
     def __init__(self, chain: Chain, logs: ExitStack) -> None:
         self.chain = chain
         self.nmse = float("nan")
+        self.error: DivergenceError | None = None
         settings = chain.runs[0].settings
         self._log_every, self._checkpoint_every = settings.log_every, settings.checkpoint_every
         self._evaluate_every = settings.evaluate_every
         self._held_back = HeldBack(chain) if self._evaluate_every else None
         self._logs = [logs.enter_context(closing(Log(run))) for run in chain.runs]
 
+    @property
+    def goes_on(self) -> bool:
+        return not self.chain.finished and self.error is None
+
     def advance(self, batch: Batch, waited: float) -> None:
-        """One step of every run of the chain."""
+        """One step of every run of the chain; keeps the error if one of them diverges."""
         chain, started = self.chain, time.monotonic()
-        rates = chain.advance(batch)
+        try:
+            rates = chain.advance(batch)
+        except DivergenceError as error:
+            self.error = error
+            return
         for run in chain.runs:
             run.waited += waited
             run.seconds += waited + time.monotonic() - started

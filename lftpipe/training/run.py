@@ -2,15 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lftpipe
 from lftpipe import runs
 from lftpipe.compute import cast_linear, resolve_compute_dtype
-from lftpipe.errors import RunError
+from lftpipe.errors import DivergenceError, RunError
 from lftpipe.feed import Needs, Order
 from lftpipe.flow.objective import ErrorScale, Loss, walk_times
 from lftpipe.flow.path import States
@@ -18,10 +18,11 @@ from lftpipe.flow.velocity import Velocity
 from lftpipe.loss import Stage, parse_loss, stage_starts
 from lftpipe.settings import TrainSettings, loss_text
 from lftpipe.store import Store
-from lftpipe.teacher.parts import Tail, load_layer
+from lftpipe.teacher.parts import Tail, load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
 from lftpipe.training.keeping import Kept
+from lftpipe.training.optimizer import Optimizer, gradient_norm
 from lftpipe.training.terms import Batch, Problem, weighted_sum
 
 
@@ -60,21 +61,13 @@ class Training:
             source=settings.condition == "source",
         ).to(self.device)
         self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
-        self.optimizer = self._make_optimizer()
-        self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), processes.mean)
+        self.optimizer = Optimizer(self.flow, settings)
+        norm = load_norm(teacher, self.n).to(self.device) if settings.loss_scale == "norm" else None
+        self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), norm, processes.mean)
         through_logits = any({"logits", "top-logits"} & stage.weights.keys() for stage in self.stages)
         self.tail = self._load_tail() if through_logits else None
         self.kept = Kept(self.flow, settings.ema)
         self.step, self.loss, self.seconds, self.waited = 0, math.nan, 0.0, 0.0
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        matrices = [p for p in self.flow.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.flow.parameters() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.95), fused=True)
 
     def _channel_variance(self) -> Tensor | None:
         """Of the target over the first sequences, for `--loss-scale channel`."""
@@ -116,16 +109,16 @@ class Training:
         attention = tuple(range(self.m, self.n)) if "branches" in terms else ()
         return Needs(layers, attention, "top-logits" in terms)
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a hundredth, in each stage anew."""
+    def rate_share(self, step: int) -> float:
+        """Of the peak learning rate: linear warm-up, then a cosine to a hundredth, in each stage anew."""
         number = self._stage_number(step)
         start, stop = self.stage_starts[number], self.stage_starts[number + 1]
         step, num_steps = step - start, stop - start
         warmup = max(1, round(self.settings.warmup * num_steps))
         if step < warmup:
-            return self.settings.learning_rate * (step + 1) / warmup
+            return (step + 1) / warmup
         share = (step - warmup) / max(1, num_steps - warmup)
-        return self.settings.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
 
     def problem(self, batch: Batch, x_0: States | None = None, *, equal_steps: bool = False) -> Problem:
         """A batch with the random draws of its step, or with equal steps as at inference.
@@ -169,28 +162,36 @@ class Training:
 
         Raises
         ------
-        RunError
-            If loss or gradient is not finite: the last checkpoint stays.
+        DivergenceError
+            If loss or gradient is not finite.
         """
         processes.average_gradients(self.flow.parameters())
-        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.settings.clip).item()
+        norm = gradient_norm(list(self.flow.parameters()), self.settings.clip)
         self.loss = processes.mean(loss.detach()).item()
         if not (math.isfinite(self.loss) and math.isfinite(norm)):
-            raise RunError(
-                f"loss {self.loss}, gradient norm {norm} at step {self.step} of {self.folder}",
-                "finite ones",
-                "lower --learning-rate and start again with --force; the last checkpoint is kept",
-            )
-        learning_rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self._diverge(norm)
+        learning_rate = self.optimizer.step(self.rate_share(self.step))
         self.step += 1
         self.kept.follow(self.step)
         if self.step in self.stage_starts[1:-1]:
             self.kept.forget_best()
         return learning_rate
+
+    def _diverge(self, norm: float) -> NoReturn:
+        """Leave a note beside the last checkpoint, from which the run may go on more carefully, and stop."""
+        if processes.rank() == 0:
+            runs.note_divergence(self.folder, self.step, self.optimizer.learning_rate)
+        kept = (self.folder / runs.CHECKPOINT).exists()
+        cure = (
+            "--resume with a lower --learning-rate or --clip"
+            if kept
+            else "--force and a lower --learning-rate"
+        )
+        raise DivergenceError(
+            f"loss {self.loss}, gradient norm {norm} at step {self.step} of {self.folder}",
+            "finite ones",
+            f"{'go on from its last checkpoint' if kept else 'start it again'} by {cure}",
+        )
 
     @torch.no_grad()
     def nmse(self, batch: Batch, x_0: States | None = None) -> float:
@@ -213,7 +214,7 @@ class Training:
             "step": self.step,
             "num_steps": self.num_steps,
             "flow": self.flow.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state(),
             "kept": self.kept.state(),
             "seconds": self.seconds,
             "waited": self.waited,
@@ -222,7 +223,7 @@ class Training:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.flow.load_state_dict(state["flow"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.restore(state["optimizer"])
         self.kept.restore(state["kept"])
         for name in ("step", "num_steps", "seconds", "waited"):
             setattr(self, name, state[name])

@@ -1,0 +1,77 @@
+"""What moves a flow layer's weights: Muon for its matrices and AdamW for the rest, or AdamW alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lftpipe.settings import TrainSettings
+
+#: At the peak, where none is given. Muon's steps are scaled to the size of AdamW's, and may be larger.
+LEARNING_RATES = {"muon": 1e-2, "adamw": 1e-3}
+
+BETAS = (0.9, 0.95)
+
+
+class Optimizer:
+    """One or two of torch's optimisers as one, with one learning rate.
+
+    Muon orthogonalises the momentum of each matrix of the layer (Jordan, 2024; `torch.optim.Muon`), scaled to
+    the size of AdamW's steps (Liu et al., arXiv 2502.16982). Vectors, and the maps from the time, which are
+    no matrices between features, are AdamW's.
+
+    Parameters
+    ----------
+    flow
+        The layer; those of its submodules called `modulation` map the time.
+    settings
+        `optimizer`, `learning_rate`, `weight_decay`.
+    """
+
+    def __init__(self, flow: nn.Module, settings: TrainSettings) -> None:
+        rate = settings.learning_rate
+        self.learning_rate = LEARNING_RATES[settings.optimizer] if rate is None else rate
+        named = list(flow.named_parameters())
+        matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("modulation.")]
+        mine = {id(p) for p in matrices} if settings.optimizer == "muon" else set()
+        rest = [p for _, p in named if id(p) not in mine]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=self.learning_rate, betas=BETAS, fused=True)
+        ]
+        if mine:
+            self._parts.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=self.learning_rate,
+                    weight_decay=settings.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+
+    def step(self, share: float) -> float:
+        """Move the weights, and forget their gradients; the learning rate, a `share` of the peak's."""
+        rate = share * self.learning_rate
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return rate
+
+    def state(self) -> list[dict[str, Any]]:
+        """For a checkpoint."""
+        return [part.state_dict() for part in self._parts]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """From a checkpoint."""
+        for part, saved in zip(self._parts, state, strict=True):
+            part.load_state_dict(saved)
+
+
+def gradient_norm(parameters: list[Tensor], clip: float) -> float:
+    """The norm of all gradients together, which are scaled down to `clip` if it is larger; 0 never scales."""
+    return nn.utils.clip_grad_norm_(parameters, clip or torch.inf).item()

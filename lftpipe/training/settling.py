@@ -1,0 +1,159 @@
+"""From the settings that were given to those a run is trained with: all chosen, all checked."""
+
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from lftpipe.errors import SettingsError, StoreError
+from lftpipe.loss import parse_loss
+from lftpipe.recipe import check
+from lftpipe.settings import TrainSettings, loss_text
+from lftpipe.store import Store
+from lftpipe.training.optimizer import LEARNING_RATES
+
+#: Steps between evaluations where some of the training sequences are held back, if nothing is said.
+EVALUATE_EVERY = 100
+
+#: A run to be trained: its folder, settings and block.
+Wanted = tuple[Path, TrainSettings, tuple[int, int]]
+
+#: What runs have in common that are trained from the same batches.
+_SHARED = ("batch_tokens", "seed", "hold_back", "from_teacher", "resume", "device")
+
+
+def check_together(wanted: list[Wanted], joint: bool) -> None:
+    (_, first, _), *others = wanted
+    for run, settings, _ in others:
+        for key in _SHARED:
+            if getattr(settings, key) != getattr(first, key):
+                raise SettingsError(
+                    f"{key} = {getattr(settings, key)} for {run.name}, {getattr(first, key)} for another run",
+                    "the same for all runs of one command",
+                    "train them one after the other",
+                )
+    if len({run for run, _, _ in wanted}) < len(wanted):
+        raise SettingsError("several runs of the same name", "a name for each", "name them with --run")
+    blocks = [block for _, _, block in wanted]
+    if joint and any(m < n for (_, n), (m, _) in pairwise(blocks)):
+        raise SettingsError(
+            f"--joint with blocks {', '.join(f'{m}:{n}' for m, n in blocks)}",
+            "blocks in order that do not overlap",
+            "give --block 6:12 --block 12:18",
+        )
+    if joint and first.objective == "linear":
+        raise SettingsError("--joint with --objective linear", "an objective of steps", "leave out --joint")
+    if joint and any(
+        settings.tokens != first.tokens or settings.loss != first.loss for _, settings, _ in others
+    ):
+        raise SettingsError("--joint with different tokens or losses", "the same", "train them apart")
+
+
+def variants_of(settings: TrainSettings) -> list[TrainSettings]:
+    """One settings for each `[train.variants.NAME]` of a recipe, or the settings themselves."""
+    if not settings.variants:
+        return [settings]
+    chosen = settings.run.split(",") if settings.run else list(settings.variants)
+    if unknown := [name for name in chosen if name not in settings.variants]:
+        raise SettingsError(
+            f"--run {unknown[0]}", f"one of the recipe's variants: {', '.join(settings.variants)}", "name one"
+        )
+    plain = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    variants = [
+        TrainSettings(**plain | settings.variants[name] | {"variants": {}, "run": name}) for name in chosen
+    ]
+    for variant in variants:
+        check(variant)
+    return variants
+
+
+def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> TrainSettings:
+    """Settings with all that was left open chosen, and checked against the store.
+
+    Raises
+    ------
+    LftpipeError
+        If the store lacks a state of the block or has nothing to train on, or the settings contradict.
+    """
+    m, n = block
+    if settings.condition == "source" and settings.objective in ("regression", "linear"):
+        raise SettingsError(
+            f"--condition source with --objective {settings.objective}",
+            "a flow: this layer sees x_0 and nothing else",
+            "use --objective fw",
+        )
+    if settings.patience and not settings.hold_back:
+        raise SettingsError(
+            "--patience without --hold-back", "sequences to judge by", "give --hold-back 0.02"
+        )
+    if settings.objective == "hybrid" and settings.alpha == 0:
+        raise SettingsError("--objective hybrid --alpha 0", "a positive --alpha", "use --objective fw")
+    terms = _terms(settings)
+    needed = range(m, n + 1) if "trajectory" in terms else (m, n)
+    absent = [l for l in needed if l not in store.layers]  # noqa: E741
+    if absent and not settings.from_teacher:
+        raise SettingsError(
+            f"block {m}:{n}, which needs state {absent[0]}",
+            f"states that the store holds: {_ranges(store.layers)}",
+            f"choose another block, or extract with --layers {','.join(map(str, needed))}",
+        )
+    if settings.loss is not None and (settings.objective in ("hybrid", "linear")):
+        raise SettingsError(
+            f"--loss with --objective {settings.objective}",
+            "one of the two",
+            "write the sum as --loss fw,sfm:0.001",
+        )
+    missing = [l for l in range(m, n) if l not in store.attention_layers]  # noqa: E741
+    if "branches" in terms and missing and not settings.from_teacher:
+        raise SettingsError(
+            f"a loss with branches on a store without the attention context of layer {missing[0]}",
+            f"contexts of layers {m} to {n - 1}",
+            "extract with --attention",
+        )
+    if "top-logits" in terms and not store.spec.logits:
+        raise SettingsError(
+            "a loss with top-logits on a store without logits",
+            "a store with the teacher's largest logits",
+            "extract with --logits 64, or use the term logits",
+        )
+    timeless = settings.objective == "regression"
+    if timeless and (walks := sorted(terms & {"fw", "sfm", "trajectory", "branches"})):
+        raise SettingsError(
+            f"--loss {settings.loss} with --objective regression",
+            "terms without time: regression, logits, top-logits",
+            f"use --objective fw for the term {walks[0]}",
+        )
+    if store.num_sequences("train") == 0:
+        raise StoreError(
+            f"store {store.path} without training sequences", "at least one", "extract with more --tokens"
+        )
+    # All settled here is recorded with the run, and compared when it is resumed.
+    rate = settings.learning_rate
+    return replace(
+        settings,
+        block=f"{m}:{n}",
+        threads=torch.get_num_threads(),
+        learning_rate=LEARNING_RATES[settings.optimizer] if rate is None else rate,
+        evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
+    )
+
+
+def _terms(settings: TrainSettings) -> set[str]:
+    """The terms of all stages of a loss."""
+    if settings.objective == "linear":
+        return set()
+    return {term for stage in parse_loss(loss_text(settings)) for term in stage.weights}
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    whole = layers == tuple(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
+
+
+def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
+    """What a run is called that was given no name: after block, objective and seed."""
+    objective = settings.objective
+    if objective in ("fw", "hybrid"):
+        objective += str(settings.walk_steps) + ("" if settings.solver == "midpoint" else "-euler")
+    return f"{block[0]}-{block[1]}-{objective}-seed{settings.seed}"
