@@ -165,7 +165,7 @@ class TrainSettings(Common):
     run: str | None = dataclasses.field(default=None, metadata={"repeated": True})
     """Name or path of the run; default: block, objective and seed. Of a recipe's variants, those to train."""
     variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, metadata={"recipe": True})
-    """A recipe's `[train.variants.NAME]`: runs NAME-m-n that differ in these, from the same batches."""
+    """A recipe's `[train.variants.NAME]`: runs NAME-m-n-seedS that differ in these, from the same batches."""
     resume: bool = False
     log_every: int = 20
     """Steps between lines of `metrics.jsonl`."""

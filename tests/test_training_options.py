@@ -270,7 +270,11 @@ def test_variants_trained_from_the_same_batches_equal_runs_on_their_own(settings
         for key in ("store", "block", "tokens", "batch_tokens", "compute_dtype", "log_every")
     }
     together = train(from_recipe(TrainSettings, recipe(tmp_path), "train", given))
-    assert [Path(result["run"]).name for result in together["runs"]] == ["a-1-3", "b-1-3", "c-1-3"]
+    assert [Path(result["run"]).name for result in together["runs"]] == [
+        "a-1-3-seed0",
+        "b-1-3-seed0",
+        "c-1-3-seed0",
+    ]
     folder = store.parent / "runs"
     for name, changes in (
         ("a", {"objective": "regression", "solver": "midpoint"}),
@@ -278,7 +282,7 @@ def test_variants_trained_from_the_same_batches_equal_runs_on_their_own(settings
         ("c", {"objective": "linear"}),
     ):
         train(change(settings, run=str(tmp_path / name), **changes))
-        assert_same_weights(folder / f"{name}-1-3", tmp_path / name)
+        assert_same_weights(folder / f"{name}-1-3-seed0", tmp_path / name)
     again = train(from_recipe(TrainSettings, recipe(tmp_path), "train", given | {"run": "a,c"}))
     assert [result["already_finished"] for result in again["runs"]] == [True, True]
 
@@ -291,7 +295,9 @@ def test_a_variant_that_is_not_there_or_misspelt_is_refused(settings, tmp_path):
     with pytest.raises(SettingsError, match=r"'objctive' in \[train\.variants\.a\] of .* / expected: one of"):
         from_recipe(TrainSettings, path, "train", {})
     path.write_text("[train.variants.a]\nseed = 1\n[train.variants.b]\nseed = 2\n")
-    with pytest.raises(SettingsError, match=r"seed = 2 for b-1-3, 1 for another run / expected: the same"):
+    with pytest.raises(
+        SettingsError, match=r"seed = 2 for b-1-3-seed0, 1 for another run / expected: the same"
+    ):
         train(from_recipe(TrainSettings, path, "train", {"store": settings.store, "block": "1:3"}))
 
 
@@ -310,9 +316,9 @@ def test_a_variant_that_diverges_leaves_the_others_alone(settings, tmp_path, sto
     given = {
         key: getattr(settings, key) for key in ("store", "block", "tokens", "batch_tokens", "compute_dtype")
     }
-    with pytest.raises(DivergenceError, match=r"of .*wild-1-3 / expected: finite ones"):
+    with pytest.raises(DivergenceError, match=r"of .*wild-1-3-seed0 / expected: finite ones"):
         train(from_recipe(TrainSettings, path, "train", given))
-    assert runs.open_run(store.parent / "runs" / "tame-1-3").train_tokens == settings.tokens
+    assert runs.open_run(store.parent / "runs" / "tame-1-3-seed0").train_tokens == settings.tokens
 
 
 def test_several_blocks_give_a_run_each(settings):

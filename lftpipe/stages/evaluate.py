@@ -15,7 +15,7 @@ from lftpipe import manifest, runs
 from lftpipe.compute import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.flow.path import States
-from lftpipe.results import COLUMNS, adaptive_section, cell, markdown_table
+from lftpipe.results import COLUMNS, adaptive_section, cell, markdown_table, means_section
 from lftpipe.rows import Row, run_rows, together_rows
 from lftpipe.scoring import score
 from lftpipe.settings import EvaluateSettings, to_plain
@@ -176,6 +176,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *markdown_table(result["rows"]),
         "",
+        *means_section(result["rows"]),
         *adaptive_section(result),
     ]
     return "\n".join(lines).rstrip() + "\n"

@@ -7,7 +7,7 @@ from typing import Any
 from lftpipe.errors import RunError, StoreError
 from lftpipe.manifest import write_atomic
 from lftpipe.plots import draw_adaptive, draw_steps_curve, draw_training
-from lftpipe.results import adaptive_section, markdown_table
+from lftpipe.results import adaptive_section, markdown_table, means_section
 from lftpipe.settings import ReportSettings
 from lftpipe.workspace import find_store
 
@@ -58,6 +58,7 @@ def report(settings: ReportSettings) -> dict[str, Any]:
         "",
         *markdown_table(result["rows"]),
         "",
+        *means_section(result["rows"]),
         *adaptive_section(result),
     ]
     for caption, path in pictures.items():

@@ -46,6 +46,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 name = variant.run or run_name(one, block)
                 if variant.run and (settings.variants or len(blocks) > 1):  # a run holds one flow layer
                     name += f"-{block[0]}-{block[1]}"
+                if settings.variants:  # the same recipe may be trained with several seeds
+                    name += f"-seed{settings.seed}"
                 wanted.append((run_path(store_path, name), one, block))
         results = train_runs(wanted, store, teacher, joint=settings.joint)
     finally:
