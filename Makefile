@@ -42,14 +42,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # --- the pipeline ---------------------------------------------------------------------------------
 
-STATES     := $(STORE)/zarr.json
+# Teachers that are fetched before they can be extracted.
+FETCHED    := $(WORKSPACE)/smollm2-135m/teacher.gguf
+STATES     := $(STORE)/manifest.json
 MAP        := $(HERE)/recoupling.json
 FLOW       := $(HERE)/runs/$(RUN)/manifest.json
 TABLE      := $(HERE)/results.json
 
 results: $(TABLE)
 
-$(STATES): $(RECIPE) | $(VENV)/.installed
+$(STATES): $(RECIPE) | $(VENV)/.installed $(filter $(HERE)/teacher.gguf,$(FETCHED))
 	$(LFTPIPE) extract $(COMMON) --model $(TEACHER) $(USE_RECIPE)
 	@touch $@
 
@@ -59,8 +61,9 @@ $(MAP): $(STATES)
 $(FLOW): $(STATES) $(if $(filter auto,$(BLOCK)),$(MAP))
 	$(LFTPIPE) train $(COMMON) --store $(STORE) $(USE_RECIPE) --from-cache \
 	  --block $(BLOCK) --objective $(OBJECTIVE) --seed $(SEED) --run $(RUN) --resume
+	@touch $@
 
-$(TABLE): $(FLOW)
+$(TABLE): $(FLOW) $(RECIPE)
 	$(LFTPIPE) evaluate $(COMMON) --store $(STORE) $(USE_RECIPE) --force
 
 # A short run for every block of a quarter and of a half of the layers: does the map predict what they reach?

@@ -132,8 +132,8 @@ def _command(name: str, kind: type[Common], place: str) -> Callable[..., None]:
                 print(json.dumps(result))
             else:
                 _print(stage.summary(result))
-            if result.get("failed"):
-                raise typer.Exit(1)
+            if cure := result.get("failed"):
+                _fail(cure)
 
         guarded(call, debug=debug, asks_to_resume="resume" in hints)
 

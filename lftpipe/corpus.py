@@ -78,7 +78,7 @@ def open_corpus(name: str) -> Corpus:
         if not parts[0] or len(parts) > 3:
             raise CorpusError(f"corpus {name!r}", "hf:<dataset>[:<config>[:<split>]]", "write it so")
         return Corpus(resolved, lambda: _hub_documents(*parts), local=False)
-    path = Path(resolved).expanduser()
+    path = Path(resolved).expanduser().resolve()
     if path.is_dir():
         return Corpus(str(path), lambda: _folder_documents(path), local=True)
     if path.is_file():
@@ -248,7 +248,9 @@ def _python_stdlib() -> Iterator[Document]:
 
 def _hub_documents(dataset: str, config: str | None = None, split: str = "train") -> Iterator[Document]:
     import datasets
+    import huggingface_hub.utils.logging as hub_logging
 
+    hub_logging.set_verbosity_error()  # its retries would come before the one line that says it all
     try:
         rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows):

@@ -16,6 +16,7 @@ from lftpipe.corpus import Corpus, open_corpus
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.settings import ExtractSettings
 from lftpipe.spans import parse_layers
+from lftpipe.store.codec import encoded_bytes
 from lftpipe.teacher.head import Head, compute_batch
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.trunk import Trunk
@@ -26,8 +27,6 @@ SHARD_BYTES = 128 * 2**20
 
 #: And at most so many sequences: a shard's index has a place for each, filled or not.
 SHARD_SEQUENCES = 256
-
-BYTES_PER_FEATURE = {"float16": 2.0, "float32": 4.0, "int8": 612 / 576}
 
 #: Room left free on the disk beside the store.
 DISK_MARGIN = 256 * 2**20
@@ -63,10 +62,11 @@ class Plan:
     def array_bytes(self) -> dict[str, int]:
         """Bytes of every array on the disk, both splits together."""
         positions_ = sum(self.wanted.values()) * self.context
-        state = BYTES_PER_FEATURE[self.dtype] * self.teacher.width
+        sequences = sum(self.wanted.values())
+        state = state_bytes(self.dtype, self.context, self.teacher.width)
         arrays = {
-            "hidden": int(positions_ * len(self.layers) * state),
-            "attention": int(positions_ * len(self.attention_layers) * state),
+            "hidden": sequences * len(self.layers) * state,
+            "attention": sequences * len(self.attention_layers) * state,
             "tokens": positions_ * 4,
             "document": positions_ * 4,
         }
@@ -76,6 +76,13 @@ class Plan:
             arrays["logit_ids"] = positions_ * self.logits * 4
             arrays["logit_normaliser"] = positions_ * 4
         return arrays
+
+
+def state_bytes(dtype: str, context: int, width: int) -> int:
+    """Of one state of one sequence on the disk; values that int8 keeps exact are too few to count."""
+    if dtype == "int8":
+        return encoded_bytes(context, width, 0)
+    return context * width * (4 if dtype == "float32" else 2)
 
 
 def make_plan(settings: ExtractSettings) -> Plan:
@@ -106,7 +113,7 @@ def make_plan(settings: ExtractSettings) -> Plan:
         )
     layers = parse_layers(settings.layers, teacher.num_layers + 1)
     attention = tuple(l for l in layers if l < max(layers)) if settings.attention else ()  # noqa: E741
-    state = BYTES_PER_FEATURE[settings.dtype] * teacher.width * settings.context
+    state = state_bytes(settings.dtype, settings.context, teacher.width)
     batch = max(1, settings.batch_tokens // settings.context)
     per_shard = min(max(1, int(SHARD_BYTES / (state * len(layers)))), SHARD_SEQUENCES)
     wanted = {
@@ -134,7 +141,9 @@ def make_plan(settings: ExtractSettings) -> Plan:
 
 def check_disk(plan: Plan) -> None:
     """Refuse a run that would not fit, counting what an interrupted run has written already."""
-    needed = sum(plan.array_bytes().values())
+    arrays = plan.array_bytes()
+    # Tokens and documents wait in files of their own until they are written.
+    needed = sum(arrays.values()) + arrays["tokens"] + arrays["document"]
     there = (
         sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file())
         if plan.path.exists()
@@ -145,7 +154,7 @@ def check_disk(plan: Plan) -> None:
     if needed - there > free - DISK_MARGIN:
         raise StoreError(
             f"a store of {progress.human_bytes(needed)} with {progress.human_bytes(free)} free at {parent}",
-            "room for it",
+            f"room for it and {progress.human_bytes(DISK_MARGIN)} to spare",
             "free space, or pass fewer --layers or --tokens, --no-attention or another --store",
         )
 

@@ -1,5 +1,6 @@
 """What computing in bfloat16 costs: every stored state against float32, on the first batch of `train`."""
 
+import math
 import tempfile
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,7 @@ def measured_trunk(plan: Plan, tokens: Tokens) -> tuple[Trunk, dict[str, Any]]:
     """
     batch = batch_of(tokens, "train", range(min(plan.batch_sequences, len(tokens["train"][0]))))
     kept = {"hidden": plan.layers, "attention": plan.attention_layers}
-    errors: dict[str, dict[str, list[float]]] = {
+    errors: dict[str, dict[str, list[float | None]]] = {
         array: {"nmse": [], "nmse_without_first": []} for array, layers in kept.items() if layers
     }
     with tempfile.TemporaryFile(dir=plan.path.parent) as scratch:
@@ -53,8 +54,12 @@ def measured_trunk(plan: Plan, tokens: Tokens) -> tuple[Trunk, dict[str, Any]]:
     return trunk, {"sequences": len(batch[0]), "tokens": batch[0].numel(), **errors}
 
 
-def _nmse(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Squared error over squared norm, to three digits: it is an estimate from one batch."""
+def _nmse(ours: np.ndarray, theirs: np.ndarray) -> float | None:
+    """Squared error over squared norm, to three digits: it is an estimate from one batch.
+
+    None if it is not finite: extraction will say which state is not.
+    """
     energy = float(np.square(theirs, dtype=np.float64).sum())
     error = float(np.square(ours - theirs, dtype=np.float64).sum())
-    return float(f"{error / energy if energy else error:.3g}")
+    share = error / energy if energy else error
+    return float(f"{share:.3g}") if math.isfinite(share) else None

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors
 import tomli_w
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lftpipe.errors import RunError
@@ -103,9 +103,8 @@ def _step_of(line: str) -> int | float:
 
 def save_run(path: Path, flow: nn.Module, manifest: dict[str, Any]) -> None:
     """Write weights, then the manifest that makes the run a finished one."""
-    partial = path / (WEIGHTS + ".partial")
-    save_file({name: value.detach().contiguous() for name, value in flow.state_dict().items()}, partial)
-    partial.replace(path / WEIGHTS)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
+    write_atomic(path / WEIGHTS, save(tensors))
     manifest = manifest | {"weights_digest": file_digest(path / WEIGHTS)}
     write_atomic(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
@@ -140,6 +139,10 @@ def open_run(path: Path) -> Run:
             },
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if (path / SETTINGS).is_file() and not (path / MANIFEST).exists():
+            raise RunError(
+                f"unfinished run {path}", "a finished one", "go on with it by `lftpipe train --resume`"
+            ) from error
         raise RunError(f"{path}", "a finished run with a readable manifest.json", "train it again") from error
     if not (path / WEIGHTS).is_file() or file_digest(path / WEIGHTS) != run.weights_digest:
         raise RunError(

@@ -52,6 +52,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     for file in (out, out.with_suffix(".md")):
         if file.exists() and not settings.force:
             raise SettingsError(f"--out {file}, which exists", "a new file", "pass --force or another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if store.num_sequences("validation") == 0:
         raise StoreError(
             f"store {store_path} without validation sequences",

@@ -1,7 +1,9 @@
 """`lftpipe extract`: run the frozen teacher once and write its states to the store."""
 
+import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from lftpipe.store import StoreSpec, StoreWriter, verify_store
 from lftpipe.teacher.source import load_tokenizer
 from lftpipe.teacher.trunk import Trunk
 
+#: More than a token has on average: with so many for each that is wanted, a corpus has enough text.
+CHARACTERS_OF_A_TOKEN = 8
+
 
 def extract(settings: ExtractSettings) -> dict[str, Any]:
     """Run the teacher over a corpus and store its states; resumes what was interrupted.
@@ -38,10 +43,11 @@ def extract(settings: ExtractSettings) -> dict[str, Any]:
     prepare(settings.device, settings.threads)
     plan = make_plan(settings)
     tokenizer = load_tokenizer(plan.teacher)
-    if settings.dry_run:
-        return dry_run(plan)
-    check_disk(plan)
     packing = _packing(plan, tokenizer)
+    expected = _fitted(plan, packing)
+    if settings.dry_run:
+        return dry_run(expected)
+    check_disk(expected)
     return _run(plan, packing, _pack(packing, plan), settings)
 
 
@@ -98,6 +104,22 @@ def _packing(plan: Plan, tokenizer: Any) -> Packing:
     return Packing(plan.corpus, encode, tokenizer.eos_token_id, plan.context, plan.wanted)
 
 
+def _fitted(plan: Plan, packing: Packing) -> Plan:
+    """The plan with no more sequences than the corpus has text for, if it is a short local one."""
+    enough = CHARACTERS_OF_A_TOKEN * sum(plan.wanted.values()) * plan.context
+    seen = 0
+    for document in plan.corpus.documents() if plan.corpus.local else ():
+        seen += len(document.text)
+        if seen >= enough:
+            break
+    if seen >= enough or not plan.corpus.local:
+        return plan
+    packing.fit_to_small_corpus()
+    for _ in packing:
+        pass
+    return replace(plan, wanted=packing.made)
+
+
 def _pack(packing: Packing, plan: Plan) -> Tokens:
     """Token ids and document numbers of each split, `(sequence, position)`, in files mapped to memory."""
     packing.fit_to_small_corpus()
@@ -139,7 +161,8 @@ def _on_disk(folder: Path, shape: tuple[int, int]) -> np.ndarray:
     if not shape[0]:
         return np.zeros(shape, np.int32)
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(4 * shape[0] * shape[1])
+        # All of its room at once: a disk that fills up later would kill the process at a mere assignment.
+        os.posix_fallocate(file.fileno(), 0, 4 * shape[0] * shape[1])
         return np.memmap(file, np.int32, "r+", shape=shape)
 
 

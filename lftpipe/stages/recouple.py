@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> dic
     """
     path = store_path.parent / FILE_NAME
     if not path.exists():
-        recouple(made_with)
+        recouple(replace(made_with, force=True))  # pictures without it are of no use
     found = json.loads(path.read_text())
     if found["store_fingerprint"] != store.fingerprint:
         raise SettingsError(

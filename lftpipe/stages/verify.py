@@ -6,6 +6,7 @@ from typing import Any
 from lftpipe import progress
 from lftpipe.settings import VerifySettings
 from lftpipe.store import verify_store
+from lftpipe.store.verify import Report
 from lftpipe.workspace import find_store
 
 
@@ -15,7 +16,7 @@ def verify(settings: VerifySettings) -> dict[str, Any]:
     Returns
     -------
     dict
-        `ok`, the `damaged` files with array, split and shard, and `failed` for the exit status.
+        `ok`, the `damaged` files with array, split and shard, and `failed`: the error, if it is not `ok`.
 
     Raises
     ------
@@ -26,7 +27,7 @@ def verify(settings: VerifySettings) -> dict[str, Any]:
     return {
         "store": str(found.path),
         "ok": found.ok,
-        "failed": not found.ok,
+        "failed": "" if found.ok else _error(found),
         "files": found.files,
         "bytes": found.bytes,
         "damaged": [asdict(damage) | {"message": str(damage)} for damage in found.damaged],
@@ -39,8 +40,12 @@ def summary(result: dict[str, Any]) -> str:
     if result["ok"]:
         return f"{result['store']} is whole: {size}, every byte as it was written"
     lines = [f"{result['store']}: {len(result['damaged'])} of {size} are damaged"]
-    lines += [f"  {damage['message']}" for damage in result["damaged"]]
-    lines.append(
-        "next: the `lftpipe extract` command that made it, with --repair, computes just those shards again"
+    return "\n".join(lines + [f"  {damage['message']}" for damage in result["damaged"]])
+
+
+def _error(found: Report) -> str:
+    return (
+        f"given: {found.path} with {len(found.damaged)} damaged of {found.files} files / "
+        "expected: every byte as it was written / "
+        "do: run the `lftpipe extract` command that made it, with --repair: it computes just those again"
     )
-    return "\n".join(lines)

@@ -39,6 +39,8 @@ def existing(
     if manifest is None and journal is None and (foreign := _names(path)):
         if salvage and "zarr.json" in foreign:
             return None, _salvage(path, spec)
+        if "zarr.json" in foreign:
+            raise StoreError(f"{path} without its manifest", "a whole store", "repair it (--repair)")
         raise StoreError(
             f"{path} holds {min(foreign)} and no store", "a store or an empty folder", "name another --store"
         )

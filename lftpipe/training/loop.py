@@ -1,5 +1,6 @@
 """The training loop: batches in, trained flow layers out, resumable at any checkpoint."""
 
+import io
 import pickle
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from lftpipe import feed, progress
 from lftpipe.errors import DivergenceError, RunError
 from lftpipe.feed import Needs
+from lftpipe.manifest import write_atomic
 from lftpipe.packing import positions
 from lftpipe.teacher.family import attention_context
 from lftpipe.teacher.parts import load_rotary
@@ -150,8 +152,9 @@ def save_checkpoint(chain: Chain) -> None:
         return
     path = chain.checkpoint
     path.parent.mkdir(exist_ok=True)
-    torch.save([run.state() for run in chain.runs], path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    content = io.BytesIO()
+    torch.save([run.state() for run in chain.runs], content)
+    write_atomic(path, content.getvalue())
 
 
 def _restore(chain: Chain) -> None:

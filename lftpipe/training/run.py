@@ -291,6 +291,8 @@ def manifest_of(
         "solver": settings.solver if velocity["time"] else "euler",
         "walk_steps": settings.walk_steps if velocity["time"] else 1,
         "seed": settings.seed,
+        "optimizer": settings.optimizer,
+        "compute_dtype": settings.compute_dtype,
         "velocity": velocity,
         "versions": {"lftpipe": lftpipe.__version__, "torch": torch.__version__},
     }

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from lftpipe.compute import resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.loss import parse_loss
 from lftpipe.recipe import check
-from lftpipe.settings import TrainSettings, loss_text
+from lftpipe.settings import ComputeDtype, TrainSettings, loss_text
 from lftpipe.store import Store
 from lftpipe.training.optimizer import LEARNING_RATES
 
@@ -134,6 +135,7 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
         settings,
         block=f"{m}:{n}",
         threads=torch.get_num_threads(),
+        compute_dtype=_name_of(resolve_compute_dtype(settings.compute_dtype, settings.device)),
         learning_rate=LEARNING_RATES[settings.optimizer] if rate is None else rate,
         evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
     )
@@ -149,6 +151,10 @@ def _terms(settings: TrainSettings) -> set[str]:
 def _ranges(layers: tuple[int, ...]) -> str:
     whole = layers == tuple(range(layers[0], layers[-1] + 1))
     return f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
+
+
+def _name_of(dtype: torch.dtype) -> ComputeDtype:
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
