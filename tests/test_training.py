@@ -136,7 +136,7 @@ def test_a_resumed_run_keeps_its_settings(settings, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     with pytest.raises(
-        RunError, match=r"learning_rate = 0.5 for .* / expected: learning_rate = 0.01, as it was"
+        RunError, match=r"learning_rate = 0.5 for .* / expected: learning_rate = 0.02, as it was"
     ):
         train(change(settings, resume=True, learning_rate=0.5))
     # The same store under another name is the same store.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lftpipe.settings import TrainSettings
 
 #: At the peak, where none is given. Muon's steps are scaled to the size of AdamW's, and may be larger.
-LEARNING_RATES = {"muon": 1e-2, "adamw": 1e-3}
+LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}
 
 BETAS = (0.9, 0.95)
 
