@@ -29,6 +29,8 @@ from lftpipe.workspace import find_runs, find_store
 #: Batches that every row is timed on.
 TIMED_BATCHES = 3
 
+METRICS = ("kl_latent", "nmse", "nmse_without_first", "kl", "ppl")
+
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Score teacher, skips and runs over the whole validation split, and write the table.
@@ -187,10 +189,17 @@ def summary(result: dict[str, Any]) -> Table:
     """The table for a terminal."""
     title = f"{result['teacher']}: {result['validation_tokens']:,} validation tokens"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown = ("method", "block", "k", "solver", "nfe", "kl_latent", "nmse", "nmse_without_first", "kl", "ppl")
+    shown = ("method", "block", "k", "solver", "nfe", *METRICS)
     for key in shown:
         left = key in ("method", "block", "solver")
-        table.add_column(COLUMNS[key], justify="left" if left else "right", no_wrap=left)
+        # In a narrow terminal names are folded, never numbers.
+        table.add_column(
+            COLUMNS[key],
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=key != "method",
+            min_width=10 if key == "method" else 8 if key in METRICS else None,
+        )
     for row in result["rows"]:
         named = row | {"method": row["run"] or row["method"]}
         table.add_row(*(cell(named[key]) for key in shown))
