@@ -194,11 +194,11 @@ def summary(result: dict[str, Any]) -> Table:
         left = key in ("method", "block", "solver")
         # In a narrow terminal names are folded, never numbers.
         table.add_column(
-            COLUMNS[key],
+            "w/o first" if key == "nmse_without_first" else COLUMNS[key],
             justify="left" if left else "right",
             overflow="fold",
             no_wrap=key != "method",
-            min_width=10 if key == "method" else 8 if key in METRICS else None,
+            min_width=10 if key == "method" else 7 if key in METRICS else None,
         )
     for row in result["rows"]:
         named = row | {"method": row["run"] or row["method"]}
