@@ -69,7 +69,7 @@ MUST_NOT_KNOW = {
     "lftpipe.manifest": ("torch", "transformers", "zarr", "lftpipe"),
     "lftpipe.loss": ("torch", "transformers", "numpy", "zarr"),
     "lftpipe.spans": ("torch", "transformers", "numpy", "zarr"),
-    "lftpipe.compute": ("transformers", "zarr", "lftpipe"),
+    "lftpipe.compute": ("transformers", "zarr", "lftpipe.store", "lftpipe.teacher", "lftpipe.stages"),
     "lftpipe.assignment": ("torch", "transformers", "zarr", "lftpipe"),
     "lftpipe.coupling": ("torch", "transformers", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),
     "lftpipe.metrics": ("transformers", "zarr", "lftpipe.store", "lftpipe.teacher", "lftpipe.flow"),

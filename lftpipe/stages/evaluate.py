@@ -194,7 +194,7 @@ def summary(result: dict[str, Any]) -> Table:
         left = key in ("method", "block", "solver")
         # In a narrow terminal names are folded, never numbers.
         table.add_column(
-            "w/o first" if key == "nmse_without_first" else COLUMNS[key],
+            "w/o 1st" if key == "nmse_without_first" else COLUMNS[key],
             justify="left" if left else "right",
             overflow="fold",
             no_wrap=key != "method",
