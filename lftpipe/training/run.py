@@ -110,14 +110,11 @@ class Training:
         return Needs(layers, attention, "top-logits" in terms)
 
     def rate_share(self, step: int) -> float:
-        """Of the peak learning rate: linear warm-up, then a cosine to a hundredth, in each stage anew."""
-        number = self._stage_number(step)
-        start, stop = self.stage_starts[number], self.stage_starts[number + 1]
-        step, num_steps = step - start, stop - start
-        warmup = max(1, round(self.settings.warmup * num_steps))
+        """Of the peak learning rate: linear warm-up, then a cosine to a hundredth, over all stages."""
+        warmup = max(1, round(self.settings.warmup * self.num_steps))
         if step < warmup:
             return (step + 1) / warmup
-        share = (step - warmup) / max(1, num_steps - warmup)
+        share = (step - warmup) / max(1, self.num_steps - warmup)
         return 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
 
     def problem(self, batch: Batch, x_0: States | None = None, *, equal_steps: bool = False) -> Problem:
