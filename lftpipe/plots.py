@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 #: Okabe and Ito's colours, that all kinds of colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+#: Of each line, so that twenty-eight can be told apart.
+STYLES = [(colour, line) for line in ("-", "--", "-.", ":") for colour in COLOURS]
 
 
 def draw_steps_curve(rows: list[dict[str, Any]], path: Path) -> None:
@@ -19,22 +23,24 @@ def draw_steps_curve(rows: list[dict[str, Any]], path: Path) -> None:
     for row in rows:
         if row["run"]:
             runs[row["run"]].append(row)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     shown = {"kl_latent": "KL_x", "nmse_without_first": "NMSE without first"}
     for axis, (key, label) in zip(axes, shown.items(), strict=True):
-        for (name, points), colour in zip(sorted(runs.items()), COLOURS * 4, strict=False):
+        for (name, points), (colour, line) in zip(sorted(runs.items()), STYLES * 4, strict=False):
+            x, y = [p["k"] for p in points], [p[key] for p in points]
             if len(points) == 1:
-                axis.axhline(points[0][key], color=colour, linestyle=":", label=name)
+                axis.axhline(y[0], color=colour, linestyle=":", label=name)
             else:
-                axis.plot([p["k"] for p in points], [p[key] for p in points], "o-", color=colour, label=name)
+                axis.plot(x, y, marker="o", color=colour, linestyle=line, label=name)
         blocks = {row["block"] for row in rows if row["run"]}
         for row in rows:
             if row["run"] is None and row["block"] in blocks and row[key] is not None:
                 axis.axhline(row[key], color="0.6", linestyle="--", label=f"{row['method']}")
         axis.set(xlabel="steps k", ylabel=label, yscale="log")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
@@ -63,17 +69,18 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: list[dict[str,
     skips
         Rows of the table of results.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     on_validation = any("validation_nmse" in row for rows in curves.values() for row in rows)
     key = "validation_nmse" if on_validation else "nmse"
-    for (name, rows), colour in zip(sorted(curves.items()), COLOURS * 4, strict=False):
+    for (name, rows), (colour, line) in zip(sorted(curves.items()), STYLES * 4, strict=False):
         shown = [row for row in rows if key in row]
         marker = "o" if len(shown) < 10 else ""
         axis.plot(
             [row["tokens"] for row in shown],
             [row[key] for row in shown],
             color=colour,
+            linestyle=line,
             marker=marker,
             label=name,
         )
@@ -94,7 +101,7 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: list[dict[str,
         yscale="log",
     )
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
