@@ -59,6 +59,8 @@ def trained(options: argparse.Namespace, folder: Path, dtype: Any) -> tuple[Path
             solver="euler",
             tokens=options.train_tokens,
             batch_tokens=options.batch_tokens,
+            optimizer="adamw",
+            learning_rate=1e-3,
             run=str(run),
         )
     )

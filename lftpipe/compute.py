@@ -6,28 +6,8 @@ import sys
 import torch
 from torch import nn
 
-from lftpipe.errors import SettingsError
-
 # mallopt's parameters (glibc, malloc.h)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
-
-def prepare(device: str, threads: int | None) -> None:
-    """Check that there is such a device, and make the processor ready.
-
-    Raises
-    ------
-    SettingsError
-        If torch does not know the device, or has none of its kind.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        kinds = ["cpu", *(kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available())]
-        raise SettingsError(
-            f"--device {device}", f"a device of this machine: {', '.join(kinds)}", "name one"
-        ) from error
-    prepare_processor(threads)
 
 
 def prepare_processor(threads: int | None) -> None:
@@ -51,6 +31,11 @@ def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             part.to(dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, as settings and stores write it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def resolve_compute_dtype(name: str, device: str) -> torch.dtype:

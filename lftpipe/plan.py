@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lftpipe import progress
-from lftpipe.compute import resolve_compute_dtype
+from lftpipe.compute import dtype_name, resolve_compute_dtype
 from lftpipe.corpus import Corpus, open_corpus
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.settings import ExtractSettings
@@ -61,8 +61,8 @@ class Plan:
 
     def array_bytes(self) -> dict[str, int]:
         """Bytes of every array on the disk, both splits together."""
-        positions_ = sum(self.wanted.values()) * self.context
         sequences = sum(self.wanted.values())
+        positions_ = sequences * self.context
         state = state_bytes(self.dtype, self.context, self.teacher.width)
         arrays = {
             "hidden": sequences * len(self.layers) * state,
@@ -187,7 +187,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "attention_layers": list(plan.attention_layers),
         "logits": plan.logits,
         "dtype": plan.dtype,
-        "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(plan.compute_dtype),
         "bytes": sum(by_array.values()),
         "bytes_by_array": by_array,
         "free_bytes": shutil.disk_usage(parent).free,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lftpipe.errors import RunError, StoreError
+from lftpipe.errors import RunError, SettingsError, StoreError
 
 STORE_NAME = "states.zarr"
 
@@ -38,6 +38,25 @@ def find_store(workspace: Path, store: Path | None) -> Path:
 def run_path(store: Path, name: str) -> Path:
     """The folder of a run called `name`, which may also be a path."""
     return Path(name) if "/" in name else store.parent / "runs" / name
+
+
+def check_outputs(out: Path, others: tuple[str, ...], force: bool, cure: str = "pass --force") -> None:
+    """Refuse a JSON file whose name says otherwise, or that exists, or whose neighbours do, without `force`.
+
+    Parameters
+    ----------
+    others
+        Suffixes of the files that go beside it.
+    cure
+        What to do instead of naming another `--out`.
+    """
+    if out.suffix != ".json":
+        raise SettingsError(
+            f"--out {out}", "the JSON file's name", "end it in .json; the rest goes beside it"
+        )
+    for file in (out, *(out.with_suffix(suffix) for suffix in others)):
+        if file.exists() and not force:
+            raise SettingsError(f"{file}, which exists", "a new file", f"{cure} or another --out")
 
 
 def find_run(workspace: Path, store: Path | None, name: str) -> Path:

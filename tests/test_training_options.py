@@ -392,8 +392,11 @@ def test_two_processes_have_the_loss_of_one_at_the_same_batch(settings, tmp_path
     assert done.stdout.count("next: lftpipe evaluate") == 1  # one of the two speaks
     ours, theirs = ([row["loss"] for row in log_of(run)] for run in (settings.run, tmp_path / "two"))
     assert theirs == pytest.approx(ours, rel=1e-5)
+    two, one = weights_of(tmp_path / "two"), weights_of(settings.run)
     # Keys' biases have no gradient but rounding, which AdamW scales to whole steps.
-    assert_same_weights(tmp_path / "two", settings.run, rtol=1e-3, atol=3e-4)
+    for weights in (two, one):
+        weights["layer.layer.attention.query_key_value.bias"].view(4, 3, -1)[:, 1] = 0
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(settings, monkeypatch):

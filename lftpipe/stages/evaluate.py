@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from lftpipe import manifest, runs
-from lftpipe.compute import prepare
+from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.flow.path import States
 from lftpipe.results import COLUMNS, adaptive_section, cell, markdown_table, means_section

@@ -10,7 +10,7 @@ import torch
 
 import lftpipe
 from lftpipe import progress, runs
-from lftpipe.compute import prepare
+from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.results import COLUMNS, markdown_table
 from lftpipe.runs import Run

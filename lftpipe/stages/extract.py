@@ -12,8 +12,9 @@ import torch
 
 import lftpipe
 from lftpipe import progress
-from lftpipe.compute import prepare
-from lftpipe.errors import CorpusError, TeacherError
+from lftpipe.compute import dtype_name
+from lftpipe.device import prepare
+from lftpipe.errors import CorpusError, StoreError, TeacherError
 from lftpipe.forward import Tokens, forward
 from lftpipe.packing import SPLITS, Packing
 from lftpipe.plan import Plan, check_disk, dry_run, make_plan
@@ -44,10 +45,12 @@ def extract(settings: ExtractSettings) -> dict[str, Any]:
     plan = make_plan(settings)
     tokenizer = load_tokenizer(plan.teacher)
     packing = _packing(plan, tokenizer)
-    expected = _fitted(plan, packing)
     if settings.dry_run:
-        return dry_run(expected)
-    check_disk(expected)
+        return dry_run(_fitted(plan, packing))
+    try:
+        check_disk(plan)
+    except StoreError:  # the text may end before the disk does, which is only then worth a look
+        check_disk(_fitted(plan, packing))
     return _run(plan, packing, _pack(packing, plan), settings)
 
 
@@ -77,7 +80,7 @@ def _run(plan: Plan, packing: Packing, tokens: Tokens, settings: ExtractSettings
         "layers": list(plan.layers),
         "attention_layers": list(plan.attention_layers),
         "logits": plan.logits,
-        "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(plan.compute_dtype),
         "bytes": sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file()),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(computed / max(seconds, 1e-9), 1),
@@ -177,7 +180,7 @@ def _spec(plan: Plan, packing: Packing, settings: ExtractSettings) -> StoreSpec:
         "corpus": plan.corpus.name,
         "packing": "isolated",
         "seed": settings.seed,
-        "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(plan.compute_dtype),
         "batch_sequences": plan.batch_sequences,
     }
     # What a grown store may add to: the writer compares the tokens themselves with those it holds.

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from lftpipe import runs
-from lftpipe.compute import prepare
+from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.solver import EVALUATIONS
 from lftpipe.settings import GenerateSettings

@@ -21,7 +21,7 @@ from lftpipe.samples import draw_samples
 from lftpipe.settings import RecoupleSettings, TrainSettings, to_plain
 from lftpipe.spans import parse_block, parse_layers
 from lftpipe.store import Store
-from lftpipe.workspace import find_store
+from lftpipe.workspace import check_outputs, find_store
 
 FILE_NAME = "recoupling.json"
 
@@ -48,14 +48,8 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
     started = time.monotonic()
     path = find_store(settings.workspace, settings.store)
     out = settings.out or path.parent / FILE_NAME
-    if out.suffix != ".json":
-        raise SettingsError(
-            f"--out {out}", "the JSON file's name", "end it in .json; the pictures go beside it"
-        )
+    check_outputs(out, (".png", ".html"), settings.force)
     pictures = [out.with_suffix(".png"), out.with_suffix(".html")]
-    for file in (out, *pictures):
-        if file.exists() and not settings.force:
-            raise SettingsError(f"{file}, which exists", "a new file", "pass --force or another --out")
     store = Store.open(path)
     layers = _layers(settings, store)
     if settings.tokens < 2:
@@ -177,7 +171,7 @@ def _shown(
 
 def _residuals(store: Store, layers: tuple[int, ...], settings: RecoupleSettings) -> list[list[float | None]]:
     # Only here: the map itself needs no torch.
-    from lftpipe.compute import prepare
+    from lftpipe.device import prepare
     from lftpipe.probe import residual_map
 
     prepare(settings.device, settings.threads)

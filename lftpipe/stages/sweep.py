@@ -11,7 +11,7 @@ from rich.table import Table
 
 import lftpipe
 from lftpipe import blocks, correlation, manifest, progress, runs
-from lftpipe.compute import prepare
+from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.plots import draw_sweep
 from lftpipe.probe import draw_parts, probe_residual
@@ -25,7 +25,7 @@ from lftpipe.sweep_page import AGAINST, OUTCOMES, correlation_table, markdown
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.claiming import changed_settings
 from lftpipe.training.settling import resolved, run_name
-from lftpipe.workspace import find_store
+from lftpipe.workspace import check_outputs, find_store
 
 #: Shares of the layers that are swept where no lengths are given.
 SHARES = (0.25, 0.5)
@@ -54,7 +54,9 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     out = settings.out or store_path.parent / "sweep.json"
-    _check_out(out, settings.force)
+    cure = "pass --force (finished runs are not trained again)"
+    check_outputs(out, (".md", ".png"), settings.force, cure)
+    out.parent.mkdir(parents=True, exist_ok=True)
     store = Store.open(store_path)
     if store.num_sequences("validation") == 0:
         raise StoreError(
@@ -86,21 +88,6 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     manifest.write_atomic(out.with_suffix(".md"), markdown(result).encode())
     manifest.write_atomic(out, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     return result | {"out": str(out), "trained": trained}
-
-
-def _check_out(out: Path, force: bool) -> None:
-    if out.suffix != ".json":
-        raise SettingsError(
-            f"--out {out}", "the JSON file's name", "end it in .json; the rest goes beside it"
-        )
-    for file in (out, out.with_suffix(".md"), out.with_suffix(".png")):
-        if file.exists() and not force:
-            raise SettingsError(
-                f"{file}, which exists",
-                "a new file",
-                "pass --force (finished runs are not trained again) or another --out",
-            )
-    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _lengths(given: tuple[int, ...], num_layers: int) -> list[int]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lftpipe import progress
-from lftpipe.compute import prepare
+from lftpipe.device import prepare
 from lftpipe.errors import SettingsError
 from lftpipe.flow.objective import ErrorScale, Loss, flow_matching, flow_walking, walk_times
 from lftpipe.flow.path import LinearPath, States, Times

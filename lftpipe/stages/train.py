@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lftpipe import runs
-from lftpipe.compute import prepare
+from lftpipe.device import prepare
 from lftpipe.errors import RunError, TeacherError
 from lftpipe.settings import TrainSettings
 from lftpipe.spans import parse_block

@@ -13,6 +13,12 @@ LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}
 BETAS = (0.9, 0.95)
 
 
+def peak_rate(settings: TrainSettings) -> float:
+    """The learning rate at its peak: as given, or the optimiser's own."""
+    rate = settings.learning_rate
+    return LEARNING_RATES[settings.optimizer] if rate is None else rate
+
+
 class Optimizer:
     """One or two of torch's optimisers as one, with one learning rate.
 
@@ -29,8 +35,7 @@ class Optimizer:
     """
 
     def __init__(self, flow: nn.Module, settings: TrainSettings) -> None:
-        rate = settings.learning_rate
-        self.learning_rate = LEARNING_RATES[settings.optimizer] if rate is None else rate
+        self.learning_rate = peak_rate(settings)
         named = list(flow.named_parameters())
         matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("modulation.")]
         mine = {id(p) for p in matrices} if settings.optimizer == "muon" else set()

@@ -3,16 +3,17 @@
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from lftpipe.compute import resolve_compute_dtype
+from lftpipe.compute import dtype_name, resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.loss import parse_loss
 from lftpipe.recipe import check
 from lftpipe.settings import ComputeDtype, TrainSettings, loss_text
 from lftpipe.store import Store
-from lftpipe.training.optimizer import LEARNING_RATES
+from lftpipe.training.optimizer import peak_rate
 
 #: Steps between evaluations where some of the training sequences are held back, if nothing is said.
 EVALUATE_EVERY = 100
@@ -130,13 +131,14 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
             f"store {store.path} without training sequences", "at least one", "extract with more --tokens"
         )
     # All settled here is recorded with the run, and compared when it is resumed.
-    rate = settings.learning_rate
     return replace(
         settings,
         block=f"{m}:{n}",
         threads=torch.get_num_threads(),
-        compute_dtype=_name_of(resolve_compute_dtype(settings.compute_dtype, settings.device)),
-        learning_rate=LEARNING_RATES[settings.optimizer] if rate is None else rate,
+        compute_dtype=cast(
+            ComputeDtype, dtype_name(resolve_compute_dtype(settings.compute_dtype, settings.device))
+        ),
+        learning_rate=peak_rate(settings),
         evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
     )
 
@@ -151,10 +153,6 @@ def _terms(settings: TrainSettings) -> set[str]:
 def _ranges(layers: tuple[int, ...]) -> str:
     whole = layers == tuple(range(layers[0], layers[-1] + 1))
     return f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
-
-
-def _name_of(dtype: torch.dtype) -> ComputeDtype:
-    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
