@@ -118,7 +118,7 @@ def build_student(
         solver=solver,
         steps=steps,
     )
-    config._attn_implementation = teacher.config._attn_implementation
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
         student = kind(config)
     tensors = _tensors(student, teacher, iter(flows))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe.errors import TeacherError
+from lftpipe.teacher import attention
 from lftpipe.teacher.checkpoint import Checkpoint
 from lftpipe.teacher.family import Family
 from lftpipe.teacher.gpt_neox import GPT_NEOX
@@ -221,7 +222,7 @@ def _config(folder: Path, model: str, trust_remote_code: bool) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config._attn_implementation = "sdpa"  # single layers are built from it, without a model around them
+        config._attn_implementation = attention.NAME  # single layers are built from it, with no model around
         return config
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]

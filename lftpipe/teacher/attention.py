@@ -1,0 +1,90 @@
+"""Attention of the teacher's layers where they are trained on a processor in bfloat16.
+
+torch's fused kernel for processors multiplies bfloat16 in small tiles and, where sequences are short,
+skips nothing of what causality hides: forward and backward take twice the time of plain products of blocks.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+#: What layers built from a teacher's config call it (`_attn_implementation`).
+NAME = "lftpipe"
+
+#: Queries of one product. Half of it or twice is slower or no faster, at contexts of 256 to 512.
+BLOCK = 128
+
+Queries = Float[Tensor, "sequence head position feature"]
+Keys = Float[Tensor, "sequence key_head key feature"]
+Mask = Shaped[Tensor, "#sequence 1 position key"] | None
+
+
+def attention(
+    module: nn.Module, query: Queries, key: Keys, value: Keys, attention_mask: Mask, **options: Any
+) -> tuple[Float[Tensor, "sequence position head feature"], None]:
+    """Attention as transformers' layers call it: in blocks where that is faster."""
+    if _in_blocks(query, key, options):
+        return causal_attention(query, key, value, attention_mask, options.get("scaling")), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _in_blocks(query: Queries, key: Keys, options: dict[str, Any]) -> bool:
+    kind = query.device.type
+    in_bfloat16 = query.dtype == torch.bfloat16 or (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    )
+    whole = 1 < query.shape[2] == key.shape[2]  # not the next tokens after a cache
+    usual = {name for name, value in options.items() if value} <= {"scaling"}
+    return kind == "cpu" and in_bfloat16 and whole and usual
+
+
+def causal_attention(
+    query: Queries, key: Keys, value: Keys, mask: Mask = None, scaling: float | None = None
+) -> Float[Tensor, "sequence position head feature"]:
+    """Causal attention in bfloat16, `BLOCK` queries at a time, which see the keys up to their own last one.
+
+    Parameters
+    ----------
+    query
+        Of as many heads as `key` and `value` have, or a multiple (grouped queries).
+    mask
+        True where a query sees a key, or what to add to the scores; None hides later keys alone. Later
+        keys are hidden in any case.
+    scaling
+        Of the scores; `1 / sqrt(feature)` if left out.
+    """
+    sequences, heads, positions, features = query.shape
+    groups = heads // key.shape[1]
+    scaling = features**-0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        q = query.to(torch.bfloat16).unflatten(1, (-1, groups))
+        k, v = (x.to(torch.bfloat16).flatten(0, 1) for x in (key, value))
+        added = _added(mask, positions, query.device)
+        blocks = []
+        for start in range(0, positions, BLOCK):
+            stop = min(start + BLOCK, positions)
+            # Queries of a group see the same keys: they are rows of one product.
+            rows = q[:, :, :, start:stop].flatten(0, 1).flatten(1, 2)
+            hidden = added[:, None, None, start:stop, :stop]
+            hidden = hidden.expand(sequences, heads // groups, groups, -1, -1).flatten(0, 1).flatten(1, 2)
+            scores = torch.baddbmm(hidden, rows, k[:, :stop].transpose(1, 2), alpha=scaling)
+            blocks.append((scores.softmax(-1) @ v[:, :stop]).unflatten(1, (groups, -1)))
+        out = torch.cat(blocks, dim=2).unflatten(0, (sequences, -1)).flatten(1, 2)
+    return out.transpose(1, 2)
+
+
+def _added(mask: Mask, positions: int, device: torch.device) -> Shaped[Tensor, "#sequence position key"]:
+    """What to add to the scores: minus infinity where a key is hidden."""
+    later = torch.full((positions, positions), -torch.inf, dtype=torch.bfloat16, device=device).triu(1)[None]
+    if mask is None:
+        return later
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill(~mask, -torch.inf)
+    return mask.to(torch.bfloat16).squeeze(1) + later
+
+
+AttentionInterface.register(NAME, attention)
