@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 #: What layers built from a teacher's config call it (`_attn_implementation`).
 NAME = "lftpipe"
+
+#: Options that attention in blocks heeds, or that are in its mask. It does not know others, such as a window.
+KNOWN = {"scaling", "dropout", "position_ids", "use_cache"}
 
 #: Queries of one product. Half of it or twice is slower or no faster, at contexts of 256 to 512.
 BLOCK = 128
@@ -38,7 +42,7 @@ def _in_blocks(query: Queries, key: Keys, options: dict[str, Any]) -> bool:
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
     )
     whole = 1 < query.shape[2] == key.shape[2]  # not the next tokens after a cache
-    usual = {name for name, value in options.items() if value} <= {"scaling"}
+    usual = not options.get("dropout") and all(options[name] is None for name in options.keys() - KNOWN)
     return kind == "cpu" and in_bfloat16 and whole and usual
 
 
@@ -88,3 +92,4 @@ def _added(mask: Mask, positions: int, device: torch.device) -> Shaped[Tensor, "
 
 
 AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lftpipe.compute import cast_linear
 from lftpipe.errors import TeacherError
+from lftpipe.teacher import attention
 from lftpipe.teacher.source import Teacher, quiet_transformers
 
 #: Called with `(l, tensor)`; the tensor is `(sequence, position, feature)` and must be used at once.
@@ -48,7 +49,7 @@ class Trunk:
                     teacher.folder,
                     num_hidden_layers=max(deepest, 1),
                     dtype=torch.float32,
-                    attn_implementation="sdpa",
+                    attn_implementation=attention.NAME,
                     output_loading_info=True,
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
