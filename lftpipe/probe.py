@@ -52,9 +52,9 @@ def probe_residual(store: Store, block: tuple[int, int], fit_on: list[int], meas
     Relative to each token's own target, as the map is fitted (`LeastSquares`): massive activations would
     else be all that counts.
     """
-    sums = LeastSquares(store.width)
+    sums = LeastSquares(store.width, store.width)
     for x_0, x_1 in _pairs(store, block, fit_on):
-        sums.add(x_0, x_1)
+        sums.add(x_0.double(), x_1 - x_0, x_1)
     weight, bias = sums.solve()
     total, count = 0.0, 0
     for x_0, x_1 in _pairs(store, block, measure_on):

@@ -211,9 +211,10 @@ def _flowing(flow: nn.Module, method: Method, k: int) -> Callable[[States, Atten
 
 
 def _velocity(flow: nn.Module, x_0: States, context: AttentionContext) -> VelocityField:
-    """A flow layer in its context; a linear map sees no source."""
-    source = {"source": x_0} if isinstance(flow, Velocity) else {}
-    return lambda x, t: flow(x, t, context, **source)
+    """A flow layer in its context; a linear map sees that alone."""
+    if not isinstance(flow, Velocity):
+        return lambda x, t, d: flow(x, t, context)
+    return lambda x, t, d: flow(x, t, context, source=x_0, d=d)
 
 
 def _choosing(

@@ -17,8 +17,9 @@ SolverName = Literal["midpoint", "euler"]
 Predictor = Literal["ratio", "gap", "displacement", "probe"]
 LossScale = Literal["token", "channel", "norm", "none"]
 OptimizerName = Literal["muon", "adamw"]
-WalkTimes = Literal["uniform", "equal"]
-Condition = Literal["none", "source"]
+WalkTimes = Literal["uniform", "equal", "mixed"]
+Init = Literal["layer", "readout"]
+Condition = Literal["none", "source", "step"]
 Form = Literal["latent-flow", "plain"]
 WeightsDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -123,6 +124,9 @@ class TrainSettings(Common):
     rank_by: Predictor = "ratio"
     """By what `--block auto` chooses: a figure of the map."""
     objective: Objective = "fw"
+    init: Init = "layer"
+    """Where to start: the block's first layer as it is, or with its `readout`, the output maps of its
+    attention and MLP, fitted in closed form to the whole block."""
     walk_steps: int = 3
     """Steps k of flow walking."""
     solver: SolverName = "midpoint"
@@ -131,9 +135,10 @@ class TrainSettings(Common):
     loss: str | None = None
     """Weighted terms in stages, as in `fw@0.7/fw:0.1,logits` (docs/training.md); default: the objective's."""
     condition: Condition = "none"
-    """What the velocity sees beside `x_t` and `t`: nothing, or the `source` `x_0`."""
+    """What the velocity sees beside `x_t` and `t`: nothing, the `source` `x_0`, or the size of the `step`."""
     walk_times: WalkTimes = "uniform"
-    """Times of a walk: drawn anew for each (algorithm 2), or in equal steps as at inference."""
+    """Times of a walk: drawn anew for each (algorithm 2), in `equal` steps as at inference, or `mixed`: in
+    equal steps whose number is drawn for each batch, from 1 to k."""
     loss_scale: LossScale = "token"
     """What a squared error is measured against: see `lftpipe.flow.objective`."""
     tokens: int = 1_000_000

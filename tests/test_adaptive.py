@@ -17,14 +17,14 @@ def states(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def turning(x: Tensor, t: Tensor) -> Tensor:
+def turning(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
     """A field that turns with time and place, on each token alone."""
     return torch.sin(3 * x + 5 * t[:, None, None]) - 0.5 * x
 
 
-def mixing(x: Tensor, t: Tensor) -> Tensor:
+def mixing(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
     """The same, where each token also sees those before it, as attention does."""
-    return turning(x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None], t)
+    return turning(x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None], t, d)
 
 
 @pytest.mark.parametrize("field", [turning, mixing])
@@ -55,7 +55,7 @@ def test_a_higher_threshold_never_costs_a_token_more(seed, k, thresholds):
 def test_tokens_finish_each_on_its_own():
     """A still token settles at once, a straight one after two evaluations, one that turns never."""
 
-    def field(x: Tensor, t: Tensor) -> Tensor:
+    def field(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
         u = torch.zeros_like(x)
         u[:, 1] = 1.0
         u[:, 2] = torch.cos(9 * t)[:, None]
@@ -68,7 +68,7 @@ def test_tokens_finish_each_on_its_own():
 
 
 def test_a_finished_token_keeps_its_velocity_whatever_the_field_does_later():
-    def field(x: Tensor, t: Tensor) -> Tensor:
+    def field(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
         return torch.where(t[:, None, None] < 0.5, torch.ones_like(x), 100.0)
 
     x_0 = torch.zeros(1, 2, 3)
@@ -80,7 +80,7 @@ def test_others_see_a_finished_token_move_on():
     """A token that goes on reads the finished one where it is at that time, not where it stopped."""
     seen = []
 
-    def field(x: Tensor, t: Tensor) -> Tensor:
+    def field(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
         seen.append(x[0, 0, 0].item())
         u = torch.ones_like(x)
         u[:, 1] = (7 * t + 1)[:, None]
@@ -92,5 +92,5 @@ def test_others_see_a_finished_token_move_on():
 
 
 def test_a_prediction_of_zero_is_no_reason_to_fail():
-    sample = sample_adaptively(lambda x, t: -x, torch.ones(1, 1, 2), 3, math.inf)
+    sample = sample_adaptively(lambda x, t, d: -x, torch.ones(1, 1, 2), 3, math.inf)
     assert sample.x_1.tolist() == [[[0, 0]]]

@@ -64,6 +64,7 @@ def test_plain_neox_is_exact(neox_run: runs.Run, neox_teacher: Teacher, tmp_path
         ("neox", {"time": False}),
         ("llama", {"time": False}),
         ("neox", {"shift": False}),
+        ("neox", {"step": True}),
     ],
 )
 @torch.inference_mode()

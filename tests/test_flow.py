@@ -25,7 +25,7 @@ def states(seed: int, *shape: int) -> Tensor:
 # Solvers
 
 
-def decay(x: Tensor, t: Tensor) -> Tensor:
+def decay(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
     """`dx/dt = t - x`, whose solution is `t - 1 + (x_0 + 1) exp(-t)`."""
     return t.to(x.dtype)[:, None, None] - x
 
@@ -43,17 +43,27 @@ def test_a_solver_has_its_order(method, order):
 @given(k=st.integers(1, 9))
 def test_nfe_is_the_number_of_evaluations(method, k):
     calls = []
-    solver = ODESolver(lambda x, t: calls.append(t) or x, method)
+    solver = ODESolver(lambda x, t, d: calls.append(t) or x, method)
     solver.sample(torch.zeros(2, 1, 1), k)
     assert len(calls) == solver.evaluations(k)
     assert all(t.min() >= 0 and t.max() < 1 for t in calls)
 
 
 @pytest.mark.parametrize("method", EVALUATIONS)
+def test_a_velocity_is_told_the_size_of_its_step(method):
+    told: list[tuple[float, ...]] = []
+    grid = walk_times(torch.tensor([[0.1, 0.5], [0.7, 0.6]]))
+    ODESolver(lambda x, t, d: told.append(tuple(d.tolist())) or x, method).walk(torch.zeros(2, 1, 1), grid)
+    steps = [(0.1, 0.5), (0.6, 0.1), (0.3, 0.4)]
+    expected = [step for step in steps for _ in range(EVALUATIONS[method])]
+    assert [pytest.approx(step) for step in expected] == told
+
+
+@pytest.mark.parametrize("method", EVALUATIONS)
 def test_a_constant_velocity_is_solved_exactly_on_any_grid(method):
     x_0, x_1 = states(0, 2, 3, 4), states(1, 2, 3, 4)
     grid = walk_times(torch.rand(4, 2, generator=torch.Generator().manual_seed(0)))
-    reached = ODESolver(lambda x, t: x_1 - x_0, method).walk(x_0, grid)
+    reached = ODESolver(lambda x, t, d: x_1 - x_0, method).walk(x_0, grid)
     torch.testing.assert_close(reached, x_1)
 
 
@@ -115,7 +125,7 @@ def test_the_minimiser_of_sfm_on_gaussians_is_the_known_one(t):
     known_slope = (t * s**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * s**2)
 
     def loss(parameters: Tensor) -> Tensor:
-        return flow_matching(lambda x, _: parameters[0] * x + parameters[1], sample, x_1, NMSE)
+        return flow_matching(lambda x, *_: parameters[0] * x + parameters[1], sample, x_1, NMSE)
 
     start = torch.zeros(2, dtype=torch.float64)
     # The loss is quadratic in slope and offset: one step of Newton's reaches the minimum.
@@ -133,7 +143,7 @@ class Toy(nn.Module):
         torch.manual_seed(0)
         self.linear = nn.Linear(4, 4).double()
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, d: Tensor) -> Tensor:
         return torch.tanh(self.linear(x)) + t.to(x.dtype)[:, None, None]
 
 
@@ -148,7 +158,7 @@ def test_walking_in_one_step_of_euler_is_regression(scale):
     velocity, (x_0, x_1) = Toy(), pair()
     end = ODESolver(velocity, "euler").walk(x_0, walk_times(torch.empty(0, 3)))
     walking = flow_walking(end, x_1, scale)
-    torch.testing.assert_close(walking, scale(x_0 + velocity(x_0, torch.zeros(3)) - x_1, x_1))
+    torch.testing.assert_close(walking, scale(x_0 + velocity(x_0, torch.zeros(3), torch.ones(3)) - x_1, x_1))
 
 
 @pytest.mark.parametrize("method", EVALUATIONS)
@@ -174,7 +184,7 @@ def test_the_gradient_of_walking_goes_through_all_steps(teacher, method):
         with torch.no_grad():
             for parameter, place, way in zip(parameters, start, direction, strict=True):
                 parameter.copy_(place + along * way)
-        end = ODESolver(lambda x, t: velocity(x, t, context), method).walk(x_0, grid)
+        end = ODESolver(lambda x, t, d: velocity(x, t, context), method).walk(x_0, grid)
         return flow_walking(end, x_1, NMSE)
 
     gradients = torch.autograd.grad(loss(0.0), parameters)
@@ -228,7 +238,7 @@ def flow_of(teacher: Teacher, positions: int, **options: bool) -> tuple[Velocity
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"shift": True}, {"shift": False}, {"time": False}])
+@pytest.mark.parametrize("options", [{}, {"shift": True}, {"shift": False}, {"time": False}, {"step": True}])
 def test_at_the_start_the_velocity_is_the_teachers_layer_minus_identity(teacher, options):
     velocity, context = flow_of(teacher, 7, **options)
     x = 3 * states(0, 2, 7, teacher.width)
@@ -236,7 +246,10 @@ def test_at_the_start_the_velocity_is_the_teachers_layer_minus_identity(teacher,
         expected = load_layer(teacher, 1)(x, context) - x
         for t in (0.0, 0.37, 1.0):
             torch.testing.assert_close(
-                velocity(x, torch.full((2,), t), context), expected, rtol=1e-4, atol=1e-4
+                velocity(x, torch.full((2,), t), context, d=torch.full((2,), 0.3)),
+                expected,
+                rtol=1e-4,
+                atol=1e-4,
             )
 
 
@@ -256,6 +269,17 @@ def test_the_velocity_depends_on_time_once_trained_and_each_sequence_has_its_own
         swapped = velocity(x, torch.tensor([0.9, 0.2]), context)
     assert (at[0] - at[1]).abs().max() > 0.01
     torch.testing.assert_close(at, swapped.flip(0))
+
+
+def test_a_velocity_that_knows_its_step_depends_on_it(teacher):
+    velocity, context = flow_of(teacher, 5, step=True)
+    trained(velocity)
+    x, t = states(0, 1, 5, teacher.width).expand(2, -1, -1), torch.full((2,), 0.3)
+    with torch.no_grad():
+        at = velocity(x, t, context, d=torch.tensor([1.0, 0.25]))
+    assert (at[0] - at[1]).abs().max() > 0.01
+    with pytest.raises(AssertionError, match="knows the step's size"):
+        velocity(x, t, context)
 
 
 def test_the_branches_add_up_to_the_velocity(teacher):
@@ -298,15 +322,15 @@ def test_least_squares_finds_an_exact_linear_map_whatever_the_batches():
     x_1 = x_0 + x_0 @ weight.T + bias
     solutions = []
     for size in (40, 7):
-        sums = LeastSquares(6)
+        sums = LeastSquares(6, 6)
         for some_0, some_1 in zip(x_0.split(size), x_1.split(size), strict=True):
-            sums.add(some_0, some_1)
+            sums.add(some_0.double(), some_1 - some_0, some_1)
         solutions.append(sums.solve())
     for found in solutions:
         flow = LinearMap(6)
         flow.linear.load_state_dict({"weight": found[0], "bias": found[1]})
         with torch.no_grad():
-            reached = ODESolver(lambda x, t, flow=flow: flow(x, t, NOWHERE), "euler").sample(x_0, 1)
+            reached = ODESolver(lambda x, t, d, flow=flow: flow(x, t, NOWHERE), "euler").sample(x_0, 1)
         assert ErrorScale("token")(reached - x_1, x_1) < 1e-8
     torch.testing.assert_close(solutions[0], solutions[1], rtol=1e-3, atol=1e-5)
 
@@ -314,7 +338,7 @@ def test_least_squares_finds_an_exact_linear_map_whatever_the_batches():
 def test_least_squares_survives_a_channel_that_never_varies():
     x_0 = states(0, 5, 3, 4)
     x_0[..., 2] = 0
-    sums = LeastSquares(4)
-    sums.add(x_0, 2 * x_0)
+    sums = LeastSquares(4, 4)
+    sums.add(x_0, x_0, 2 * x_0)
     weight, bias = sums.solve()
     torch.testing.assert_close(x_0 @ weight.T + bias, x_0, rtol=1e-3, atol=1e-4)

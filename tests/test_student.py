@@ -63,8 +63,33 @@ def test_logits_are_trunk_then_flow_then_tail(
     Trunk(teacher, 1, torch.float32).run(ids, positions, hidden=states.__setitem__)
     context = attention_context(load_rotary(teacher), positions)
     flow = runs.load_flow(run, teacher)
-    x_1 = ODESolver(lambda x, t: flow(x, t, context), solver).sample(states[1], k)
+    x_1 = ODESolver(lambda x, t, d: flow(x, t, context), solver).sample(states[1], k)
     torch.testing.assert_close(student(ids).logits, Tail(teacher, 3)(x_1, context), atol=ATOL, rtol=1e-4)
+
+
+@pytest.mark.parametrize("condition", ["source", "step"])
+@torch.inference_mode()
+def test_a_velocity_is_told_what_it_was_trained_to_see(
+    neox_teacher: Teacher, tmp_path: Path, condition: str
+) -> None:
+    run = save_run(tmp_path / condition, neox_teacher, (1, 3), velocity={condition: True})
+    student = build_student(neox_teacher, [run], steps=2, solver="euler")
+    ids, positions = tokens(20, sequences=2), torch.arange(20).expand(2, -1)
+    states: dict[int, torch.Tensor] = {}
+    Trunk(neox_teacher, 1, torch.float32).run(ids, positions, hidden=states.__setitem__)
+    context, flow = attention_context(load_rotary(neox_teacher), positions), runs.load_flow(run, neox_teacher)
+
+    def logits_of(**seen: torch.Tensor) -> torch.Tensor:
+        x = states[1]
+        for t in (0.0, 0.5):
+            x = x + 0.5 * flow(x, torch.full((2,), t), context, **seen)
+        return Tail(neox_teacher, 3)(x, context)
+
+    seen = {"source": ("source", states[1], states[2]), "step": ("d", torch.full((2,), 0.5), torch.ones(2))}
+    name, right, wrong = seen[condition]
+    for _ in range(2):  # the second time from what is remembered
+        torch.testing.assert_close(student(ids).logits, logits_of(**{name: right}), atol=ATOL, rtol=1e-4)
+    assert (student(ids).logits - logits_of(**{name: wrong})).abs().max() > 100 * ATOL
 
 
 @torch.inference_mode()

@@ -84,19 +84,6 @@ def test_every_term_goes_down(settings, objective, loss):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
-def test_a_velocity_that_sees_the_source_learns_crossing_pairs_apart(settings, tmp_path):
-    """At first it is the one that does not; then it fits better, as it has more to go by."""
-    losses = {}
-    for condition in ("none", "source"):
-        run = str(tmp_path / condition)
-        train(change(settings, condition=condition, run=run, tokens=8 * settings.tokens, learning_rate=5e-3))
-        losses[condition] = [row["loss"] for row in log_of(run)]
-    assert losses["source"][0] == losses["none"][0]
-    assert sum(losses["source"][-20:]) < sum(losses["none"][-20:])
-    with pytest.raises(SettingsError, match=r"--condition source with --objective regression"):
-        train(change(settings, condition="source", objective="regression"))
-
-
 def test_hybrid_is_walking_plus_alpha_times_matching(settings, tmp_path):
     train(change(settings, objective="hybrid", alpha=0.3))
     train(change(settings, loss="fw,sfm:0.3", run=str(tmp_path / "sum")))

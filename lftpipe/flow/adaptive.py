@@ -38,7 +38,7 @@ def sample_adaptively(
     Parameters
     ----------
     velocity
-        `(x, t)` to `dx/dt`; evaluated for all tokens while any of them goes on.
+        `(x, t, d)` to `dx/dt`; evaluated for all tokens while any of them goes on.
     x_init
         `x_0`.
     max_steps
@@ -55,7 +55,7 @@ def sample_adaptively(
     evaluations = torch.zeros(x.shape[:2], dtype=torch.long, device=x_init.device)
     for step in range(max_steps):
         t, t_next = grid[step].expand(len(x)), grid[step + 1].expand(len(x))
-        u = torch.where(active[..., None], velocity(x, t), held)
+        u = torch.where(active[..., None], velocity(x, t, t_next - t), held)
         evaluations += active
         # The ends before and after differ by the turn of the velocity over the time that is left.
         change = (over(1 - t, x) * (u - held)).norm(dim=-1)

@@ -25,28 +25,44 @@ class LinearMap(nn.Module):
 
 
 class LeastSquares:
-    """Sums over batches from which the least-squares map is solved; memory is `width` squared.
+    """Sums over batches from which the least-squares map is solved; memory is the square of the inputs.
 
     Positions are weighted by one over their target's squared norm, as in `ErrorScale("token")`:
     the unweighted solution serves the few positions with massive activations only.
+
+    Parameters
+    ----------
+    inputs, outputs
+        Of the map.
+    ridge
+        Share of each input's own variance that is added to it: how far the map is drawn to zero.
     """
 
-    def __init__(self, width: int) -> None:
-        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
-        self.cross = torch.zeros(width + 1, width, dtype=torch.float64)
+    def __init__(self, inputs: int, outputs: int, ridge: float = RIDGE) -> None:
+        self.gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
+        self.cross = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
+        self.ridge = ridge
 
-    def add(self, x_0: States, x_1: States) -> None:
-        """Add a batch of pairs."""
-        x, y = x_0.flatten(0, -2).double(), (x_1 - x_0).flatten(0, -2).double()
-        weight = 1 / (x_1.flatten(0, -2).double().square().sum(-1, keepdim=True) + 1e-12)
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=-1)
-        self.gram += (weight * x).T @ x
-        self.cross += (weight * x).T @ y
+    def add(
+        self,
+        x: Float[Tensor, "*batch input"],
+        y: Float[Tensor, "*batch output"],
+        x_1: Float[Tensor, "*batch feature"],
+    ) -> None:
+        """Add a batch: `y` is what the map should give for `x`, a part of the way to the state `x_1`.
+
+        Products are computed in the precision of `x`, and summed in float64.
+        """
+        x, y, x_1 = (each.flatten(0, -2) for each in (x, y, x_1))
+        weight = (1 / (x_1.double().square().sum(-1, keepdim=True) + 1e-12)).to(x)
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=-1)
+        self.gram += ((weight * x).T @ x).cpu()
+        self.cross += ((weight * x).T @ y.to(x)).cpu()
 
     def solve(self) -> tuple[Float[Tensor, "output input"], Float[Tensor, "output"]]:
-        """Weight and bias of the map from `x_0` to `x_1 - x_0`."""
+        """Weight and bias of the map."""
         # Scaling to a unit diagonal first: channels' variances differ by many orders.
         scale = self.gram.diagonal().clamp_min(1e-30).rsqrt()
-        gram = scale[:, None] * self.gram * scale + RIDGE * torch.eye(len(scale), dtype=torch.float64)
+        gram = scale[:, None] * self.gram * scale + self.ridge * torch.eye(len(scale), dtype=torch.float64)
         solution = scale[:, None] * torch.linalg.solve(gram, scale[:, None] * self.cross)
         return solution[:-1].T.float().contiguous(), solution[-1].float()

@@ -84,7 +84,8 @@ def flow_matching(velocity: VelocityField, sample: PathSample, x_1: States, scal
     With a straight path this is standard flow matching (SFM), with the teacher's own states the
     trajectory objective.
     """
-    return scale(velocity(sample.x_t, sample.t) - sample.dx_t, x_1)
+    moment = torch.zeros_like(sample.t)
+    return scale(velocity(sample.x_t, sample.t, moment) - sample.dx_t, x_1)
 
 
 def flow_walking(end: States, x_1: States, scale: ErrorScale) -> Loss:

@@ -11,21 +11,23 @@ from torch import Tensor
 
 from lftpipe.flow.path import States, Times, over
 
-VelocityField = Callable[[States, Times], States]
+#: `(x, t, d)` to `dx/dt` at `x` and `t`, for a step of size `d`; 0 asks for the velocity of that very moment.
+VelocityField = Callable[[States, Times, Times], States]
 Method = Literal["euler", "midpoint"]
 Step = Callable[[VelocityField, States, Times, Times], States]
 
 
 def euler_step(velocity: VelocityField, x: States, t: Times, t_next: Times) -> States:
     """`x + d u(x, t)` (eq. 4): first order, one evaluation."""
-    return x + over(t_next - t, x) * velocity(x, t)
+    d = t_next - t
+    return x + over(d, x) * velocity(x, t, d)
 
 
 def midpoint_step(velocity: VelocityField, x: States, t: Times, t_next: Times) -> States:
     """`x + d u(x + d/2 u(x, t), t + d/2)` (eq. 5): second order, two evaluations."""
     d = t_next - t
-    middle = x + over(d / 2, x) * velocity(x, t)
-    return x + over(d, x) * velocity(middle, t + d / 2)
+    middle = x + over(d / 2, x) * velocity(x, t, d)
+    return x + over(d, x) * velocity(middle, t + d / 2, d)
 
 
 STEPS: dict[str, Step] = {"euler": euler_step, "midpoint": midpoint_step}
@@ -39,7 +41,7 @@ class ODESolver:
     Parameters
     ----------
     velocity
-        `(x, t)` to `dx/dt`.
+        `(x, t, d)` to `dx/dt`.
     method
         `euler` or `midpoint`.
     """

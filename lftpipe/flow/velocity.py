@@ -26,21 +26,24 @@ Modulations = list[Float[Tensor, "#sequence 1 feature"]]
 
 
 class Modulation(nn.Module):
-    """From `t` to shift, scale and gate of each branch, all zero at initialisation."""
+    """From `t`, and the step's size if wanted, to shift, scale and gate of each branch; all zero at first."""
 
-    def __init__(self, width: int, *, shift: bool) -> None:
+    def __init__(self, width: int, *, shift: bool, step: bool = False) -> None:
         super().__init__()
-        self.shift = shift
-        self.hidden = nn.Linear(TIME_FEATURES, TIME_FEATURES)
+        self.shift, self.step = shift, step
+        self.hidden = nn.Linear((1 + step) * TIME_FEATURES, TIME_FEATURES)
         self.head = nn.Linear(TIME_FEATURES, (6 if shift else 4) * width)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, t: Times) -> Modulations:
+    def forward(self, t: Times, d: Times | None = None) -> Modulations:
         # In full precision: it is a vector per sequence, and what it gives scales whole branches.
         with torch.autocast(t.device.type, enabled=False):
-            features = sinusoidal(t).to(self.hidden.weight.dtype)
-            values = self.head(nn.functional.silu(self.hidden(features)))
+            features = sinusoidal(t)
+            if self.step:
+                assert d is not None, "this velocity knows the step's size"
+                features = torch.cat([features, sinusoidal(d)], dim=-1)
+            values = self.head(nn.functional.silu(self.hidden(features.to(self.hidden.weight.dtype))))
         return list(values[:, None].chunk(6 if self.shift else 4, dim=-1))
 
 
@@ -62,6 +65,9 @@ class Velocity(nn.Module):
         so that an Euler student exports to the teacher's own architecture.
     source
         Whether it sees `x_0` too: `u(x_t, t, x_0)`. Trajectories may cross then: `x_0` tells them apart.
+    step
+        Whether it knows the size of the step that it is evaluated for: one velocity can then be the best for
+        each number of steps, as in shortcut models (Frans et al., arXiv 2410.12557).
     """
 
     def __init__(
@@ -72,11 +78,12 @@ class Velocity(nn.Module):
         time: bool = True,
         shift: bool | None = None,
         source: bool = False,
+        step: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.shift = layer.has_norm_bias if shift is None else shift
-        self.modulation = Modulation(width, shift=self.shift) if time else None
+        self.modulation = Modulation(width, shift=self.shift, step=step) if time else None
         self.source = nn.Linear(width, width, bias=False) if source else None
         if self.source is not None:
             nn.init.zeros_(self.source.weight)
@@ -89,17 +96,18 @@ class Velocity(nn.Module):
         modulations: Modulations | None = None,
         *,
         source: States | None = None,
+        d: Times | None = None,
     ) -> tuple[States, States]:
         """The attention's and the MLP's share of the velocity; their sum is `forward`.
 
-        Whoever knows what `modulation(t)` gives may pass it as `modulations`. `source` is `x_0`, for a
-        velocity that sees it.
+        Whoever knows what `modulation(t, d)` gives may pass it as `modulations`. `source` is `x_0` and `d`
+        the size of the step, for a velocity that sees it.
         """
         layer = self.layer
         if self.modulation is None:
             attention = layer.attention(layer.attention_norm(x), context)
             return attention, layer.mlp(layer.mlp_norm(x if layer.parallel else x + attention))
-        scale_a, gate_a, scale_m, gate_m, *shifts = modulations or self.modulation(t)
+        scale_a, gate_a, scale_m, gate_m, *shifts = modulations or self.modulation(t, d)
         shift_a, shift_m = shifts or (0.0, 0.0)
         seen: States | float = 0.0
         if self.source is not None:
@@ -119,6 +127,7 @@ class Velocity(nn.Module):
         modulations: Modulations | None = None,
         *,
         source: States | None = None,
+        d: Times | None = None,
     ) -> States:
-        attention, mlp = self.branches(x, t, context, modulations, source=source)
+        attention, mlp = self.branches(x, t, context, modulations, source=source, d=d)
         return attention + mlp

@@ -86,7 +86,8 @@ class PlaneVelocity(nn.Module):
             *(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)),
         )
 
-    def forward(self, x: States, t: Times) -> States:
+    def forward(self, x: States, t: Times, d: Times) -> States:
+        del d  # one velocity for steps of every size
         return self.layers(torch.cat([x, t[:, None, None].expand(-1, x.shape[1], 1)], -1))
 
 

@@ -170,7 +170,8 @@ def _block(run: Run) -> Block:
     if run.velocity.get("linear"):
         return Block(m, n, "linear")
     kind: Kind = "flow" if run.has_time else "layer"
-    return Block(m, n, kind, run.velocity["shift"], run.velocity.get("source", False))
+    seen = {name: run.velocity.get(name, False) for name in ("source", "step")}
+    return Block(m, n, kind, run.velocity["shift"], **seen)
 
 
 def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:

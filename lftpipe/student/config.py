@@ -24,6 +24,8 @@ class Block:
     """Whether the flow's modulation predicts shifts."""
     source: bool = False
     """Whether the flow sees the block's input too."""
+    step: bool = False
+    """Whether the flow knows the size of its steps."""
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)

@@ -65,6 +65,7 @@ class FlowLayer(GradientCheckpointingLayer):
                 time=block.kind == "flow",
                 shift=block.shift,
                 source=block.source,
+                step=block.step,
             )
             zeros = [self.velocity.modulation and self.velocity.modulation.head, self.velocity.source]
             for module in filter(None, zeros):
@@ -99,28 +100,29 @@ class FlowLayer(GradientCheckpointingLayer):
         context = AttentionContext(position_embeddings, attention_mask, position_ids)
         contexts = self._contexts(context, arguments.get(self.cache_argument))
         evaluations = itertools.count()
-        source = {"source": hidden_states} if self.block.source else {}
         self._forget_if_changed()
 
-        def velocity(x: States, t: Times) -> States:
-            modulations = self._modulations(next(evaluations), t)
-            return self.velocity(x, t, next(contexts), *modulations, **source)
+        def velocity(x: States, t: Times, d: Times) -> States:
+            if self.block.kind == "linear":
+                return self.velocity(x, t, next(contexts))
+            modulations = self._modulations(next(evaluations), t, d)
+            return self.velocity(x, t, next(contexts), modulations, source=hidden_states, d=d)
 
         return ODESolver(velocity, self.method).sample(hidden_states, self.steps)
 
-    def _modulations(self, evaluation: int, t: Times) -> tuple[Modulations, ...]:
+    def _modulations(self, evaluation: int, t: Times, d: Times) -> Modulations | None:
         """What the modulation gives at an evaluation, where that can be known beforehand.
 
-        It depends on nothing but the time, which is the same in every forward pass: a good part of
+        It depends on nothing but time and step, which are the same in every forward pass: a good part of
         what an evaluation for a single token costs. With gradients it is computed as it comes.
         """
         modulation = getattr(self.velocity, "modulation", None)
         if modulation is None or torch.is_grad_enabled():
-            return ()
+            return None
         key = (self.method, self.steps, evaluation)
         if key not in self._remembered:
-            self._remembered[key] = modulation(t[:1])
-        return (self._remembered[key],)
+            self._remembered[key] = modulation(t[:1], d[:1])
+        return self._remembered[key]
 
     def _forget_if_changed(self) -> None:
         """Forget modulations that were computed from other weights."""

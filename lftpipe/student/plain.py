@@ -123,8 +123,10 @@ def _steps(flow: FlowLayer, family: Family) -> list[dict[str, Tensor]]:
     if velocity.modulation is None:
         return [content]
     folded = []
-    for t in flow.times.to(velocity.modulation.head.weight.device):
-        values = [value.flatten() for value in velocity.modulation(t[None])]
+    times = flow.times.to(velocity.modulation.head.weight.device)
+    for t in times:
+        d = torch.full_like(t, 1 / flow.steps)
+        values = [value.flatten() for value in velocity.modulation(t[None], d[None])]
         scale_a, gate_a, scale_m, gate_m, *shifts = values
         shift_a, shift_m = shifts or (None, None)
         step = {name: value.clone() for name, value in content.items()}  # files hold no shared tensors

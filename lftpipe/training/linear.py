@@ -21,13 +21,13 @@ def fit_linear(
     """Fit and write a linear run; no steps."""
     started = time.monotonic()
     m, n = block
-    sums, seen = LeastSquares(teacher.width), 0
+    sums, seen = LeastSquares(teacher.width, teacher.width), 0
     sequences = min(store.num_sequences("train"), math.ceil(settings.tokens / store.context))
     with progress.task(f"train {folder.name}", sequences * store.context, "tokens") as task:
         for first in range(0, sequences, 8):
             rows = range(first, min(first + 8, sequences))
             x_0, x_1 = (torch.from_numpy(store.read("train", layer, rows)).float() for layer in (m, n))
-            sums.add(x_0, x_1)
+            sums.add(x_0.double(), x_1 - x_0, x_1)
             seen += len(rows) * store.context
             task.advance(len(rows) * store.context)
     flow = LinearMap(teacher.width)

@@ -1,10 +1,12 @@
 """The training loop: batches in, trained flow layers out, resumable at any checkpoint."""
 
 import io
+import math
 import pickle
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lftpipe.manifest import write_atomic
 from lftpipe.packing import positions
 from lftpipe.teacher.family import attention_context
 from lftpipe.teacher.parts import load_rotary
-from lftpipe.training import processes
+from lftpipe.training import processes, readout
 from lftpipe.training.chain import Chain
 from lftpipe.training.held_back import HeldBack
 from lftpipe.training.log import Log
@@ -48,6 +50,9 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
     for chain in chains:
         if resume:
             _restore(chain)
+        for run in chain.runs:
+            if run.settings.init == "readout" and run.step == 0:
+                readout.refit(run, partial(_first_batches, run))
     labels = ", ".join(run.folder.name for chain in chains for run in chain.runs)
     first = chains[0].runs[0]
     start = min((chain.step for chain in chains if not chain.finished), default=0)
@@ -144,6 +149,12 @@ def _batches(run: Training, needs: Needs, step: int, stop: int) -> Iterator[tupl
         places = torch.from_numpy(positions(got.document)).long().to(run.device)
         context = attention_context(rotary, places)
         yield Batch(got.step, got.states, context, got.attention, got.logits, run.order.part), waited
+
+
+def _first_batches(run: Training) -> Iterator[Batch]:
+    """What a start in closed form is fitted on."""
+    steps = math.ceil(readout.TOKENS / run.tokens_per_step)
+    return (batch for batch, _ in _batches(run, Needs((run.m, run.n)), 0, steps))
 
 
 def save_checkpoint(chain: Chain) -> None:

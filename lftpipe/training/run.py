@@ -59,6 +59,7 @@ class Training:
             teacher.width,
             time=settings.objective != "regression",
             source=settings.condition == "source",
+            step=settings.condition == "step",
         ).to(self.device)
         self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
         self.optimizer = Optimizer(self.flow, settings)
@@ -131,7 +132,9 @@ class Training:
         generator = torch.Generator().manual_seed(self.settings.seed * 2_000_003 + batch.step)
         draws = torch.rand(steps, self.order.batch_size, generator=generator)
         draws = draws[:, batch.part].to(self.device)
-        equal_steps = equal_steps or self.settings.walk_times == "equal"
+        times = "equal" if equal_steps else self.settings.walk_times
+        if times == "mixed":
+            steps = int(torch.randint(1, steps + 1, (), generator=generator))
         grid = torch.linspace(0, 1, steps + 1, device=self.device)[:, None].expand(-1, len(x_0))
         return Problem(
             flow=self.flow,
@@ -139,7 +142,7 @@ class Training:
             batch=batch,
             x_0=x_0,
             t=draws[0] if time else torch.zeros_like(draws[0]),
-            time_grid=grid if equal_steps else walk_times(draws[1:]),
+            time_grid=walk_times(draws[1:]) if times == "uniform" else grid,
             method=self.settings.solver if time else "euler",
             scale=self.scale,
             tail=self.tail,
@@ -234,6 +237,7 @@ class Training:
             "time": self.flow.modulation is not None,
             "shift": self.flow.shift,
             "source": self.flow.source is not None,
+            "step": self.settings.condition == "step",
         }
         manifest = manifest_of(self.settings, self.store, self.block, shape)
         manifest["train_tokens"] = self.step * self.tokens_per_step

@@ -79,10 +79,10 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
         If the store lacks a state of the block or has nothing to train on, or the settings contradict.
     """
     m, n = block
-    if settings.condition == "source" and settings.objective in ("regression", "linear"):
+    if settings.condition != "none" and settings.objective in ("regression", "linear"):
         raise SettingsError(
-            f"--condition source with --objective {settings.objective}",
-            "a flow: this layer sees x_0 and nothing else",
+            f"--condition {settings.condition} with --objective {settings.objective}",
+            "a flow: this layer sees x_0 and makes one step",
             "use --objective fw",
         )
     if settings.patience and not settings.hold_back:

@@ -49,8 +49,8 @@ class Problem:
     def x_1(self) -> States:
         return self.batch.states[self.block[1]]
 
-    def velocity(self, x: States, t: Times) -> States:
-        return self.flow(x, t, self.batch.context, source=self.x_0)
+    def velocity(self, x: States, t: Times, d: Times) -> States:
+        return self.flow(x, t, self.batch.context, source=self.x_0, d=d)
 
     @cached_property
     def end(self) -> States:
@@ -77,7 +77,8 @@ def _branches(problem: Problem) -> Loss:
     m, n = problem.block
     attention = torch.stack([problem.batch.attention[l] for l in range(m, n)]).sum(0)  # noqa: E741
     sample = LinearPath(problem.x_0, problem.x_1).sample(problem.t)
-    parts = problem.flow.branches(sample.x_t, sample.t, problem.batch.context, source=problem.x_0)
+    given = {"source": problem.x_0, "d": torch.zeros_like(sample.t)}
+    parts = problem.flow.branches(sample.x_t, sample.t, problem.batch.context, **given)
     return branch_matching(parts, (attention, sample.dx_t - attention), problem.x_1, problem.scale)
 
 

@@ -1,0 +1,70 @@
+"""A start in closed form: the last maps of a layer, fitted by least squares to what the whole block does.
+
+What a layer adds to the residual stream is linear in its features, the heads' outputs and the MLP's hidden
+units. With these as they are, the best maps from them to `x_1 - x_0` need no step of training.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lftpipe.flow.linear import LeastSquares
+from lftpipe.training import processes
+from lftpipe.training.run import Training
+from lftpipe.training.terms import Batch
+
+#: Of the first batches that a run will see.
+TOKENS = 49_152
+
+#: Of each feature's own variance. Chosen on sequences held back from training (docs/log.md).
+RIDGE = 0.01
+
+
+@torch.no_grad()
+def refit(run: Training, batches: Callable[[], Iterable[Batch]]) -> None:
+    """Change the output maps of a run's attention and MLP so that `x_0 + u(x_0)` comes near to `x_1`.
+
+    The fit is ridge regression of what is missing, drawn to the teacher's maps. Where the MLP reads what
+    attention gives (sequential residuals) its map is fitted a second time, on what it reads by then.
+    """
+    family, layer = run.teacher.family, run.flow.layer
+    attention, mlp = (
+        layer.layer.get_submodule(name) for name in (family.attention_output, family.mlp_output)
+    )
+    _fit(run, batches(), [attention, mlp])
+    if not layer.parallel:
+        _fit(run, batches(), [mlp])
+
+
+def _fit(run: Training, batches: Iterable[Batch], maps: list[Any]) -> None:
+    sizes = [each.in_features for each in maps]
+    sums = LeastSquares(sum(sizes), run.teacher.width, RIDGE)
+    for batch in batches:
+        features, missing = _features(run, batch, maps)
+        sums.add(features, missing, batch.states[run.n])
+    sums.gram, sums.cross = processes.mean(sums.gram), processes.mean(sums.cross)
+    weight, bias = (each.to(run.device) for each in sums.solve())
+    for each, change in zip(maps, weight.split(sizes, dim=1), strict=True):
+        each.weight += change
+    if maps[-1].bias is not None:
+        maps[-1].bias += bias
+
+
+def _features(
+    run: Training, batch: Batch, maps: list[nn.Module]
+) -> tuple[Float[Tensor, "sequence position input"], Float[Tensor, "sequence position feature"]]:
+    """What the maps read, side by side, and what the layer misses of `x_1`."""
+    read: list[Tensor] = []
+    hooks = [each.register_forward_pre_hook(lambda _, given: read.append(given[0])) for each in maps]
+    x_0, x_1 = batch.states[run.m], batch.states[run.n]
+    start = x_0.new_zeros(len(x_0))
+    try:
+        with run.autocast():
+            velocity = run.flow(x_0, start, batch.context, source=x_0, d=start)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat([each.float() for each in read], dim=-1), x_1 - x_0 - velocity
