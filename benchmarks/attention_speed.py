@@ -68,7 +68,7 @@ def main() -> None:
             piece = torch.arange(positions) * pieces // positions
             causal = torch.ones(positions, positions, dtype=torch.bool).tril()
             mask = None if pieces == 1 else ((piece[:, None] == piece) & causal).expand(sequences, 1, -1, -1)
-            methods = (by_torch, in_blocks)
+            methods: tuple[Callable[..., Tensor], ...] = (by_torch, in_blocks)
             for method in methods:
                 time_of(method, inputs, mask)
             rounds = [[time_of(method, inputs, mask) for method in methods] for _ in range(options.rounds)]
@@ -76,11 +76,9 @@ def main() -> None:
                 [statistics.median(each[method][part] for each in rounds) for method in (0, 1)]
                 for part in (0, 1)
             )
-            expected = by_torch(*exact, mask)
-            errors = [
-                ((method(*inputs, mask).float() - expected).norm() / expected.norm()).item()
-                for method in methods
-            ]
+            expected = by_torch(exact[0], exact[1], exact[2], mask)
+            found = [method(inputs[0], inputs[1], inputs[2], mask).float() for method in methods]
+            errors = [((each - expected).norm() / expected.norm()).item() for each in found]
             print(
                 f"| {name} | {pieces} | {1e3 * both[0]:.1f} | {1e3 * both[1]:.1f} | {both[0] / both[1]:.2f} "
                 f"| {forward[0] / forward[1]:.2f} | {errors[0]:.4f}, {errors[1]:.4f} |"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,10 @@ from transformers import (
 from lftpipe.teacher.source import Teacher, open_teacher
 
 torch.set_num_threads(1)
+
+# A busy machine is no reason to fail.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 WORDS = ("the", "state", "of", "a", "layer", "flows", "into", "next", "walk", "return", "self", "def", "not")
 CONTEXT = 32

@@ -63,7 +63,7 @@ def causal_attention(
     """
     sequences, heads, positions, features = query.shape
     groups = heads // key.shape[1]
-    scaling = features**-0.5 if scaling is None else scaling
+    scale: float = features**-0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
         q = query.to(torch.bfloat16).unflatten(1, (-1, groups))
         k, v = (x.to(torch.bfloat16).flatten(0, 1) for x in (key, value))
@@ -75,7 +75,7 @@ def causal_attention(
             rows = q[:, :, :, start:stop].flatten(0, 1).flatten(1, 2)
             hidden = added[:, None, None, start:stop, :stop]
             hidden = hidden.expand(sequences, heads // groups, groups, -1, -1).flatten(0, 1).flatten(1, 2)
-            scores = torch.baddbmm(hidden, rows, k[:, :stop].transpose(1, 2), alpha=scaling)
+            scores = torch.baddbmm(hidden, rows, k[:, :stop].transpose(1, 2), alpha=scale)
             blocks.append((scores.softmax(-1) @ v[:, :stop]).unflatten(1, (groups, -1)))
         out = torch.cat(blocks, dim=2).unflatten(0, (sequences, -1)).flatten(1, 2)
     return out.transpose(1, 2)

@@ -77,8 +77,8 @@ def _branches(problem: Problem) -> Loss:
     m, n = problem.block
     attention = torch.stack([problem.batch.attention[l] for l in range(m, n)]).sum(0)  # noqa: E741
     sample = LinearPath(problem.x_0, problem.x_1).sample(problem.t)
-    given = {"source": problem.x_0, "d": torch.zeros_like(sample.t)}
-    parts = problem.flow.branches(sample.x_t, sample.t, problem.batch.context, **given)
+    moment = torch.zeros_like(sample.t)
+    parts = problem.flow.branches(sample.x_t, sample.t, problem.batch.context, source=problem.x_0, d=moment)
     return branch_matching(parts, (attention, sample.dx_t - attention), problem.x_1, problem.scale)
 
 
