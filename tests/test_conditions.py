@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONTEXT, extracted
-from training_runs import change, log_of
+from conftest import extracted
+from training_runs import change, log_of, short_run
 
 from lftpipe.errors import SettingsError
 from lftpipe.settings import EvaluateSettings, TrainSettings
@@ -17,8 +17,6 @@ from lftpipe.teacher.parts import load_rotary
 from lftpipe.training import Training
 from lftpipe.training.terms import Batch
 
-STEPS = 12
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, teachers, text_folder) -> Path:
@@ -27,16 +25,7 @@ def store(tmp_path_factory, teachers, text_folder) -> Path:
 
 @pytest.fixture
 def settings(store, tmp_path) -> TrainSettings:
-    return TrainSettings(
-        store=store,
-        block="1:3",
-        tokens=STEPS * 4 * CONTEXT,
-        batch_tokens=4 * CONTEXT,
-        compute_dtype="float32",
-        solver="euler",
-        run=str(tmp_path / "run"),
-        log_every=1,
-    )
+    return short_run(store, tmp_path)
 
 
 def test_a_velocity_that_sees_the_source_learns_crossing_pairs_apart(settings, tmp_path):

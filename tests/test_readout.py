@@ -6,16 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONTEXT, extracted
-from training_runs import change, log_of, weights_of
+from training_runs import change, log_of, short_run, weights_of
 
+from lftpipe.errors import SettingsError
 from lftpipe.settings import TrainSettings
 from lftpipe.stages.train import teacher_of, train
 from lftpipe.store import Store
 from lftpipe.training import Training, readout
 from lftpipe.training.loop import _first_batches
 from lftpipe.training.terms import Batch
-
-STEPS = 12
 
 
 @pytest.fixture(scope="module", params=["neox", "neox-sequential", "llama"])
@@ -25,18 +24,7 @@ def store(request, tmp_path_factory, teachers, text_folder) -> Path:
 
 @pytest.fixture
 def settings(store, tmp_path) -> TrainSettings:
-    return TrainSettings(
-        store=store,
-        block="1:3",
-        tokens=STEPS * 4 * CONTEXT,
-        batch_tokens=4 * CONTEXT,
-        compute_dtype="float32",
-        solver="euler",
-        init="readout",
-        run=str(tmp_path / "run"),
-        log_every=1,
-        checkpoint_every=5,
-    )
+    return short_run(store, tmp_path, init="readout")
 
 
 def training(settings: TrainSettings, **changes) -> Training:
@@ -64,6 +52,7 @@ def error(run: Training, batches: list[Batch]) -> float:
 def test_it_comes_nearer_to_the_block_s_end_on_sequences_it_was_not_fitted_on(settings, monkeypatch):
     run = training(settings, objective="regression")
     monkeypatch.setattr(readout, "TOKENS", 16 * 4 * CONTEXT)
+    run.num_steps = 16
     first, others = batches_of(run)[:12], batches_of(run)[12:]
     before = error(run, others)
     readout.refit(run, lambda: first)
@@ -114,3 +103,13 @@ def test_a_run_begins_with_it_and_goes_on_from_a_checkpoint_without(settings, tm
     train(change(again, resume=True))
     assert calls == [1]
     torch.testing.assert_close(weights_of(again.run), weights_of(settings.run), rtol=0, atol=0)
+
+
+def test_no_more_is_looked_at_than_the_run_may_see(settings):
+    assert len(batches_of(training(settings))) == 12
+    assert len(batches_of(training(settings, tokens=1))) == 1
+
+
+def test_a_linear_map_has_no_readout(settings):
+    with pytest.raises(SettingsError, match="--init readout with --objective linear"):
+        train(change(settings, objective="linear"))

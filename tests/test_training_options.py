@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONTEXT, extracted
-from training_runs import change, log_of, weights_of
+from training_runs import change, log_of, short_run, weights_of
 
 from lftpipe import runs
 from lftpipe.errors import DivergenceError, RunError, SettingsError
@@ -18,8 +18,6 @@ from lftpipe.stages.train import teacher_of, train
 from lftpipe.store import Store
 from lftpipe.training import Training
 from lftpipe.training.held_back import HeldBack
-
-STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +32,7 @@ VOCABULARY_KEPT = 8
 
 @pytest.fixture
 def settings(store, tmp_path) -> TrainSettings:
-    return TrainSettings(
-        store=store,
-        block="1:3",
-        tokens=STEPS * 4 * CONTEXT,
-        batch_tokens=4 * CONTEXT,
-        compute_dtype="float32",
-        walk_steps=2,
-        solver="euler",
-        run=str(tmp_path / "run"),
-        log_every=1,
-        checkpoint_every=5,
-    )
+    return short_run(store, tmp_path, walk_steps=2)
 
 
 def assert_same_weights(one: str | Path, other: str | Path, **tolerance: float) -> None:

@@ -6,10 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import CONTEXT
 from safetensors.torch import load_file
 
 from lftpipe import runs
 from lftpipe.settings import TrainSettings
+
+
+def short_run(store: Path, folder: Path, **values: Any) -> TrainSettings:
+    """Twelve steps of four sequences in float32, for layers 1 and 2, with a line for each step."""
+    given = {
+        "store": store,
+        "block": "1:3",
+        "tokens": 12 * 4 * CONTEXT,
+        "batch_tokens": 4 * CONTEXT,
+        "compute_dtype": "float32",
+        "solver": "euler",
+        "run": str(folder / "run"),
+        "log_every": 1,
+        "checkpoint_every": 5,
+    }
+    return TrainSettings(**given | values)
 
 
 def change(settings: TrainSettings, **values: Any) -> TrainSettings:

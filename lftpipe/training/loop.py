@@ -153,7 +153,7 @@ def _batches(run: Training, needs: Needs, step: int, stop: int) -> Iterator[tupl
 
 def _first_batches(run: Training) -> Iterator[Batch]:
     """What a start in closed form is fitted on."""
-    steps = math.ceil(readout.TOKENS / run.tokens_per_step)
+    steps = min(math.ceil(readout.TOKENS / run.tokens_per_step), run.num_steps)
     return (batch for batch, _ in _batches(run, Needs((run.m, run.n)), 0, steps))
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lftpipe import progress
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.training import processes
 from lftpipe.training.run import Training
@@ -42,10 +43,15 @@ def refit(run: Training, batches: Callable[[], Iterable[Batch]]) -> None:
 def _fit(run: Training, batches: Iterable[Batch], maps: list[Any]) -> None:
     sizes = [each.in_features for each in maps]
     sums = LeastSquares(sum(sizes), run.teacher.width, RIDGE)
-    for batch in batches:
-        features, missing = _features(run, batch, maps)
-        sums.add(features, missing, batch.states[run.n])
-    sums.gram, sums.cross = processes.mean(sums.gram), processes.mean(sums.cross)
+    with progress.task(f"fit {run.folder.name}", TOKENS, "tokens") as task:
+        for batch in batches:
+            features, missing = _features(run, batch, maps)
+            sums.add(features, missing, batch.states[run.n])
+            task.advance(run.tokens_per_step)
+    if processes.count() > 1:  # on the device, where they talk
+        sums.gram, sums.cross = (
+            processes.mean(each.to(run.device)).cpu() for each in (sums.gram, sums.cross)
+        )
     weight, bias = (each.to(run.device) for each in sums.solve())
     for each, change in zip(maps, weight.split(sizes, dim=1), strict=True):
         each.weight += change

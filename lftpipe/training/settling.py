@@ -85,6 +85,10 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
             "a flow: this layer sees x_0 and makes one step",
             "use --objective fw",
         )
+    if settings.init == "readout" and settings.objective == "linear":
+        raise SettingsError(
+            "--init readout with --objective linear", "an objective of steps", "leave out --init"
+        )
     if settings.patience and not settings.hold_back:
         raise SettingsError(
             "--patience without --hold-back", "sequences to judge by", "give --hold-back 0.02"
