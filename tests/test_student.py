@@ -76,7 +76,7 @@ def test_a_velocity_is_told_what_it_was_trained_to_see(
     student = build_student(neox_teacher, [run], steps=2, solver="euler")
     ids, positions = tokens(20, sequences=2), torch.arange(20).expand(2, -1)
     states: dict[int, torch.Tensor] = {}
-    Trunk(neox_teacher, 1, torch.float32).run(ids, positions, hidden=states.__setitem__)
+    Trunk(neox_teacher, 2, torch.float32).run(ids, positions, hidden=states.__setitem__)
     context, flow = attention_context(load_rotary(neox_teacher), positions), runs.load_flow(run, neox_teacher)
 
     def logits_of(**seen: torch.Tensor) -> torch.Tensor:
