@@ -111,7 +111,7 @@ slow: setup
 # Exports in other runtimes, lm_eval and llama.cpp, and the table of what runs where.
 runtimes: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval xllamacpp
-	$(BIN)/pytest -m slow tests/test_runtimes.py
+	$(BIN)/pytest -m slow tests/student/test_runtimes.py
 	$(BIN)/python tests/runtime_matrix.py
 
 clean:

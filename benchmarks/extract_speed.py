@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 
 def settings_of(options: argparse.Namespace, folder: Path, tokens: int) -> Any:
-    from lftpipe.settings import ExtractSettings
+    from lftpipe.config.settings import ExtractSettings
 
     return ExtractSettings(
         workspace=options.workspace,
@@ -86,9 +86,9 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
     """Load the trunk and run its first batch; `ids` are the tokens (sequence, position), or random ones."""
     import numpy as np
 
-    from lftpipe.compute import prepare_processor
-    from lftpipe.forward import batch_of, forward
-    from lftpipe.plan import make_plan
+    from lftpipe.device import prepare_processor
+    from lftpipe.extraction.forward import batch_of, forward
+    from lftpipe.extraction.plan import make_plan
     from lftpipe.store import StoreSpec, StoreWriter
 
     prepare_processor(options.threads)

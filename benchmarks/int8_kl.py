@@ -15,14 +15,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lftpipe.rows import Row, run_rows
+from lftpipe.config.settings import EvaluateSettings, ExtractSettings, TrainSettings
+from lftpipe.evaluation.predictors import Row, run_rows
+from lftpipe.evaluation.scoring import score
 from lftpipe.runs import open_run
-from lftpipe.scoring import score
-from lftpipe.settings import EvaluateSettings, ExtractSettings, TrainSettings
 from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.extract import extract
-from lftpipe.stages.train import teacher_of, train
+from lftpipe.stages.train import train
 from lftpipe.store import Store
+from lftpipe.teacher.recorded import open_recorded
 
 DTYPES = ("float16", "int8")
 FIGURES = ("kl", "nmse", "nmse_without_first", "ppl")
@@ -70,7 +71,7 @@ def trained(options: argparse.Namespace, folder: Path, dtype: Any) -> tuple[Path
 def rows_of(runs: list[Path], store_path: Path, options: argparse.Namespace) -> list[Row]:
     """Both runs over the validation states of one store."""
     store = Store.open(store_path)
-    teacher = teacher_of(store, options.workspace)
+    teacher = open_recorded(store.identity["teacher"], options.workspace, store.path)
     rows = [row for run in runs for row in run_rows(open_run(run), (options.k,), teacher, "cpu")]
     score(rows, store, teacher, batch_tokens=2048, compute_dtype="float32", device="cpu")
     return rows

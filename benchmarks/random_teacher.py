@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lftpipe.teacher.names import REGISTERED
+from lftpipe.teacher.registry import REGISTERED
 
 
 def main() -> None:

@@ -23,11 +23,11 @@ import ot
 from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
-from lftpipe.assignment import assign, lapjvx
-from lftpipe.coupling import Coupling, cost_matrix, recoupled, tie_groups
-from lftpipe.pairs import group_pairs, make_clouds
-from lftpipe.settings import RecoupleSettings
-from lftpipe.sinkhorn import couple_approximately
+from lftpipe.config.settings import RecoupleSettings
+from lftpipe.recoupling.assignment import assign, lapjvx
+from lftpipe.recoupling.coupling import Coupling, cost_matrix, recoupled, tie_groups
+from lftpipe.recoupling.map import group_pairs, make_clouds
+from lftpipe.recoupling.sinkhorn import couple_approximately
 
 Key = tuple[int, int, int]
 

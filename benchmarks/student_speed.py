@@ -30,11 +30,11 @@ import torch
 import transformers
 
 from lftpipe import runs
-from lftpipe.compute import prepare_processor
-from lftpipe.corpus import PYTHON_STDLIB, open_corpus
+from lftpipe.corpus.packing import default_threshold, text_hash
+from lftpipe.corpus.readers import PYTHON_STDLIB, open_corpus
+from lftpipe.device import prepare_processor
 from lftpipe.errors import LftpipeError, RunError
 from lftpipe.flow.solver import EVALUATIONS
-from lftpipe.packing import default_threshold, text_hash
 from lftpipe.student.assemble import (
     build_student,
     load_model,

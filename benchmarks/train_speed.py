@@ -11,7 +11,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from lftpipe.settings import TrainSettings
+from lftpipe.config.settings import TrainSettings
 from lftpipe.stages.train import train
 
 

@@ -23,10 +23,10 @@ import typer
 
 import lftpipe
 from lftpipe import progress
-from lftpipe import settings as settings_module
+from lftpipe.config import settings as settings_module
+from lftpipe.config.recipe import from_recipe
+from lftpipe.config.settings import Common
 from lftpipe.errors import LftpipeError, SettingsError
-from lftpipe.recipe import from_recipe
-from lftpipe.settings import Common
 
 app = typer.Typer(
     name="lftpipe",

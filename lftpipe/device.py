@@ -1,9 +1,57 @@
-"""Where a stage computes: the device it was given exists, and the processor is ready."""
+"""Where a stage computes: device, threads, memory, and the format in which it multiplies fastest."""
+
+import ctypes
+import sys
 
 import torch
+from torch import nn
 
-from lftpipe.compute import prepare_processor
 from lftpipe.errors import SettingsError
+
+# mallopt's parameters (glibc, malloc.h)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+def prepare_processor(threads: int | None) -> None:
+    """Use so many threads, if it is said, and keep freed memory for the next tensor.
+
+    glibc hands large blocks back to the kernel as soon as they are freed, and every new tensor of a
+    layer then faults its pages in anew: a fifth of the time of a forward pass of a small model.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a frozen module's linear layers hold their weights in the format of its products.
+
+    Autocast would cast them anew at every call. All else stays in float32.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.to(dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, as settings and stores write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def resolve_compute_dtype(name: str, device: str) -> torch.dtype:
+    """`auto` to bfloat16 where the processor multiplies matrices in it, else to float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    elif kind == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = kind == "mps"
+    return torch.bfloat16 if fast else torch.float32
 
 
 def prepare(device: str, threads: int | None) -> None:

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from lftpipe.config.recipe import RECORD_TABLE
 from lftpipe.errors import RunError
+from lftpipe.files import file_digest, write_atomic
 from lftpipe.flow.linear import LinearMap
 from lftpipe.flow.solver import Method
 from lftpipe.flow.velocity import Velocity
-from lftpipe.manifest import file_digest, write_atomic
-from lftpipe.recipe import RECORD_TABLE
 from lftpipe.teacher.parts import empty_layer
 from lftpipe.teacher.source import Teacher
 

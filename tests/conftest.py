@@ -160,7 +160,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def extracted(workspace: Path, teacher: Path, text: Path, **changes: Any) -> Path:
     """A store of 48 training and 7 validation sequences of 32 tokens in a workspace."""
-    from lftpipe.settings import ExtractSettings
+    from lftpipe.config.settings import ExtractSettings
     from lftpipe.stages.extract import extract
 
     settings = ExtractSettings(

@@ -28,8 +28,8 @@ from runtimes import (
 )
 from tiny_students import save_run, tokens
 
+from lftpipe.config.settings import ExportSettings
 from lftpipe.errors import LftpipeError
-from lftpipe.settings import ExportSettings
 from lftpipe.stages.export import export
 from lftpipe.student.assemble import build_student, load_model
 from lftpipe.teacher.source import load_tokenizer, open_teacher

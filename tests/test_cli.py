@@ -8,8 +8,8 @@ import pytest
 
 import lftpipe
 from lftpipe import cli
+from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import RunError
-from lftpipe.settings import TrainSettings
 
 
 @pytest.fixture

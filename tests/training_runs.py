@@ -10,7 +10,10 @@ from conftest import CONTEXT
 from safetensors.torch import load_file
 
 from lftpipe import runs
-from lftpipe.settings import TrainSettings
+from lftpipe.config.settings import TrainSettings
+from lftpipe.store import Store
+from lftpipe.teacher.recorded import open_recorded
+from lftpipe.teacher.source import Teacher
 
 
 def short_run(store: Path, folder: Path, **values: Any) -> TrainSettings:
@@ -40,3 +43,8 @@ def log_of(run: str | Path | None) -> list[dict[str, Any]]:
 
 def weights_of(run: str | Path | None) -> dict[str, torch.Tensor]:
     return load_file(Path(str(run)) / runs.WEIGHTS)
+
+
+def teacher_of(store: Store, workspace: Path = Path("unused")) -> Teacher:
+    """The teacher that a store was made with."""
+    return open_recorded(store.identity["teacher"], workspace, store.path)

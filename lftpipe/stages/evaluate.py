@@ -11,18 +11,19 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lftpipe import manifest, runs
+from lftpipe import runs
+from lftpipe.config.settings import EvaluateSettings, to_plain
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
+from lftpipe.evaluation.predictors import Row, run_rows, together_rows
+from lftpipe.evaluation.scoring import score
+from lftpipe.files import write_atomic
 from lftpipe.flow.path import States
-from lftpipe.results import COLUMNS, adaptive_section, cell, markdown_table, means_section
-from lftpipe.rows import Row, run_rows, together_rows
-from lftpipe.scoring import score
-from lftpipe.settings import EvaluateSettings, to_plain
-from lftpipe.stages.train import teacher_of
+from lftpipe.report.tables import COLUMNS, adaptive_section, cell, markdown_table, means_section
 from lftpipe.store import Store
 from lftpipe.teacher.family import AttentionContext
 from lftpipe.teacher.parts import count_layer_parameters, count_parameters
+from lftpipe.teacher.recorded import open_recorded
 from lftpipe.teacher.source import Teacher
 from lftpipe.workspace import find_runs, find_store
 
@@ -71,7 +72,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             )
     if settings.adaptive:
         _check_adaptive(opened, settings)
-    teacher = teacher_of(store, settings.workspace)
+    teacher = open_recorded(store.identity["teacher"], settings.workspace, store.path)
     rows = _rows(opened, settings, store, teacher)
     score(
         rows,
@@ -93,8 +94,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     }
     if settings.adaptive:
         result["adaptive"] = [row.plain() for row in rows if row.evaluations is not None]
-    manifest.write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
-    manifest.write_atomic(out.with_suffix(".md"), markdown(result).encode())
+    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomic(out.with_suffix(".md"), markdown(result).encode())
     return result | {"out": str(out)}
 
 

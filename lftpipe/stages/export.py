@@ -10,11 +10,11 @@ import torch
 
 import lftpipe
 from lftpipe import progress, runs
+from lftpipe.config.settings import ExportSettings
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError
-from lftpipe.results import COLUMNS, markdown_table
+from lftpipe.report.tables import COLUMNS, markdown_table
 from lftpipe.runs import Run
-from lftpipe.settings import ExportSettings
 from lftpipe.student.assemble import SOURCE, build_student, teacher_of_run
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.source import Teacher, load_tokenizer, quiet_transformers

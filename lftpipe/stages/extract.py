@@ -12,14 +12,13 @@ import torch
 
 import lftpipe
 from lftpipe import progress
-from lftpipe.compute import dtype_name
-from lftpipe.device import prepare
+from lftpipe.config.settings import ExtractSettings
+from lftpipe.corpus.packing import SPLITS, Packing
+from lftpipe.device import dtype_name, prepare
 from lftpipe.errors import CorpusError, StoreError, TeacherError
-from lftpipe.forward import Tokens, forward
-from lftpipe.packing import SPLITS, Packing
-from lftpipe.plan import Plan, check_disk, dry_run, make_plan
-from lftpipe.precision import measured_trunk
-from lftpipe.settings import ExtractSettings
+from lftpipe.extraction.bf16_error import measured_trunk
+from lftpipe.extraction.forward import Tokens, forward
+from lftpipe.extraction.plan import Plan, check_disk, dry_run, make_plan
 from lftpipe.store import StoreSpec, StoreWriter, verify_store
 from lftpipe.teacher.source import load_tokenizer
 from lftpipe.teacher.trunk import Trunk

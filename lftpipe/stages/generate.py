@@ -9,10 +9,10 @@ import torch
 from rich.table import Table
 
 from lftpipe import runs
+from lftpipe.config.settings import GenerateSettings
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.solver import EVALUATIONS
-from lftpipe.settings import GenerateSettings
 from lftpipe.student.assemble import (
     build_student,
     load_model,

@@ -9,9 +9,9 @@ from rich.console import Group
 from rich.table import Table
 
 from lftpipe import progress, runs
+from lftpipe.config.settings import InfoSettings
+from lftpipe.corpus.packing import SPLITS
 from lftpipe.errors import SettingsError
-from lftpipe.packing import SPLITS
-from lftpipe.settings import InfoSettings
 from lftpipe.store import Store
 from lftpipe.workspace import find_run, find_store
 

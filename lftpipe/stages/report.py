@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lftpipe.config.settings import ReportSettings
 from lftpipe.errors import RunError, StoreError
-from lftpipe.manifest import write_atomic
-from lftpipe.plots import draw_adaptive, draw_steps_curve, draw_training
-from lftpipe.results import adaptive_section, markdown_table, means_section
-from lftpipe.settings import ReportSettings
+from lftpipe.files import write_atomic
+from lftpipe.report.plots import draw_adaptive, draw_steps_curve, draw_training
+from lftpipe.report.tables import adaptive_section, markdown_table, means_section
 from lftpipe.workspace import find_store
 
 

@@ -10,21 +10,25 @@ from rich import box
 from rich.table import Table
 
 import lftpipe
-from lftpipe import blocks, correlation, manifest, progress, runs
+from lftpipe import progress, runs
+from lftpipe.config.settings import RecoupleSettings, SweepSettings, TrainSettings, to_plain
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
-from lftpipe.plots import draw_sweep
-from lftpipe.probe import draw_parts, probe_residual
-from lftpipe.rows import run_rows
-from lftpipe.scoring import score
-from lftpipe.settings import RecoupleSettings, SweepSettings, TrainSettings, to_plain
-from lftpipe.stages.recouple import open_map
-from lftpipe.stages.train import teacher_of, train_runs
+from lftpipe.evaluation import correlation
+from lftpipe.evaluation.predictors import run_rows
+from lftpipe.evaluation.scoring import score
+from lftpipe.files import write_atomic
+from lftpipe.recoupling import ranking
+from lftpipe.recoupling.artefact import open_map
+from lftpipe.recoupling.probe import draw_parts, probe_residual
+from lftpipe.report.plots import draw_sweep
+from lftpipe.report.sweep import AGAINST, OUTCOMES, correlation_table, markdown
 from lftpipe.store import Store
-from lftpipe.sweep_page import AGAINST, OUTCOMES, correlation_table, markdown
+from lftpipe.teacher.recorded import open_recorded
 from lftpipe.teacher.source import Teacher
-from lftpipe.training.claiming import changed_settings
-from lftpipe.training.settling import resolved, run_name
+from lftpipe.training.resolve import resolved, run_name
+from lftpipe.training.resume import changed_settings
+from lftpipe.training.together import train_runs
 from lftpipe.workspace import check_outputs, find_store
 
 #: Shares of the layers that are swept where no lengths are given.
@@ -64,7 +68,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
             "at least one",
             "extract with --validation-tokens",
         )
-    teacher = teacher_of(store, settings.workspace)
+    teacher = open_recorded(store.identity["teacher"], settings.workspace, store.path)
     lengths = _lengths(settings.lengths, teacher.num_layers)
     made_with = RecoupleSettings(workspace=settings.workspace, store=store_path, threads=settings.threads)
     found = open_map(store_path, store, made_with)
@@ -85,13 +89,13 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         "choices": _choices(found, rows, lengths),
     }
     draw_sweep(result, out.with_suffix(".png"))
-    manifest.write_atomic(out.with_suffix(".md"), markdown(result).encode())
-    manifest.write_atomic(out, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(out.with_suffix(".md"), markdown(result).encode())
+    write_atomic(out, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     return result | {"out": str(out), "trained": trained}
 
 
 def _lengths(given: tuple[int, ...], num_layers: int) -> list[int]:
-    lengths = sorted(set(given or (blocks.block_length(num_layers, share) for share in SHARES)))
+    lengths = sorted(set(given or (ranking.block_length(num_layers, share) for share in SHARES)))
     if lengths[-1] > num_layers:
         raise SettingsError(
             f"--lengths {','.join(map(str, lengths))}",
@@ -101,11 +105,11 @@ def _lengths(given: tuple[int, ...], num_layers: int) -> list[int]:
     return lengths
 
 
-def _blocks(found: blocks.Map, lengths: list[int]) -> list[blocks.Block]:
+def _blocks(found: ranking.Map, lengths: list[int]) -> list[ranking.Block]:
     """All blocks of these lengths between states on the map, in order."""
-    swept: list[blocks.Block] = []
+    swept: list[ranking.Block] = []
     for length in lengths:
-        here = sorted(blocks.rank_blocks(found, length))
+        here = sorted(ranking.rank_blocks(found, length))
         if not here:
             raise SettingsError(
                 f"--lengths {length}",
@@ -123,7 +127,7 @@ def _blocks(found: blocks.Map, lengths: list[int]) -> list[blocks.Block]:
 
 
 def _residuals(
-    settings: SweepSettings, store: Store, found: blocks.Map, swept: list[blocks.Block]
+    settings: SweepSettings, store: Store, found: ranking.Map, swept: list[ranking.Block]
 ) -> list[list[float | None]]:
     """The linear probe's residual of the swept blocks, as a square like those of the map."""
     layers = found["layers"]
@@ -137,7 +141,7 @@ def _residuals(
 
 
 def _train(
-    settings: SweepSettings, store: Store, teacher: Teacher, swept: list[blocks.Block], folder: Path
+    settings: SweepSettings, store: Store, teacher: Teacher, swept: list[ranking.Block], folder: Path
 ) -> tuple[int, list[runs.Run]]:
     """How many runs were trained now, and all of them, finished."""
     trained, finished = 0, []
@@ -202,13 +206,15 @@ def _score(
     return [row.plain() for row in rows]
 
 
-def _rows(found: blocks.Map, swept: list[blocks.Block], scored: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(
+    found: ranking.Map, swept: list[ranking.Block], scored: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """One row a block: the predictors, and what its runs reached, in the mean and each."""
     kept = ("run", "seed", "train_tokens", "k", "solver", *OUTCOMES)
     rows = []
     for m, n in swept:
         mine = [row for row in scored if row["block"] == f"{m}:{n}"]
-        predictors = {key: blocks.value(found, key, (m, n)) for key in blocks.PREDICTORS.values()}
+        predictors = {key: ranking.value(found, key, (m, n)) for key in ranking.PREDICTORS.values()}
         reached = {key: float(np.mean([row[key] for row in mine])) for key in OUTCOMES}
         each = [{key: row[key] for key in kept} for row in mine]
         rows.append({"block": f"{m}:{n}", "length": n - m, **predictors, **reached, "runs": each})
@@ -225,21 +231,21 @@ def _correlations(rows: list[dict[str, Any]], lengths: list[int], seed: int) -> 
         for length in (None, *lengths):
             here = [row for row in rows if length in (None, row["length"])]
             y = np.array([row[against] for row in here])
-            for predictor in (*blocks.PREDICTORS.values(), *(["length"] if length is None else [])):
+            for predictor in (*ranking.PREDICTORS.values(), *(["length"] if length is None else [])):
                 x = np.array([row[predictor] for row in here], np.float64)
                 entry = {"against": against, "predictor": predictor, "length": length}
                 found.append(entry | correlation.correlate(x, y, seed))
     return found
 
 
-def _choices(found: blocks.Map, rows: list[dict[str, Any]], lengths: list[int]) -> list[dict[str, Any]]:
+def _choices(found: ranking.Map, rows: list[dict[str, Any]], lengths: list[int]) -> list[dict[str, Any]]:
     """Which block each predictor would choose, what it reached, and which place that is, 1 the best."""
     choices = []
     for length in lengths:
         order = sorted((row for row in rows if row["length"] == length), key=lambda row: row["kl"])
         names = [row["block"] for row in order]
-        for by in blocks.PREDICTORS:
-            m, n = blocks.rank_blocks(found, length, by)[0]
+        for by in ranking.PREDICTORS:
+            m, n = ranking.rank_blocks(found, length, by)[0]
             place = names.index(f"{m}:{n}")
             choice = {"rank_by": by, "length": length, "block": f"{m}:{n}", "kl": order[place]["kl"]}
             best = {"best_block": names[0], "best_kl": order[0]["kl"]}

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lftpipe import progress
+from lftpipe.config.settings import ToySettings
 from lftpipe.device import prepare
 from lftpipe.errors import SettingsError
+from lftpipe.files import write_atomic
 from lftpipe.flow.objective import ErrorScale, Loss, flow_matching, flow_walking, walk_times
 from lftpipe.flow.path import LinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver
-from lftpipe.manifest import write_atomic
-from lftpipe.settings import ToySettings
 
 #: Panels: title, steps of walking (0: none), weight of standard flow matching.
 PANELS = (

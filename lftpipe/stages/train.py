@@ -4,18 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lftpipe import runs
+from lftpipe.config.layers import parse_block
+from lftpipe.config.settings import TrainSettings
 from lftpipe.device import prepare
-from lftpipe.errors import RunError, TeacherError
-from lftpipe.settings import TrainSettings
-from lftpipe.spans import parse_block
 from lftpipe.store import Store
-from lftpipe.teacher.source import Teacher, open_teacher
-from lftpipe.training import Chain, Training, fit_linear, processes, train_together
-from lftpipe.training.claiming import claim
-from lftpipe.training.settling import Wanted, check_together, resolved, run_name, variants_of
+from lftpipe.teacher.recorded import open_recorded
+from lftpipe.teacher.source import Teacher
+from lftpipe.training import processes
+from lftpipe.training.resolve import resolved, run_name, variants_of
+from lftpipe.training.together import train_runs
 from lftpipe.workspace import find_store, run_path
 
 
@@ -37,7 +34,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     try:
         store_path = find_store(settings.workspace, settings.store)
         store = Store.open(store_path)
-        teacher = teacher_of(store, settings.workspace)
+        teacher = open_recorded(store.identity["teacher"], settings.workspace, store.path)
         wanted = []
         for variant in variants_of(settings):
             blocks = [_block(each, variant, store_path, teacher) for each in variant.block.split(",")]
@@ -58,75 +55,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
 def _block(text: str, settings: TrainSettings, store_path: Path, teacher: Teacher) -> tuple[int, int]:
     if text == "auto":
-        from lftpipe.stages.recouple import choose_block
+        from lftpipe.recoupling.artefact import choose_block
 
         return processes.agree(choose_block(store_path, settings) if processes.rank() == 0 else None)
     return parse_block(text, teacher.num_layers)
-
-
-def train_runs(
-    wanted: list[Wanted], store: Store, teacher: Teacher, *, joint: bool = False
-) -> list[dict[str, Any]]:
-    """Train runs with `resolved` settings, or go on with them; finished ones are left as they are."""
-    check_together(wanted, joint)
-    claimed = None
-    if processes.rank() == 0:
-        claimed = [claim(run, settings, store) for run, settings, _ in wanted]
-    finished = processes.agree(claimed)
-    if joint and any(finished) and not all(finished):
-        raise RunError(
-            "runs to be trained jointly, of which some are finished",
-            "all or none",
-            "name new ones, or --force",
-        )
-    results = {run: _finished(run) for (run, _, _), done in zip(wanted, finished, strict=True) if done}
-    training = []
-    for run, settings, block in wanted:
-        if run in results:
-            continue
-        torch.manual_seed(settings.seed)
-        if settings.objective == "linear":
-            fitted = fit_linear(run, settings, store, teacher, block) if processes.rank() == 0 else None
-            results[run] = processes.agree(fitted)
-        else:
-            training.append(Training(run, settings, store, teacher, block))
-    if training:
-        chains = [Chain(training)] if joint else [Chain([each]) for each in training]
-        done = train_together(chains, resume=training[0].settings.resume)
-        results |= {Path(result["run"]): result for result in done}
-    return [results[run] for run, _, _ in wanted]
-
-
-def _finished(run: Path) -> dict[str, Any]:
-    finished = runs.open_run(run)
-    return {
-        "run": str(run),
-        "block": list(finished.block),
-        "objective": finished.objective,
-        "train_tokens": finished.train_tokens,
-        "already_finished": True,
-    }
-
-
-def teacher_of(store: Store, workspace: Path) -> Teacher:
-    """The teacher that a store was made with.
-
-    Raises
-    ------
-    TeacherError
-        If it is not found, or is no longer as it was when the store was made.
-    """
-    recorded = store.identity["teacher"]
-    teacher = open_teacher(recorded["model"], workspace, revision=recorded["revision"])
-    for part, digest in (("weights", teacher.checkpoint.digest), ("config", teacher.config_digest)):
-        before = recorded.get(f"{part}_digest", digest)
-        if digest != before:
-            raise TeacherError(
-                f"teacher {recorded['model']} whose {part} changed since {store.path} was made",
-                f"{part} with digest {before[:12]}…",
-                f"put the old {part} back, or extract again with --force",
-            )
-    return teacher
 
 
 def summary(result: dict[str, Any]) -> str:

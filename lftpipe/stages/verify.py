@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lftpipe import progress
-from lftpipe.settings import VerifySettings
+from lftpipe.config.settings import VerifySettings
 from lftpipe.store import verify_store
 from lftpipe.store.verify import Report
 from lftpipe.workspace import find_store

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import xxhash
 
 from lftpipe.errors import StoreError
-from lftpipe.manifest import canonical, file_digest, fingerprint, read_sealed, write_atomic, write_sealed
+from lftpipe.files import canonical, file_digest, fingerprint, read_sealed, write_atomic, write_sealed
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, StoreSpec
 from lftpipe.store.shard import Record
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from lftpipe.errors import StoreError
-from lftpipe.manifest import fingerprint
+from lftpipe.files import fingerprint
 from lftpipe.store.batches import Batch, Buffer, Logits, batch_sequences, read_ahead
 from lftpipe.store.codec import decode, widen
 from lftpipe.store.journal import Manifest, progress

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lftpipe.errors import StoreError
-from lftpipe.manifest import sync_folder
+from lftpipe.files import sync_folder
 from lftpipe.store.codec import encode
 from lftpipe.store.journal import Records, disk_errors
 from lftpipe.store.layout import ArrayLayout, ShardKey

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lftpipe.errors import StoreError
-from lftpipe.manifest import file_digest
+from lftpipe.files import file_digest
 from lftpipe.store.journal import Journal, Manifest, Records
 from lftpipe.store.layout import MANIFEST, ShardKey
 from lftpipe.store.reader import Store

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from lftpipe.errors import StoreError
-from lftpipe.manifest import file_digest, sync_folder, write_atomic
+from lftpipe.files import file_digest, sync_folder, write_atomic
 from lftpipe.store import journal as books
-from lftpipe.store import opening
+from lftpipe.store import resume as opening
 from lftpipe.store.journal import Journal, Manifest, Records
 from lftpipe.store.layout import JOURNAL, MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
 from lftpipe.store.shard import ChunkReader, DamagedShardError, Record

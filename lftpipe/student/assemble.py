@@ -16,7 +16,7 @@ from lftpipe.errors import LftpipeError, RunError, TeacherError
 from lftpipe.runs import Run
 from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
 from lftpipe.student.config import Block, Kind
-from lftpipe.teacher.source import FAMILIES, Teacher, open_teacher, quiet_transformers
+from lftpipe.teacher.source import FAMILIES, Teacher, quiet_transformers
 
 #: By family. transformers types its classes too loosely for a checker to follow.
 STUDENTS: dict[str, Any] = {
@@ -35,7 +35,7 @@ def teacher_of_run(run: Run, workspace: Path) -> Teacher:
     TeacherError
         If it is not found, or its weights are no longer those.
     """
-    return _recorded_teacher(run.teacher, run.path, workspace)
+    return open_recorded(run.teacher, workspace, run.path)
 
 
 def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
@@ -56,18 +56,7 @@ def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
             "an exported folder, or a run",
             "name such a one",
         ) from error
-    return _recorded_teacher(recorded, folder, workspace)
-
-
-def _recorded_teacher(recorded: dict[str, Any], by: Path, workspace: Path) -> Teacher:
-    teacher = open_teacher(recorded["model"], workspace, revision=recorded["revision"])
-    if teacher.checkpoint.digest != recorded["weights_digest"]:
-        raise TeacherError(
-            f"teacher {recorded['model']} whose weights changed since {by} was made",
-            f"weights with digest {recorded['weights_digest'][:12]}…",
-            "put the old weights back, or train again",
-        )
-    return teacher
+    return open_recorded(recorded, workspace, folder)
 
 
 def build_student(

@@ -17,7 +17,7 @@ from lftpipe.teacher.checkpoint import Checkpoint
 from lftpipe.teacher.family import Family
 from lftpipe.teacher.gpt_neox import GPT_NEOX
 from lftpipe.teacher.llama import LLAMA
-from lftpipe.teacher.names import REGISTERED
+from lftpipe.teacher.registry import REGISTERED
 
 FAMILIES: tuple[Family, ...] = (GPT_NEOX, LLAMA)
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lftpipe.compute import cast_linear
+from lftpipe.device import cast_linear
 from lftpipe.errors import TeacherError
 from lftpipe.teacher import attention
 from lftpipe.teacher.source import Teacher, quiet_transformers

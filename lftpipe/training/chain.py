@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lftpipe import runs
-from lftpipe.feed import Needs
 from lftpipe.flow.path import States
 from lftpipe.teacher.parts import load_layer
+from lftpipe.training.data import Needs
 from lftpipe.training.run import Training
 from lftpipe.training.terms import Batch
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from lftpipe import progress, runs
+from lftpipe.config.settings import TrainSettings
 from lftpipe.flow.linear import LeastSquares, LinearMap
-from lftpipe.settings import TrainSettings
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.run import manifest_of

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from lftpipe import feed, progress
+from lftpipe import progress
+from lftpipe.corpus.packing import positions
 from lftpipe.errors import DivergenceError, RunError
-from lftpipe.feed import Needs
-from lftpipe.manifest import write_atomic
-from lftpipe.packing import positions
+from lftpipe.files import write_atomic
 from lftpipe.teacher.family import attention_context
 from lftpipe.teacher.parts import load_rotary
-from lftpipe.training import processes, readout
+from lftpipe.training import data, processes, readout
 from lftpipe.training.chain import Chain
-from lftpipe.training.held_back import HeldBack
+from lftpipe.training.data import Needs
+from lftpipe.training.holdout import HeldBack
 from lftpipe.training.log import Log
 from lftpipe.training.run import Training
 from lftpipe.training.terms import Batch
@@ -137,9 +137,9 @@ def _batches(run: Training, needs: Needs, step: int, stop: int) -> Iterator[tupl
     """Batches of steps `step` to `stop - 1`, functions of seed and step, and the seconds waited for each."""
     given = (needs, run.order, run.settings.device)
     if run.settings.from_teacher:
-        source = feed.from_teacher(run.store, run.teacher, *given)
+        source = data.from_teacher(run.store, run.teacher, *given)
     else:
-        source = feed.from_cache(run.store, *given)
+        source = data.from_cache(run.store, *given)
     rotary = load_rotary(run.teacher).to(run.device)
     feeds = source(step)
     for _ in range(step, stop):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lftpipe.settings import TrainSettings
+from lftpipe.config.settings import TrainSettings
 
 #: At the peak, where none is given. Muon's steps are scaled to the size of AdamW's, and may be larger.
 LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}

@@ -9,21 +9,21 @@ from torch import Tensor
 
 import lftpipe
 from lftpipe import runs
-from lftpipe.compute import cast_linear, resolve_compute_dtype
+from lftpipe.config.loss import Stage, parse_loss, stage_starts
+from lftpipe.config.settings import TrainSettings, loss_text
+from lftpipe.device import cast_linear, resolve_compute_dtype
 from lftpipe.errors import DivergenceError, RunError
-from lftpipe.feed import Needs, Order
 from lftpipe.flow.objective import ErrorScale, Loss, walk_times
 from lftpipe.flow.path import States
 from lftpipe.flow.velocity import Velocity
-from lftpipe.loss import Stage, parse_loss, stage_starts
-from lftpipe.settings import TrainSettings, loss_text
 from lftpipe.store import Store
 from lftpipe.teacher.parts import Tail, load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
-from lftpipe.training.keeping import Kept
+from lftpipe.training.data import Needs, Order
 from lftpipe.training.optimizer import Optimizer, gradient_norm
 from lftpipe.training.terms import Batch, Problem, weighted_sum
+from lftpipe.training.weights import Kept
 
 
 class Training:

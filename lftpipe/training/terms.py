@@ -125,7 +125,7 @@ def _piecewise(end: States, divergence: Callable[[States, slice], Loss]) -> Loss
     return total + carried - carried.detach()
 
 
-#: What computes the terms of `lftpipe.loss.TERMS`; regression is a walk of one step without time.
+#: What computes the terms of `lftpipe.config.loss.TERMS`; regression is a walk of one step without time.
 TERMS: dict[str, Callable[[Problem], Loss]] = {
     "fw": _fw,
     "regression": _fw,

@@ -3,7 +3,7 @@
     python pipelines/pythia-tiny/train.py --out data/pythia-tiny
 
 The recipe in full: a byte-level BPE of 4096 tokens and a 12-layer model of width 192, both from
-the sources of Python's standard library (documents held out by `lftpipe.packing`'s rule are
+the sources of Python's standard library (documents held out by `lftpipe.corpus.packing`'s rule are
 seen by neither), trained by Muon on the layers' matrices and AdamW on the rest, with warm-up and
 cosine decay, in bf16 autocast where the processor has it. It stops and resumes at any time;
 `--minutes` bounds one sitting. The model card is written at the end from what was measured.
@@ -20,8 +20,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from lftpipe.corpus import open_corpus
-from lftpipe.packing import Packing, default_threshold, text_hash
+from lftpipe.corpus.packing import Packing, default_threshold, text_hash
+from lftpipe.corpus.readers import open_corpus
 
 VOCABULARY, CONTEXT, END_OF_TEXT = 4096, 512, "<|endoftext|>"
 EVERYTHING = 10**9  # more sequences than the corpus holds

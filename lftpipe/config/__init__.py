@@ -1,0 +1,1 @@
+"""Settings, recipes and the small languages of options. No torch, no numpy."""

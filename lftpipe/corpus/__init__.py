@@ -1,0 +1,1 @@
+"""Text: readers of corpora, and the packing of documents into token sequences. No torch."""

@@ -1,0 +1,203 @@
+"""From documents to packed token sequences, split into train and validation by document.
+
+Documents are laid end to end, each closed by the end-of-text token, and cut into sequences of
+`context` tokens, so no position is padding. Every token carries the number of its document;
+a run of one number inside a sequence is a *piece*. Attention stays inside a piece, and position
+ids restart with it: see `positions`.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from jaxtyping import Int32
+
+from lftpipe.corpus.readers import Corpus, Document
+from lftpipe.errors import CorpusError
+
+SPLITS: tuple[str, ...] = ("train", "validation")
+
+#: Share of the documents that are held out, by the hash of their text. One in sixteen is
+#: enough for the usual ten-to-one budgets, and a teacher trained on the rest never saw them.
+VALIDATION_SHARE = 1 / 16
+
+#: Documents tokenised in one call, which the tokenizer spreads over the processors.
+DOCUMENTS_PER_CALL = 64
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+def text_hash(document: Document) -> int:
+    """64 bits of the text's BLAKE2b: equal texts always land in the same split."""
+    digest = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest())
+
+
+def default_threshold() -> int:
+    """Documents whose hash is below this are held out for validation."""
+    return int(VALIDATION_SHARE * 2**64)
+
+
+@dataclass
+class _Packer:
+    """Fills sequences of one split from a stream of documents."""
+
+    context: int
+    wanted: int
+    made: int = 0
+    tokens: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    hash: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+    num_documents: int = 0
+
+    @property
+    def full(self) -> bool:
+        return self.made >= self.wanted
+
+    def add(self, number: int, text_hash: int, ids: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        self.hash.update(text_hash.to_bytes(8))
+        self.num_documents += 1
+        self.tokens += ids
+        self.documents += [number] * len(ids)
+        start = 0
+        while len(self.tokens) - start >= self.context and not self.full:
+            piece = slice(start, start + self.context)
+            self.made += 1
+            start += self.context
+            yield np.array(self.tokens[piece], np.int32), np.array(self.documents[piece], np.int32)
+        del self.tokens[:start], self.documents[:start]  # once: a document may be a whole book
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """One sequence: `tokens[position]` and the number of the document each came from."""
+
+    split: str
+    tokens: Int32[np.ndarray, "position"]
+    document: Int32[np.ndarray, "position"]
+
+
+class Packing:
+    """The packed sequences of a corpus; after iteration, `digest` and `made` say what was used.
+
+    Parameters
+    ----------
+    corpus
+        Where the documents come from.
+    encode
+        Texts to token ids, without the end-of-text token.
+    end_of_text
+        The token that closes every document.
+    context
+        Tokens in a sequence.
+    wanted
+        Sequences wanted of each split. Fewer are made if the corpus ends first.
+    """
+
+    def __init__(
+        self, corpus: Corpus, encode: Encode, end_of_text: int, context: int, wanted: dict[str, int]
+    ) -> None:
+        self.corpus = corpus
+        self.encode = encode
+        self.end_of_text = end_of_text
+        self.context = context
+        self.wanted = wanted
+        self.threshold = default_threshold()
+        self._packers: dict[str, _Packer] = {}
+
+    @property
+    def made(self) -> dict[str, int]:
+        """Sequences made of each split so far."""
+        return {split: packer.made for split, packer in self._packers.items()}
+
+    @property
+    def num_documents(self) -> dict[str, int]:
+        """Documents used for each split so far."""
+        return {split: packer.num_documents for split, packer in self._packers.items()}
+
+    @property
+    def digest(self) -> dict[str, str]:
+        """Digest of the texts used for each split so far, in order."""
+        return {split: packer.hash.hexdigest() for split, packer in self._packers.items()}
+
+    def split_of(self, text_hash: int) -> str:
+        return "validation" if text_hash < self.threshold else "train"
+
+    def __iter__(self) -> Iterator[PackedSequence]:
+        self._packers = {split: _Packer(self.context, self.wanted.get(split, 0)) for split in SPLITS}
+        numbered = enumerate(self.corpus.documents())
+        while group := list(islice(numbered, DOCUMENTS_PER_CALL)):
+            hashed = [(number, text_hash(document), document.text) for number, document in group]
+            # Once a split is full its documents need no tokens.
+            needed = [row for row in hashed if not self._packers[self.split_of(row[1])].full]
+            encoded = self.encode([text for _, _, text in needed])
+            for (number, hash_, text), ids in zip(needed, encoded, strict=True):
+                packer = self._packers[self.split_of(hash_)]
+                if text and not packer.full:
+                    for tokens, documents in packer.add(number, hash_, [*ids, self.end_of_text]):
+                        yield PackedSequence(self.split_of(hash_), tokens, documents)
+            if all(packer.full for packer in self._packers.values()):
+                return
+
+    def fit_to_small_corpus(self) -> None:
+        """Move the hold-out threshold if the corpus is too small for the usual share.
+
+        Of a corpus that ends before `validation` is full, or with nothing left to train on, the
+        documents with the lowest hashes are held out, just as many as it takes, and never all.
+
+        Raises
+        ------
+        CorpusError
+            If the corpus has no text, or too little of it for one sequence of each split.
+        """
+        wanted = self.context * self.wanted.get("validation", 0)
+        least = {split: self.context if self.wanted.get(split, 0) else 0 for split in SPLITS}
+        sizes: list[tuple[int, int]] = []  # (hash, tokens) of every document, while it is small
+        held_out = total = 0
+        documents = self.corpus.documents()
+        while group := list(islice(documents, DOCUMENTS_PER_CALL)):
+            group = [document for document in group if document.text]
+            for document, ids in zip(group, self.encode([d.text for d in group]), strict=True):
+                sizes.append((text_hash(document), len(ids) + 1))
+                total += len(ids) + 1
+                held_out += (len(ids) + 1) * (sizes[-1][0] < self.threshold)
+            if held_out >= wanted and total - held_out >= least["train"]:
+                return
+        if not total:
+            raise CorpusError(
+                f"corpus {self.corpus.name} without any text",
+                "at least one document with text",
+                "check the path and the kinds of files in it",
+            )
+        if total < sum(least.values()):
+            raise CorpusError(
+                f"corpus {self.corpus.name} of {total} tokens",
+                f"at least {sum(least.values())}: one sequence of {self.context} tokens for each split",
+                "give more text or a shorter --context",
+            )
+        self.threshold = _threshold_for(sizes, wanted)
+
+
+def _threshold_for(sizes: list[tuple[int, int]], wanted: int) -> int:
+    """The lowest threshold that holds out `wanted` tokens, but at most about half of all."""
+    budget = min(wanted, sum(size for _, size in sizes) // 2)
+    by_text: dict[int, int] = {}
+    for hash_, size in sorted(sizes):
+        by_text[hash_] = by_text.get(hash_, 0) + size
+    threshold = held_out = 0
+    for hash_, size in list(by_text.items())[:-1]:  # at least one text is left to train on
+        if held_out >= budget:
+            break
+        held_out += size
+        threshold = hash_ + 1
+    return threshold
+
+
+def positions(document: Int32[np.ndarray, "*batch position"]) -> Int32[np.ndarray, "*batch position"]:
+    """Position ids that restart at 0 with each document's piece in a sequence."""
+    starts = np.ones(document.shape, bool)
+    starts[..., 1:] = document[..., 1:] != document[..., :-1]
+    index = np.arange(document.shape[-1], dtype=np.int32)
+    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1).astype(np.int32)

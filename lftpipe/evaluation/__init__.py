@@ -1,0 +1,1 @@
+"""Students scored on cached states: predictors, metrics, and statistics of them. No training."""

@@ -1,0 +1,196 @@
+"""What an extraction will compute and write, how large that is, and whether it fits."""
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lftpipe import progress
+from lftpipe.config.layers import parse_layers
+from lftpipe.config.settings import ExtractSettings
+from lftpipe.corpus.readers import Corpus, open_corpus
+from lftpipe.device import dtype_name, resolve_compute_dtype
+from lftpipe.errors import SettingsError, StoreError
+from lftpipe.store.codec import encoded_bytes
+from lftpipe.teacher.logits import Head, compute_batch
+from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.trunk import Trunk
+from lftpipe.workspace import STORE_NAME
+
+#: Aim for the bytes of one shard: large enough to write in one sweep, small enough to redo after a kill.
+SHARD_BYTES = 128 * 2**20
+
+#: And at most so many sequences: a shard's index has a place for each, filled or not.
+SHARD_SEQUENCES = 256
+
+#: Room left free on the disk beside the store.
+DISK_MARGIN = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extraction will compute and write."""
+
+    teacher: Teacher
+    corpus: Corpus
+    path: Path
+    layers: tuple[int, ...]
+    attention_layers: tuple[int, ...]
+    context: int
+    wanted: dict[str, int]
+    batch_sequences: int
+    sequences_per_shard: int
+    compute_dtype: torch.dtype
+    dtype: str
+    logits: int
+    device: str
+
+    def load_trunk(self) -> Trunk:
+        """The layers below the deepest state wanted; logits need the last state."""
+        deepest = self.teacher.num_layers if self.logits else max(self.layers)
+        return Trunk(self.teacher, deepest, self.compute_dtype, self.device)
+
+    def load_head(self) -> Head | None:
+        """The LM head, if logits are wanted."""
+        return Head(self.teacher, self.logits, self.device) if self.logits else None
+
+    def array_bytes(self) -> dict[str, int]:
+        """Bytes of every array on the disk, both splits together."""
+        sequences = sum(self.wanted.values())
+        positions_ = sequences * self.context
+        state = state_bytes(self.dtype, self.context, self.teacher.width)
+        arrays = {
+            "hidden": sequences * len(self.layers) * state,
+            "attention": sequences * len(self.attention_layers) * state,
+            "tokens": positions_ * 4,
+            "document": positions_ * 4,
+        }
+        if self.logits:
+            value = 4 if self.dtype == "float32" else 2
+            arrays["logit_values"] = positions_ * self.logits * value
+            arrays["logit_ids"] = positions_ * self.logits * 4
+            arrays["logit_normaliser"] = positions_ * 4
+        return arrays
+
+
+def state_bytes(dtype: str, context: int, width: int) -> int:
+    """Of one state of one sequence on the disk; values that int8 keeps exact are too few to count."""
+    if dtype == "int8":
+        return encoded_bytes(context, width, 0)
+    return context * width * (4 if dtype == "float32" else 2)
+
+
+def make_plan(settings: ExtractSettings) -> Plan:
+    """Resolve names and sizes, and refuse what cannot work, before anything is read or written."""
+    teacher = open_teacher(
+        settings.model,
+        settings.workspace,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    longest = getattr(teacher.config, "max_position_embeddings", settings.context)
+    if settings.context > longest:
+        raise SettingsError(
+            f"--context {settings.context}", f"at most {longest}, the teacher's", f"pass --context {longest}"
+        )
+    name = settings.corpus or teacher.corpus
+    if name is None:
+        raise SettingsError(
+            f"no corpus for {settings.model}",
+            "--corpus, as this teacher has no default",
+            "name a file or folder",
+        )
+    if not 0 <= settings.logits <= teacher.config.vocab_size:
+        raise SettingsError(
+            f"--logits {settings.logits}",
+            f"0 to {teacher.config.vocab_size}, the teacher's vocabulary",
+            "pass --logits 64, or leave it out",
+        )
+    layers = parse_layers(settings.layers, teacher.num_layers + 1)
+    attention = tuple(l for l in layers if l < max(layers)) if settings.attention else ()  # noqa: E741
+    state = state_bytes(settings.dtype, settings.context, teacher.width)
+    batch = max(1, settings.batch_tokens // settings.context)
+    per_shard = min(max(1, int(SHARD_BYTES / (state * len(layers)))), SHARD_SEQUENCES)
+    wanted = {
+        "train": math.ceil(settings.tokens / settings.context),
+        "validation": math.ceil(settings.validation_tokens / settings.context),
+    }
+    return Plan(
+        teacher=teacher,
+        corpus=open_corpus(name),
+        path=settings.store or settings.workspace / teacher.name / STORE_NAME,
+        layers=layers,
+        attention_layers=attention,
+        context=settings.context,
+        wanted=wanted,
+        batch_sequences=min(batch, per_shard),
+        # Whole batches to a shard: bf16 results depend on the batch, so a shard redone after a kill
+        # must be computed in the same batches.
+        sequences_per_shard=max(per_shard // batch * batch, min(batch, per_shard)),
+        compute_dtype=resolve_compute_dtype(settings.compute_dtype, settings.device),
+        dtype=settings.dtype,
+        logits=settings.logits,
+        device=settings.device,
+    )
+
+
+def check_disk(plan: Plan) -> None:
+    """Refuse a run that would not fit, counting what an interrupted run has written already."""
+    arrays = plan.array_bytes()
+    # Tokens and documents wait in files of their own until they are written.
+    needed = sum(arrays.values()) + arrays["tokens"] + arrays["document"]
+    there = (
+        sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file())
+        if plan.path.exists()
+        else 0
+    )
+    parent = next(folder for folder in (plan.path, *plan.path.parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed - there > free - DISK_MARGIN:
+        raise StoreError(
+            f"a store of {progress.human_bytes(needed)} with {progress.human_bytes(free)} free at {parent}",
+            f"room for it and {progress.human_bytes(DISK_MARGIN)} to spare",
+            "free space, or pass fewer --layers or --tokens, --no-attention or another --store",
+        )
+
+
+def dry_run(plan: Plan) -> dict[str, Any]:
+    """The plan's figures, with a time estimated from a short measured probe."""
+    trunk, head = plan.load_trunk(), plan.load_head()
+    rng = np.random.default_rng(0)
+    shape = (plan.batch_sequences, plan.context)
+    probe = torch.from_numpy(rng.integers(0, plan.teacher.config.vocab_size, shape))
+    places = torch.arange(plan.context).expand(shape)
+
+    def timed() -> float:
+        started = time.monotonic()
+        compute_batch(trunk, head, probe, places, lambda array, layer, state: None)
+        return time.monotonic() - started
+
+    timed()  # the first pass also sets up kernels
+    rate = probe.numel() / min(timed() for _ in range(2))
+    parent = next(folder for folder in (plan.path, *plan.path.parents) if folder.exists())
+    by_array = plan.array_bytes()
+    tokens = {split: count * plan.context for split, count in plan.wanted.items()}
+    return {
+        "store": str(plan.path),
+        "dry_run": True,
+        "teacher": plan.teacher.name,
+        "corpus": plan.corpus.name,
+        "tokens": tokens,
+        "layers": list(plan.layers),
+        "attention_layers": list(plan.attention_layers),
+        "logits": plan.logits,
+        "dtype": plan.dtype,
+        "compute_dtype": dtype_name(plan.compute_dtype),
+        "bytes": sum(by_array.values()),
+        "bytes_by_array": by_array,
+        "free_bytes": shutil.disk_usage(parent).free,
+        "probe_tokens_per_second": round(rate, 1),
+        "seconds": round(sum(tokens.values()) / rate, 1),
+    }

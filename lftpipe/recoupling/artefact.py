@@ -1,0 +1,155 @@
+"""The map as a file: made from a store, written, and opened again for whoever chooses a block by it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lftpipe
+from lftpipe.config.layers import parse_layers
+from lftpipe.config.settings import RecoupleSettings, TrainSettings, to_plain
+from lftpipe.errors import SettingsError
+from lftpipe.files import write_atomic
+from lftpipe.recoupling import ranking
+from lftpipe.recoupling.assignment import solver
+from lftpipe.recoupling.map import solve_pairs, statistics
+from lftpipe.recoupling.sampling import draw_samples
+from lftpipe.store import Store
+
+FILE_NAME = "recoupling.json"
+
+#: Largest exact problem: at 4096 tokens each thread needs 420 MB and about a second a pair.
+MOST_EXACT_TOKENS = 4096
+
+
+def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) -> dict[str, Any]:
+    """The content of `recoupling.json` (docs/recoupling.md describes it).
+
+    Parameters
+    ----------
+    settings
+        Samples, metric, what to rank by.
+    store
+        Whose states are compared.
+    layers
+        Which of them, as `map_layers` gives them.
+
+    Raises
+    ------
+    LftpipeError
+        If the store has too few tokens, or the settings ask for too large an exact problem.
+    """
+    if settings.tokens < 2:
+        raise SettingsError(f"--tokens {settings.tokens}", "at least 2, that could be recoupled", "raise it")
+    if settings.tokens > MOST_EXACT_TOKENS and not settings.approximate:
+        raise SettingsError(
+            f"--tokens {settings.tokens}",
+            f"at most {MOST_EXACT_TOKENS} with exact transport",
+            "lower it, or pass --approximate",
+        )
+    samples = draw_samples(
+        store,
+        tokens=settings.tokens,
+        batches=settings.batches,
+        sequences=settings.sequences,
+        seed=settings.seed,
+        skip_first=settings.skip_first,
+    )
+    figures, partners = solve_pairs(settings, store, layers, samples)
+    teacher = store.identity.get("teacher", {})
+    num_layers = teacher.get("layers", max(store.layers))
+    result: dict[str, Any] = {
+        "layers": list(layers),
+        **statistics(figures),
+        "partners": partners,
+        "samples": samples.tolist(),
+        "teacher": teacher.get("name", store.path.parent.name),
+        "num_layers": num_layers,
+        "approximate": settings.approximate,
+        "solver": "POT sinkhorn_log" if settings.approximate else solver(),
+        "lftpipe": lftpipe.__version__,
+        "settings": to_plain(settings),
+        "store_fingerprint": store.fingerprint,
+    }
+    if settings.rank_by == "probe":
+        result["probe_residual"] = _residuals(store, layers, settings)
+    result["ranking"] = ranking.ranking(result, num_layers, settings.rank_by)
+    return result
+
+
+def write_map(path: Path, result: dict[str, Any]) -> None:
+    """Write a map: JSON with one key a line, readable, and a small file."""
+    lines = (f"{json.dumps(key)}: {json.dumps(entry, allow_nan=False)}" for key, entry in result.items())
+    write_atomic(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> dict[str, Any]:
+    """The map beside a store, made with these settings if there is none.
+
+    Raises
+    ------
+    SettingsError
+        If it was made from another store.
+    """
+    path = store_path.parent / FILE_NAME
+    if not path.exists():
+        write_map(path, make_map(made_with, store, map_layers(made_with, store)))
+    found = json.loads(path.read_text())
+    if found["store_fingerprint"] != store.fingerprint:
+        raise SettingsError(
+            f"{path}, made from another or an older store than {store_path}",
+            f"a map of the store {store.fingerprint}",
+            "run `lftpipe recouple --force`",
+        )
+    return found
+
+
+def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
+    """The block of `train --block auto`, from the map beside the store, which is made if there is none.
+
+    Raises
+    ------
+    SettingsError
+        If the map was made from another store, or has no block of that length.
+    """
+    store = Store.open(store_path)
+    made_with = RecoupleSettings(
+        workspace=settings.workspace, store=store_path, threads=settings.threads, rank_by=settings.rank_by
+    )
+    found = open_map(store_path, store, made_with)
+    num_layers = store.identity.get("teacher", {}).get("layers", max(store.layers))
+    return ranking.best_block(found, num_layers, settings.replace, settings.rank_by)
+
+
+def map_layers(settings: RecoupleSettings, store: Store) -> tuple[int, ...]:
+    """The states to compare, ascending.
+
+    Raises
+    ------
+    SettingsError
+        If the store lacks one of them, or there is only one.
+    """
+    held = sorted(store.layers)
+    layers = tuple(held) if settings.layers == "all" else parse_layers(settings.layers, max(held) + 1)
+    absent = sorted(set(layers) - set(held))
+    if absent:
+        raise SettingsError(
+            f"--layers {settings.layers}, of which {store.path} lacks {', '.join(map(str, absent))}",
+            f"states among {', '.join(map(str, held))}",
+            "choose among these, or extract more layers",
+        )
+    if len(layers) < 2:
+        raise SettingsError(
+            f"one state, {', '.join(map(str, layers))}",
+            "at least two states to compare",
+            "pass --layers all, or extract more layers",
+        )
+    return layers
+
+
+def _residuals(store: Store, layers: tuple[int, ...], settings: RecoupleSettings) -> list[list[float | None]]:
+    # Only here: the map itself needs no torch.
+    from lftpipe.device import prepare
+    from lftpipe.recoupling.probe import residual_map
+
+    prepare(settings.device, settings.threads)
+    return residual_map(store, layers, settings.seed)

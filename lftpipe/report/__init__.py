@@ -1,0 +1,1 @@
+"""Tables, pictures and pages: JSON in, files out. No torch."""

@@ -1,0 +1,136 @@
+"""From the settings that were given to those a run is trained with: all chosen, all checked."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from lftpipe.config.loss import parse_loss
+from lftpipe.config.recipe import check
+from lftpipe.config.settings import ComputeDtype, TrainSettings, loss_text
+from lftpipe.device import dtype_name, resolve_compute_dtype
+from lftpipe.errors import SettingsError, StoreError
+from lftpipe.store import Store
+from lftpipe.training.optimizer import peak_rate
+
+#: Steps between evaluations where some of the training sequences are held back, if nothing is said.
+EVALUATE_EVERY = 100
+
+#: A run to be trained: its folder, settings and block.
+Wanted = tuple[Path, TrainSettings, tuple[int, int]]
+
+
+def variants_of(settings: TrainSettings) -> list[TrainSettings]:
+    """One settings for each `[train.variants.NAME]` of a recipe, or the settings themselves."""
+    if not settings.variants:
+        return [settings]
+    chosen = settings.run.split(",") if settings.run else list(settings.variants)
+    if unknown := [name for name in chosen if name not in settings.variants]:
+        raise SettingsError(
+            f"--run {unknown[0]}", f"one of the recipe's variants: {', '.join(settings.variants)}", "name one"
+        )
+    plain = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    variants = [
+        TrainSettings(**plain | settings.variants[name] | {"variants": {}, "run": name}) for name in chosen
+    ]
+    for variant in variants:
+        check(variant)
+    return variants
+
+
+def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> TrainSettings:
+    """Settings with all that was left open chosen, and checked against the store.
+
+    Raises
+    ------
+    LftpipeError
+        If the store lacks a state of the block or has nothing to train on, or the settings contradict.
+    """
+    m, n = block
+    if settings.condition != "none" and settings.objective in ("regression", "linear"):
+        raise SettingsError(
+            f"--condition {settings.condition} with --objective {settings.objective}",
+            "a flow: this layer sees x_0 and makes one step",
+            "use --objective fw",
+        )
+    if settings.init == "readout" and settings.objective == "linear":
+        raise SettingsError(
+            "--init readout with --objective linear", "an objective of steps", "leave out --init"
+        )
+    if settings.patience and not settings.hold_back:
+        raise SettingsError(
+            "--patience without --hold-back", "sequences to judge by", "give --hold-back 0.02"
+        )
+    if settings.objective == "hybrid" and settings.alpha == 0:
+        raise SettingsError("--objective hybrid --alpha 0", "a positive --alpha", "use --objective fw")
+    terms = _terms(settings)
+    needed = range(m, n + 1) if "trajectory" in terms else (m, n)
+    absent = [l for l in needed if l not in store.layers]  # noqa: E741
+    if absent and not settings.from_teacher:
+        raise SettingsError(
+            f"block {m}:{n}, which needs state {absent[0]}",
+            f"states that the store holds: {_ranges(store.layers)}",
+            f"choose another block, or extract with --layers {','.join(map(str, needed))}",
+        )
+    if settings.loss is not None and (settings.objective in ("hybrid", "linear")):
+        raise SettingsError(
+            f"--loss with --objective {settings.objective}",
+            "one of the two",
+            "write the sum as --loss fw,sfm:0.001",
+        )
+    missing = [l for l in range(m, n) if l not in store.attention_layers]  # noqa: E741
+    if "branches" in terms and missing and not settings.from_teacher:
+        raise SettingsError(
+            f"a loss with branches on a store without the attention context of layer {missing[0]}",
+            f"contexts of layers {m} to {n - 1}",
+            "extract with --attention",
+        )
+    if "top-logits" in terms and not store.spec.logits:
+        raise SettingsError(
+            "a loss with top-logits on a store without logits",
+            "a store with the teacher's largest logits",
+            "extract with --logits 64, or use the term logits",
+        )
+    timeless = settings.objective == "regression"
+    if timeless and (walks := sorted(terms & {"fw", "sfm", "trajectory", "branches"})):
+        raise SettingsError(
+            f"--loss {settings.loss} with --objective regression",
+            "terms without time: regression, logits, top-logits",
+            f"use --objective fw for the term {walks[0]}",
+        )
+    if store.num_sequences("train") == 0:
+        raise StoreError(
+            f"store {store.path} without training sequences", "at least one", "extract with more --tokens"
+        )
+    # All settled here is recorded with the run, and compared when it is resumed.
+    return replace(
+        settings,
+        block=f"{m}:{n}",
+        threads=torch.get_num_threads(),
+        compute_dtype=cast(
+            ComputeDtype, dtype_name(resolve_compute_dtype(settings.compute_dtype, settings.device))
+        ),
+        learning_rate=peak_rate(settings),
+        evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
+    )
+
+
+def _terms(settings: TrainSettings) -> set[str]:
+    """The terms of all stages of a loss."""
+    if settings.objective == "linear":
+        return set()
+    return {term for stage in parse_loss(loss_text(settings)) for term in stage.weights}
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    whole = layers == tuple(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
+
+
+def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
+    """What a run is called that was given no name: after block, objective and seed."""
+    objective = settings.objective
+    if objective in ("fw", "hybrid"):
+        objective += str(settings.walk_steps) + ("" if settings.solver == "midpoint" else "-euler")
+    return f"{block[0]}-{block[1]}-{objective}-seed{settings.seed}"

@@ -1,0 +1,66 @@
+"""A run's folder: claimed for a new run, or for one to go on with, never for another one by accident."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lftpipe import runs
+from lftpipe.config.settings import TrainSettings, to_plain
+from lftpipe.errors import RunError
+from lftpipe.store import Store
+
+#: Settings that do not change a run's numbers, or that a resumed run may change.
+_MAY_DIFFER = {
+    "resume",
+    "force",
+    "workspace",
+    "store",
+    "log_every",
+    "checkpoint_every",
+    "run",
+    "rank_by",
+    "variants",
+    "tensorboard",
+}
+
+
+#: Settings that a diverged run may be resumed with, changed; its `metrics.jsonl` shows from which step on.
+_MAY_BE_TAMED = {"learning_rate", "clip"}
+
+
+def claim(run: Path, settings: TrainSettings, store: Store) -> bool:
+    """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already."""
+    plain = to_plain(settings)
+    if (run / runs.SETTINGS).exists() and not settings.force:
+        for key, before, now in changed_settings(run, settings, store):
+            if key in _MAY_BE_TAMED and settings.resume and (run / runs.DIVERGED).exists():
+                continue
+            raise RunError(
+                f"{key} = {now} for {run}",
+                f"{key} = {before}, as it was begun",
+                "use the same settings, start another run with --run NAME, or overwrite it with --force",
+            )
+        finished = (run / runs.MANIFEST).exists()
+        if not finished and not settings.resume:
+            raise RunError(
+                f"unfinished run {run}", "--resume, or a new name", "pass --resume, or --force to restart"
+            )
+        if not finished:
+            runs.write_settings(run, plain, store.fingerprint)
+        return finished
+    if settings.force:
+        for name in (runs.MANIFEST, runs.METRICS, runs.CHECKPOINT, runs.WEIGHTS, runs.DIVERGED):
+            (run / name).unlink(missing_ok=True)
+    runs.write_settings(run, plain, store.fingerprint)
+    return False
+
+
+def changed_settings(run: Path, settings: TrainSettings, store: Store) -> Iterator[tuple[str, Any, Any]]:
+    """Setting, value with which the run was begun, and value now, of all that would give another run."""
+    before, fingerprint = runs.read_settings(run)
+    # What an older version did not know was then as it is by default now.
+    before = to_plain(TrainSettings()) | before | {"store fingerprint": fingerprint}
+    now = to_plain(settings) | {"store fingerprint": store.fingerprint}
+    for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)

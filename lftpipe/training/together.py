@@ -1,0 +1,93 @@
+"""Several runs of one command: checked against one another, claimed, and trained from the same batches."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lftpipe import runs
+from lftpipe.errors import RunError, SettingsError
+from lftpipe.store import Store
+from lftpipe.teacher.source import Teacher
+from lftpipe.training import processes
+from lftpipe.training.chain import Chain
+from lftpipe.training.linear import fit_linear
+from lftpipe.training.loop import train_together
+from lftpipe.training.resolve import Wanted
+from lftpipe.training.resume import claim
+from lftpipe.training.run import Training
+
+#: What runs have in common that are trained from the same batches.
+_SHARED = ("batch_tokens", "seed", "hold_back", "from_teacher", "resume", "device")
+
+
+def train_runs(
+    wanted: list[Wanted], store: Store, teacher: Teacher, *, joint: bool = False
+) -> list[dict[str, Any]]:
+    """Train runs with `resolved` settings, or go on with them; finished ones are left as they are."""
+    check_together(wanted, joint)
+    claimed = None
+    if processes.rank() == 0:
+        claimed = [claim(run, settings, store) for run, settings, _ in wanted]
+    finished = processes.agree(claimed)
+    if joint and any(finished) and not all(finished):
+        raise RunError(
+            "runs to be trained jointly, of which some are finished",
+            "all or none",
+            "name new ones, or --force",
+        )
+    results = {run: _finished(run) for (run, _, _), done in zip(wanted, finished, strict=True) if done}
+    training = []
+    for run, settings, block in wanted:
+        if run in results:
+            continue
+        torch.manual_seed(settings.seed)
+        if settings.objective == "linear":
+            fitted = fit_linear(run, settings, store, teacher, block) if processes.rank() == 0 else None
+            results[run] = processes.agree(fitted)
+        else:
+            training.append(Training(run, settings, store, teacher, block))
+    if training:
+        chains = [Chain(training)] if joint else [Chain([each]) for each in training]
+        done = train_together(chains, resume=training[0].settings.resume)
+        results |= {Path(result["run"]): result for result in done}
+    return [results[run] for run, _, _ in wanted]
+
+
+def _finished(run: Path) -> dict[str, Any]:
+    finished = runs.open_run(run)
+    return {
+        "run": str(run),
+        "block": list(finished.block),
+        "objective": finished.objective,
+        "train_tokens": finished.train_tokens,
+        "already_finished": True,
+    }
+
+
+def check_together(wanted: list[Wanted], joint: bool) -> None:
+    (_, first, _), *others = wanted
+    for run, settings, _ in others:
+        for key in _SHARED:
+            if getattr(settings, key) != getattr(first, key):
+                raise SettingsError(
+                    f"{key} = {getattr(settings, key)} for {run.name}, {getattr(first, key)} for another run",
+                    "the same for all runs of one command",
+                    "train them one after the other",
+                )
+    if len({run for run, _, _ in wanted}) < len(wanted):
+        raise SettingsError("several runs of the same name", "a name for each", "name them with --run")
+    blocks = [block for _, _, block in wanted]
+    if joint and any(m < n for (_, n), (m, _) in pairwise(blocks)):
+        raise SettingsError(
+            f"--joint with blocks {', '.join(f'{m}:{n}' for m, n in blocks)}",
+            "blocks in order that do not overlap",
+            "give --block 6:12 --block 12:18",
+        )
+    if joint and first.objective == "linear":
+        raise SettingsError("--joint with --objective linear", "an objective of steps", "leave out --joint")
+    if joint and any(
+        settings.tokens != first.tokens or settings.loss != first.loss for _, settings, _ in others
+    ):
+        raise SettingsError("--joint with different tokens or losses", "the same", "train them apart")

@@ -1,0 +1,32 @@
+"""Tables of results."""
+
+from typing import Any
+
+from lftpipe.report.tables import COLUMNS, markdown_table, means_over_seeds, means_section
+
+
+def row(run: str | None, **values: Any) -> dict[str, Any]:
+    known = {"method": "fw", "block": "1:3", "k": 1, "solver": "euler", "nfe": 1, "train_tokens": 64}
+    figures = dict.fromkeys(("kl_latent", "nmse", "nmse_without_first", "kl", "ppl"), 1.0)
+    return dict.fromkeys(COLUMNS) | known | figures | {"run": run} | values
+
+
+def test_runs_that_differ_by_their_seed_alone_are_averaged():
+    rows = [
+        row(None),
+        row("walk-seed0", kl=1.0, nmse=0.5),
+        row("walk-seed1", kl=3.0, nmse=0.7),
+        row("walk-seed2", kl=2.0, nmse=0.6, k=2),
+        row("other-seed0", kl=9.0),
+        row("mine", kl=9.0),
+    ]
+    (mean,) = means_over_seeds(rows)
+    assert (mean["run"], mean["seeds"], mean["kl"], mean["nmse"]) == ("walk", 2, 2.0, 0.6)
+    assert (mean["kl_low"], mean["kl_high"]) == (1.0, 3.0)
+    assert means_section(rows)[0] == "## Means over seeds"
+    assert means_section(rows[:1]) == []
+
+
+def test_every_row_of_the_table_names_its_run():
+    lines = markdown_table([row("walk-seed0")])
+    assert "| run |" in lines[0] and "walk-seed0" in lines[2]

@@ -1,0 +1,273 @@
+"""What the writer refuses, keeps and does again."""
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_states import environment, files, fill, make_spec, states, tokens, write
+
+from lftpipe.errors import StoreError
+from lftpipe.store import Store, StoreWriter
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "states.zarr"
+
+
+def write_some(path: Path, spec, shards: int) -> None:
+    with StoreWriter.open(path, spec) as writer:
+        for split in spec.sequences:
+            writer.put_tokens(split, *tokens(spec, split))
+        for key in writer.pending()[:shards]:
+            with writer.shard(key) as shard:
+                fill(shard, spec)
+
+
+def test_an_incomplete_store_is_refused_by_readers_and_resumed_by_writers(path, tmp_path):
+    spec = make_spec()
+    write_some(path, spec, 2)
+    with pytest.raises(StoreError, match=r"store holds 2 of 4 shards .* run `lftpipe extract --resume`"):
+        Store.open(path)
+    written = write(path, spec)
+    assert [(key.split, key.index, key.sequences) for key in written] == [
+        ("train", 2, range(8, 10)),
+        ("validation", 0, range(3)),
+    ]
+    write(tmp_path / "unbroken", spec)
+    assert files(path) == files(tmp_path / "unbroken")
+
+
+def test_a_complete_store_has_nothing_pending(path):
+    write(path, make_spec())
+    before = files(path)
+    with StoreWriter.open(path, make_spec()) as writer:
+        assert writer.complete
+        assert writer.pending() == []
+    assert write(path, make_spec()) == []
+    assert files(path) == before
+
+
+def test_an_error_within_a_shard_leaves_nothing_behind(path):
+    spec = make_spec()
+    with StoreWriter.open(path, spec) as writer:
+        key = writer.pending()[0]
+        with pytest.raises(RuntimeError, match="teacher fell over"), writer.shard(key) as shard:
+            shard.put("hidden", 0, 0, states(spec, "train", "hidden", 0, range(3)))
+            raise RuntimeError("teacher fell over")
+        assert writer.pending()[0] == key
+        assert not list(path.rglob("*.partial"))
+        assert not list(path.rglob("c.*"))
+
+
+def test_a_shard_must_be_whole(path):
+    spec = make_spec()
+    with StoreWriter.open(path, spec) as writer:
+        key = writer.pending()[0]
+        message = "attention layer 3 of train sequence 2 was never put"
+        with pytest.raises(ValueError, match=message), writer.shard(key) as shard:
+            for array, layer in (("hidden", 0), ("hidden", 2), ("hidden", 3), ("attention", 2)):
+                shard.put(array, layer, 0, states(spec, "train", array, layer, range(4)))
+            shard.put("attention", 3, 0, states(spec, "train", "attention", 3, range(2)))
+        with pytest.raises(ValueError, match="put twice"), writer.shard(key) as shard:
+            for _ in range(2):
+                shard.put("hidden", 0, 0, states(spec, "train", "hidden", 0, range(4)))
+        with (
+            pytest.raises(ValueError, match="3 sequences at 2 do not fit a shard of 4"),
+            writer.shard(key) as shard,
+        ):
+            shard.put("hidden", 0, 2, states(spec, "train", "hidden", 0, range(3)))
+        with pytest.raises(StoreError, match=r"4 shards of .* are not written"):
+            writer.finish()
+
+
+@pytest.mark.parametrize("gathered", [1, 3000, 2**20])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_slots_taken_ahead_give_the_same_store(path, tmp_path, monkeypatch, dtype, gathered):
+    spec = make_spec(dtype=dtype, context=37)
+    write(tmp_path / "put", spec)
+    monkeypatch.setattr("lftpipe.store.shard._GATHERED", gathered)
+    with StoreWriter.open(path, spec) as writer:
+        for split in spec.sequences:
+            writer.put_tokens(split, *tokens(spec, split))
+        for key in writer.pending():
+            with writer.shard(key) as shard:
+                slots = []
+                for first in range(0, len(key.sequences), 3):
+                    for array, layers in (("hidden", spec.layers), ("attention", spec.attention_layers)):
+                        for layer in layers:
+                            block = states(spec, key.split, array, layer, key.sequences[first : first + 3])
+                            slots.append(shard.slot(array, layer, first, len(block)))
+                            slots[-1].values[:] = block
+                for slot in slots:
+                    shard.write(slot)
+        writer.finish()
+    assert files(path) == files(tmp_path / "put")
+
+
+def test_tokens_must_not_be_forgotten(path):
+    spec = make_spec()
+    with StoreWriter.open(path, spec) as writer:
+        for key in writer.pending():
+            with writer.shard(key) as shard:
+                fill(shard, spec)
+        with pytest.raises(ValueError, match="tokens of train shard 0 was never put"):
+            writer.finish()
+
+
+@pytest.mark.parametrize("given", [np.float16, np.float32])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_values_that_are_not_finite_stop_the_run(path, dtype, value, given):
+    spec = make_spec(dtype=dtype)
+    with StoreWriter.open(path, spec) as writer:
+        key = writer.pending()[1]
+        block = states(spec, "train", "hidden", 2, key.sequences).astype(given)
+        block[1, 5, 39] = value
+        message = f"{value:g} in hidden layer 2, train sequence 5, position 5, channel 39"
+        with pytest.raises(StoreError, match=message), writer.shard(key) as shard:
+            shard.put("hidden", 2, 0, block)
+
+
+def test_values_too_large_for_float16_stop_the_run(path):
+    for value, fits in ((65504.0, True), (65519.0, True), (65520.0, False), (-7e4, False)):
+        spec = make_spec()
+        block = np.zeros((1, 6, 40), np.float32)
+        block[0, 0, 7] = value
+        with StoreWriter.open(path, spec) as writer:
+            key = writer.pending()[0]
+            if fits:
+                with pytest.raises(ValueError, match="never put"), writer.shard(key) as shard:
+                    shard.put("hidden", 3, 0, block)
+            else:
+                message = r"-?inf in hidden layer 3, .* channel 7 / expected: finite values within 65504"
+                with pytest.raises(StoreError, match=message), writer.shard(key) as shard:
+                    shard.put("hidden", 3, 0, block)
+
+
+def test_another_identity_is_never_mixed_in(path):
+    write_some(path, make_spec(), 1)
+    changed = make_spec(
+        identity={"teacher": {"name": "fake", "revision": "b2"}, "seed": 1}, width=41, layers=(0, 2)
+    )
+    with pytest.raises(
+        StoreError,
+        match=r"identity.seed: 0 -> 1; identity.teacher.revision: 'a1' -> 'b2'; layers: .*; width: 40 -> 41",
+    ):
+        StoreWriter.open(path, changed)
+    write(path, make_spec())
+    with pytest.raises(StoreError, match=r"identity\.seed: 0 -> 1"):
+        StoreWriter.open(path, changed)
+    write(path, make_spec(details={"lftpipe": "1.0"}))  # details may change
+
+
+def test_other_tokens_are_never_mixed_in(path):
+    spec = make_spec()
+    write_some(path, spec, 1)
+    ids, document = tokens(spec, "train")
+    ids[9, 5] += 1
+    with (
+        StoreWriter.open(path, spec) as writer,
+        pytest.raises(StoreError, match="tokens of train sequence 9 are not the stored ones"),
+    ):
+        writer.put_tokens("train", ids, document)
+
+
+def test_a_store_never_shrinks(path):
+    write(path, make_spec())
+    with pytest.raises(StoreError, match="8 train sequences, of a store of 10"):
+        StoreWriter.open(path, make_spec(sequences={"train": 8, "validation": 3}))
+
+
+def test_without_resume_an_existing_store_is_refused_and_force_replaces_it(path, tmp_path):
+    write(path, make_spec())
+    other = make_spec(identity={"teacher": "another"})
+    with pytest.raises(StoreError, match=r"exists .*\(--resume\) or begin anew \(--force"):
+        StoreWriter.open(path, other, resume=False)
+    write(path, other, force=True)
+    write(tmp_path / "fresh", other)
+    assert files(path) == files(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_of_something_else_is_never_touched(path, force):
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+    with pytest.raises(StoreError, match=r"holds thesis.tex and no store"):
+        StoreWriter.open(path, make_spec(), force=force)
+    assert (path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_second_writer_is_refused_also_in_another_process(path):
+    with StoreWriter.open(path, make_spec()):
+        with pytest.raises(StoreError, match="is being written by another process"):
+            StoreWriter.open(path, make_spec())
+        command = [sys.executable, str(Path(__file__).parents[1] / "fake_states.py"), str(path), "10", "3"]
+        other = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        assert other.returncode == 1
+        assert "is being written by another process" in other.stderr
+    write(path, make_spec())
+
+
+def test_the_lock_is_the_kernels(path):
+    with StoreWriter.open(path, make_spec()):
+        pass
+    with (path / "writer.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_shards_that_rot_before_the_store_is_complete_are_written_again(path, tmp_path):
+    spec = make_spec()
+    write_some(path, spec, 3)
+    rotten = path / "train/hidden/c.0.1.0.0"
+    data = bytearray(rotten.read_bytes())
+    data[100] ^= 4
+    rotten.write_bytes(data)
+    (path / "train/attention/c.0.0.0.0").unlink()
+    with pytest.raises(
+        StoreError, match=r"train/hidden/c.0.1.0.0 changed since .* only these are written again"
+    ):
+        write(path, spec)
+    assert [key.index for key in write(path, spec)] == [1]
+    write(tmp_path / "unbroken", spec)
+    assert files(path) == files(tmp_path / "unbroken")
+
+
+def test_a_damaged_journal_line_is_work_not_done(path, tmp_path):
+    spec = make_spec()
+    write_some(path, spec, 3)
+    journal = path / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[-2] = lines[-2].replace(b"hidden", b"hodden")
+    lines[-1] = lines[-1][:30]  # torn
+    journal.write_bytes(b"".join(lines))
+    assert [(key.split, key.index) for key in write(path, spec)] == [
+        ("train", 1),
+        ("train", 2),
+        ("validation", 0),
+    ]
+    write(tmp_path / "unbroken", spec)
+    assert files(path) == files(tmp_path / "unbroken")
+
+
+def test_a_damaged_plan_is_refused(path):
+    write_some(path, make_spec(), 1)
+    journal = path / "journal.jsonl"
+    journal.write_bytes(b"x" + journal.read_bytes())
+    with pytest.raises(StoreError, match=r"journal\.jsonl is damaged"):
+        StoreWriter.open(path, make_spec())
+    with pytest.raises(StoreError, match=r"journal\.jsonl is damaged"):
+        Store.open(path)
+    write(path, make_spec(), force=True)
+
+
+def test_a_writer_leaves_no_file_open(path):
+    def opened() -> set[str]:
+        return {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+
+    write(path, make_spec())
+    write(path, make_spec(sequences={"train": 13, "validation": 3}))
+    assert not [name for name in opened() if name.startswith(str(path))]

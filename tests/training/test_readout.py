@@ -1,0 +1,117 @@
+"""A layer whose output maps are fitted in closed form to what its block does."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONTEXT, extracted
+from training_runs import change, log_of, short_run, teacher_of, weights_of
+
+from lftpipe.config.settings import TrainSettings
+from lftpipe.errors import SettingsError
+from lftpipe.stages.train import train
+from lftpipe.store import Store
+from lftpipe.training import Training, readout
+from lftpipe.training.loop import _first_batches
+from lftpipe.training.terms import Batch
+
+
+@pytest.fixture(scope="module", params=["neox", "neox-sequential", "llama"])
+def store(request, tmp_path_factory, teachers, text_folder) -> Path:
+    return extracted(tmp_path_factory.mktemp("readout"), teachers[request.param], text_folder)
+
+
+@pytest.fixture
+def settings(store, tmp_path) -> TrainSettings:
+    return short_run(store, tmp_path, init="readout")
+
+
+def training(settings: TrainSettings, **changes) -> Training:
+    store = Store.open(settings.store)
+    run = Training(
+        Path(settings.run), change(settings, **changes), store, teacher_of(store, Path("unused")), (1, 3)
+    )
+    run.flow.eval()
+    return run
+
+
+def batches_of(run: Training) -> list[Batch]:
+    return list(_first_batches(run))
+
+
+@torch.no_grad()
+def error(run: Training, batches: list[Batch]) -> float:
+    losses = [
+        run.scale(run.problem(batch, equal_steps=True).end - batch.states[3], batch.states[3])
+        for batch in batches
+    ]
+    return sum(loss.item() for loss in losses) / len(losses)
+
+
+def test_it_comes_nearer_to_the_block_s_end_on_sequences_it_was_not_fitted_on(settings, monkeypatch):
+    run = training(settings, objective="regression")
+    monkeypatch.setattr(readout, "TOKENS", 16 * 4 * CONTEXT)
+    run.num_steps = 16
+    first, others = batches_of(run)[:12], batches_of(run)[12:]
+    before = error(run, others)
+    readout.refit(run, lambda: first)
+    assert error(run, others) < 0.9 * before
+
+
+def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch):
+    """What the maps read is right from the start, so the fit needs no more than to solve.
+
+    Where the MLP reads what attention gives, that is so for its own map alone.
+    """
+    run = training(settings, objective="regression")
+    monkeypatch.setattr(readout, "RIDGE", 1e-9)
+    target = training(settings, objective="regression")
+    family = run.teacher.family
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        changed = [family.attention_output, family.mlp_output][not run.flow.layer.parallel :]
+        for name in changed:
+            for parameter in target.flow.layer.layer.get_submodule(name).parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        batches = [
+            replace(batch, states=batch.states | {3: target.problem(batch, equal_steps=True).end})
+            for batch in batches_of(run)
+        ]
+    before = error(run, batches)
+    readout.refit(run, lambda: batches)
+    assert error(run, batches) < 1e-4 * before
+
+
+def test_a_run_begins_with_it_and_goes_on_from_a_checkpoint_without(settings, tmp_path, monkeypatch):
+    train(change(settings, run=str(tmp_path / "layer"), init="layer"))
+    train(settings)
+    starts = [log_of(str(tmp_path / name))[0]["loss"] for name in ("layer", "run")]
+    assert starts[1] < 0.9 * starts[0]
+    calls = []
+    real, fit = Training.loss_of, readout.refit
+
+    def killed(self, batch, x_0=None):
+        if batch.step == 7:
+            raise KeyboardInterrupt
+        return real(self, batch, x_0)
+
+    monkeypatch.setattr(readout, "refit", lambda *given: calls.append(1) or fit(*given))
+    monkeypatch.setattr(Training, "loss_of", killed)
+    again = change(settings, run=str(tmp_path / "again"))
+    with pytest.raises(KeyboardInterrupt):
+        train(again)
+    monkeypatch.setattr(Training, "loss_of", real)
+    train(change(again, resume=True))
+    assert calls == [1]
+    torch.testing.assert_close(weights_of(again.run), weights_of(settings.run), rtol=0, atol=0)
+
+
+def test_no_more_is_looked_at_than_the_run_may_see(settings):
+    assert len(batches_of(training(settings))) == 12
+    assert len(batches_of(training(settings, tokens=1))) == 1
+
+
+def test_a_linear_map_has_no_readout(settings):
+    with pytest.raises(SettingsError, match="--init readout with --objective linear"):
+        train(change(settings, objective="linear"))

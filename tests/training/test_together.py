@@ -1,0 +1,71 @@
+"""Several flow layers in one student: evaluated together, as the exported student of both."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONTEXT
+
+from lftpipe.config.settings import EvaluateSettings, ExportSettings, TrainSettings
+from lftpipe.errors import SettingsError
+from lftpipe.stages.evaluate import evaluate
+from lftpipe.stages.export import export
+from lftpipe.stages.train import train
+from lftpipe.store import Store
+
+
+@pytest.fixture(scope="module", params=["neox", "llama"])
+def trained(request, stores, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A store, and runs of blocks 0:1 and 2:3, with a layer of the teacher between them."""
+    store = stores[request.param]
+    settings = TrainSettings(
+        store=store,
+        block="0:1,2:3",
+        joint=True,
+        solver="euler",
+        walk_steps=2,
+        tokens=20 * 4 * CONTEXT,
+        batch_tokens=4 * CONTEXT,
+        compute_dtype="float32",
+        condition="source",
+        run=str(tmp_path_factory.mktemp("together") / "run"),
+    )
+    return store, [result["run"] for result in train(settings)["runs"]]
+
+
+def test_together_is_the_exported_students_divergence(trained, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    store, runs = trained
+    backwards = tuple(reversed(runs))
+    result = evaluate(
+        EvaluateSettings(store=store, runs=backwards, together=True, k=(1, 2), out=tmp_path / "r.json")
+    )
+    rows = [row for row in result["rows"] if row["block"] == "0:1,2:3"]
+    assert [(row["k"], row["nfe"], row["method"]) for row in rows] == [(1, 2, "fw + fw"), (2, 4, "fw + fw")]
+    exported = export(ExportSettings(store=store, runs=tuple(runs), k=2, out=tmp_path / "student"))
+    model = AutoModelForCausalLM.from_pretrained(exported["out"]).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == rows[1]["parameters"]
+    opened = Store.open(store)
+    tokens, document = opened.tokens("validation"), opened.document("validation")
+    nats, count = 0.0, 0
+    for ids, places in zip(tokens, document, strict=True):
+        for number in dict.fromkeys(places.tolist()):
+            piece = torch.from_numpy(ids[places == number]).long()[None]
+            if piece.shape[1] > 1:
+                with torch.no_grad():
+                    log = model(piece).logits[0, :-1].log_softmax(-1)
+                nats -= log.gather(-1, piece[0, 1:, None]).sum().item()
+                count += piece.shape[1] - 1
+    perplexity = torch.tensor(nats / count).exp().item()
+    assert perplexity == pytest.approx(rows[1]["ppl"], rel=1e-3)
+
+
+def test_one_run_or_blocks_that_overlap_are_not_together(trained, tmp_path):
+    store, runs = trained
+    with pytest.raises(SettingsError, match=r"--together with runs of blocks 0:1 / expected: several"):
+        evaluate(EvaluateSettings(store=store, runs=(runs[0],), together=True, out=tmp_path / "r.json"))
+    with pytest.raises(SettingsError, match=r"blocks 0:1, 0:1 / expected: several, of blocks that"):
+        evaluate(
+            EvaluateSettings(store=store, runs=(runs[0], runs[0]), together=True, out=tmp_path / "r.json")
+        )
