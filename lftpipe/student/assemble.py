@@ -16,6 +16,7 @@ from lftpipe.errors import LftpipeError, RunError, TeacherError
 from lftpipe.runs import Run
 from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
 from lftpipe.student.config import Block, Kind
+from lftpipe.teacher.recorded import open_recorded
 from lftpipe.teacher.source import FAMILIES, Teacher, quiet_transformers
 
 #: By family. transformers types its classes too loosely for a checker to follow.

@@ -12,9 +12,10 @@ from scipy.spatial.distance import cdist
 from lftpipe.config.settings import RecoupleSettings, TrainSettings
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.recoupling import map as pairs
+from lftpipe.recoupling.artefact import choose_block
 from lftpipe.recoupling.coupling import directions, recoupled, standardised, tie_groups
 from lftpipe.recoupling.sampling import draw_samples
-from lftpipe.stages.recouple import choose_block, recouple, summary
+from lftpipe.stages.recouple import recouple, summary
 from lftpipe.store import Store, StoreSpec, StoreWriter
 
 LAYERS, CONTEXT, WIDTH, VOCABULARY = 4, 16, 24, 30

@@ -15,11 +15,12 @@ from scipy import stats
 from lftpipe import cli, runs
 from lftpipe.config.settings import EvaluateSettings, RecoupleSettings, SweepSettings, TrainSettings
 from lftpipe.errors import RunError, SettingsError, StoreError
+from lftpipe.recoupling.artefact import choose_block
 from lftpipe.recoupling.probe import draw_parts, probe_residual
 from lftpipe.recoupling.ranking import PREDICTORS
 from lftpipe.report.plots import PREDICTOR_LABELS
 from lftpipe.stages.evaluate import evaluate
-from lftpipe.stages.recouple import choose_block, recouple
+from lftpipe.stages.recouple import recouple
 from lftpipe.stages.sweep import summary, sweep
 from lftpipe.store import Store
 from lftpipe.training import Training
