@@ -72,8 +72,7 @@ class _ShardThread:
         wait for a thread that takes a core for it.
         """
         self._opened.wait()
-        if self._error:
-            raise self._error
+        self.raise_error()
         assert self._shard is not None
         slot = self._shard.slot(array, layer, first, len(values))
         for out, sequence in zip(torch.from_numpy(slot.values), values, strict=True):
@@ -84,8 +83,7 @@ class _ShardThread:
 
     def end(self) -> None:
         """All of the shard is queued."""
-        if self._error:
-            raise self._error
+        self.raise_error()
         self._queue.put(None)
 
     def abort(self) -> None:
@@ -100,21 +98,28 @@ class _ShardThread:
     def join(self) -> None:
         """Wait until the ended shard is on the disk."""
         self._thread.join()
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raise what went wrong in the thread, if anything did by now."""
         if self._error:
             raise self._error
 
     def _run(self, writer: StoreWriter, key: ShardKey) -> None:
+        ended = False
         try:
             with writer.shard(key) as self._shard:
                 self._opened.set()
                 while slot := self._queue.get():
                     self._shard.write(slot)
+                ended = True
                 if self._aborted:
                     raise InterruptedError
         except BaseException as error:  # whatever it is, the caller hears of it
             self._error = error
             self._opened.set()
-            while not self._aborted and self._queue.get() is not None:  # the caller may be waiting for room
+            # The caller may be waiting for room. After the end mark it puts nothing more.
+            while not (ended or self._aborted) and self._queue.get() is not None:
                 pass
 
 
@@ -137,6 +142,8 @@ class _Background:
     def put(self, array: str, layer: int | None, first: int, values: Tensor) -> None:
         """Queue a batch of the current shard; waits while the queue is full."""
         assert self._current is not None, "no shard was begun"
+        if self._before:
+            self._before.raise_error()  # at once: the current shard may take minutes to fill
         self._current.put(array, layer, first, values)
 
     def end_shard(self) -> None:

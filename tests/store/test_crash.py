@@ -1,6 +1,5 @@
 """Whatever ends a writer, and whenever: what is resumed equals, file for file, what was never broken."""
 
-import errno
 import mmap
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import fake_states
 import numpy as np
 import pytest
+from disk_faults import before_operation, counted, disk_full, small_disk
 from fake_states import files, make_spec, write
 
 from lftpipe.errors import StoreError
@@ -21,14 +21,15 @@ from lftpipe.store import Store, StoreWriter, verify_store
 
 SPEC = make_spec(sequences={"train": 6, "validation": 3})
 GROWN = make_spec(sequences={"train": 9, "validation": 3})
-OPERATIONS = ("write", "fsync", "replace", "unlink", "ftruncate", "mkdir")
 
 
 @pytest.fixture(scope="module")
 def processes():
     """Processes begin as copies of one that has everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fake_states", "zarr.storage", "lftpipe.store.zarr_codec", __name__])
+    context.set_forkserver_preload(
+        ["fake_states", "disk_faults", "zarr.storage", "lftpipe.store.zarr_codec", __name__]
+    )
     return context
 
 
@@ -39,24 +40,6 @@ def unbroken(tmp_path_factory) -> Path:
     shutil.copytree(folder / "new", folder / "grown")
     write(folder / "grown", GROWN)
     return folder
-
-
-def before_operation(number: int, act) -> list[int]:
-    """Do ``act(name, arguments)`` before the disk operation of this number; how many there were so far."""
-    count = [0]
-
-    def watched(name, operation):
-        def call(*arguments, **options):
-            count[0] += 1
-            if count[0] == number:
-                act(name, arguments)
-            return operation(*arguments, **options)
-
-        return call
-
-    for name in OPERATIONS:
-        setattr(os, name, watched(name, getattr(os, name)))
-    return count
 
 
 def die(name, arguments) -> None:
@@ -174,19 +157,14 @@ def test_kill_9_at_random_moments(processes, tmp_path, unbroken, moments):
     assert killed > moments // 3
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, unbroken, monkeypatch):
-    """ENOSPC from the n-th disk operation on, for some n; then there is room again."""
-
-    def fail(name, arguments):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, unbroken):
+    """ENOSPC from the n-th disk operation, for some n; then there is room again."""
     for number in (1, 12, 30, 41, 60, 75, 90, 110):
-        with monkeypatch.context() as patch:
-            for name in OPERATIONS:
-                patch.setattr(os, name, getattr(os, name))  # put back at the end
-            before_operation(number, fail)
-            with pytest.raises(StoreError, match=r"No space left on device .* free some space"):
-                write(tmp_path / f"{number}", SPEC)
+        with (
+            counted(number, disk_full),
+            pytest.raises(StoreError, match=r"No space left on device .* free some space"),
+        ):
+            write(tmp_path / f"{number}", SPEC)
         write(tmp_path / f"{number}", SPEC)
         assert files(tmp_path / f"{number}") == files(unbroken / "new")
 
@@ -208,12 +186,6 @@ def test_a_limit_on_file_sizes_is_a_full_disk(processes, tmp_path, unbroken):
     process.join()
     write(tmp_path / "limited", SPEC)
     assert files(tmp_path / "limited") == files(unbroken / "new")
-
-
-def small_disk(path: Path, size: str) -> bool:
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def test_a_small_disk_runs_full(tmp_path, unbroken):
