@@ -1,7 +1,7 @@
 # The pipeline as file targets: a stage runs again only if what it is made from has changed.
 #
 #   make demo                               set-up and the whole pipeline on the embedded teacher
-#   make test                               set-up, checks and tests
+#   make check                              set-up, format, lint, types and tests: what CI runs (`make test` is the same)
 #   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
 #   make results OBJECTIVE=sfm              trains and evaluates another objective from the same store
 #
@@ -25,7 +25,8 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check slow runtimes results sweep report pythia-tiny smollm2 clean
+.PHONY: help setup demo test check lint coverage slow runtimes results sweep report pythia-tiny smollm2 \
+        dist dist-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -97,13 +98,21 @@ $(WORKSPACE)/smollm2-135m/teacher.gguf: | $(VENV)/.installed
 
 # --- checks ---------------------------------------------------------------------------------------
 
-check: setup
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: check
-	$(BIN)/pytest -m "not slow and not network"
+FAST       := not slow and not network and not gpu
+
+test: lint
+	$(BIN)/pytest -m "$(FAST)"
+
+check: test
+
+# The tests again, with a table of the lines and branches of lftpipe that they do not reach.
+coverage: setup
+	$(BIN)/pytest -m "$(FAST)" --cov --cov-report=term
 
 slow: setup
 	$(BIN)/pytest -m slow
@@ -114,5 +123,23 @@ runtimes: setup
 	$(BIN)/pytest -m slow tests/student/test_runtimes.py
 	$(BIN)/python tests/runtime_matrix.py
 
+# --- release --------------------------------------------------------------------------------------
+
+# Wheel and sdist into dist/. CONTRIBUTING.md has the recipe of a release.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+# The wheel alone in an empty environment and an empty folder: help, an extraction, and a check of every byte.
+dist-check: dist
+	rm -rf dist/check && $(PYTHON) -m venv dist/check/venv
+	dist/check/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	mkdir dist/check/empty && cd dist/check/empty && unset PYTHONPATH && \
+	  ../venv/bin/lftpipe --help > help.txt && \
+	  ../venv/bin/lftpipe extract --model pythia-tiny --tokens 20000 --validation-tokens 2000 && \
+	  ../venv/bin/lftpipe verify && ../venv/bin/lftpipe info
+	test -f dist/check/venv/lib/python*/site-packages/lftpipe/py.typed
+	rm -rf dist/check
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) dist

@@ -28,11 +28,13 @@ SHAPES = {
 
 
 def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention by torch's own kernel, which wants as many key heads as query heads."""
     repeated = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return scaled_dot_product_attention(query, *repeated, attn_mask=mask, is_causal=mask is None)
 
 
 def in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention by lftpipe's blocks of queries, in the kernel's order of axes."""
     return causal_attention(query, key, value, mask).transpose(1, 2)
 
 
@@ -46,6 +48,7 @@ def time_of(attend: Callable[..., Tensor], inputs: list[Tensor], mask: Tensor | 
 
 
 def main() -> None:
+    """Read the options, run, and print what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

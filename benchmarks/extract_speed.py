@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 
 def settings_of(options: argparse.Namespace, folder: Path, tokens: int) -> Any:
+    """What `extract` is asked for in every round."""
     from lftpipe.config.settings import ExtractSettings
 
     return ExtractSettings(
@@ -62,6 +63,7 @@ def peak(options: argparse.Namespace, folder: Path, tokens: int) -> dict[str, An
 
 
 def memory(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Peak memory of an extraction of each size, each in a process of its own."""
     found = []
     for tokens in map(int, filter(None, options.memory_tokens.split(","))):
         command = [sys.executable, __file__, *sys.argv[1:], "--peak", str(tokens), "--folder", str(folder)]
@@ -126,6 +128,7 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
 
 
 def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens per second of the bare trunk and of the extraction, in turn, and their ratio."""
     import torch
 
     plan, positions, bare, extraction = contenders(options, folder)
@@ -159,6 +162,7 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Read the options, run, and print what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

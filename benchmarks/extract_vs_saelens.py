@@ -45,6 +45,7 @@ Work = Callable[[Path], tuple[float, int]]  # writes to a new folder: seconds, t
 
 
 def our_work(options: argparse.Namespace, ids: np.ndarray) -> Work:
+    """One extraction by lftpipe, as a function of the folder it writes to."""
     from extract_speed import contenders
 
     # `--layers all --attention` by default; random tokens need no corpus.
@@ -63,6 +64,7 @@ def our_work(options: argparse.Namespace, ids: np.ndarray) -> Work:
 
 
 def saelens_work(options: argparse.Namespace, ids: np.ndarray) -> Work:
+    """The same by SAELens's runner."""
     import torch
     from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from sae_lens import (  # pyright: ignore[reportMissingImports]
@@ -147,6 +149,7 @@ class Worker:
         return tokens / seconds
 
     def close(self) -> None:
+        """Let the worker end, and wait for it."""
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()
@@ -166,6 +169,7 @@ def difference(folder: Path, ours: str, saelens: str) -> float:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All sides in turn, each in its own process; rates and the ratios of the pairs."""
     config = json.loads((options.model / "config.json").read_text())
     count = -(-options.tokens // options.context)
     shape = (count, options.context)
@@ -209,6 +213,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Read the options, run, and print what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

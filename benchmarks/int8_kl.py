@@ -78,6 +78,7 @@ def rows_of(runs: list[Path], store_path: Path, options: argparse.Namespace) -> 
 
 
 def main() -> None:
+    """Read the options, run, and print what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

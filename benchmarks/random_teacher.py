@@ -17,6 +17,7 @@ from lftpipe.teacher.registry import REGISTERED
 
 
 def main() -> None:
+    """Read the options, run, and print what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -88,6 +88,7 @@ def timed(work):
 
 
 def compare(arguments: argparse.Namespace) -> None:
+    """The whole map by lftpipe and by the plain loop; every ratio must be equal."""
     batches = [
         residual_stream(arguments.states, arguments.tokens, arguments.width, seed)
         for seed in range(arguments.batches)
@@ -162,6 +163,7 @@ def larger(sizes: list[int], width: int, threads: int) -> None:
 
 
 def solvers(tokens: int, width: int) -> None:
+    """Time the assignment alone, by each solver, over pairs of one batch."""
     states = residual_stream(25, tokens, width, 0)
     with ThreadPoolExecutor(1) as pool:
         _, clouds = make_clouds(RecoupleSettings(), list(states), pool)
@@ -193,6 +195,7 @@ def solvers(tokens: int, width: int) -> None:
 
 
 def main() -> None:
+    """Read the options, run, and print what was found."""
     parser = argparse.ArgumentParser(description="lftpipe's recoupling map against the plain loop with POT.")
     for name, default in (("states", 25), ("width", 1024), ("tokens", 256), ("batches", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -48,6 +48,7 @@ def make_store(path: Path, layers: int, sequences: int, width: int, dtype: str) 
 
 
 def main() -> None:
+    """Read the options, run, and print what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,6 +67,7 @@ def main() -> None:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
+    """Read the same random batches in every way, in turn, and print the medians."""
     make_store(folder / "states.zarr", options.layers, options.sequences, options.width, options.dtype)
     store = Store.open(folder / "states.zarr")
     decoded = store.spec.decoded_dtype

@@ -24,6 +24,7 @@ CONTEXT, SEQUENCES = 512, 16
 
 
 def main() -> None:
+    """Read the options, run, and print what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -63,11 +63,13 @@ class Entry:
     solver: str | None = None
 
     def ready(self) -> Any:
+        """The model, set to this entry's steps."""
         if self.steps is not None:
             self.model.set_steps(self.steps, self.solver)
         return self.model
 
     def plain(self) -> dict[str, Any]:
+        """The entry as it stands in the JSON output."""
         nfe = EVALUATIONS[self.solver] * self.steps if self.steps and self.solver else None
         return {"model": self.name, "k": self.steps, "solver": self.solver, "nfe": nfe}
 
@@ -86,6 +88,7 @@ def passages(tokenizer: Any, tokens: int, count: int) -> list[str]:
 
 
 def bytes_on_disk(model: Any) -> int:
+    """Size of the weights as safetensors."""
     with tempfile.TemporaryDirectory() as folder:
         transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(folder)
@@ -141,12 +144,14 @@ def interleaved(
 
 
 def label(entry: Entry) -> str:
+    """The entry's name in a table."""
     return entry.name if entry.steps is None else f"{entry.name}, k = {entry.steps}"
 
 
 def speeds(
     entries: list[Entry], tokenizer: Any, texts: list[str], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
+    """Prefill and decode rates of every entry, in turn, with their ratios to the teacher's."""
     lengths = {text: len(tokenizer(text)["input_ids"]) for text in texts}
 
     def measure(entry: Entry, text: str) -> dict[str, float]:
@@ -220,6 +225,7 @@ def drafts(
 
 
 def table(headings: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]]) -> None:
+    """Print rows as a Markdown table."""
     print("| " + " | ".join(headings) + " |\n|" + "---|" * len(headings))
     for row in rows:
         print("| " + " | ".join(show(row) for show in headings.values()) + " |")
@@ -227,6 +233,7 @@ def table(headings: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[
 
 
 def of(key: str, form: str = "") -> Callable[[dict[str, Any]], str]:
+    """How a table shows a key of a row."""
     return lambda row: "-" if row[key] is None else format(row[key], form)
 
 
@@ -259,6 +266,7 @@ DRAFT_TABLE = {
 
 
 def main() -> None:
+    """Read the options, run, and print what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

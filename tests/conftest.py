@@ -125,7 +125,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 def make_teachers(root: Path, names: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
     """A folder in transformers' format for some of `MODELS`."""
     for name in names:
-        model = MODELS[name]()
+        model: Any = MODELS[name]()
         randomise(model)
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)

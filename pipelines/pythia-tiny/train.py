@@ -77,6 +77,7 @@ def packed_corpus(tokenizer: Tokenizer, work: Path) -> dict[str, np.ndarray]:
 
 
 def build_model(seed: int) -> GPTNeoXForCausalLM:
+    """A 12-layer GPT-NeoX with random weights."""
     torch.manual_seed(seed)
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
@@ -145,6 +146,7 @@ def skip_costs(model: GPTNeoXForCausalLM, tokens: np.ndarray) -> list[float]:
 
 
 def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
+    """Train from the last checkpoint, if there is one, to `--stop-after`."""
     work: Path = arguments.work
     tokenizer = train_tokenizer(arguments.out)
     data = packed_corpus(tokenizer, work)
@@ -210,6 +212,7 @@ def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
 
 
 def main() -> None:
+    """Train the teacher, measure it, and write it with its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/pythia-tiny"))
     parser.add_argument("--work", type=Path, default=Path("data/pythia-tiny-training"))

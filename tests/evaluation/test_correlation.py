@@ -18,7 +18,7 @@ def test_the_coefficient_is_scipys_with_ties(points):
         assert np.isnan(spearman(x, y))
         assert correlate(x, y, 0) == {"points": len(x), "spearman": None, "low": None, "high": None}
     else:
-        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-12)
 
 
 def test_only_the_order_counts():
@@ -34,7 +34,7 @@ def test_the_interval_is_scipys_percentile_bootstrap():
     found = correlate(x, y, seed=0)
     theirs = stats.bootstrap(
         (x, y),
-        lambda x, y: stats.spearmanr(x, y).statistic,
+        lambda x, y: stats.spearmanr(x, y)[0],
         paired=True,
         vectorized=False,
         method="percentile",

@@ -83,7 +83,7 @@ def test_a_stored_piece_is_what_the_teacher_computes_on_it_alone(settings, teach
 
 def test_the_last_state_is_before_the_final_norm(settings, teachers):
     store = Store.open(Path(extract(settings)["store"]))
-    model = AutoModelForCausalLM.from_pretrained(teachers["neox"], dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(teachers["neox"], dtype=torch.float32).eval()
     last = torch.from_numpy(store.read("train", 4, [0]))
     ids = torch.from_numpy(store.tokens("train")[:1]).long()
     places = torch.from_numpy(positions(store.document("train")[:1])).long()
@@ -239,6 +239,7 @@ def test_a_dry_run_writes_nothing_and_is_right(settings):
             settings, dtype=dtype, tokens=400 * CONTEXT, store=settings.workspace / f"{dtype}.zarr"
         )
         planned = extract(change(asked, dry_run=True))
+        assert asked.store
         assert not asked.store.exists()
         written = extract(asked)
         # The corpus ends early, which the plan knows: it is a local one.

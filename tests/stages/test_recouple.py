@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ot
@@ -78,7 +79,7 @@ def run(store, tmp_path):
     return call
 
 
-def plain_loop(store: Store, result: dict, prepare=None, metric="euclidean") -> dict[str, np.ndarray]:
+def plain_loop(store: Store, result: dict, prepare=None, metric: Any = "euclidean") -> dict[str, np.ndarray]:
     """The map from the recorded draw, as POT's manual would do it: one pair after the other, in float64."""
     size = len(result["layers"])
     found = {

@@ -37,7 +37,7 @@ def test_the_story(type_, teachers, text_folder, family):
     )  # fmt: skip
     store = Path(extracted["store"])
     assert store == Path("data") / family / "states.zarr"
-    assert zarr.open_group(store, mode="r")["train/hidden"].shape == (5, 60, CONTEXT, 32)
+    assert zarr.open_array(store, path="train/hidden", mode="r").shape == (5, 60, CONTEXT, 32)
     opened = xr.open_zarr(store, group="train")
     assert opened.hidden.dims == ("layer", "sequence", "position", "feature")
 

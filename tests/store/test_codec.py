@@ -84,7 +84,7 @@ def test_every_value_is_within_half_a_step_of_its_group(values):
     half = round_trip(values, np.float16)
     assert np.isfinite(half).all()
     np.testing.assert_allclose(half, np.clip(read, -65504, 65504), rtol=2**-11, atol=2.0**-25)
-    assert len(encode(values)) <= encoded_bytes(*values.shape, values.size // 256)
+    assert len(encode(values)) <= encoded_bytes(values.shape[0], values.shape[1], values.size // 256)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 80), st.integers(1, 80), st.integers(1, 12))
@@ -175,7 +175,7 @@ def test_only_float16_of_positions_and_features_is_coded(tmp_path):
 
 
 def test_an_installed_lftpipe_is_found_by_zarr(tmp_path):
-    """zarr alone, with the entry points of pyproject.toml and no import of ours, reads the store."""
+    """Zarr alone, with the entry points of pyproject.toml and no import of ours, reads the store."""
     write(tmp_path / "states.zarr", make_spec(dtype="int8", context=32))
     (tmp_path / "lftpipe-1.dist-info").mkdir()
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["zarr.codecs"]

@@ -1,6 +1,7 @@
 """A complete store takes more sequences, and nobody who reads it notices."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_an_open_reader_and_new_ones_are_not_disturbed_until_the_end(path):
     large, old = make_spec(sequences=LARGE), make_spec(sequences=SMALL)
     opened = Store.open(path)
     fingerprint = opened.fingerprint
-    batches = opened.batches("train", [0, 3], batch_size=4, seed=1)
+    batches: Any = opened.batches("train", [0, 3], batch_size=4, seed=1)
 
     def check(store: Store) -> None:
         assert (store.num_sequences("train"), store.fingerprint) == (10, fingerprint)
@@ -57,7 +58,7 @@ def test_an_open_reader_and_new_ones_are_not_disturbed_until_the_end(path):
             np.testing.assert_array_equal(store.read("train", layer, range(10)), want)
         np.testing.assert_array_equal(store.tokens("train"), tokens(old, "train")[0])
         assert next(batches).sequences.max() < 10
-        assert zarr.open(path, mode="r")["train/hidden"].shape[1] == (
+        assert zarr.open_array(path, path="train/hidden", mode="r").shape[1] == (
             10 if store is not opened or growing else 18
         )
         assert verify_store(path).ok

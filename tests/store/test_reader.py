@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import fake_states
 import numpy as np
@@ -54,7 +55,7 @@ def test_any_sequences_are_read_into_the_callers_memory(path, spec):
 
 def test_zarr_and_xarray_read_it_without_warnings(path, spec):
     write(path, spec)
-    root = zarr.open(path, mode="r")
+    root: Any = zarr.open(path, mode="r")
     assert root.attrs["complete"] is True
     assert root.attrs["teacher"] == {"name": "fake", "revision": "a1"}
     assert root.attrs["layers"] == [0, 2, 3]
@@ -126,11 +127,12 @@ def test_tokens_come_piece_by_piece_or_at_once(path, tmp_path):
 
 def test_tokens_must_not_leave_gaps(path):
     spec = make_spec(sequences={"train": 10})
+    ids, documents = tokens(spec, "train")
     with (
         StoreWriter.open(path, spec) as writer,
         pytest.raises(ValueError, match="sequence 0 must be put before"),
     ):
-        writer.put_tokens("train", *(part[1:4] for part in tokens(spec, "train")), 1)
+        writer.put_tokens("train", ids[1:4], documents[1:4], 1)
 
 
 def test_the_reader_says_what_it_has(path):

@@ -256,7 +256,7 @@ def test_a_new_flow_is_the_layer_it_was_made_from(neox_teacher: Teacher) -> None
         teacher_layers=4,
         blocks=[{"start": 1, "stop": 3, "kind": "flow", "shift": True}],
     )
-    model = LatentFlowGPTNeoXForCausalLM(config)
+    model: Any = LatentFlowGPTNeoXForCausalLM(config)
     assert not model.student_layers[1].velocity.modulation.head.weight.any()
 
 

@@ -1,6 +1,8 @@
+import importlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ def captured(
     return h, a
 
 
-def whole(teacher: Teacher) -> torch.nn.Module:
+def whole(teacher: Teacher) -> Any:
     return AutoModelForCausalLM.from_pretrained(teacher.folder, dtype=torch.float32).eval()
 
 
@@ -366,8 +368,7 @@ class NetworkError(Exception):
 
 
 def hub_errors() -> dict[str, tuple[Exception, str]]:
-    from huggingface_hub import errors
-
+    errors: Any = importlib.import_module("huggingface_hub.errors")
     response = errors.Response(
         404, request=errors.Response.__init__.__globals__["Request"]("GET", "https://hub")
     )

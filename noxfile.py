@@ -1,0 +1,23 @@
+"""The tests on every supported Python: `nox`, or `nox -s tests-3.12`."""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["tests"]
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def tests(session: nox.Session) -> None:
+    """Install the package with the pinned versions and run the fast tests."""
+    session.install("--constraint", "constraints.txt", ".[dev]")
+    session.run("pytest", "-m", "not slow and not network and not gpu", *session.posargs)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def light(session: nox.Session) -> None:
+    """Without torch: everything that must not need it imports, and `--help` answers."""
+    session.install("--no-deps", ".")
+    session.install("--constraint", "constraints.txt", "typer", "rich", "tomli-w", "xxhash")
+    session.run("python", "-c", "import lftpipe.cli, lftpipe.files, lftpipe.config.recipe, lftpipe.workspace")
+    for command in ([], ["extract"], ["train"], ["evaluate"]):
+        session.run("lftpipe", *command, "--help", silent=True)
