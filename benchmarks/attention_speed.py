@@ -3,7 +3,7 @@
     python benchmarks/attention_speed.py
 
 Heads as in `pythia-tiny`, SmolLM2-135M (its keys repeated for torch's kernel, as transformers does) and
-Pythia-410M, sequences that hold one piece or two; rounds in turn, the medians count. Errors are those against
+Pythia-410M, sequences that hold one segment or two; rounds in turn, the medians count. Errors are those against
 float32, relative.
 """
 
@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     prepare_processor(options.threads)
     print(
-        "| heads of | pieces | torch, ms | in blocks, ms | ratio | forward alone | errors: torch, in blocks |"
+        "| heads of | segments | torch, ms | in blocks, ms | ratio | forward alone | errors: torch, blocks |"
     )
     print("|---|---|---|---|---|---|---|")
     for name, (sequences, heads, key_heads, positions, features) in SHAPES.items():
@@ -67,10 +67,14 @@ def main() -> None:
             for count in (heads, key_heads, key_heads)
         ]
         inputs = [x.bfloat16().requires_grad_() for x in exact]
-        for pieces in (1, 2):
-            piece = torch.arange(positions) * pieces // positions
+        for segments in (1, 2):
+            segment = torch.arange(positions) * segments // positions
             causal = torch.ones(positions, positions, dtype=torch.bool).tril()
-            mask = None if pieces == 1 else ((piece[:, None] == piece) & causal).expand(sequences, 1, -1, -1)
+            mask = (
+                None
+                if segments == 1
+                else ((segment[:, None] == segment) & causal).expand(sequences, 1, -1, -1)
+            )
             methods: tuple[Callable[..., Tensor], ...] = (by_torch, in_blocks)
             for method in methods:
                 time_of(method, inputs, mask)
@@ -83,7 +87,7 @@ def main() -> None:
             found = [method(inputs[0], inputs[1], inputs[2], mask).float() for method in methods]
             errors = [((each - expected).norm() / expected.norm()).item() for each in found]
             print(
-                f"| {name} | {pieces} | {1e3 * both[0]:.1f} | {1e3 * both[1]:.1f} | {both[0] / both[1]:.2f} "
+                f"| {name} | {segments} | {1e3 * both[0]:.1f} | {1e3 * both[1]:.1f} | {both[0] / both[1]:.2f} "
                 f"| {forward[0] / forward[1]:.2f} | {errors[0]:.4f}, {errors[1]:.4f} |"
             )
 
