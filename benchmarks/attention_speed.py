@@ -3,8 +3,8 @@
     python benchmarks/attention_speed.py
 
 Heads as in `pythia-tiny`, SmolLM2-135M (its keys repeated for torch's kernel, as transformers does) and
-Pythia-410M, sequences that hold one segment or two; rounds in turn, the medians count. Errors are those against
-float32, relative.
+Pythia-410M, sequences that hold one segment or two. Rounds take turns, and medians count. Errors
+are relative, against float32.
 """
 
 import argparse
@@ -67,13 +67,11 @@ def main() -> None:
             for count in (heads, key_heads, key_heads)
         ]
         inputs = [x.bfloat16().requires_grad_() for x in exact]
-        for segments in (1, 2):
-            segment = torch.arange(positions) * segments // positions
+        for count in (1, 2):
+            segment = torch.arange(positions) * count // positions
             causal = torch.ones(positions, positions, dtype=torch.bool).tril()
             mask = (
-                None
-                if segments == 1
-                else ((segment[:, None] == segment) & causal).expand(sequences, 1, -1, -1)
+                None if count == 1 else ((segment[:, None] == segment) & causal).expand(sequences, 1, -1, -1)
             )
             methods: tuple[Callable[..., Tensor], ...] = (by_torch, in_blocks)
             for method in methods:
@@ -87,7 +85,7 @@ def main() -> None:
             found = [method(inputs[0], inputs[1], inputs[2], mask).float() for method in methods]
             errors = [((each - expected).norm() / expected.norm()).item() for each in found]
             print(
-                f"| {name} | {segments} | {1e3 * both[0]:.1f} | {1e3 * both[1]:.1f} | {both[0] / both[1]:.2f} "
+                f"| {name} | {count} | {1e3 * both[0]:.1f} | {1e3 * both[1]:.1f} | {both[0] / both[1]:.2f} "
                 f"| {forward[0] / forward[1]:.2f} | {errors[0]:.4f}, {errors[1]:.4f} |"
             )
 
