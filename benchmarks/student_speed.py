@@ -46,7 +46,8 @@ from lftpipe.student.assemble import (
 from lftpipe.student.decoding import continue_prompt, speculate, warm_up
 from lftpipe.student.model import LatentFlow
 from lftpipe.student.plain import unroll
-from lftpipe.teacher.source import load_tokenizer, quiet_transformers
+from lftpipe.teacher.quiet import quiet_transformers
+from lftpipe.teacher.source import load_tokenizer
 from lftpipe.workspace import find_run
 
 #: Tokens of a document before the passage: licences and imports are much alike.

@@ -19,7 +19,7 @@ from lftpipe.files import file_digest, write_atomic
 from lftpipe.flow.linear import LinearMap
 from lftpipe.flow.solver import Method
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.parts import empty_layer
+from lftpipe.teacher.parts import empty_layer, fill_buffers
 from lftpipe.teacher.source import Teacher
 
 MANIFEST, SETTINGS, METRICS, WEIGHTS, CHECKPOINT, DIVERGED = (
@@ -151,12 +151,22 @@ def open_run(path: Path) -> Run:
     return run
 
 
-def build_flow(teacher: Teacher, velocity: dict[str, bool]) -> nn.Module:
-    """The module that a manifest's `velocity` describes, without weights."""
+def build_flow(teacher: Teacher, velocity: dict[str, bool], index: int = 0) -> nn.Module:
+    """The module that a manifest's `velocity` describes, without weights.
+
+    Parameters
+    ----------
+    teacher
+        Of the run.
+    velocity
+        What the manifest says of the module.
+    index
+        The teacher's layer that it was made from: the block's first.
+    """
     if velocity.get("linear"):
         return LinearMap(teacher.width)
     with torch.device("meta"):
-        return Velocity(empty_layer(teacher), teacher.width, **velocity)
+        return Velocity(empty_layer(teacher, index), teacher.width, **velocity)
 
 
 def load_flow(run: Run, teacher: Teacher) -> nn.Module:
@@ -167,7 +177,7 @@ def load_flow(run: Run, teacher: Teacher) -> nn.Module:
     RunError
         If the file is damaged, or a tensor is missing, extra, or of another shape.
     """
-    flow = build_flow(teacher, run.velocity)
+    flow = build_flow(teacher, run.velocity, run.block[0])
     try:
         tensors: dict[str, Tensor] = load_file(run.path / WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:
@@ -179,4 +189,5 @@ def load_flow(run: Run, teacher: Teacher) -> nn.Module:
         raise RunError(
             f"{run.path / WEIGHTS}: {reason}", "the flow layer's tensors", "train the run again"
         ) from error
+    fill_buffers(teacher, flow)
     return flow.eval().requires_grad_(False)

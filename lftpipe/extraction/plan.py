@@ -17,6 +17,7 @@ from lftpipe.corpus.readers import Corpus, open_corpus
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.store.codec import encoded_bytes
+from lftpipe.teacher.kinds import check_attention
 from lftpipe.teacher.logits import Head, compute_batch
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.trunk import Trunk
@@ -93,8 +94,8 @@ def make_plan(settings: ExtractSettings) -> Plan:
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
-    longest = getattr(teacher.config, "max_position_embeddings", settings.context)
-    if settings.context > longest:
+    longest = teacher.max_positions
+    if longest is not None and settings.context > longest:
         raise SettingsError(
             f"--context {settings.context}", f"at most {longest}, the teacher's", f"pass --context {longest}"
         )
@@ -113,6 +114,7 @@ def make_plan(settings: ExtractSettings) -> Plan:
         )
     layers = parse_layers(settings.layers, teacher.num_layers + 1)
     attention = tuple(l for l in layers if l < max(layers)) if settings.attention else ()  # noqa: E741
+    check_attention(teacher.model, teacher.family, teacher.config, attention)
     state = state_bytes(settings.dtype, settings.context, teacher.width)
     batch = max(1, settings.batch_tokens // settings.context)
     per_shard = min(max(1, int(SHARD_BYTES / (state * len(layers)))), SHARD_SEQUENCES)

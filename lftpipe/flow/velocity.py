@@ -28,11 +28,12 @@ Modulations = list[Float[Tensor, "#sequence 1 feature"]]
 class Modulation(nn.Module):
     """From `t`, and the step's size if wanted, to shift, scale and gate of each branch; all zero at first."""
 
-    def __init__(self, width: int, *, shift: bool, step: bool = False) -> None:
+    def __init__(self, width: int, *, shift: bool, step: bool = False, branches: int = 2) -> None:
         super().__init__()
         self.shift, self.step = shift, step
+        self.parts = (3 if shift else 2) * branches
         self.hidden = nn.Linear((1 + step) * TIME_FEATURES, TIME_FEATURES)
-        self.head = nn.Linear(TIME_FEATURES, (6 if shift else 4) * width)
+        self.head = nn.Linear(TIME_FEATURES, self.parts * width)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -44,13 +45,14 @@ class Modulation(nn.Module):
                 assert d is not None, "this velocity knows the step's size"
                 features = torch.cat([features, sinusoidal(d)], dim=-1)
             values = self.head(nn.functional.silu(self.hidden(features.to(self.hidden.weight.dtype))))
-        return list(values[:, None].chunk(6 if self.shift else 4, dim=-1))
+        return list(values[:, None].chunk(self.parts, dim=-1))
 
 
 class Velocity(nn.Module):
     """A teacher layer as a velocity field: its output minus its input, modulated by `t`.
 
-    Right after construction it *is* the layer minus identity, at every `t`.
+    Right after construction it *is* the layer minus identity, at every `t`. A layer that is not made of two
+    branches is modulated as a whole: `(1 + gate) * (layer(y) - y)` with `y = (1 + scale) * x + shift`.
 
     Parameters
     ----------
@@ -62,7 +64,8 @@ class Velocity(nn.Module):
         False leaves the modulation out: the regression baseline's plain layer.
     shift
         Whether to predict shifts; default: only where the norm has a bias that one folds into,
-        so that an Euler student exports to the teacher's own architecture.
+        so that an Euler student exports to the teacher's own architecture, and for whole layers, which
+        have no such form anyway.
     source
         Whether it sees `x_0` too: `u(x_t, t, x_0)`. Trajectories may cross then: `x_0` tells them apart.
     step
@@ -82,8 +85,9 @@ class Velocity(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.shift = layer.has_norm_bias if shift is None else shift
-        self.modulation = Modulation(width, shift=self.shift, step=step) if time else None
+        self.shift = (layer.whole or layer.has_norm_bias) if shift is None else shift
+        branches = 1 if layer.whole else 2
+        self.modulation = Modulation(width, shift=self.shift, step=step, branches=branches) if time else None
         self.source = nn.Linear(width, width, bias=False) if source else None
         if self.source is not None:
             nn.init.zeros_(self.source.weight)
@@ -106,7 +110,7 @@ class Velocity(nn.Module):
         layer = self.layer
         if self.modulation is None:
             attention = layer.attention(layer.attention_norm(x), context)
-            return attention, layer.mlp(layer.mlp_norm(x if layer.parallel else x + attention))
+            return attention, layer.mlp(layer.mlp_norm(x if layer.parallel else x + attention), context)
         scale_a, gate_a, scale_m, gate_m, *shifts = modulations or self.modulation(t, d)
         shift_a, shift_m = shifts or (0.0, 0.0)
         seen: States | float = 0.0
@@ -117,7 +121,7 @@ class Velocity(nn.Module):
         attention = (1 + gate_a) * layer.attention(normed, context)
         y = x if layer.parallel else x + attention
         normed = (1 + scale_m) * layer.mlp_norm(y) + shift_m + seen
-        return attention, (1 + gate_m) * layer.mlp(normed)
+        return attention, (1 + gate_m) * layer.mlp(normed, context)
 
     def forward(
         self,
@@ -129,5 +133,26 @@ class Velocity(nn.Module):
         source: States | None = None,
         d: Times | None = None,
     ) -> States:
+        if self.layer.whole:
+            return self._whole(x, t, context, modulations, source=source, d=d)
         attention, mlp = self.branches(x, t, context, modulations, source=source, d=d)
         return attention + mlp
+
+    def _whole(
+        self,
+        x: States,
+        t: Times,
+        context: AttentionContext,
+        modulations: Modulations | None,
+        *,
+        source: States | None,
+        d: Times | None,
+    ) -> States:
+        if self.modulation is None:
+            return self.layer(x, context) - x
+        scale, gate, *shifts = modulations or self.modulation(t, d)
+        y = (1 + scale) * x + (shifts[0] if shifts else 0.0)
+        if self.source is not None:
+            assert source is not None, "this velocity sees x_0"
+            y = y + self.source(source)
+        return (1 + gate) * (self.layer(y, context) - y)

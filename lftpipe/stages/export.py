@@ -17,7 +17,8 @@ from lftpipe.report.tables import COLUMNS, markdown_table
 from lftpipe.runs import Run
 from lftpipe.student.assemble import SOURCE, build_student, teacher_of_run
 from lftpipe.student.plain import unroll
-from lftpipe.teacher.source import Teacher, load_tokenizer, quiet_transformers
+from lftpipe.teacher.quiet import quiet_transformers
+from lftpipe.teacher.source import Teacher, load_tokenizer
 from lftpipe.workspace import find_run
 
 #: Tokens that a plain export's logits are compared with the student's on.

@@ -23,7 +23,8 @@ from lftpipe.student.assemble import (
 )
 from lftpipe.student.decoding import Continuation, continue_prompt, speculate, warm_up
 from lftpipe.student.model import LatentFlow
-from lftpipe.teacher.source import Teacher, load_tokenizer, quiet_transformers
+from lftpipe.teacher.quiet import quiet_transformers
+from lftpipe.teacher.source import Teacher, load_tokenizer
 from lftpipe.workspace import find_run
 
 #: The command line hands this stage a stream to write words to while they are made.

@@ -16,8 +16,9 @@ from lftpipe.errors import LftpipeError, RunError, TeacherError
 from lftpipe.runs import Run
 from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
 from lftpipe.student.config import Block, Kind
+from lftpipe.teacher.quiet import quiet_transformers
 from lftpipe.teacher.recorded import open_recorded
-from lftpipe.teacher.source import FAMILIES, Teacher, quiet_transformers
+from lftpipe.teacher.source import FAMILIES, Teacher
 
 #: By family. transformers types its classes too loosely for a checker to follow.
 STUDENTS: dict[str, Any] = {

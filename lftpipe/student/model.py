@@ -60,7 +60,7 @@ class FlowLayer(GradientCheckpointingLayer):
             self.velocity = LinearMap(config.hidden_size)
         else:
             self.velocity = Velocity(
-                Branches(family, config, 0),
+                Branches(family, config, block.start),
                 config.hidden_size,
                 time=block.kind == "flow",
                 shift=block.shift,
@@ -198,7 +198,10 @@ class LatentFlow:
             if isinstance(layer, FlowLayer):
                 layer.set_steps(self.config.steps, self.config.solver, slot)
             else:
-                getattr(layer, self.family.attention).layer_idx = slot
+                form = self.family.form(self.config, place)
+                assert form is not None
+                attention: Any = layer.get_submodule(form.attention.module)
+                attention.layer_idx = slot
             slot += self.config.evaluations(place)
 
     def _replace_blocks(self) -> None:

@@ -90,7 +90,7 @@ def unroll(student: Any) -> Any:
     }
     count = 0
     for layer in student.student_layers:
-        for content in _steps(layer, family) if isinstance(layer, FlowLayer) else [layer.state_dict()]:
+        for content in _steps(layer) if isinstance(layer, FlowLayer) else [layer.state_dict()]:
             tensors |= {f"{prefix}.{count}.{name}": value for name, value in content.items()}
             count += 1
     kind = _causal_class(student)
@@ -116,7 +116,7 @@ def _flow_layers(student: Any) -> dict[Block, Any]:
 
 
 @torch.no_grad()
-def _steps(flow: FlowLayer, family: Family) -> list[dict[str, Tensor]]:
+def _steps(flow: FlowLayer) -> list[dict[str, Tensor]]:
     """A flow layer's steps as the tensors of one ordinary layer each."""
     velocity: Any = flow.velocity
     content = velocity.layer.layer.state_dict()
@@ -130,10 +130,11 @@ def _steps(flow: FlowLayer, family: Family) -> list[dict[str, Tensor]]:
         scale_a, gate_a, scale_m, gate_m, *shifts = values
         shift_a, shift_m = shifts or (None, None)
         step = {name: value.clone() for name, value in content.items()}  # files hold no shared tensors
-        _fold_norm(step, family.attention_norm, scale_a, shift_a)
-        _fold_norm(step, family.mlp_norm, scale_m, shift_m)
-        _fold_output(step, family.attention_output, (1 + gate_a) / flow.steps)
-        _fold_output(step, family.mlp_output, (1 + gate_m) / flow.steps)
+        form = velocity.layer.form
+        _fold_norm(step, form.attention.norm, scale_a, shift_a)
+        _fold_norm(step, form.mlp.norm, scale_m, shift_m)
+        _fold_output(step, form.attention.output, (1 + gate_a) / flow.steps)
+        _fold_output(step, form.mlp.output, (1 + gate_m) / flow.steps)
         folded.append(step)
     return folded
 

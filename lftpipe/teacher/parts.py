@@ -7,12 +7,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lftpipe.errors import TeacherError
 from lftpipe.teacher.family import AttentionContext, Branches
+from lftpipe.teacher.skeleton import materialise_buffers
 from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.structure import structure_of
 
 
 def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
-    """A layer of the teacher's shape, on the meta device, to be filled with other weights."""
+    """A layer of the teacher's shape, on the meta device, to be filled with other weights.
+
+    Raises
+    ------
+    TeacherError
+        If the family has no flow layers, with the reason.
+    """
+    if teacher.family.without_flow:
+        raise TeacherError(
+            f"a single layer of {teacher.model}, a {teacher.config.model_type} model",
+            f"layers that can be run alone, but {teacher.family.without_flow}",
+            "extract and recouple it; flow layers and the frozen tail it has none",
+        )
     with torch.device("meta"):
         return Branches(teacher.family, teacher.config, index)
 
@@ -25,17 +40,30 @@ def load_layer(teacher: Teacher, index: int) -> Branches:
 
 
 def load_norm(teacher: Teacher, index: int) -> nn.Module:
-    """What `h[index]` is first read through: the norm before attention of that layer, or the final one."""
+    """What `h[index]` is first read through: the norm before attention of that layer, or the final one.
+
+    Raises
+    ------
+    TeacherError
+        If that layer reads the states as they are.
+    """
     if index < teacher.num_layers:
-        return load_layer(teacher, index).attention_norm
+        layer = load_layer(teacher, index)
+        if layer.form is None or layer.form.attention.norm is None:
+            raise TeacherError(
+                f"a norm before layer {index} of {teacher.model}",
+                "a layer that norms what it reads",
+                "choose another --loss-scale than norm",
+            )
+        return layer.attention_norm
     norm = teacher.family.norm(teacher.config)
     _fill(norm, teacher, f"{teacher.family.final_norm_prefix}.")
     return norm
 
 
 def load_rotary(teacher: Teacher) -> nn.Module:
-    """The module that turns position ids into the rotary `(cos, sin)`."""
-    return teacher.family.rotary(teacher.config)
+    """What `attention_context` turns position ids into a context with."""
+    return teacher.family.frame(teacher.config)
 
 
 class Tail(nn.Module):
@@ -46,8 +74,7 @@ class Tail(nn.Module):
         self.start = start
         self.layers = nn.ModuleList(load_layer(teacher, l) for l in range(start, teacher.num_layers))  # noqa: E741
         self.norm = load_norm(teacher, teacher.num_layers)
-        self.head = nn.Linear(teacher.width, teacher.config.vocab_size, bias=False, device="meta")
-        self.head.load_state_dict({"weight": _head_weight(teacher)}, assign=True)
+        self.head = _load_head(teacher)
         self.eval().requires_grad_(False)
 
     def states(
@@ -78,6 +105,8 @@ class Tail(nn.Module):
 
 def count_parameters(teacher: Teacher) -> int:
     """Parameters of the whole teacher, from the checkpoint's headers; a tied head counts once."""
+    if teacher.family.derived:
+        return sum(teacher.checkpoint.sizes.values())
     family, sizes = teacher.family, teacher.checkpoint.sizes
     layer = {name for name, _ in empty_layer(teacher).layer.named_parameters()}
     wanted = {f"{family.layers_prefix}.{l}.{name}" for l in range(teacher.num_layers) for name in layer}  # noqa: E741
@@ -97,6 +126,8 @@ def keys_share(teacher: Teacher) -> float:
     It is what a position costs at least that others still attend to.
     """
     config = teacher.config
+    if teacher.family.form(config, 0) is None:
+        return 0.0  # a layer without keys that others attend to, as far as anyone knows
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     features = getattr(config, "head_dim", None) or teacher.width // config.num_attention_heads
     return 2 * heads * features * teacher.width / count_layer_parameters(teacher)
@@ -107,13 +138,46 @@ def _head_names(teacher: Teacher) -> list[str]:
     return [name for name in teacher.family.head_names if teacher.checkpoint.has(name)][:1]
 
 
+def _load_head(teacher: Teacher) -> nn.Module:
+    family = teacher.family
+    if family.head is not None:
+        head = family.head(teacher.config)
+        _fill(head, teacher, "", strip="model.")
+        return head
+    head = nn.Linear(teacher.width, teacher.config.vocab_size, bias=False, device="meta")
+    head.load_state_dict({"weight": _head_weight(teacher)}, assign=True)
+    return head
+
+
 def _head_weight(teacher: Teacher) -> Tensor:
     name = (_head_names(teacher) or [f"{teacher.family.embedding_prefix}.weight"])[0]
     return teacher.checkpoint.read([name])[name]
 
 
-def _fill(module: nn.Module, teacher: Teacher, prefix: str) -> None:
-    names = [name for name, _ in module.named_parameters()]
-    tensors = teacher.checkpoint.read([prefix + name for name in names])
-    module.load_state_dict({name: tensors[prefix + name] for name in names}, assign=True)
+def _fill(module: nn.Module, teacher: Teacher, prefix: str, *, strip: str = "") -> None:
+    """Give a module on the meta device the teacher's tensors, and the buffers that no file holds.
+
+    Parameters
+    ----------
+    prefix
+        Of the tensors' names in the checkpoint.
+    strip
+        Of their names in the module, what the checkpoint's names don't have.
+    """
+    names = {name: prefix + name.removeprefix(strip) for name in _stored(module)}
+    tensors = teacher.checkpoint.read(list(dict.fromkeys(names.values())))
+    given = {name: tensors[source] for name, source in names.items()}
+    module.load_state_dict(given, assign=True, strict=not strip)
+    fill_buffers(teacher, module)
     module.eval().requires_grad_(False)
+
+
+def fill_buffers(teacher: Teacher, module: nn.Module) -> None:
+    """Give a module the buffers that no checkpoint holds; those of written-out families have none."""
+    if teacher.family.derived:
+        materialise_buffers(structure_of(teacher.config).model, module)
+
+
+def _stored(module: nn.Module) -> list[str]:
+    """Names of what a checkpoint holds of a module: parameters, and buffers that are saved."""
+    return list(module.state_dict())

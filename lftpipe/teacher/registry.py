@@ -31,4 +31,14 @@ REGISTERED: dict[str, Registered] = {
         gguf="teacher.gguf",
         how="run `make smollm2` in a checkout of lftpipe, or pass --model HuggingFaceTB/SmolLM2-135M",
     ),
+    "qwen2.5-coder-0.5b": Registered(
+        "python-stdlib",
+        gguf="teacher.gguf",
+        how="run `make qwen` in a checkout of lftpipe, or pass --model Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    ),
+    "gemma3-270m": Registered(
+        "python-stdlib",
+        gguf="teacher.gguf",
+        how="run `make gemma` in a checkout of lftpipe, or pass --model google/gemma-3-270m",
+    ),
 }

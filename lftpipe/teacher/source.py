@@ -1,11 +1,7 @@
 """From the name of a teacher to a local folder with its config, weights and tokenizer."""
 
-import contextlib
 import errno
 import hashlib
-import json
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +11,21 @@ from lftpipe.errors import TeacherError
 from lftpipe.teacher import attention
 from lftpipe.teacher.checkpoint import Checkpoint
 from lftpipe.teacher.family import Family
+from lftpipe.teacher.gguf import convert
 from lftpipe.teacher.gpt_neox import GPT_NEOX
+from lftpipe.teacher.kinds import check_kind
 from lftpipe.teacher.llama import LLAMA
+from lftpipe.teacher.named import NamedCheckpoint
 from lftpipe.teacher.registry import REGISTERED
+from lftpipe.teacher.structure import structure_of
 
+#: Families that are written out; all others are derived from their models' structure.
 FAMILIES: tuple[Family, ...] = (GPT_NEOX, LLAMA)
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt"]
+
+#: Names that configs have for the longest context.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "seq_length")
 
 #: One of these holds a tokenizer's vocabulary.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*")
@@ -49,6 +53,12 @@ class Teacher:
     @property
     def width(self) -> int:
         return self.config.hidden_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest context that the model knows positions for; None if it has no bound."""
+        named = (getattr(self.config, name, None) for name in POSITIONS)
+        return next((count for count in named if isinstance(count, int)), None)
 
     @property
     def corpus(self) -> str | None:
@@ -84,7 +94,7 @@ class Teacher:
             "parallel_residual": self.family.parallel_residual(self.config),
             "layers": self.num_layers,
             "width": self.width,
-            "heads": self.config.num_attention_heads,
+            "heads": getattr(self.config, "num_attention_heads", None),
             "vocabulary": self.config.vocab_size,
         }
 
@@ -99,6 +109,12 @@ def open_teacher(
     TeacherError
         If there is no such model, it cannot be fetched, or it is of no supported family.
     """
+    if trust_remote_code:
+        raise TeacherError(
+            f"--trust-remote-code for {model}",
+            "a model that transformers itself has: lftpipe runs no code of a checkpoint",
+            "leave the option out, or save the model in a format that transformers knows",
+        )
     registered = REGISTERED.get(model)
     path = Path(model).expanduser()
     commit = None
@@ -108,11 +124,11 @@ def open_teacher(
         name, gguf = model, workspace / model / registered.gguf
         if not gguf.is_file():
             raise TeacherError(f"teacher {model} without {gguf}", "the file in its place", registered.how)
-        folder = _converted(gguf, workspace / model / "teacher")
+        folder = convert(gguf, workspace / model / "teacher", family_of)
     elif not registered and path.suffix == ".gguf" and path.is_file():
         path = path.resolve()
         name, model = path.stem, str(path)
-        folder = _converted(path, workspace / name / "teacher")
+        folder = convert(path, workspace / name / "teacher", family_of)
     elif not registered and model and path.is_dir():
         folder = path.resolve()
         name, model = folder.name, str(folder)
@@ -126,27 +142,42 @@ def open_teacher(
             f"a registered name ({', '.join(REGISTERED)}), a Hub id, a local folder or a .gguf file",
             "check the spelling and the path",
         )
-    config = _config(folder, model, trust_remote_code)
-    return Teacher(name, model, folder, commit, config, family_of(config, model), Checkpoint(folder))
+    config = _config(folder, model)
+    family = family_of(config, model)
+    return Teacher(name, model, folder, commit, config, family, _checkpoint(folder, family, config))
 
 
 def family_of(config: Any, model: str) -> Family:
     """The family of a model by its config.
 
+    Parameters
+    ----------
+    config
+        Of the model.
+    model
+        What the user named, for errors.
+
+    Returns
+    -------
+    Family
+        Written out for GPT-NeoX and Llama, else derived from the model's structure.
+
     Raises
     ------
     TeacherError
-        If it is of none that lftpipe knows, with the list of those it does.
+        If the model is no decoder that lftpipe can take apart, with the reason.
     """
+    check_kind(config, model)
     for family in FAMILIES:
         if config.model_type in family.model_types:
             return family
-    known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-    raise TeacherError(
-        f"model {model} of type {config.model_type}",
-        f"a decoder of a known family ({known})",
-        "choose another model, or add its family as docs/families.md says",
-    )
+    return structure_of(config).family()
+
+
+def _checkpoint(folder: Path, family: Family, config: Any) -> Checkpoint:
+    if not family.derived:
+        return Checkpoint(folder)
+    return NamedCheckpoint(folder, structure_of(config).model)
 
 
 def load_tokenizer(teacher: Teacher) -> Any:
@@ -162,7 +193,7 @@ def load_tokenizer(teacher: Teacher) -> Any:
     try:
         if not any(any(teacher.folder.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise FileNotFoundError  # transformers would make one up that knows no words
-        tokenizer = AutoTokenizer.from_pretrained(teacher.folder)
+        tokenizer = AutoTokenizer.from_pretrained(teacher.folder, trust_remote_code=False)
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise TypeError("a tokenizer without the Rust library behind it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -211,7 +242,7 @@ def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def _config(folder: Path, model: str, trust_remote_code: bool) -> Any:
+def _config(folder: Path, model: str) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -221,7 +252,7 @@ def _config(folder: Path, model: str, trust_remote_code: bool) -> Any:
             "check the path, or save the model there with save_pretrained",
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._attn_implementation = attention.NAME  # single layers are built from it, with no model around
         return config
     except (OSError, ValueError, KeyError) as error:
@@ -229,66 +260,3 @@ def _config(folder: Path, model: str, trust_remote_code: bool) -> Any:
         raise TeacherError(
             f"model {model} ({reason})", "a config that transformers reads", "mend config.json"
         ) from error
-
-
-def _converted(gguf: Path, folder: Path) -> Path:
-    """A `.gguf` file as a folder in transformers' format, made once and kept beside the experiment.
-
-    Later stages read single layers of the teacher from there.
-    """
-    source = folder / "source.json"
-    with gguf.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    if source.is_file() and json.loads(source.read_text())["sha256"] == digest:
-        return folder
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(**where)
-            family_of(config, str(gguf))
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-    except ImportError as error:
-        raise TeacherError(
-            f"{gguf}", "the packages gguf and accelerate", "pip install 'lftpipe[gguf]'"
-        ) from error
-    except TeacherError:
-        raise
-    except Exception as error:  # whatever reading a damaged file runs into
-        raise TeacherError(
-            f"{gguf} ({error})", "a GGUF file that transformers reads", "fetch it again"
-        ) from error
-    partial.mkdir(parents=True)
-    tensors = model.state_dict()
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
-    model.generation_config.save_pretrained(partial)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "source.json").write_text(json.dumps({"file": gguf.name, "sha256": digest}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return folder
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Loading without transformers' own progress bars and notices; lftpipe says what matters."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()

@@ -3,7 +3,8 @@
 The LM head is never loaded, the layers above the deepest state neither.
 """
 
-from collections.abc import Callable
+import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from lftpipe.device import cast_linear
 from lftpipe.errors import TeacherError
-from lftpipe.teacher import attention
-from lftpipe.teacher.source import Teacher, quiet_transformers
+from lftpipe.teacher import attention, capture, skeleton
+from lftpipe.teacher.capture import Sink
+from lftpipe.teacher.quiet import quiet_transformers
+from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.structure import structure_of
 
-#: Called with `(l, tensor)`; the tensor is `(sequence, position, feature)` and must be used at once.
-Sink = Callable[[int, Tensor], None]
+__all__ = ["Sink", "Trunk"]
 
 
 class Trunk:
@@ -33,41 +36,39 @@ class Trunk:
         `torch.bfloat16` runs matrix products in it and keeps the residual stream in float32.
     device
         Where to run.
+
+    Raises
+    ------
+    TeacherError
+        If its weights do not load, or the hooks do not give what transformers says the states are.
     """
 
     def __init__(
         self, teacher: Teacher, deepest: int, compute_dtype: torch.dtype, device: str = "cpu"
     ) -> None:
-        from transformers import AutoModel
-
         self.deepest = deepest
+        self.compute_dtype = torch.float32  # as long as it is tried
+        self.device = torch.device("cpu")
+        model = _derived_base(teacher, deepest) if teacher.family.derived else _base(teacher, deepest)
+        self.model = model.eval().requires_grad_(False)
+        self._layers: Any = model.get_submodule(teacher.family.model_layers)
+        self._forms = [teacher.family.form(teacher.config, index) for index in range(len(self._layers))]
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        taken = partial(capture.hooks, self._layers, self._forms, deepest, attention=None)
+        self.apart = capture.check(
+            self._forward,
+            taken,
+            teacher.model,
+            teacher.config.vocab_size,
+            deepest,
+            not self._takes_positions,
+        )
+        if teacher.family.model_norm:
+            model.set_submodule(teacher.family.model_norm, nn.Identity())  # no state is taken after it
         self.compute_dtype = compute_dtype
-        self.device = torch.device(device)
-        try:
-            with quiet_transformers():
-                model, loading = AutoModel.from_pretrained(
-                    teacher.folder,
-                    num_hidden_layers=max(deepest, 1),
-                    dtype=torch.float32,
-                    attn_implementation=attention.NAME,
-                    output_loading_info=True,
-                )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise TeacherError(
-                f"model {teacher.model} ({reason})", "weights that load", "fetch it again"
-            ) from error
-        if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
-            raise TeacherError(
-                f"model {teacher.model} without {missing[0]}",
-                "all weights of its layers",
-                "fetch or save it again",
-            )
         cast_linear(model, compute_dtype)
-        setattr(model, teacher.family.model_norm, nn.Identity())  # no state is taken after it
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        self._layers: Any = getattr(model, teacher.family.model_layers)
-        self._attention = teacher.family.attention
+        self.device = torch.device(device)
+        self.model.to(self.device)
 
     @property
     def num_parameters(self) -> int:
@@ -85,43 +86,97 @@ class Trunk:
         """One forward pass; `hidden(l, h[l])` and `attention(l, a[l])` are called as layers finish.
 
         `h[l]` is the residual stream entering layer `l`, and `h[L]` leaves the last layer, before
-        the final norm. Attention stays inside pieces: position ids restart with each.
+        the final norm. Attention stays inside segments: position ids restart with each.
+
+        Parameters
+        ----------
+        tokens, position_ids
+            Of the batch.
+        hidden, attention
+            What takes states and attention outputs. A layer without an attention branch gives none.
         """
-        hooks = []
-        if hidden:
-            for index, layer in enumerate(self._layers):
-                if index <= self.deepest:
-                    hooks.append(layer.register_forward_pre_hook(_entering(index, hidden)))
-            if self.deepest == len(self._layers):
-                hooks.append(self._layers[-1].register_forward_hook(_leaving(self.deepest, hidden)))
-        if attention:
-            for index, layer in enumerate(self._layers):
-                branch = getattr(layer, self._attention)
-                hooks.append(branch.register_forward_hook(_leaving(index, attention)))
+        if self.apart and (position_ids[:, 1:] == 0).any():
+            self._run_apart(tokens, position_ids, hidden, attention)
+            return
+        with capture.hooks(self._layers, self._forms, self.deepest, hidden, attention):
+            self._forward(tokens, position_ids)
+
+    def _forward(self, tokens: Tensor, position_ids: Tensor, **options: Any) -> Any:
+        places = {"position_ids": position_ids.to(self.device)} if self._takes_positions else {}
         autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
         )
-        try:
-            with autocast:
-                self.model(
-                    input_ids=tokens.to(self.device),
-                    position_ids=position_ids.to(self.device),
-                    use_cache=False,
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with autocast:
+            return self.model(input_ids=tokens.to(self.device), use_cache=False, **places, **options)
+
+    def _run_apart(
+        self, tokens: Tensor, position_ids: Tensor, hidden: Sink | None, attention: Sink | None
+    ) -> None:
+        """Segment by segment, those of equal places together; what was captured is put together again."""
+        spans: dict[tuple[int, int], list[int]] = {}
+        for row, places in enumerate(position_ids):
+            starts = (places == 0).nonzero().flatten().tolist()
+            for start, stop in zip(starts, [*starts[1:], len(places)], strict=True):
+                spans.setdefault((start, stop), []).append(row)
+        kept: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        for (start, stop), rows in spans.items():
+
+            def keep(
+                layer: int, state: Tensor, into: dict[int, Tensor], at: Any = (rows, slice(start, stop))
+            ) -> None:
+                if layer not in into:
+                    into[layer] = state.new_zeros(*tokens.shape, state.shape[-1])
+                into[layer][at] = state
+
+            sinks = [partial(keep, into=each) for each in kept]
+            with capture.hooks(self._layers, self._forms, self.deepest, sinks[0], sinks[1]):
+                self._forward(tokens[rows, start:stop], position_ids[rows, start:stop])
+        for sink, states in zip((hidden, attention), kept, strict=True):
+            if sink is not None:
+                for layer, state in sorted(states.items()):
+                    sink(layer, state)
 
 
-def _entering(index: int, sink: Sink) -> Callable[..., None]:
-    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        sink(index, arguments[0])
+def _base(teacher: Teacher, deepest: int) -> Any:
+    """The base model of a family that is written out, by transformers."""
+    from transformers import AutoModel
 
-    return hook
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModel.from_pretrained(
+                teacher.folder,
+                num_hidden_layers=max(deepest, 1),
+                dtype=torch.float32,
+                attn_implementation=attention.NAME,
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TeacherError(
+            f"model {teacher.model} ({reason})", "weights that load", "fetch it again"
+        ) from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+        raise TeacherError(
+            f"model {teacher.model} without {missing[0]}",
+            "all weights of its layers",
+            "fetch or save it again",
+        )
+    return model
 
 
-def _leaving(index: int, sink: Sink) -> Callable[..., None]:
-    def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        sink(index, output[0] if isinstance(output, tuple) else output)
-
-    return hook
+def _derived_base(teacher: Teacher, deepest: int) -> Any:
+    """The base model of a derived family, from the checkpoint's single tensors."""
+    structure = structure_of(teacher.config)
+    with quiet_transformers():
+        model = skeleton.build(teacher.config, structure.implementation)
+    layers = model.get_submodule(structure.path)
+    del layers[max(deepest, 1) :]
+    base = model.base_model
+    names = {name: structure.base_prefix + name for name in base.state_dict()}
+    tensors = teacher.checkpoint.read(list(names.values()))
+    base.load_state_dict({name: tensors[source] for name, source in names.items()}, assign=True)
+    skeleton.materialise_buffers(model, base)
+    return base

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lftpipe import progress
+from lftpipe.errors import RunError
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.training import processes
 from lftpipe.training.run import Training
@@ -31,13 +32,33 @@ def refit(run: Training, batches: Callable[[], Iterable[Batch]]) -> None:
     The fit is ridge regression of what is missing, drawn to the teacher's maps. Where the MLP reads what
     attention gives (sequential residuals) its map is fitted a second time, on what it reads by then.
     """
-    family, layer = run.teacher.family, run.flow.layer
-    attention, mlp = (
-        layer.layer.get_submodule(name) for name in (family.attention_output, family.mlp_output)
-    )
+    layer = run.flow.layer
+    attention, mlp = (layer.layer.get_submodule(name) for name in _last_maps(run))
     _fit(run, batches(), [attention, mlp])
     if not layer.parallel:
         _fit(run, batches(), [mlp])
+
+
+def _last_maps(run: Training) -> list[str]:
+    """The linear maps that end the branches of the run's layer.
+
+    Raises
+    ------
+    RunError
+        If it has none, or they do not write to the stream directly.
+    """
+    form = run.flow.layer.form
+    branches = [form.attention, form.mlp] if form else []
+    names = [each.output for each in branches if each.output and not each.post_norm and each.scale == 1]
+    if len(names) != 2 or not all(
+        isinstance(run.flow.layer.layer.get_submodule(name), nn.Linear) for name in names
+    ):
+        raise RunError(
+            f"--init readout for layer {run.m} of {run.teacher.name}",
+            "a layer whose two branches each end in a linear map that writes to the stream",
+            "leave --init out",
+        )
+    return names
 
 
 def _fit(run: Training, batches: Iterable[Batch], maps: list[Any]) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from lftpipe.device import resolve_compute_dtype
 from lftpipe.errors import TeacherError
-from lftpipe.teacher import source
+from lftpipe.teacher import capture, source
 from lftpipe.teacher.family import attention_context
 from lftpipe.teacher.parts import (
     Tail,
@@ -270,10 +270,36 @@ def test_a_config_that_is_none_is_refused(tmp_path, config):
 def test_an_encoder_is_refused(tmp_path):
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        TeacherError, match=r"of type bert / expected: a decoder of a known family \(gpt_neox, llama\)"
+    with pytest.raises(TeacherError, match=r"depend on tokens that come later / expected: a causal decoder"):
+        Trunk(open_teacher(str(tmp_path), WORKSPACE), 1, torch.float32)
+
+
+def saved(config: Any, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_is_no_decoder_of_text_is_refused_with_the_reason(tmp_path):
+    from transformers import Gemma3Config, LlamaConfig, T5Config
+
+    for config, reason in (
+        (T5Config(), "of type t5, an encoder with a decoder / expected: a decoder alone"),
+        (Gemma3Config(), "reads more than text / expected: its text part alone, a model of type gemma3_text"),
+        (LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\)"),
     ):
-        open_teacher(str(tmp_path), WORKSPACE)
+        folder = saved(config, tmp_path / config.model_type)
+        (tmp_path / config.model_type / "model.safetensors").touch()
+        with pytest.raises(TeacherError, match=reason):
+            open_teacher(folder, WORKSPACE)
+
+
+def test_a_capture_that_is_not_the_hidden_state_is_refused(neox_teacher, monkeypatch):
+    def shifted(index, sink):
+        return lambda module, given, named: sink(index, given[0] + 1 if index == 1 else given[0])
+
+    monkeypatch.setattr(capture, "_entering", shifted)
+    with pytest.raises(TeacherError, match=r"states are not what enters its layers .* nothing was stored"):
+        Trunk(neox_teacher, 4, torch.float32)
 
 
 def test_pickles_are_never_loaded(neox_teacher, tmp_path, monkeypatch):

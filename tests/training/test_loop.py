@@ -149,7 +149,7 @@ def test_a_finished_run_is_left_alone_without_force(settings, monkeypatch):
     train(settings)
     before = weights_of(settings.run)
     with monkeypatch.context() as patch:
-        patch.setattr("lftpipe.training.together.Training", None)
+        patch.setattr("lftpipe.stages.train.Training", None)
         again = train(settings)
     assert again["already_finished"] and "nothing was computed" in summary(again)
     with pytest.raises(

@@ -67,10 +67,10 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
     run = training(settings, objective="regression")
     monkeypatch.setattr(readout, "RIDGE", 1e-9)
     target = training(settings, objective="regression")
-    family = run.teacher.family
+    form = run.flow.layer.form
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        changed = [family.attention_output, family.mlp_output][not run.flow.layer.parallel :]
+        changed = [form.attention.output, form.mlp.output][not run.flow.layer.parallel :]
         for name in changed:
             for parameter in target.flow.layer.layer.get_submodule(name).parameters():
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)

@@ -1,0 +1,78 @@
+"""A `.gguf` file as a folder in transformers' format."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lftpipe.errors import TeacherError
+from lftpipe.teacher.quiet import quiet_transformers
+
+
+def convert(gguf: Path, folder: Path, accept: Callable[[Any, str], object]) -> Path:
+    """A `.gguf` file as a folder in transformers' format, made once and kept beside the experiment.
+
+    Later stages read single layers of the teacher from there.
+
+    Parameters
+    ----------
+    gguf
+        The file.
+    folder
+        To make.
+    accept
+        Called with the config and the file's name before any weight is read; raises what it does not accept.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    TeacherError
+        If the file is damaged, or of a model that is not accepted.
+    """
+    source = folder / "source.json"
+    with gguf.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if source.is_file() and json.loads(source.read_text())["sha256"] == digest:
+        return folder
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(**where)
+            accept(config, str(gguf))
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+    except ImportError as error:
+        raise TeacherError(
+            f"{gguf}", "the packages gguf and accelerate", "pip install 'lftpipe[gguf]'"
+        ) from error
+    except TeacherError:
+        raise
+    except Exception as error:  # whatever reading a damaged file runs into
+        raise TeacherError(
+            f"{gguf} ({error})", "a GGUF file that transformers reads", "fetch it again"
+        ) from error
+    partial.mkdir(parents=True)
+    tensors = model.state_dict()
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
+    model.generation_config.save_pretrained(partial)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "source.json").write_text(json.dumps({"file": gguf.name, "sha256": digest}) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
