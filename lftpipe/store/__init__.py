@@ -3,7 +3,8 @@
 from lftpipe.store.batches import Batch, Logits, batch_sequences
 from lftpipe.store.layout import ShardKey, StoreSpec
 from lftpipe.store.reader import Store
-from lftpipe.store.shard_writer import ShardWriter, Slot
+from lftpipe.store.sealed import Sealed
+from lftpipe.store.shard_writer import ShardWriter, Slot, produce_shard
 from lftpipe.store.verify import Damage, Report, verify_store
 from lftpipe.store.writer import StoreWriter
 
@@ -12,6 +13,7 @@ __all__ = [
     "Damage",
     "Logits",
     "Report",
+    "Sealed",
     "ShardKey",
     "ShardWriter",
     "Slot",
@@ -19,5 +21,6 @@ __all__ = [
     "StoreSpec",
     "StoreWriter",
     "batch_sequences",
+    "produce_shard",
     "verify_store",
 ]

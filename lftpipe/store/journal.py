@@ -11,16 +11,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
 from lftpipe.errors import StoreError
 from lftpipe.files import canonical, file_digest, fingerprint, read_sealed, write_atomic, write_sealed
-from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, StoreSpec
+from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, PLAN, StoreSpec
+from lftpipe.store.sealed import Records, final_of
 from lftpipe.store.shard import Record
-
-Records = dict[str, Record]  # shard file, relative to the store -> what is known of it
 
 
 class Manifest(NamedTuple):
@@ -118,12 +117,31 @@ def _content(line: bytes) -> dict | None:
 def settle(path: Path, records: Records) -> None:
     """Name the journaled shards that a killed process had no time to name; remove what it left unfinished."""
     for partial in sorted(path.rglob("*.partial")):
-        final = partial.with_suffix("")
+        final = final_of(partial)
         record = records.get(str(final.relative_to(path)))
         if record and partial.stat().st_size == record.bytes and file_digest(partial) == record.digest:
             partial.replace(final)
         else:
             partial.unlink()
+
+
+def read_plan(path: Path) -> dict[str, Any] | None:
+    """What is to be computed, as `write_plan` froze it; None if nothing is, or if it is damaged."""
+    try:
+        return read_sealed(path / PLAN)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def write_plan(path: Path, plan: dict[str, Any]) -> None:
+    """Freeze what is to be computed."""
+    write_sealed(path / PLAN, plan)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what a store in the making has beside its journal."""
+    for file in (path / PLAN, *path.glob("part-*"), *path.rglob("*.partial")):
+        file.unlink(missing_ok=True)
 
 
 def on_disk(path: Path, records: Records) -> Records:

@@ -14,6 +14,7 @@ from lftpipe.files import plain
 
 SCHEMA_VERSION = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "writer.lock"
+PLAN = "plan.json"  # there while states are computed
 TOKEN_ARRAYS = ("tokens", "document")  # made of the corpus alone; the teacher computes all others
 LOGIT_ARRAYS = ("logit_values", "logit_ids", "logit_normaliser")
 

@@ -5,15 +5,70 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lftpipe.errors import StoreError
 from lftpipe.files import differences, file_digest
-from lftpipe.store.journal import Journal, Manifest, Records
+from lftpipe.store.journal import Journal, Manifest, on_disk, settle
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, StoreSpec, root_attributes
+from lftpipe.store.sealed import Records
 from lftpipe.store.shard import ChunkReader, DamagedShardError, Record
+from lftpipe.store.verify import Report
 
 
-def existing(
+class Found(NamedTuple):
+    """How a writer begins."""
+
+    spec: StoreSpec
+    """With the details that an earlier run noted."""
+    records: Records
+    """Of the shards that count as done."""
+    checked: Records
+    """Those that an earlier `StoreWriter.finish` read."""
+    finished: bool
+    """Whether there is a complete store, which may be smaller."""
+    complete: bool
+    """Whether it is all that is asked for."""
+
+
+def find(path: Path, spec: StoreSpec, *, resume: bool, repair: Report | None, recheck: bool) -> Found:
+    """What is there of the store that is asked for; shards that lack their names get them.
+
+    Parameters
+    ----------
+    path, spec
+        The store.
+    resume, repair, recheck
+        See `StoreWriter.open`.
+
+    Raises
+    ------
+    StoreError
+        If what is there may not be gone on with.
+    """
+    manifest, old = _existing(path, spec, salvage=repair is not None)
+    if not old:
+        return Found(spec, {}, {}, False, False)
+    if not resume:
+        raise StoreError(f"{path} exists", "a new store", "go on with it (--resume) or begin anew (--force)")
+    refuse_changes(path, old[0], spec)
+    if old[0].details.get("asked") == spec.sequences and not recheck:
+        spec = replace(spec, sequences=old[0].sequences)
+    # Details that are not given anew stay: an earlier run may have noted them.
+    spec = replace(spec, details={**old[0].details, **spec.details})
+    damaged = {damage.file for damage in repair.damaged} if repair else set()
+    kept = {file: record for file, record in old[1].items() if file not in damaged}
+    settle(path, kept)
+    records = on_disk(path, kept)
+    if not manifest:
+        return Found(spec, records, {}, False, False)
+    checked = dict(records.items() & manifest.shards.items())
+    same = manifest.spec.sequences == spec.sequences and records == manifest.shards
+    complete = same and not damaged and not Journal.exists(path)
+    return Found(spec, records, checked, True, complete)
+
+
+def _existing(
     path: Path, spec: StoreSpec, *, salvage: bool
 ) -> tuple[Manifest | None, tuple[StoreSpec, Records] | None]:
     """The manifest, if the store was finished, and what it was last meant to hold and holds.
@@ -120,6 +175,14 @@ def clear(path: Path) -> None:
     for name in sorted(names | {JOURNAL}, key=lambda name: (name == JOURNAL, name != MANIFEST)):
         target = path / name
         shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+
+def abandon(path: Path) -> None:
+    """Delete a store that was begun for nothing; one that was ever finished stays."""
+    if not (path / MANIFEST).exists():
+        clear(path)
+        (path / LOCK).unlink(missing_ok=True)
+        path.rmdir()
 
 
 def _changed(path: Path, changed: list[str]) -> StoreError:

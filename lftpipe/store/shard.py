@@ -39,9 +39,9 @@ class DamagedShardError(Exception):
     """A shard file is not as it was written."""
 
 
-def partial_file(path: Path) -> Path:
-    """Where a shard grows until it is whole."""
-    return path.with_name(path.name + ".partial")
+def partial_file(path: Path, attempt: str) -> Path:
+    """Where a shard grows until it is whole: a file of this attempt alone."""
+    return path.with_name(f"{path.name}.{attempt}.partial")
 
 
 def _crc(data: np.ndarray | bytes) -> bytes:
@@ -80,10 +80,14 @@ class ChunkWriter:
     ----------
     free
         Memory that other writers of the same store let go; this one takes from it and gives back.
+    attempt
+        Names the file until it is whole.
     """
 
-    def __init__(self, path: Path, num_chunks: int, free: list[np.ndarray] | None = None) -> None:
-        self.path = partial_file(path)
+    def __init__(
+        self, path: Path, num_chunks: int, free: list[np.ndarray] | None = None, attempt: str = "a"
+    ) -> None:
+        self.path = partial_file(path, attempt)
         self._index = np.full((num_chunks, 2), _MISSING, "<u8")
         self._digest = xxhash.xxh3_128()
         self._free = [] if free is None else free

@@ -1,6 +1,8 @@
 """One shard of several arrays in the making: values are checked, encoded and appended as they come."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,10 +10,10 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lftpipe.errors import StoreError
-from lftpipe.files import sync_folder
 from lftpipe.store.codec import encode
-from lftpipe.store.journal import Records, disk_errors
-from lftpipe.store.layout import ArrayLayout, ShardKey
+from lftpipe.store.journal import disk_errors
+from lftpipe.store.layout import ArrayLayout, ShardKey, StoreSpec
+from lftpipe.store.sealed import Sealed
 from lftpipe.store.shard import ChunkReader, ChunkWriter, DamagedShardError, Room
 
 # dtype -> signed and unsigned type of its bits, and those of infinity and -infinity: where no value's bits
@@ -45,14 +47,16 @@ class ShardWriter:
         arrays: list[ArrayLayout],
         sequences_per_shard: int,
         free: list[np.ndarray],
+        attempt: str,
     ) -> None:
-        """Use `StoreWriter.shard`."""
+        """Use `produce_shard` or `StoreWriter.shard`."""
         self.key = key
         self._arrays = {array.name: array for array in arrays}
         self._origin = key.index * sequences_per_shard
         self._files = {array.name: array.file(key.split, key.index) for array in arrays}
         self._store = store
-        self._free = free
+        self._free, self._attempt = free, attempt
+        self.sealed: Sealed | None = None
         self._chunks: dict[str, ChunkWriter] = {}
 
     def slot(self, array: str, layer: int | None, first: int, count: int) -> Slot:
@@ -132,7 +136,7 @@ class ShardWriter:
         with disk_errors(self._store):
             for name, array in self._arrays.items():
                 self._chunks[name] = ChunkWriter(
-                    self._store / self._files[name], array.chunks_per_shard, self._free
+                    self._store / self._files[name], array.chunks_per_shard, self._free, self._attempt
                 )
         for name, array in self._arrays.items() if kept else ():
             try:
@@ -145,7 +149,7 @@ class ShardWriter:
                     str(error), "a shard as it was written", "run `lftpipe extract --repair`"
                 ) from None
 
-    def seal(self) -> Records:
+    def seal(self) -> Sealed:
         """Write the indices and wait for the disk; the files still have their temporary names."""
         end = self.key.sequences.stop - self._origin
         for name, array in self._arrays.items():
@@ -156,14 +160,8 @@ class ShardWriter:
                     raise ValueError(
                         f"{name} layer {layer} of {self.key.split} sequence {sequence} was never put"
                     )
-        return {self._files[name]: self._chunks[name].seal(end) for name in self._arrays}
-
-    def publish(self) -> None:
-        """Give the files their names, for good."""
-        for name, file in self._files.items():
-            self._chunks[name].path.replace(self._store / file)
-        for file in self._files.values():
-            sync_folder((self._store / file).parent)
+        records = {self._files[name]: self._chunks[name].seal(end) for name in self._arrays}
+        return Sealed(self.key, self._attempt, records)
 
     def discard(self) -> None:
         """Leave nothing behind."""
@@ -188,3 +186,47 @@ class ShardWriter:
             f"finite values within {np.finfo(layout.dtype).max:g}",
             "use --dtype float32 if it is only too large, else --compute-dtype float32; look at the teacher",
         )
+
+
+@contextmanager
+def produce_shard(
+    path: Path,
+    spec: StoreSpec,
+    key: ShardKey,
+    attempt: str,
+    *,
+    arrays: list[ArrayLayout] | None = None,
+    free: list[np.ndarray] | None = None,
+) -> Iterator[ShardWriter]:
+    """Write a shard under names of its own: no lock is taken, and the store does not know of it yet.
+
+    Parameters
+    ----------
+    path, spec
+        The store, begun by a `StoreWriter`, which alone can take the shard into it (`StoreWriter.commit`).
+    key
+        Which shard, and which of its sequences.
+    attempt
+        No other attempt at this shard may have this name.
+    arrays
+        Left out, all that the teacher computes.
+    free
+        Memory that shards written before let go.
+
+    Yields
+    ------
+    ShardWriter
+        To be filled; afterwards it has `sealed`. An error within leaves nothing behind.
+    """
+    computed = [array for array in spec.arrays.values() if array.computed]
+    shard = ShardWriter(
+        path, key, arrays or computed, spec.sequences_per_shard, [] if free is None else free, attempt
+    )
+    try:
+        shard.begin()
+        yield shard
+        with disk_errors(path):
+            shard.sealed = shard.seal()
+    except BaseException:
+        shard.discard()
+        raise

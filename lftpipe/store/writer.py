@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from lftpipe.errors import StoreError
-from lftpipe.files import file_digest, sync_folder, write_atomic
+from lftpipe.files import sync_folder
 from lftpipe.store import journal as books
 from lftpipe.store import resume as opening
-from lftpipe.store.journal import Journal, Manifest, Records
+from lftpipe.store.finish import refuse_incomplete, write_metadata
+from lftpipe.store.journal import Journal, Manifest
 from lftpipe.store.layout import JOURNAL, MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
-from lftpipe.store.shard import ChunkReader, DamagedShardError, Record
-from lftpipe.store.shard_writer import ShardWriter
+from lftpipe.store.sealed import Records, Sealed, sync_folders
+from lftpipe.store.shard import Record
+from lftpipe.store.shard_writer import ShardWriter, produce_shard
+from lftpipe.store.token_shards import put_tokens
 from lftpipe.store.verify import Report
 
 
@@ -30,11 +32,13 @@ class StoreWriter:
     ----------
     complete
         Whether everything the specification asks for is on disk and checked.
+    epoch
+        How many times it was opened to be computed: part of the names of what is produced.
     """
 
     def __init__(self, path: Path, spec: StoreSpec, lock: int) -> None:
         """Use `open`."""
-        self.path, self.spec, self.complete = path, spec, False
+        self.path, self.spec, self.complete, self.epoch = path, spec, False, 0
         self._lock = lock
         self._journal: Journal | None = None
         self._records: Records = {}  # all shards that count as done
@@ -51,6 +55,7 @@ class StoreWriter:
         resume: bool = True,
         force: bool = False,
         repair: Report | None = None,
+        recheck: bool = False,
     ) -> "StoreWriter":
         """Begin a store, go on with an incomplete one, add sequences to a complete one, or repair one.
 
@@ -62,6 +67,9 @@ class StoreWriter:
             Delete an existing store and begin anew.
         repair
             What `verify_store` found: these files count as not written.
+        recheck
+            Whether a corpus that ended early may have grown since; left out, a store that was once asked for
+            just as much is not asked for more than it holds.
 
         Raises
         ------
@@ -73,7 +81,7 @@ class StoreWriter:
             path.mkdir(parents=True, exist_ok=True)
             self = cls(path, spec, books.take_lock(path))
             try:
-                self._begin(resume, force, repair)
+                self._begin(resume, force, repair, recheck)
             except BaseException:
                 self.close()
                 raise
@@ -100,16 +108,63 @@ class StoreWriter:
         """The shards whose states are still to be computed, in order."""
         todo = []
         for key in self.spec.shard_keys():
-            stored = min(self._stored(key, array) for array in self._computed)
+            stored = min(self.stored(key, array) for array in self._computed)
             if stored < len(key.sequences):
                 todo.append(ShardKey(key.split, key.index, key.sequences[stored:]))
         return todo
 
     @contextmanager
-    def shard(self, key: ShardKey) -> Iterator[ShardWriter]:
-        """Write one pending shard: it counts when the block ends; an error within leaves nothing behind."""
-        with self._writing(key, self._computed) as shard:
+    def shard(self, key: ShardKey, arrays: list[ArrayLayout] | None = None) -> Iterator[ShardWriter]:
+        """Write one pending shard: it counts when the block ends; an error within leaves nothing behind.
+
+        Parameters
+        ----------
+        arrays
+            Left out, all that the teacher computes.
+        """
+        assert self._journal is not None, "nothing is pending in a complete store"
+        attempt = f"e{self.epoch}"
+        with produce_shard(self.path, self.spec, key, attempt, arrays=arrays, free=self._free) as shard:
             yield shard
+        assert shard.sealed is not None
+        self.commit(shard.sealed)
+
+    def commit(self, *sealed: Sealed) -> int:
+        """Take shards that were produced, here or elsewhere: into the journal first, then by name.
+
+        One that the store has already, and one whose files are not there as they were written, are refused:
+        they change no byte, and nothing of them remains.
+
+        Returns
+        -------
+        int
+            How many were taken.
+
+        Raises
+        ------
+        StoreError
+            If the disk is full: those that are not taken are gone then.
+        """
+        assert self._journal is not None, "a complete store takes no shards"
+        with self._commits, books.disk_errors(self.path):
+            taken: dict[ShardKey, Sealed] = {}
+            for each in sealed:
+                if each.key not in taken and self._wanted(each):
+                    taken[each.key] = each
+                else:
+                    each.discard(self.path)
+            records = {file: record for each in taken.values() for file, record in each.records.items()}
+            try:
+                if records:
+                    self._journal.append(records)
+            except BaseException:
+                for each in taken.values():
+                    each.discard(self.path)
+                raise
+            sync_folders({folder for each in taken.values() for folder in each.name(self.path)})
+            self._records.update(records)
+            self._checked.update(records)
+        return len(taken)
 
     def put_tokens(
         self,
@@ -136,15 +191,48 @@ class StoreWriter:
             begin, end = max(first, key.sequences.start), min(stop, key.sequences.stop)
             if key.split == split and begin < end:
                 part = slice(begin - first, end - first)
-                self._put_tokens(key, begin, {"tokens": tokens[part], "document": document[part]})
+                put_tokens(self, key, begin, {"tokens": tokens[part], "document": document[part]})
 
-    def note(self, **details: Any) -> None:
-        """Record details of a store in the making; whoever resumes it finds them in its specification."""
+    def note(self, sequences: dict[str, int] | None = None, **details: Any) -> None:
+        """Record details of a store in the making; whoever resumes it finds them in its specification.
+
+        Parameters
+        ----------
+        sequences
+            How many each split has, where that was not known before: never fewer than are stored.
+        details
+            None takes one away.
+        """
+        changed = {key: value for key, value in {**self.spec.details, **details}.items() if value is not None}
+        spec = replace(self.spec, details=changed, sequences=sequences or self.spec.sequences)
+        if spec == self.spec:
+            return
         assert self._journal is not None, "a complete store takes no notes"
         with books.disk_errors(self.path), self._commits:
-            self.spec = replace(self.spec, details={**self.spec.details, **details})
+            self.spec = spec
             self._journal.close()
             self._journal = Journal(self.path, self.spec, self._records)
+
+    def begin_epoch(self, plan: dict[str, Any]) -> None:
+        """Freeze what is to be computed into `plan.json`; what was begun before under another plan is void.
+
+        Parameters
+        ----------
+        plan
+            JSON-plain; `epoch` is added: how many times this store was opened to be computed.
+        """
+        with books.disk_errors(self.path):
+            self.epoch = (books.read_plan(self.path) or {"epoch": 0})["epoch"] + 1
+            books.write_plan(self.path, {**plan, "epoch": self.epoch})
+
+    def missing_tokens(self) -> str | None:
+        """The first shard whose tokens are not all stored, in words; None if there is none."""
+        token_arrays = [array for array in self.spec.arrays.values() if not array.computed]
+        for key in self.spec.shard_keys():
+            for array in token_arrays:
+                if self.stored(key, array) < len(key.sequences):
+                    return f"{array.name} of {key.split} shard {key.index}"
+        return None
 
     def finish(self) -> None:
         """Check everything on disk, then declare the store complete.
@@ -158,9 +246,10 @@ class StoreWriter:
         if self.complete:
             return
         with books.disk_errors(self.path):
-            self._check()
+            refuse_incomplete(self, self._records, self._checked)
             files = metadata(self.spec, complete=True)
-            self._write_metadata(files)
+            write_metadata(self.path, files)
+            books.clear_leftovers(self.path)
             described = {name: books.describe(data) for name, data in files.items()}
             Manifest.write(self.path, self.spec, dict(sorted(self._records.items())), described)
             (self.path / JOURNAL).unlink(missing_ok=True)
@@ -171,128 +260,35 @@ class StoreWriter:
     def _computed(self) -> list[ArrayLayout]:
         return [array for array in self.spec.arrays.values() if array.computed]
 
-    def _stored(self, key: ShardKey, array: ArrayLayout) -> int:
+    def stored(self, key: ShardKey, array: ArrayLayout) -> int:
         """How many sequences of this shard are on disk."""
         record = self._records.get(array.file(key.split, key.index))
         return record.sequences if record else 0
 
-    def _begin(self, resume: bool, force: bool, repair: Report | None) -> None:
+    def _wanted(self, sealed: Sealed) -> bool:
+        known = (self._records.get(file) for file in sealed.records)
+        news = all(
+            not old or old.sequences < new.sequences
+            for old, new in zip(known, sealed.records.values(), strict=True)
+        )
+        return news and sealed.is_there(self.path)
+
+    def _begin(self, resume: bool, force: bool, repair: Report | None, recheck: bool) -> None:
         if force:
             opening.clear(self.path)
-        manifest, old = opening.existing(self.path, self.spec, salvage=repair is not None)
-        if old:
-            if not resume:
-                raise StoreError(
-                    f"{self.path} exists", "a new store", "go on with it (--resume) or begin anew (--force)"
-                )
-            opening.refuse_changes(self.path, old[0], self.spec)
-            # Details that are not given anew stay: an earlier run may have noted them.
-            self.spec = replace(self.spec, details={**old[0].details, **self.spec.details})
-            damaged = {damage.file for damage in repair.damaged} if repair else set()
-            kept = {file: record for file, record in old[1].items() if file not in damaged}
-            books.settle(self.path, kept)
-            self._records = books.on_disk(self.path, kept)
-            if manifest:
-                self._checked = dict(self._records.items() & manifest.shards.items())
-                same = manifest.spec.sequences == self.spec.sequences and self._records == manifest.shards
-                self.complete = same and not damaged and not Journal.exists(self.path)
+        found = opening.find(self.path, self.spec, resume=resume, repair=repair, recheck=recheck)
+        self.spec, self.complete = found.spec, found.complete
+        self._records, self._checked = found.records, found.checked
         if not self.complete:
             self._journal = Journal(self.path, self.spec, self._records)
-            if manifest is None:
+            if not found.finished:
                 (self.path / MANIFEST).unlink(missing_ok=True)  # a damaged one
-                self._write_metadata(metadata(self.spec, complete=False))
+                write_metadata(self.path, metadata(self.spec, complete=False))
 
-    @contextmanager
-    def _writing(self, key: ShardKey, arrays: list[ArrayLayout]) -> Iterator[ShardWriter]:
+    def forget(self, files: set[str]) -> None:
+        """Count these shard files as not written."""
         assert self._journal is not None, "nothing is pending in a complete store"
-        shard = ShardWriter(self.path, key, arrays, self.spec.sequences_per_shard, self._free)
-        try:
-            shard.begin()
-            yield shard
-            with books.disk_errors(self.path):
-                records = shard.seal()
-                with self._commits:
-                    self._journal.append(records)
-        except BaseException:
-            shard.discard()
-            raise
-        with books.disk_errors(self.path):
-            shard.publish()
+        lost = {file: Record(0, 0, "") for file in files}
         with self._commits:
-            self._records.update(records)
-            self._checked.update(records)
-
-    def _put_tokens(self, key: ShardKey, begin: int, parts: dict[str, np.ndarray]) -> None:
-        """Store one shard's tokens from sequence ``begin`` on, and compare those that are stored already."""
-        arrays = [self.spec.arrays[name] for name in parts]
-        origin = key.sequences.start
-        try:
-            stored = min(self._stored(key, array) for array in arrays)
-            for array in arrays:
-                self._compare_tokens(
-                    array, key, parts[array.name][: max(origin + stored - begin, 0)], begin - origin
-                )
-        except (DamagedShardError, FileNotFoundError) as error:
-            if self.complete:
-                raise StoreError(
-                    str(error), "a store as it was written", "run `lftpipe extract --repair`"
-                ) from None
-            stored = 0
-        if stored == len(key.sequences):
-            return
-        rest = key.sequences[stored:]
-        if begin > rest.start:
-            raise ValueError(
-                f"tokens of {key.split} sequence {rest.start} must be put before those of {begin}"
-            )
-        with self._writing(ShardKey(key.split, key.index, rest), arrays) as shard:
-            for name, part in parts.items():
-                shard.put(name, None, 0, part[rest.start - begin :])
-
-    def _compare_tokens(self, array: ArrayLayout, key: ShardKey, given: np.ndarray, within: int) -> None:
-        if not len(given):
-            return
-        reader = ChunkReader(self.path / array.file(key.split, key.index), array.chunks_per_shard)
-        stored = np.empty(array.chunk, array.dtype)
-        for chunk, row in enumerate(given, start=within):
-            if not np.array_equal(reader.read(chunk, stored), row):
-                sequence = key.sequences.start + chunk
-                raise StoreError(
-                    f"{array.name} of {key.split} sequence {sequence} are not the stored ones",
-                    "the corpus and the tokenizer the store was begun with",
-                    "give those, name another --store, or begin anew (--force)",
-                )
-
-    def _check(self) -> None:
-        """Everything that must be there is there, and what an earlier process wrote is what it wrote."""
-        if todo := self.pending():
-            raise StoreError(
-                f"{len(todo)} shards of {self.path} are not written",
-                "all of them",
-                "run `lftpipe extract --resume`",
-            )
-        for key in self.spec.shard_keys():
-            for array in self.spec.arrays.values():
-                if self._stored(key, array) < len(key.sequences):
-                    raise ValueError(f"{array.name} of {key.split} shard {key.index} was never put")
-        inherited = dict(self._records.items() - self._checked.items())
-        bad = {file for file, record in inherited.items() if file_digest(self.path / file) != record.digest}
-        bad |= self._records.keys() - books.on_disk(self.path, self._records).keys()
-        if bad:
-            lost = {file: Record(0, 0, "") for file in bad}
             self._records.update(lost)
-            assert self._journal is not None
             self._journal.append(lost)
-            raise StoreError(
-                f"{', '.join(sorted(bad))} changed since they were written",
-                "files that nobody touches",
-                "run `lftpipe extract --resume`: only these are written again",
-            )
-
-    def _write_metadata(self, files: dict[str, bytes]) -> None:
-        """The root's file comes last: it says whether the store is complete."""
-        for name in sorted(files, key=lambda name: -name.count("/")):
-            target = self.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists() or target.read_bytes() != files[name]:
-                write_atomic(target, files[name])
