@@ -2,10 +2,13 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lftpipe.files import read_sealed, write_sealed
 from lftpipe.store import ShardWriter, StoreSpec, StoreWriter
 
 SPLITS = ("train", "validation")
@@ -66,6 +69,23 @@ def files(path: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
     }
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a sealed file's content, and seal it again: its digest is right."""
+    value = read_sealed(path)
+    change(value)
+    write_sealed(path, value)
+
+
+def without_tails(path: Path) -> None:
+    """Make a store one of those whose manifests had none."""
+
+    def strip(manifest: dict[str, Any]) -> None:
+        for part in ("shards", "metadata"):
+            manifest[part] = {file: record[:3] for file, record in manifest[part].items()}
+
+    reseal(path / "manifest.json", strip)
 
 
 def environment(*folders: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from lftpipe.errors import StoreError
 from lftpipe.files import file_digest, write_atomic
 from lftpipe.store.journal import on_disk
-from lftpipe.store.sealed import Records
+from lftpipe.store.parsing import Records
 
 if TYPE_CHECKING:
     from lftpipe.store.writer import StoreWriter

@@ -18,7 +18,16 @@ import xxhash
 from lftpipe.errors import StoreError
 from lftpipe.files import canonical, file_digest, fingerprint, read_sealed, write_atomic, write_sealed
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, PLAN, StoreSpec
-from lftpipe.store.sealed import Records, final_of
+from lftpipe.store.parsing import (
+    Records,
+    check_committed,
+    check_shards,
+    num_shards,
+    parse_metadata,
+    parse_records,
+    parse_spec,
+)
+from lftpipe.store.sealed import final_of
 from lftpipe.store.shard import Record
 
 
@@ -37,23 +46,34 @@ class Manifest(NamedTuple):
             value = read_sealed(path / MANIFEST)
         except FileNotFoundError:
             return None
-        shards, metadata = (
-            {file: Record(*record) for file, record in value[name].items()} for name in ("shards", "metadata")
-        )
-        return cls(StoreSpec.from_json(value["spec"]), shards, metadata, value["fingerprint"])
+        try:
+            spec, shards = parse_spec(value["spec"]), parse_records(value["shards"])
+            check_shards(spec, shards)
+            metadata, made = parse_metadata(value["metadata"]), value["fingerprint"]
+            if made != _fingerprint(spec, shards):
+                raise ValueError("its fingerprint is another store's")
+        except KeyError as error:
+            raise ValueError(f"{path / MANIFEST} is damaged: it has no {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path / MANIFEST} is damaged: {error}") from None
+        return cls(spec, shards, metadata, made)
 
     @classmethod
     def write(cls, path: Path, spec: StoreSpec, shards: Records, metadata: Records) -> None:
         """The fingerprint is over identity and shards: equal stores have equal ones, whenever made."""
-        spec_json = spec.to_json()
-        content = {name: value for name, value in spec_json.items() if name != "details"}
         value = {
-            "spec": spec_json,
+            "spec": spec.to_json(),
             "shards": shards,
             "metadata": metadata,
-            "fingerprint": fingerprint([content, shards]),
+            "fingerprint": _fingerprint(spec, shards),
         }
         write_sealed(path / MANIFEST, value)
+
+
+def _fingerprint(spec: StoreSpec, shards: Records) -> str:
+    """Over all but details and tails, which stores made before there were any do not have."""
+    content = {name: value for name, value in spec.to_json().items() if name != "details"}
+    return fingerprint([content, {file: record[:3] for file, record in shards.items()}])
 
 
 class Journal:
@@ -89,19 +109,21 @@ class Journal:
         Raises
         ------
         ValueError
-            If its first line is damaged. Other damaged lines count as work not done.
+            If its first line is damaged, or a whole line says what no store can mean. Other damaged lines
+            count as work not done.
         """
         try:
             header, *lines = (path / JOURNAL).read_bytes().split(b"\n")
         except FileNotFoundError:
             return None
-        spec = _content(header)
-        if spec is None:
-            raise ValueError(f"{path / JOURNAL} is damaged")
-        records: Records = {}
-        for line in lines:
-            records.update({file: Record(*record) for file, record in (_content(line) or {}).items()})
-        return StoreSpec.from_json(spec), records
+        try:
+            spec, records = parse_spec(_content(header)), {}
+            for line in lines:
+                records.update(parse_records(_content(line) or {}))
+            check_committed(spec, records)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path / JOURNAL} is damaged: {error}") from None
+        return spec, records
 
 
 def _line(value: object) -> bytes:
@@ -109,7 +131,7 @@ def _line(value: object) -> bytes:
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 
-def _content(line: bytes) -> dict | None:
+def _content(line: bytes) -> Any:
     digest, _, text = line.partition(b" ")
     return json.loads(text) if digest == xxhash.xxh3_64_hexdigest(text).encode() else None
 
@@ -163,13 +185,30 @@ def progress(path: Path) -> tuple[int, int] | None:
         return None
     spec, records = journal
     states = [array for array in spec.arrays.values() if array.computed]
-    keys = list(spec.shard_keys())
-    files = ([array.file(key.split, key.index) for array in states] for key in keys)
-    done = sum(
-        all(file in records and records[file].sequences >= len(key.sequences) for file in group)
-        for key, group in zip(keys, files, strict=True)
-    )
-    return done, len(keys)
+    done = 0
+    for key in spec.shard_keys():
+        files = (records.get(array.file(key.split, key.index)) for array in states)
+        done += all(record and record.sequences >= len(key.sequences) for record in files)
+    return done, num_shards(spec)
+
+
+def newest_record(path: Path, file: str) -> Record | None:
+    """What the journal, or else the manifest, says of a shard file now; None if neither knows it.
+
+    In this order: a store that grows has its manifest before it loses its journal.
+    """
+    try:
+        for shards in (journal[1] if (journal := Journal.read(path)) else {}, _shards_of(path)):
+            if file in shards:
+                return shards[file]
+    except ValueError:
+        pass
+    return None
+
+
+def _shards_of(path: Path) -> Records:
+    manifest = Manifest.read(path)
+    return manifest.shards if manifest else {}
 
 
 def take_lock(path: Path) -> int:

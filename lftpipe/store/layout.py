@@ -5,6 +5,7 @@ unit of reading, the shard (all layers of `sequences_per_shard` sequences) the u
 separated by dots, so that an array is one flat folder: one fsync makes its new shards permanent.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -66,6 +67,15 @@ class ArrayLayout:
     @property
     def chunks_per_shard(self) -> int:
         return (1 if self.layers is None else len(self.layers)) * self.sequences_per_shard
+
+    def may_have(self, num_bytes: int, sequences: int) -> bool:
+        """Whether a shard file of so many sequences can have so many bytes; encoded chunks vary in size."""
+        index = 16 * self.chunks_per_shard + 4
+        chunks = (1 if self.layers is None else len(self.layers)) * sequences
+        if self.coded:
+            return num_bytes >= index + 4 * chunks
+        itemsize = {"float16": 2}.get(self.dtype, 4)
+        return num_bytes == index + chunks * (math.prod(self.chunk) * itemsize + 4)
 
     def chunk_number(self, layer: int | None, within: int) -> int:
         """Number of a chunk within its shard's index (row-major over layer and sequence).

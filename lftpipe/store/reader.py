@@ -11,14 +11,13 @@ from jaxtyping import Float, Int32
 from lftpipe.errors import StoreError
 from lftpipe.files import fingerprint
 from lftpipe.store.batches import Batch, Buffer, Logits, batch_sequences, read_ahead
-from lftpipe.store.codec import decode, widen
+from lftpipe.store.expected import Expected, expected_shards
 from lftpipe.store.journal import Manifest, progress
 from lftpipe.store.layout import LOGIT_ARRAYS, ArrayLayout, StoreSpec
-from lftpipe.store.shard import ChunkReader, DamagedShardError
+from lftpipe.store.shards import Shards
 
 Indices = Sequence[int] | np.ndarray
 _ALL = slice(None)
-_OPEN_FILES = 256  # far below the usual limit of 1024 a process
 
 
 class Store:
@@ -40,12 +39,13 @@ class Store:
         Digest over identity and every byte of every shard.
     """
 
-    def __init__(self, path: Path, spec: StoreSpec, fingerprint: str) -> None:
+    def __init__(
+        self, path: Path, spec: StoreSpec, fingerprint: str, expected: dict[tuple[str, str], Expected]
+    ) -> None:
         """Use `open`."""
         self.path, self.spec, self.fingerprint = path, spec, fingerprint
         self._arrays = spec.arrays
-        # The cache's own lock is the interpreter's, so that a fork at any moment is safe.
-        self._shard = functools.lru_cache(_OPEN_FILES)(self._open_shard)
+        self._shards = Shards(path, spec, expected)
 
     @classmethod
     def open(cls, path: Path) -> "Store":
@@ -73,10 +73,11 @@ class Store:
             )
         if manifest is None:
             raise StoreError(f"{path}: there is no store", "a complete store", "run `lftpipe extract`")
-        return cls(path, manifest.spec, manifest.fingerprint)
+        expected = expected_shards(manifest.spec, manifest.shards)
+        return cls(path, manifest.spec, manifest.fingerprint, expected)
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[Path, StoreSpec, str]]:
-        return Store, (self.path, self.spec, self.fingerprint)
+    def __reduce__(self) -> tuple[type["Store"], tuple[Any, ...]]:
+        return Store, (self.path, self.spec, self.fingerprint, self._shards.expected)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -233,6 +234,9 @@ class Store:
             logits = self.logits(split, wanted) if with_logits else None
             return Batch(step, wanted, buffer["hidden"], *rows, logits, buffer["attention"])
 
+        for array, states in stored.items():
+            if states:
+                self._shards.check_first(self._arrays[array], split)
         buffers = [
             {
                 array: {layer: np.empty(shape, dtype or own) for layer, own in states.items()}
@@ -254,23 +258,17 @@ class Store:
         wanted = range(count) if sequences is None else sequences
         shape = (len(wanted), *layout.chunk)
         if out is None:
+            if count:
+                self._shards.check_first(layout, split)
             out = np.empty(shape, layout.dtype)
         elif out.shape != shape or not out.flags.c_contiguous or out.dtype not in (layout.dtype, "float32"):
             raise ValueError(
                 f"out is {out.dtype} {out.shape}, not a C-contiguous {layout.dtype} array of shape {shape}"
             )
-        for row, sequence in zip(out, wanted, strict=True):
+        for sequence in wanted:
             if not 0 <= sequence < count:
                 raise IndexError(f"sequence {sequence} of {count} in {split}")
-            index, within = divmod(int(sequence), self.spec.sequences_per_shard)
-            try:
-                _read_chunk(layout, self._shard(array, split, index), layout.chunk_number(layer, within), row)
-            except (DamagedShardError, FileNotFoundError) as error:
-                raise StoreError(
-                    f"{array} of {split}, shard {index}: {error}",
-                    "bytes as they were written",
-                    "run `lftpipe verify`, then `lftpipe extract --repair`",
-                ) from None
+        self._shards.read(layout, split, layer, wanted, out)
         return out
 
     def _need_logits(self) -> None:
@@ -293,16 +291,3 @@ class Store:
                 f"{array} of layer {layer} is not in {self.path}", stored, "extract with these --layers"
             )
         return layout
-
-    def _open_shard(self, array: str, split: str, index: int) -> ChunkReader:
-        layout = self._arrays[array]
-        return ChunkReader(self.path / layout.file(split, index), layout.chunks_per_shard)
-
-
-def _read_chunk(layout: ArrayLayout, shard: ChunkReader, chunk: int, row: np.ndarray) -> None:
-    if layout.coded:
-        decode(shard.read(chunk), row)
-    elif row.dtype == layout.dtype:
-        shard.read(chunk, row)
-    else:
-        row[...] = widen(shard.read(chunk, np.empty(layout.chunk, layout.dtype)))

@@ -11,7 +11,7 @@ from lftpipe.errors import StoreError
 from lftpipe.files import differences, file_digest
 from lftpipe.store.journal import Journal, Manifest, on_disk, settle
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, StoreSpec, root_attributes
-from lftpipe.store.sealed import Records
+from lftpipe.store.parsing import Records
 from lftpipe.store.shard import ChunkReader, DamagedShardError, Record
 from lftpipe.store.verify import Report
 
@@ -134,7 +134,7 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
                     ]
                 )
                 records[array.file(key.split, key.index)] = Record(
-                    len(key.sequences), shard.size, file_digest(file)
+                    len(key.sequences), shard.size, file_digest(file), shard.tail
                 )
     return old, records
 

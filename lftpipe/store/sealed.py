@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from lftpipe.files import sync_folder
 from lftpipe.store.layout import ShardKey
-from lftpipe.store.shard import Record, partial_file
-
-Records = dict[str, Record]  # shard file, relative to the store -> what is known of it
+from lftpipe.store.parsing import Records, parse_records
+from lftpipe.store.shard import partial_file
 
 #: `FILE.partial` is what versions before attempts had names left.
 _PARTIAL = re.compile(r"(?P<final>.+?)(\.(?P<attempt>[a-z][\w-]*))?\.partial")
@@ -56,7 +55,7 @@ class Sealed(NamedTuple):
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Sealed":
         split, index, start, stop = value["key"]
-        records = {file: Record(*record) for file, record in value["records"].items()}
+        records = parse_records(value["records"])
         return cls(ShardKey(split, index, range(start, stop)), value["attempt"], records)
 
 

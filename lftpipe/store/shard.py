@@ -33,10 +33,23 @@ class Record(NamedTuple):
     sequences: int
     bytes: int
     digest: str  # xxh3-128 of the whole file
+    tail: str = ""  # xxh3-64 of its end, which tells it from every other shard; "" in stores made without
 
 
 class DamagedShardError(Exception):
     """A shard file is not as it was written."""
+
+
+class OtherShardError(DamagedShardError):
+    """A shard file is whole, but not the one that was written here."""
+
+
+def _tail(last_crc: bytes, index: bytes) -> str:
+    """Digest of the end of a shard: the crc32c of its last chunk, the index, the index's crc32c.
+
+    Shards of one array have equal indices, but not equal last chunks. All of it is read with the index.
+    """
+    return xxhash.xxh3_64_hexdigest(last_crc + index)
 
 
 def partial_file(path: Path, attempt: str) -> Path:
@@ -124,7 +137,9 @@ class ChunkWriter:
 
     def seal(self, sequences: int) -> Record:
         """Write the index and wait until all is on the disk."""
+        last_crc = self._filling[max(self._filled - _CRC_BYTES, 0) : self._filled].tobytes()
         self._sum(self._copy(self._index.tobytes()), 0)
+        index = self._filling[self._filled - self._index.nbytes - _CRC_BYTES : self._filled].tobytes()
         whole = self._filled - self._filled % mmap.PAGESIZE  # the file need not end with a whole page
         self._write(self._filling[:whole])
         self._through_page_cache()
@@ -132,7 +147,7 @@ class ChunkWriter:
         os.fsync(self._fd)
         self._close()
         self._free.append(self._filling)
-        return Record(sequences, self._offset, self._digest.hexdigest())
+        return Record(sequences, self._offset, self._digest.hexdigest(), _tail(last_crc, index))
 
     def discard(self) -> None:
         """Leave nothing behind."""
@@ -211,31 +226,41 @@ class ChunkReader:
     threads and forked processes may share it. A chunk's checksum is compared when it is first read: it
     takes as long as the reading does from a warm cache.
 
+    Parameters
+    ----------
+    path
+        The file.
+    num_chunks
+        How many chunks its index has room for.
+    expected
+        Size and tail of the file that was written; a tail of "" is not compared.
+
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     DamagedShardError
         If the index is not as it was written.
+    OtherShardError
+        If it is not the file expected.
     """
 
-    def __init__(self, path: Path, num_chunks: int) -> None:
+    def __init__(self, path: Path, num_chunks: int, expected: tuple[int, str] | None = None) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._fd)
         self.size = os.fstat(self._fd).st_size
         index_bytes = 16 * num_chunks
-        offset = self.size - index_bytes - _CRC_BYTES
-        stored = os.pread(self._fd, index_bytes + _CRC_BYTES, offset) if offset >= 0 else b""
+        offset = self.size - index_bytes - 2 * _CRC_BYTES  # the last chunk's checksum is read too
+        stored = os.pread(self._fd, index_bytes + 2 * _CRC_BYTES, offset) if offset >= 0 else b""
+        last_crc, stored = stored[:_CRC_BYTES], stored[_CRC_BYTES:]
         if len(stored) != index_bytes + _CRC_BYTES or _crc(stored[:index_bytes]) != stored[index_bytes:]:
             raise DamagedShardError(f"the index of {path} is damaged")
+        self.tail = _tail(last_crc, stored)
+        if expected and (expected[0] != self.size or expected[1] not in ("", self.tail)):
+            raise OtherShardError(f"{path} is not the shard that was written here")
         self._sound = bytearray(num_chunks)
         self._index: list[list[int]] = np.frombuffer(stored, "<u8", 2 * num_chunks).reshape(-1, 2).tolist()
-
-    def size_of(self, chunk: int) -> int | None:
-        """Bytes of an encoded chunk without its crc32c; None if it is missing."""
-        start, length = self._index[chunk]
-        return None if start == _MISSING else length - _CRC_BYTES
 
     def read(self, chunk: int, out: np.ndarray | None = None) -> np.ndarray:
         """One encoded chunk, into a C-contiguous array of just its size or a new array of bytes."""

@@ -7,8 +7,8 @@ from lftpipe.errors import StoreError
 from lftpipe.files import file_digest
 from lftpipe.store.journal import Journal, Manifest
 from lftpipe.store.layout import MANIFEST, ShardKey
+from lftpipe.store.parsing import Records
 from lftpipe.store.reader import Store
-from lftpipe.store.sealed import Records
 from lftpipe.store.shard import Record
 
 

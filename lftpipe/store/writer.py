@@ -18,7 +18,8 @@ from lftpipe.store import resume as opening
 from lftpipe.store.finish import refuse_incomplete, write_metadata
 from lftpipe.store.journal import Journal, Manifest
 from lftpipe.store.layout import JOURNAL, MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
-from lftpipe.store.sealed import Records, Sealed, sync_folders
+from lftpipe.store.parsing import Records
+from lftpipe.store.sealed import Sealed, sync_folders
 from lftpipe.store.shard import Record
 from lftpipe.store.shard_writer import ShardWriter, produce_shard
 from lftpipe.store.token_shards import put_tokens
@@ -267,7 +268,7 @@ class StoreWriter:
 
     def _wanted(self, sealed: Sealed) -> bool:
         known = (self._records.get(file) for file in sealed.records)
-        news = all(
+        news = any(
             not old or old.sequences < new.sequences
             for old, new in zip(known, sealed.records.values(), strict=True)
         )

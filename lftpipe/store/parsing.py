@@ -1,0 +1,189 @@
+"""What manifests and journals say, checked where it is read: a damaged or foreign one is refused, not obeyed.
+
+A digest finds accidents. Whoever writes a manifest by hand can seal it too, so that types, names and sizes
+are compared with each other before anything is opened or any memory is asked for.
+"""
+
+import re
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from lftpipe.store.layout import StoreSpec
+from lftpipe.store.shard import Record
+
+Records = dict[str, Record]  # shard file, relative to the store -> what is known of it
+
+#: More than any disk holds; numbers below it can be multiplied without surprises.
+_LARGEST = 2**48
+#: More than a folder holds.
+_MOST_SHARDS = 2**26
+_SPLIT = re.compile(r"[A-Za-z][\w-]{0,63}")
+_SHARD = re.compile(r"[A-Za-z][\w-]{0,63}/[a-z_]{1,64}/c(\.\d{1,15}){2,8}", re.ASCII)
+_METADATA = re.compile(r"([A-Za-z][\w-]{0,63}/){0,2}zarr\.json")
+_DIGEST = re.compile(r"([0-9a-f]{32})?")
+_TAIL = re.compile(r"([0-9a-f]{16})?")
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _LARGEST:
+        raise ValueError(f"{str(value)[:40]} is no count")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]} is no text")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:40]} is no object")
+    return value
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{str(value)[:40]} is no list")
+    return tuple(_number(each) for each in value)
+
+
+def _splits(value: Any) -> dict[str, int]:
+    counts = {name: _number(count) for name, count in _object(value).items()}
+    if bad := [name for name in counts if not _SPLIT.fullmatch(name)]:
+        raise ValueError(f"{bad[0][:40]!r} is no name of a split")
+    return counts
+
+
+_KINDS: dict[Any, Callable[[Any], Any]] = {
+    int: _number,
+    str: _text,
+    dict[str, Any]: _object,
+    tuple[int, ...]: _numbers,
+    dict[str, int]: _splits,
+}
+
+
+def parse_spec(value: Any) -> StoreSpec:
+    """The specification in a manifest or journal.
+
+    Parameters
+    ----------
+    value
+        What JSON made of it.
+
+    Raises
+    ------
+    ValueError
+        If it is not one, or one that no store can have.
+    """
+    kinds = {name: _KINDS[kind] for name, kind in typing.get_type_hints(StoreSpec).items() if kind in _KINDS}
+    fields = {
+        name: kinds[name](each) if name in kinds else each
+        for name, each in _object(value).items()
+        if name != "schema_version"
+    }
+    try:
+        spec = StoreSpec.from_json({"schema_version": value.get("schema_version"), **fields})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"a specification with fields amiss ({error})") from None
+    if spec.context * max(spec.width, spec.logits) * spec.sequences_per_shard >= _LARGEST:
+        raise ValueError("a shard larger than any disk")
+    if num_shards(spec) > _MOST_SHARDS:
+        raise ValueError(f"{num_shards(spec)} shards")
+    return spec
+
+
+def num_shards(spec: StoreSpec) -> int:
+    """Shards of all splits together, of each array."""
+    return sum(-(-count // spec.sequences_per_shard) for count in spec.sequences.values())
+
+
+def parse_records(value: Any, names: re.Pattern[str] = _SHARD) -> Records:
+    """What is known of some files, by name.
+
+    Parameters
+    ----------
+    value
+        What JSON made of it: an object of lists.
+    names
+        What a file may be called: never one outside the store.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else.
+    """
+    records: Records = {}
+    for file, fields in _object(value).items():
+        if not names.fullmatch(file):
+            raise ValueError(f"{file[:80]!r} is no file of a store")
+        if not isinstance(fields, list) or not 3 <= len(fields) <= 4:
+            raise ValueError(f"{file} without its record")
+        sequences, num_bytes, digest, *tail = fields
+        record = Record(_number(sequences), _number(num_bytes), _text(digest), *map(_text, tail))
+        if not _DIGEST.fullmatch(record.digest) or not _TAIL.fullmatch(record.tail):
+            raise ValueError(f"{file} with a digest that is none")
+        records[file] = record
+    return records
+
+
+def parse_metadata(value: Any) -> Records:
+    """What is known of the Zarr metadata files."""
+    return parse_records(value, _METADATA)
+
+
+def check_shards(spec: StoreSpec, shards: Records) -> None:
+    """See that a finished store's records are those of its specification, no more and no fewer.
+
+    Parameters
+    ----------
+    spec
+        What the store is said to hold.
+    shards
+        The records of all of its shard files.
+
+    Raises
+    ------
+    ValueError
+        Naming the first that is missing or cannot be.
+    """
+    arrays = list(spec.arrays.values())
+    total = num_shards(spec) * len(arrays)
+    if total != len(shards):
+        raise ValueError(f"{len(shards)} shard files are listed of {total}")
+    for key in spec.shard_keys():
+        for array in arrays:
+            file = array.file(key.split, key.index)
+            record = shards.get(file)
+            if record is None or record.sequences != len(key.sequences):
+                raise ValueError(f"{file} is not listed with its {len(key.sequences)} sequences")
+            if not array.may_have(record.bytes, record.sequences):
+                raise ValueError(f"{file} cannot have {record.bytes} bytes")
+
+
+def check_committed(spec: StoreSpec, records: Records) -> None:
+    """See that what a journal says was committed can be shards of its specification; some may be missing.
+
+    Parameters
+    ----------
+    spec
+        What the store is to hold.
+    records
+        Of what was committed; one that was lost since has no sequences.
+
+    Raises
+    ------
+    ValueError
+        Naming the first that cannot be.
+    """
+    arrays = spec.arrays
+    for file, record in records.items():
+        split, name, numbers = file.split("/")
+        array, count = arrays.get(name), spec.sequences.get(split, 0)
+        index = 0 if array is None else int(numbers.split(".")[1 if array.layers is None else 2])
+        here = min(spec.sequences_per_shard, count - index * spec.sequences_per_shard)
+        known = array is not None and file == array.file(split, index) and record.sequences <= here
+        if not known or (record.sequences and not array.may_have(record.bytes, record.sequences)):
+            raise ValueError(f"{file} with {record.sequences} sequences and {record.bytes} bytes")

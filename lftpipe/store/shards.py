@@ -1,0 +1,111 @@
+"""The shard files of a finished store, opened when they are first needed, each compared with the manifest."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lftpipe.errors import StoreError
+from lftpipe.store.codec import decode, widen
+from lftpipe.store.expected import Expected
+from lftpipe.store.journal import newest_record
+from lftpipe.store.layout import ArrayLayout, StoreSpec
+from lftpipe.store.shard import ChunkReader, DamagedShardError, OtherShardError
+
+_OPEN_FILES = 256  # far below the usual limit of 1024 a process
+
+
+class Shards:
+    """Reads chunks from the shards of one store.
+
+    Parameters
+    ----------
+    path
+        The store.
+    spec
+        What it holds.
+    expected
+        By array and split, what the manifest says of each shard.
+    """
+
+    def __init__(self, path: Path, spec: StoreSpec, expected: dict[tuple[str, str], Expected]) -> None:
+        self.expected = expected
+        self._path, self._step, self._layouts = path, spec.sequences_per_shard, spec.arrays
+        # The cache's own lock is the interpreter's, so that a fork at any moment is safe.
+        self._opened = functools.lru_cache(_OPEN_FILES)(self._open)
+
+    def read(
+        self,
+        layout: ArrayLayout,
+        split: str,
+        layer: int | None,
+        sequences: Sequence[int] | np.ndarray,
+        out: np.ndarray,
+    ) -> None:
+        """Read one chunk for each of some sequences.
+
+        Parameters
+        ----------
+        layout, split, layer
+            Which array; the layer is None where the array has none.
+        sequences
+            Their indices in the split, all of which exist.
+        out
+            One row for each.
+
+        Raises
+        ------
+        StoreError
+            If bytes are not as they were written.
+        """
+        for row, sequence in zip(out, sequences, strict=True):
+            index, within = divmod(int(sequence), self._step)
+            try:
+                shard = self._opened(layout.name, split, index)
+                _read_chunk(layout, shard, layout.chunk_number(layer, within), row)
+            except (DamagedShardError, FileNotFoundError) as error:
+                raise _damaged(layout, split, index, error) from None
+
+    def check_first(self, layout: ArrayLayout, split: str) -> None:
+        """Open the first shard: a manifest alone is no reason to ask for memory.
+
+        Raises
+        ------
+        StoreError
+            If it is not as it was written.
+        """
+        try:
+            self._opened(layout.name, split, 0)
+        except (DamagedShardError, FileNotFoundError) as error:
+            raise _damaged(layout, split, 0, error) from None
+
+    def _open(self, array: str, split: str, index: int) -> ChunkReader:
+        layout = self._layouts[array]
+        file = layout.file(split, index)
+        try:
+            return ChunkReader(
+                self._path / file, layout.chunks_per_shard, self.expected[array, split].of(index)
+            )
+        except OtherShardError:
+            # Only a store that grew meanwhile may have another: one that begins with the same chunks.
+            if (newer := newest_record(self._path, file)) is None:
+                raise
+            return ChunkReader(self._path / file, layout.chunks_per_shard, (newer.bytes, newer.tail))
+
+
+def _damaged(layout: ArrayLayout, split: str, index: int, error: Exception) -> StoreError:
+    return StoreError(
+        f"{layout.name} of {split}, shard {index}: {error}",
+        "bytes as they were written",
+        "run `lftpipe verify`, then `lftpipe extract --repair`",
+    )
+
+
+def _read_chunk(layout: ArrayLayout, shard: ChunkReader, chunk: int, row: np.ndarray) -> None:
+    if layout.coded:
+        decode(shard.read(chunk), row)
+    elif row.dtype == layout.dtype:
+        shard.read(chunk, row)
+    else:
+        row[...] = widen(shard.read(chunk, np.empty(layout.chunk, layout.dtype)))
