@@ -7,9 +7,9 @@ ids restart with it: see `positions`.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Int32
@@ -25,6 +25,10 @@ VALIDATION_SHARE = 1 / 16
 
 #: Documents tokenised in one call, which the tokenizer spreads over the processors.
 DOCUMENTS_PER_CALL = 64
+
+#: And at most so many characters: a tokenizer needs hundreds of bytes for each of them. Only a longer
+#: document is tokenised in parts.
+CHARACTERS_PER_CALL = 2**20
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -56,9 +60,13 @@ class _Packer:
     def full(self) -> bool:
         return self.made >= self.wanted
 
-    def add(self, number: int, text_hash: int, ids: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def begin(self, text_hash: int) -> None:
+        """A document comes."""
         self.hash.update(text_hash.to_bytes(8))
         self.num_documents += 1
+
+    def add(self, number: int, ids: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The next tokens of a document, and the sequences that they fill."""
         self.tokens += ids
         self.documents += [number] * len(ids)
         start = 0
@@ -127,19 +135,47 @@ class Packing:
 
     def __iter__(self) -> Iterator[PackedSequence]:
         self._packers = {split: _Packer(self.context, self.wanted.get(split, 0)) for split in SPLITS}
-        numbered = enumerate(self.corpus.documents())
-        while group := list(islice(numbered, DOCUMENTS_PER_CALL)):
-            hashed = [(number, text_hash(document), document.text) for number, document in group]
+        numbered = -1
+        for group in _groups(self.corpus.documents()):
+            hashed = [
+                (number, text_hash(document), document.text)
+                for number, document in enumerate(group, start=numbered + 1)
+            ]
+            numbered += len(group)
             # Once a split is full its documents need no tokens.
-            needed = [row for row in hashed if not self._packers[self.split_of(row[1])].full]
-            encoded = self.encode([text for _, _, text in needed])
-            for (number, hash_, text), ids in zip(needed, encoded, strict=True):
+            needed = [row for row in hashed if row[2] and not self._packers[self.split_of(row[1])].full]
+            encoded = self._encoded([text for _, _, text in needed])
+            for (number, hash_, _), parts in zip(needed, encoded, strict=True):
                 packer = self._packers[self.split_of(hash_)]
-                if text and not packer.full:
-                    for tokens, documents in packer.add(number, hash_, [*ids, self.end_of_text]):
+                if packer.full:
+                    continue
+                packer.begin(hash_)
+                for ids in chain(parts, [[self.end_of_text]]):
+                    for tokens, documents in packer.add(number, ids):
                         yield PackedSequence(self.split_of(hash_), tokens, documents)
+                    if packer.full:
+                        break
             if all(packer.full for packer in self._packers.values()):
                 return
+
+    def _encoded(self, texts: list[str]) -> Iterator[Iterable[list[int]]]:
+        """Token ids of each text, in parts: one for all but the longest texts."""
+        if len(texts) == 1 and len(texts[0]) > CHARACTERS_PER_CALL:
+            yield self._encoded_in_parts(texts[0])
+        else:
+            yield from ([ids] for ids in self.encode(texts))
+
+    def _encoded_in_parts(self, text: str) -> Iterator[list[int]]:
+        """As long texts as a tokenizer takes at once, which needs hundreds of bytes for each character."""
+        around, *others = self.encode(["", "x", "0"])  # the first is what it puts around every text
+        before = min(_common(around, other) for other in others)
+        after = len(around) - before
+        start = 0
+        while start < len(text):
+            stop = _cut(text, start)
+            (ids,) = self.encode([text[start:stop]])
+            yield ids[before if start else 0 : len(ids) - (after if stop < len(text) else 0)]
+            start = stop
 
     def fit_to_small_corpus(self) -> None:
         """Move the hold-out threshold if the corpus is too small for the usual share.
@@ -156,13 +192,14 @@ class Packing:
         least = {split: self.context if self.wanted.get(split, 0) else 0 for split in SPLITS}
         sizes: list[tuple[int, int]] = []  # (hash, tokens) of every document, while it is small
         held_out = total = 0
-        documents = self.corpus.documents()
-        while group := list(islice(documents, DOCUMENTS_PER_CALL)):
+        for group in _groups(self.corpus.documents()):
             group = [document for document in group if document.text]
-            for document, ids in zip(group, self.encode([d.text for d in group]), strict=True):
-                sizes.append((text_hash(document), len(ids) + 1))
-                total += len(ids) + 1
-                held_out += (len(ids) + 1) * (sizes[-1][0] < self.threshold)
+            encoded = self._encoded([document.text for document in group])
+            for document, parts in zip(group, encoded, strict=True):
+                size = sum(map(len, parts)) + 1
+                sizes.append((text_hash(document), size))
+                total += size
+                held_out += size * (sizes[-1][0] < self.threshold)
             if held_out >= wanted and total - held_out >= least["train"]:
                 return
         if not total:
@@ -178,6 +215,39 @@ class Packing:
                 "give more text or a shorter --context",
             )
         self.threshold = _threshold_for(sizes, wanted)
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents to be tokenised in one call: some short ones, or one that is long."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        if group and (len(group) == DOCUMENTS_PER_CALL or size + len(document.text) > CHARACTERS_PER_CALL):
+            yield group
+            group, size = [], 0
+        group.append(document)
+        size += len(document.text)
+    if group:
+        yield group
+
+
+def _cut(text: str, start: int) -> int:
+    """Where a part of a long text ends: behind a line end, else before a space, else anywhere."""
+    stop = start + CHARACTERS_PER_CALL
+    if stop >= len(text):
+        return len(text)
+    least = start + CHARACTERS_PER_CALL // 2
+    if (line := text.rfind("\n", least, stop)) > 0:
+        return line + 1
+    space = text.rfind(" ", least, stop)
+    return space if space > 0 else stop
+
+
+def _common(one: Sequence[int], two: Sequence[int]) -> int:
+    """How many of the first items are the same."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
+    )
 
 
 def _threshold_for(sizes: list[tuple[int, int]], wanted: int) -> int:

@@ -185,10 +185,13 @@ def progress(path: Path) -> tuple[int, int] | None:
         return None
     spec, records = journal
     states = [array for array in spec.arrays.values() if array.computed]
-    done = 0
-    for key in spec.shard_keys():
-        files = (records.get(array.file(key.split, key.index)) for array in states)
-        done += all(record and record.sequences >= len(key.sequences) for record in files)
+    step, done = spec.sequences_per_shard, 0
+    for split, count in spec.sequences.items():
+        # By what is there: a store is begun for as much as is asked for, which may be absurdly much.
+        for index in range(min(-(-count // step), len(records))):
+            files = (records.get(array.file(split, index)) for array in states)
+            whole = min(step, count - index * step)
+            done += all(record and record.sequences >= whole for record in files)
     return done, num_shards(spec)
 
 

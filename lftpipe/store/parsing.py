@@ -16,8 +16,6 @@ Records = dict[str, Record]  # shard file, relative to the store -> what is know
 
 #: More than any disk holds; numbers below it can be multiplied without surprises.
 _LARGEST = 2**48
-#: More than a folder holds.
-_MOST_SHARDS = 2**26
 _SPLIT = re.compile(r"[A-Za-z][\w-]{0,63}")
 _SHARD = re.compile(r"[A-Za-z][\w-]{0,63}/[a-z_]{1,64}/c(\.\d{1,15}){2,8}", re.ASCII)
 _METADATA = re.compile(r"([A-Za-z][\w-]{0,63}/){0,2}zarr\.json")
@@ -90,8 +88,6 @@ def parse_spec(value: Any) -> StoreSpec:
         raise ValueError(f"a specification with fields amiss ({error})") from None
     if spec.context * max(spec.width, spec.logits) * spec.sequences_per_shard >= _LARGEST:
         raise ValueError("a shard larger than any disk")
-    if num_shards(spec) > _MOST_SHARDS:
-        raise ValueError(f"{num_shards(spec)} shards")
     return spec
 
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lftpipe.corpus import readers as corpus_module
-from lftpipe.corpus.readers import TXT_DOCUMENT_CHARACTERS, open_corpus
+from lftpipe.corpus import files as corpus_module
+from lftpipe.corpus.files import TXT_DOCUMENT_CHARACTERS
+from lftpipe.corpus.readers import open_corpus
 from lftpipe.errors import CorpusError
 
 
