@@ -188,8 +188,7 @@ def test_random_changes_of_a_journal_are_refused_or_lose_only_work(whole, tmp_pa
             Store.open(path)
         try:
             write(path, make_spec())
-        except StoreError as error:
-            assert "\n" not in str(error)
+        except StoreError:
             refused += 1
         else:
             finished += 1
