@@ -34,7 +34,6 @@ def trained(options: argparse.Namespace, folder: Path, dtype: Any) -> tuple[Path
     shared: dict[str, Any] = {
         "workspace": options.workspace,
         "store": folder / dtype / "states.zarr",
-        "seed": options.seed,
         "threads": options.threads,
     }
     made = extract(
@@ -54,6 +53,7 @@ def trained(options: argparse.Namespace, folder: Path, dtype: Any) -> tuple[Path
     train(
         TrainSettings(
             **shared,
+            seed=options.seed,
             block=options.block,
             objective=options.objective,
             walk_steps=options.k,

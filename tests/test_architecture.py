@@ -71,7 +71,10 @@ ROOMS: dict[str, tuple[str, str]] = {
         "student teacher training workspace",
         "",
     ),
-    "cli": ("config errors progress", "torch numpy transformers zarr"),
+    "interrupt": ("", "torch numpy transformers zarr pydantic typer"),
+    "guard": ("errors interrupt progress", "torch numpy transformers zarr pydantic"),
+    "options": ("config errors", "torch numpy transformers zarr"),
+    "cli": ("config errors guard interrupt options progress", "torch numpy transformers zarr"),
 }
 
 #: Modules that know less than their rooms do.

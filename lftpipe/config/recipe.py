@@ -1,13 +1,14 @@
-"""Settings from strict TOML recipes and options, checked. No torch here."""
+"""Settings from TOML recipes and from what was given by name. No torch here."""
 
 import dataclasses
-import math
+import sys
 import tomllib
-import types
-import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from lftpipe.config.refusal import as_option, refusal
 from lftpipe.config.settings import Common
 from lftpipe.errors import SettingsError
 
@@ -18,140 +19,109 @@ RECIPE_TABLES = ("extract", "recouple", "train", "evaluate", "sweep", "toy")
 #: What the settings.toml of a run records beside its settings; a recipe may hold it.
 RECORD_TABLE = "store"
 
-#: Lowest values of the numeric settings whose lowest is not 1.
-_LEAST: dict[str, float] = {
-    "seed": 0,
-    "context": 2,
-    "validation_tokens": 0,
-    "logits": 0,
-    "alpha": 0,
-    "replace": 0,
-    "warmup": 0,
-    "weight_decay": 0,
-    "learning_rate": 0,
-    "clip": 0,
-    "temperature": 0,
-    "ema": 0,
-    "hold_back": 0,
-    "evaluate_every": 0,
-    "patience": 0,
-    "adaptive": 0,
-}
-
-
-def check(settings: Common) -> None:
-    """Refuse numbers outside their range.
-
-    Raises
-    ------
-    SettingsError
-        Naming the setting and its bound.
-    """
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        option = f"--{field.name.replace('_', '-')} {shown}"
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            least = _LEAST.get(field.name, 1)
-            if not math.isfinite(number):
-                raise SettingsError(option, "a finite number", "choose one")
-            if number < least:
-                raise SettingsError(option, f"at least {least}", f"raise --{field.name.replace('_', '-')}")
-            if field.name in ("replace", "warmup", "ema", "hold_back") and number > 1:
-                raise SettingsError(option, "a share of at most 1", f"lower --{field.name}")
+#: Longest recipe in bytes, and most dots in one of its lines: a key of n dotted parts costs n² in Python's
+#: parser, gigabytes for 50,000.
+_LONGEST_RECIPE, _MOST_DOTS = 2**20, 200
 
 
 def from_recipe(kind: type[S], path: Path | None, table: str, given: dict[str, Any]) -> S:
     """Settings from a TOML recipe's `[table]`, overridden by what was `given` by name.
 
+    Parameters
+    ----------
+    kind
+        The class of the settings.
+    path
+        The recipe, if there is one.
+    table
+        The command, whose table of the recipe counts.
+    given
+        Values by field; None is not given. Options that an earlier version had are said and dropped.
+
+    Returns
+    -------
+    S
+        The settings, checked.
+
     Raises
     ------
     SettingsError
-        If the recipe is no TOML, or holds a key that is no setting of this stage.
+        If the recipe is no TOML or holds a key that is no setting of this stage, or a value is out of range.
     """
-    table_values = _read_recipe(path).get(table, {}) if path is not None else {}
-    merged = _checked(kind, table_values, f"[{table}] of {path}")
-    variants = merged.get("variants", {})
-    for name, values in variants.items():
-        variants[name] = _checked(kind, values, f"[{table}.variants.{name}] of {path}")
-    merged |= {key: value for key, value in given.items() if value is not None}
-    settings = kind(**merged)
-    check(settings)
-    return settings
+    values: dict[str, Any] = {}
+    if path is not None:
+        where = f"[{table}] of {path}"
+        values = _without_former(kind, read_recipe(path).get(table, {}), where)
+        _check(kind, values, where)
+        for name, variant in values.get("variants", {}).items():
+            _check(kind, variant, f"[{table}.variants.{name}] of {path}")
+    values |= {key: value for key, value in given.items() if value is not None}
+    return kind(**_without_former(kind, values, None))
 
 
-def _checked(kind: type[Common], values: Any, where: str) -> dict[str, Any]:
-    """A table's values, each of its setting's type."""
+def _without_former(kind: type[Common], values: dict[str, Any], where: str | None) -> dict[str, Any]:
+    """The values without options of an earlier version, each of which gets a line on stderr."""
+    for key in values.keys() & kind.FORMER.keys():
+        shown = f"{key} in {where}" if where else as_option(key)
+        print(f"note: {shown} has no effect: {kind.FORMER[key]}", file=sys.stderr)
+    return {key: value for key, value in values.items() if key not in kind.FORMER}
+
+
+def _check(kind: type[Common], values: Any, where: str) -> None:
+    """Refuse a table that makes no settings, naming the table."""
     if not isinstance(values, dict):
         raise SettingsError(where, "a table of settings", "correct the recipe")
-    hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in names:
-            raise SettingsError(
-                f"{key!r} in {where}", f"one of {', '.join(sorted(names))}", "correct or remove the key"
-            )
-    return {key: _convert(value, hints[key], key) for key, value in values.items()}
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        recipe = tomllib.loads(path.read_text())
+        kind(**values)
+    except SettingsError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        names = [field.name for field in dataclasses.fields(kind)]
+        raise refusal(error.__cause__, names, where) from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The tables of a recipe.
+
+    Parameters
+    ----------
+    path
+        A TOML file; the `settings.toml` of a run is one too.
+
+    Returns
+    -------
+    dict
+        By name of the command.
+
+    Raises
+    ------
+    SettingsError
+        If it cannot be read, is no TOML, is empty, or has a table that belongs to no command.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(_LONGEST_RECIPE + 1)
+        if len(text) > _LONGEST_RECIPE or any(line.count(b".") > _MOST_DOTS for line in text.splitlines()):
+            raise SettingsError(
+                f"recipe {path}",
+                f"at most {_LONGEST_RECIPE:,} bytes, and {_MOST_DOTS} dots in a line",
+                "shorten it",
+            )
+        recipe = tomllib.loads(text.decode())
     except OSError as error:
         raise SettingsError(
             f"recipe {path}", "a readable TOML file", f"check the path ({error.strerror})"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"recipe {path}", "TOML", f"mend it ({error})") from error
+    except RecursionError as error:
+        raise SettingsError(f"recipe {path}", "tables and lists of a few levels", "flatten it") from error
+    except ValueError as error:  # no UTF-8, no TOML, a number of thousands of digits
+        raise SettingsError(f"recipe {path}", "TOML", f"correct it ({error})") from error
     recipe.pop(RECORD_TABLE, None)
+    if not recipe:
+        raise SettingsError(f"empty recipe {path}", f"tables {', '.join(RECIPE_TABLES)}", "add one")
     for table, content in recipe.items():
         if table not in RECIPE_TABLES or not isinstance(content, dict):
             raise SettingsError(
                 f"[{table}] in {path}", f"tables {', '.join(RECIPE_TABLES)}", "correct or remove the table"
             )
     return recipe
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    """The values of a `Literal`, optional or not; none of another type."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal), ())
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """A TOML value to a field's type."""
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise SettingsError(f"{key} = {value!r} in the recipe", "a list", "write it in brackets")
-        return tuple(_convert(item, typing.get_args(hint)[0], key) for item in value)
-    if choices := _choices(hint):
-        if value not in choices:
-            raise SettingsError(
-                f"{key} = {value!r} in the recipe", f"one of {', '.join(choices)}", "choose one"
-            )
-        return value
-    if typing.get_origin(hint) is dict:
-        return dict(value) if isinstance(value, dict) else _convert(value, dict, key)
-    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
-    for kind in kinds:
-        accepted = {Path: str, float: int | float}.get(kind, kind)
-        if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
-            return kind(value)
-    raise SettingsError(
-        f"{key} = {value!r} in the recipe",
-        " or ".join(_TOML_NAMES[kind] for kind in kinds),
-        "correct the recipe",
-    )
-
-
-_TOML_NAMES = {
-    str: "a text",
-    Path: "a path",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "a table",
-}

@@ -88,12 +88,7 @@ def state_bytes(dtype: str, context: int, width: int) -> int:
 
 def make_plan(settings: ExtractSettings) -> Plan:
     """Resolve names and sizes, and refuse what cannot work, before anything is read or written."""
-    teacher = open_teacher(
-        settings.model,
-        settings.workspace,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    teacher = open_teacher(settings.model, settings.workspace, revision=settings.revision)
     longest = teacher.max_positions
     if longest is not None and settings.context > longest:
         raise SettingsError(

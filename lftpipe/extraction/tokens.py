@@ -98,14 +98,14 @@ def _on_disk(folder: Path, shape: tuple[int, int]) -> np.ndarray:
         return np.memmap(file, np.int32, "r+", shape=shape)
 
 
-def spec_of(plan: Plan, packing: Packing, seed: int) -> StoreSpec:
+def spec_of(plan: Plan, packing: Packing) -> StoreSpec:
     """What the store will hold: its identity, and the details that may change as it grows."""
     identity = {
         "teacher": plan.teacher.identity(),
         "tokenizer_digest": plan.teacher.tokenizer_digest,
         "corpus": plan.corpus.name,
         "packing": "isolated",
-        "seed": seed,
+        "seed": 0,  # of the format: extraction draws no random numbers
         "compute_dtype": dtype_name(plan.compute_dtype),
         "batch_sequences": plan.batch_sequences,
     }

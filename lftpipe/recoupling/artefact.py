@@ -6,7 +6,7 @@ from typing import Any
 
 import lftpipe
 from lftpipe.config.layers import parse_layers
-from lftpipe.config.settings import RecoupleSettings, TrainSettings, to_plain
+from lftpipe.config.settings import RecoupleSettings, TrainSettings, to_json
 from lftpipe.errors import SettingsError
 from lftpipe.files import write_atomic
 from lftpipe.recoupling import ranking
@@ -67,7 +67,7 @@ def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) 
         "approximate": settings.approximate,
         "solver": "POT sinkhorn_log" if settings.approximate else solver(),
         "lftpipe": lftpipe.__version__,
-        "settings": to_plain(settings),
+        "settings": to_json(settings),
         "store_fingerprint": store.fingerprint,
     }
     if settings.rank_by == "probe":

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from lftpipe import runs
-from lftpipe.config.settings import EvaluateSettings, to_plain
+from lftpipe.config.settings import EvaluateSettings, to_json
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.evaluation.predictors import Row, run_rows, together_rows
@@ -89,7 +89,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "store_fingerprint": store.fingerprint,
         "validation_tokens": store.num_sequences("validation") * store.context,
         "compute_dtype": settings.compute_dtype,
-        "settings": to_plain(settings),
+        "settings": to_json(settings),
         "rows": [row.plain() for row in rows if row.evaluations is None],
     }
     if settings.adaptive:

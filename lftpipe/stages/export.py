@@ -11,7 +11,7 @@ import torch
 import lftpipe
 from lftpipe import progress, runs
 from lftpipe.config.settings import ExportSettings
-from lftpipe.device import prepare
+from lftpipe.device import prepare_processor
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.report.tables import COLUMNS, markdown_table
 from lftpipe.runs import Run
@@ -39,7 +39,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         If a run is missing, damaged, or of a teacher that changed; if the student has no exact plain
         form and one was asked for; or if there is something at the destination and no `--force`.
     """
-    prepare(settings.device, settings.threads)
+    prepare_processor(settings.threads)
     if not settings.runs:
         raise SettingsError("export without a run", "the name or path of a run", "name one")
     opened = [runs.open_run(find_run(settings.workspace, settings.store, name)) for name in settings.runs]

@@ -46,7 +46,7 @@ def extract(settings: ExtractSettings) -> dict[str, Any]:
 
 
 def _run(plan: Plan, packing: Packing, tokens: Tokens, settings: ExtractSettings) -> dict[str, Any]:
-    spec = spec_of(plan, packing, settings.seed)
+    spec = spec_of(plan, packing)
     started = time.monotonic()
     repair = verify_store(plan.path) if settings.repair else None
     with StoreWriter.open(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 import lftpipe
 from lftpipe import progress, runs
-from lftpipe.config.settings import RecoupleSettings, SweepSettings, TrainSettings, to_plain
+from lftpipe.config.settings import RecoupleSettings, SweepSettings, TrainSettings, to_json
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.evaluation import correlation
@@ -82,7 +82,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         "lengths": lengths,
         "validation_tokens": store.num_sequences("validation") * store.context,
         "map_settings": found["settings"],
-        "settings": {key: entry for key, entry in to_plain(settings).items() if key != "force"},
+        "settings": {key: entry for key, entry in to_json(settings).items() if key != "force"},
         "lftpipe": lftpipe.__version__,
         "rows": rows,
         "correlations": _correlations(rows, lengths, settings.seed),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lftpipe import progress
 from lftpipe.config.settings import ToySettings
-from lftpipe.device import prepare
+from lftpipe.device import prepare_processor
 from lftpipe.errors import SettingsError
 from lftpipe.files import write_atomic
 from lftpipe.flow.objective import ErrorScale, Loss, flow_matching, flow_walking, walk_times
@@ -48,7 +48,7 @@ def toy(settings: ToySettings) -> dict[str, Any]:
     SettingsError
         If the files exist and `force` is not set.
     """
-    prepare(settings.device, settings.threads)
+    prepare_processor(settings.threads)
     out = settings.out or settings.workspace / "toy.json"
     for file in (out, out.with_suffix(".png")):
         if file.exists() and not settings.force:

@@ -99,9 +99,7 @@ class Teacher:
         }
 
 
-def open_teacher(
-    model: str, workspace: Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Teacher:
+def open_teacher(model: str, workspace: Path, *, revision: str | None = None) -> Teacher:
     """Find a teacher by registered name, Hub id, local folder or `.gguf` file.
 
     Raises

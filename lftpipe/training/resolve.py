@@ -7,7 +7,6 @@ from typing import cast
 import torch
 
 from lftpipe.config.loss import parse_loss
-from lftpipe.config.recipe import check
 from lftpipe.config.settings import ComputeDtype, TrainSettings, loss_text
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
@@ -31,12 +30,9 @@ def variants_of(settings: TrainSettings) -> list[TrainSettings]:
             f"--run {unknown[0]}", f"one of the recipe's variants: {', '.join(settings.variants)}", "name one"
         )
     plain = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    variants = [
+    return [
         TrainSettings(**plain | settings.variants[name] | {"variants": {}, "run": name}) for name in chosen
     ]
-    for variant in variants:
-        check(variant)
-    return variants
 
 
 def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> TrainSettings:

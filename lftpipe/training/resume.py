@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe import runs
-from lftpipe.config.settings import TrainSettings, to_plain
+from lftpipe.config.settings import TrainSettings, to_json
 from lftpipe.errors import RunError
 from lftpipe.store import Store
 
@@ -30,7 +30,7 @@ _MAY_BE_TAMED = {"learning_rate", "clip"}
 
 def claim(run: Path, settings: TrainSettings, store: Store) -> bool:
     """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already."""
-    plain = to_plain(settings)
+    plain = to_json(settings)
     if (run / runs.SETTINGS).exists() and not settings.force:
         for key, before, now in changed_settings(run, settings, store):
             if key in _MAY_BE_TAMED and settings.resume and (run / runs.DIVERGED).exists():
@@ -59,8 +59,8 @@ def changed_settings(run: Path, settings: TrainSettings, store: Store) -> Iterat
     """Setting, value with which the run was begun, and value now, of all that would give another run."""
     before, fingerprint = runs.read_settings(run)
     # What an older version did not know was then as it is by default now.
-    before = to_plain(TrainSettings()) | before | {"store fingerprint": fingerprint}
-    now = to_plain(settings) | {"store fingerprint": store.fingerprint}
+    before = to_json(TrainSettings()) | before | {"store fingerprint": fingerprint}
+    now = to_json(settings) | {"store fingerprint": store.fingerprint}
     for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)

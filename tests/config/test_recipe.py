@@ -1,10 +1,11 @@
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import tomli_w
 
-from lftpipe.config.recipe import RECIPE_TABLES, check, from_recipe
-from lftpipe.config.settings import EvaluateSettings, ExtractSettings, TrainSettings, to_plain
+from lftpipe.config.recipe import RECIPE_TABLES, from_recipe
+from lftpipe.config.settings import EvaluateSettings, ExtractSettings, TrainSettings, to_json
 from lftpipe.errors import SettingsError
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -32,7 +33,7 @@ def test_a_recipe_sets_what_is_not_given_on_the_command_line(recipe):
 
 def test_settings_survive_the_way_through_a_recipe(recipe):
     settings = TrainSettings(block="1:3", store=Path("x"), threads=2, learning_rate=3e-4, from_teacher=True)
-    path = recipe(tomli_w.dumps({"train": to_plain(settings), "store": {"fingerprint": "0"}}))
+    path = recipe(tomli_w.dumps({"train": to_json(settings), "store": {"fingerprint": "0"}}))
     assert from_recipe(TrainSettings, path, "train", {}) == settings
 
 
@@ -49,19 +50,19 @@ def test_the_recipes_of_the_repository_are_valid(path):
         ("[train]\nsede = 3", r"'sede' in \[train\] of .*recipe\.toml / expected: one of .*seed.*"),
         ("[trian]\nseed = 3", rf"\[trian\] in .* / expected: tables {', '.join(RECIPE_TABLES)}"),
         ("train = 3", r"\[train\] in .* / expected: tables"),
-        ("[train", r"recipe .* / expected: TOML / do: mend it"),
-        ("[train]\nseed = '3'", "seed = '3' in the recipe / expected: a whole number"),
-        ("[train]\nseed = true", "seed = True in the recipe / expected: a whole number"),
-        ("[train]\nseed = 1.5", "seed = 1.5 in the recipe / expected: a whole number"),
-        ("[train]\nclip = 'x'", "clip = 'x' in the recipe / expected: a number"),
-        ("[train]\nclip = nan", "--clip nan / expected: a finite number"),
-        ("[train]\nstore = 3", "store = 3 in the recipe / expected: a path"),
-        ("[train]\nfrom_teacher = 1", "from_teacher = 1 in the recipe / expected: true or false"),
+        ("[train", r"recipe .* / expected: TOML / do: correct it"),
+        ("[train]\nseed = '3'", r"seed = '3' in \[train\] of .*recipe.toml / expected: a whole number"),
+        ("[train]\nseed = true", r"seed = True in \[train\] of .* / expected: a whole number"),
+        ("[train]\nseed = 1.5", r"seed = 1.5 in \[train\] of .* / expected: a whole number"),
+        ("[train]\nclip = 'x'", r"clip = 'x' in \[train\] of .* / expected: a number"),
+        ("[train]\nclip = nan", r"clip = nan in \[train\] of .* / expected: a finite number"),
+        ("[train]\nstore = 3", r"store = 3 in \[train\] of .* / expected: a path"),
+        ("[train]\nfrom_teacher = 1", r"from_teacher = 1 in \[train\] of .* / expected: true or false"),
         (
             "[train]\nobjective = 'x'",
-            "objective = 'x' in the recipe / expected: one of fw, sfm, hybrid, regression",
+            r"objective = 'x' in \[train\] of .* / expected: one of fw, sfm, hybrid, regression, traj",
         ),
-        ("[train]\nobjective = 3", "objective = 3 in the recipe / expected: one of fw, sfm"),
+        ("[train]\nobjective = 3", r"objective = 3 in \[train\] of .* / expected: one of fw, sfm"),
     ],
 )
 def test_a_wrong_recipe_names_what_is_wrong(recipe, text, message):
@@ -71,7 +72,9 @@ def test_a_wrong_recipe_names_what_is_wrong(recipe, text, message):
 
 @pytest.mark.parametrize("value", ["3", "'123'", "['1']", "[1.5]"])
 def test_a_list_holds_what_it_is_a_list_of(recipe, value):
-    with pytest.raises(SettingsError, match=r"k = .* in the recipe / expected: (a list|a whole number)"):
+    with pytest.raises(
+        SettingsError, match=r"k = .* in \[evaluate\] of .* / expected: (a list|a whole number)"
+    ):
         from_recipe(EvaluateSettings, recipe(f"[evaluate]\nk = {value}"), "evaluate", {})
 
 
@@ -86,18 +89,57 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("text", "message"),
     [
-        (TrainSettings(tokens=0), "--tokens 0 / expected: at least 1 / do: raise --tokens"),
-        (TrainSettings(learning_rate=-1.0), "--learning-rate -1.0 / expected: at least 0"),
-        (TrainSettings(learning_rate=float("inf")), "--learning-rate inf / expected: a finite number"),
-        (TrainSettings(replace=1.5), "--replace 1.5 / expected: a share of at most 1"),
-        (TrainSettings(seed=-1), "--seed -1 / expected: at least 0"),
-        (TrainSettings(walk_steps=0), "--walk-steps 0 / expected: at least 1"),
-        (EvaluateSettings(k=(1, 0)), r"--k 1,0 / expected: at least 1"),
-        (ExtractSettings(context=1), "--context 1 / expected: at least 2"),
+        ("", r"empty recipe .*recipe\.toml / expected: tables extract, recouple, train"),
+        ("# nothing\n", r"empty recipe"),
+        ("[store]\nfingerprint = 'x'\n", r"empty recipe"),
+        ("[train]\nseed = " + "9" * 5000, r"recipe .* / expected: TOML / do: correct it"),
+        (
+            "[train]\nseed = " + "9" * 500,
+            r"seed = 9{79}… in \[train\] of .* / expected: less than 4294967296",
+        ),
+        ("[train]\n" + ".".join("a" * 50_000) + " = 1", r"recipe .* / expected: .* 200 dots in a line"),
+        ("[train]\nvariants = " + "[" * 5000 + "]" * 5000, r"expected: tables and lists of a few levels"),
+        ("a" * (2**20 + 1), r"expected: at most 1,048,576 bytes"),
+        (
+            "[train.variants.x]\nseed = -1",
+            r"seed = -1 in \[train\.variants\.x\] of .* / expected: at least 0",
+        ),
+        ("[train.variants]\nx = 3", r"variants = 3 in \[train\] of .* / expected: a table"),
+        (
+            "[train.variants.'../../x']",
+            r"expected: names of letters, digits and -_\.\+ / do: rename '\.\./\.\./x'",
+        ),
+        ("[train.variants.'..']", r"rename '\.\.'"),
+        ('[train]\nrun = "a\\u0000b"', r"expected: one line of text, without control characters"),
+        ('[train]\nstore = "a\\u0000b"', r"expected: a path in UTF-8 without control characters"),
     ],
 )
-def test_values_out_of_range_are_refused(settings, message):
-    with pytest.raises(SettingsError, match=message):
-        check(settings)
+def test_a_hostile_recipe_is_refused_in_one_line(recipe, text, message):
+    with pytest.raises(SettingsError, match=message) as raised:
+        from_recipe(TrainSettings, recipe(text), "train", {})
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_deep_key_costs_no_memory(recipe):
+    """50,000 dotted parts took 5.6 GB."""
+    path = recipe("[train]\n" + ".".join("a" * 50_000) + " = 1")
+    tracemalloc.start()
+    with pytest.raises(SettingsError, match="dots in a line"):
+        from_recipe(TrainSettings, path, "train", {})
+    assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    tracemalloc.stop()
+
+
+def test_an_option_of_an_earlier_version_is_said_and_dropped(recipe, capsys):
+    path = recipe("[extract]\nseed = 3\ntrust_remote_code = true\ncontext = 64")
+    assert from_recipe(ExtractSettings, path, "extract", {"seed": 4}) == ExtractSettings(context=64)
+    notes = sorted(capsys.readouterr().err.splitlines())
+    assert notes == [
+        "note: --seed has no effect: extraction draws no random numbers",
+        f"note: seed in [extract] of {path} has no effect: extraction draws no random numbers",
+        f"note: trust_remote_code in [extract] of {path} has no effect: "
+        "lftpipe never runs a model's own code",
+    ]

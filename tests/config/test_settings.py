@@ -1,11 +1,20 @@
 import dataclasses
+import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lftpipe.config import settings as settings_module
 from lftpipe.config.layers import parse_block, parse_layers
-from lftpipe.config.settings import Common, EvaluateSettings, TrainSettings, to_plain
+from lftpipe.config.settings import (
+    EvaluateSettings,
+    ExtractSettings,
+    GenerateSettings,
+    TrainSettings,
+    to_json,
+)
 from lftpipe.errors import SettingsError
 
 
@@ -62,12 +71,66 @@ def test_a_block_that_makes_no_sense_is_refused(text, message):
         parse_block(text, 24)
 
 
-@pytest.mark.parametrize("kind", Common.__subclasses__())
-def test_settings_are_frozen_and_plain(kind):
+KINDS = [getattr(settings_module, name) for name in settings_module.__all__ if name.endswith("Settings")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_are_frozen_and_json(kind):
     settings = kind()
-    with pytest.raises(dataclasses.FrozenInstanceError, match="seed"):
-        settings.seed = 1
-    assert {type(value) for value in to_plain(settings).values()} <= {str, int, float, bool, list}
+    with pytest.raises(dataclasses.FrozenInstanceError, match="workspace"):
+        settings.workspace = 1
+    assert {type(value) for value in to_json(settings).values()} <= {str, int, float, bool, list}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_panel_and_former_option_is_of_its_command(kind):
+    names = {field.name for field in dataclasses.fields(kind)}
+    listed = [name for panel in kind.PANELS.values() for name in panel.split()]
+    assert set(listed) <= names and len(listed) == len(set(listed))
+    assert names & kind.FORMER.keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (TrainSettings, {"tokens": 0}, "--tokens 0 / expected: at least 1 / do: raise --tokens"),
+        (
+            TrainSettings,
+            {"tokens": 10**30},
+            "--tokens 10{30} / expected: at most 1000000000000000 / do: lower",
+        ),
+        (TrainSettings, {"learning_rate": -1.0}, "--learning-rate -1.0 / expected: at least 0"),
+        (TrainSettings, {"learning_rate": math.inf}, "--learning-rate inf / expected: a finite number"),
+        (TrainSettings, {"replace": 1.5}, "--replace 1.5 / expected: at most 1 / do: lower --replace"),
+        (TrainSettings, {"seed": -1}, "--seed -1 / expected: at least 0"),
+        (TrainSettings, {"seed": 2**64}, "--seed 18446744073709551616 / expected: less than 4294967296"),
+        (TrainSettings, {"walk_steps": 0}, "--walk-steps 0 / expected: at least 1"),
+        (TrainSettings, {"batch_tokens": 10**12}, "--batch-tokens 10{12} / expected: at most 16777216"),
+        (TrainSettings, {"device": "meta"}, "--device meta / expected: cpu, cuda, cuda:N or mps"),
+        (TrainSettings, {"run": "a\nb"}, "expected: one line of text, without control characters"),
+        (TrainSettings, {"run": "\udcff"}, "expected: one line of text, without control characters"),
+        (TrainSettings, {"store": Path("a\0b")}, "expected: a path in UTF-8 without control characters"),
+        (TrainSettings, {"store": Path("b" * 256)}, "expected: names of at most 255 bytes"),
+        (TrainSettings, {"store": Path("b/" * 3000)}, "do: choose a shorter path"),
+        (TrainSettings, {"sede": 3}, "'sede' in the settings / expected: one of alpha, batch_tokens"),
+        (EvaluateSettings, {"k": (1, 0)}, "--k 0 / expected: at least 1"),
+        (EvaluateSettings, {"k": (10**9,)}, "--k 1000000000 / expected: at most 1000 / do: lower --k"),
+        (ExtractSettings, {"context": 1}, "--context 1 / expected: at least 2"),
+        (GenerateSettings, {"temperature": 1e-45}, "--temperature 1e-45 / expected: 0, or at least 0.001"),
+        (GenerateSettings, {"temperature": math.nan}, "--temperature nan / expected: a finite number"),
+        (GenerateSettings, {"prompt": "\udcff"}, "--prompt .* / expected: a text in UTF-8"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_when_settings_are_made(kind, values, message):
+    with pytest.raises(SettingsError, match=message):
+        kind(**values)
+    with pytest.raises(SettingsError, match=message):
+        dataclasses.replace(kind(), **values) if "sede" not in values else kind(**values)
+
+
+def test_python_callers_may_write_lists_and_texts():
+    settings = EvaluateSettings(k=[1, 2], store="a/b", runs=["x"])  # pyright: ignore[reportArgumentType]
+    assert (settings.k, settings.store, settings.runs) == ((1, 2), Path("a/b"), ("x",))
 
 
 def test_the_workspace_is_the_one_of_the_environment(monkeypatch):

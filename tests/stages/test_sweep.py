@@ -203,7 +203,7 @@ def test_wrong_lengths_are_refused_before_anything_is_trained(store, tmp_path, l
     ("lengths", "line"),
     [
         ("1,x", "--lengths 1,x / expected: numbers with commas"),
-        ("0,2", "--lengths 0,2 / expected: at least 1"),
+        ("0,2", "--lengths 0 / expected: at least 1"),
     ],
 )
 def test_lengths_that_are_no_lengths_are_one_line_errors(store, tmp_path, capsys, lengths, line):

@@ -1,0 +1,60 @@
+"""Every stage's settings: frozen, documented, and checked when they are made. No torch, no numpy.
+
+`lftpipe.config.recipe` reads them from TOML; `lftpipe.cli` makes options of their fields.
+"""
+
+from lftpipe.config.settings.base import (
+    Common,
+    ComputeDtype,
+    Condition,
+    Dtype,
+    Form,
+    Init,
+    LossScale,
+    Metric,
+    Objective,
+    OptimizerName,
+    Predictor,
+    Role,
+    SolverName,
+    WalkTimes,
+    WeightsDtype,
+    to_json,
+)
+from lftpipe.config.settings.evaluate import EvaluateSettings, SweepSettings, ToySettings
+from lftpipe.config.settings.extract import ExtractSettings
+from lftpipe.config.settings.look import InfoSettings, ReportSettings, VerifySettings
+from lftpipe.config.settings.recouple import RecoupleSettings
+from lftpipe.config.settings.student import ExportSettings, GenerateSettings
+from lftpipe.config.settings.train import TrainSettings, loss_text
+
+__all__ = [
+    "Common",
+    "ComputeDtype",
+    "Condition",
+    "Dtype",
+    "EvaluateSettings",
+    "ExportSettings",
+    "ExtractSettings",
+    "Form",
+    "GenerateSettings",
+    "InfoSettings",
+    "Init",
+    "LossScale",
+    "Metric",
+    "Objective",
+    "OptimizerName",
+    "Predictor",
+    "RecoupleSettings",
+    "ReportSettings",
+    "Role",
+    "SolverName",
+    "SweepSettings",
+    "ToySettings",
+    "TrainSettings",
+    "VerifySettings",
+    "WalkTimes",
+    "WeightsDtype",
+    "loss_text",
+    "to_json",
+]

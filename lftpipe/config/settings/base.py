@@ -1,0 +1,163 @@
+"""What the settings of all stages share: kinds of values with their bounds, and the fields of many stages.
+
+Each settings class is a frozen pydantic dataclass. Its fields are the options of a command: the annotation
+bounds the value, and the docstring below a field is its help. `PANELS` groups the options in `--help`; a
+field that no panel names is shown last, among the expert options. `FORMER` says which options an earlier
+version had.
+"""
+
+import dataclasses
+import enum
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic import model_validator as validator_of_all
+from pydantic.dataclasses import dataclass
+
+from lftpipe.config.refusal import refusal
+from lftpipe.config.words import check_path, check_temperature, check_text
+
+CONFIG = ConfigDict(
+    strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
+)
+
+
+class Role(enum.Enum):
+    """How a field is given, if not as one option."""
+
+    ARGUMENT = enum.auto()
+    """By position."""
+    REPEATED = enum.auto()
+    """As an option that may be given several times; the texts are joined with commas."""
+    RECIPE = enum.auto()
+    """In a recipe only."""
+
+
+# Paths and lists accept what Python callers and TOML write for them: a text, a list.
+Text = Annotated[str, AfterValidator(check_text)]
+File = Annotated[Path, Field(strict=False), AfterValidator(check_path)]
+Names = Annotated[tuple[Text, ...], Field(strict=False), Role.ARGUMENT]
+Device = Annotated[str, Field(pattern=r"^(cpu|mps|(cuda|xpu)(:\d{1,4})?)$")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=1, le=10**15)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**15)]
+Batch = Annotated[int, Field(ge=1, le=2**24)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Counts = Annotated[tuple[Steps, ...], Field(strict=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(check_temperature)]
+
+Dtype = Literal["float16", "float32", "int8"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Metric = Literal["euclidean", "sqeuclidean", "cosine"]
+Objective = Literal["fw", "sfm", "hybrid", "regression", "trajectory", "linear"]
+SolverName = Literal["midpoint", "euler"]
+Predictor = Literal["ratio", "gap", "displacement", "probe"]
+LossScale = Literal["token", "channel", "norm", "none"]
+OptimizerName = Literal["muon", "adamw"]
+WalkTimes = Literal["uniform", "equal", "mixed"]
+Init = Literal["layer", "readout"]
+Condition = Literal["none", "source", "step"]
+Form = Literal["latent-flow", "plain"]
+WeightsDtype = Literal["float32", "bfloat16", "float16"]
+
+DEFAULT_WORKSPACE = "data"
+
+#: The panel of what one always needs; the help option is in it too.
+MAIN = "Options"
+
+
+def default_workspace() -> Path:
+    """`LFTPIPE_WORKSPACE`, or `data` in the current folder."""
+    return Path(os.environ.get("LFTPIPE_WORKSPACE", DEFAULT_WORKSPACE))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Common:
+    """What every stage takes."""
+
+    workspace: File = Field(default_factory=default_workspace)
+    """The folder of all experiments; LFTPIPE_WORKSPACE sets another default."""
+
+    PANELS: ClassVar[dict[str, str]] = {}
+    """Title of a group of options: names of its fields, in their order."""
+    FORMER: ClassVar[dict[str, str]] = {}
+    """Options that an earlier version accepted: why they had no effect. They still have none."""
+
+    @validator_of_all(mode="wrap")
+    @classmethod
+    def _refuse_in_one_line(cls, given: Any, validate: Callable[[Any], Any]) -> Any:
+        """Turn pydantic's report into a `SettingsError`, which is raised from it."""
+        try:
+            return validate(given)
+        except ValidationError as error:
+            raise refusal(error, names=[field.name for field in dataclasses.fields(cls)]) from error
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class OfStore(Common):
+    """A stage that reads or writes a store."""
+
+    store: File | None = None
+    """The store; default: the only one in the workspace."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Computing(Common):
+    """A stage that computes."""
+
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Processor threads; default: torch's choice."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class OnDevice(Computing):
+    """A stage that computes on a device of choice."""
+
+    device: Device = "cpu"
+    """`cpu`, `cuda`, `cuda:1` or `mps`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Seeded(Common):
+    """A stage that draws random numbers."""
+
+    seed: Seed = 0
+    """Seed of all random numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Writing(Common):
+    """A stage that writes files."""
+
+    force: bool = False
+    """Overwrite what an earlier run of the command left."""
+
+
+def to_json(settings: Common) -> dict[str, Any]:
+    """Settings as values that JSON and TOML can hold; what is None or an empty table is left out.
+
+    Parameters
+    ----------
+    settings
+        Of any stage.
+
+    Returns
+    -------
+    dict
+        By field name, in the order of the fields. `from_recipe` reads it back.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, Path):
+            value = str(value)
+        if isinstance(value, tuple):
+            value = list(value)
+        if value not in (None, {}):
+            values[field.name] = value
+    return values

@@ -1,0 +1,113 @@
+"""Settings of the stages that compare: `lftpipe evaluate`, `sweep` and `toy`."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from lftpipe.config.settings.base import (
+    CONFIG,
+    MAIN,
+    Batch,
+    ComputeDtype,
+    Computing,
+    Count,
+    Counts,
+    File,
+    Names,
+    NonNegative,
+    Objective,
+    OfStore,
+    OnDevice,
+    OptimizerName,
+    Seeded,
+    SolverName,
+    Steps,
+    Writing,
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class EvaluateSettings(OfStore, OnDevice, Writing):
+    """Of `lftpipe evaluate`."""
+
+    runs: Names = ()
+    """Names or paths of runs; default: every finished run beside the store."""
+    k: Counts = (1, 2, 3, 8)
+    """Numbers of steps at inference."""
+    solver: SolverName | None = None
+    """Solver of every flow; default: each run's own."""
+    adaptive: Annotated[tuple[NonNegative, ...], Field(strict=False)] = ()
+    """Thresholds such as 0.02,0.05 (an experiment): each token takes Euler steps until it settles, at most
+    the largest of `--k`. They get a table of their own."""
+    together: bool = False
+    """Also score one student of all the runs named; their blocks must not overlap."""
+    skips: Counts = (1, 2, 3)
+    """Numbers of layers, from the block's first, that the skip rows leave out."""
+    batch_tokens: Batch = 2048
+    """Tokens in one batch of validation."""
+    compute_dtype: ComputeDtype = "float32"
+    """Number format of matrix products."""
+    out: File | None = None
+    """The JSON file; default: `results.json` beside the store. The Markdown table goes beside it."""
+
+    PANELS: ClassVar[dict[str, str]] = {
+        MAIN: "k skips device store workspace out force",
+        "What to score": "solver together adaptive",
+    }
+    FORMER: ClassVar[dict[str, str]] = {"seed": "evaluation draws no random numbers"}
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class SweepSettings(OfStore, OnDevice, Seeded, Writing):
+    """Of `lftpipe sweep`."""
+
+    lengths: Counts = ()
+    """Numbers of layers; default: a quarter and a half of the teacher's."""
+    objective: Objective = "regression"
+    """What every run learns; `regression` is the cheapest."""
+    tokens: Count = 300_000
+    """Training tokens of each run."""
+    batch_tokens: Batch = 1024
+    """Tokens in one step."""
+    optimizer: OptimizerName = "muon"
+    """Optimizer of every run."""
+    learning_rate: NonNegative | None = None
+    """Peak learning rate of every run; default: the optimizer's own."""
+    compute_dtype: ComputeDtype = "auto"
+    """Number format of training; scores are computed in float32."""
+    repeats: Steps = 1
+    """Runs of each block, with seeds from `--seed` on; their mean counts."""
+    probe_tokens: Count = 16_384
+    """Training tokens on which the linear probe is fitted."""
+    out: File | None = None
+    """The JSON file; default: `sweep.json` beside the store. The runs go into a folder of its name."""
+
+    PANELS: ClassVar[dict[str, str]] = {
+        MAIN: "lengths objective tokens seed device store workspace out force",
+        "The runs": "batch_tokens optimizer learning_rate repeats probe_tokens",
+    }
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ToySettings(Computing, Seeded, Writing):
+    """Of `lftpipe toy`."""
+
+    steps: Count = 2000
+    """Training steps of each panel."""
+    batch: Batch = 512
+    """Pairs of points in a step."""
+    learning_rate: NonNegative = 3e-3
+    """Learning rate at the start; cosine decay follows."""
+    solver: SolverName = "midpoint"
+    """Solver of the flows."""
+    steps_at_inference: Steps = 48
+    """Steps of standard flow matching; a walk takes those it was trained with."""
+    out: File | None = None
+    """The JSON file; default: `toy.json` in the workspace. The picture goes beside it."""
+
+    PANELS: ClassVar[dict[str, str]] = {MAIN: "steps seed workspace out force"}
+    FORMER: ClassVar[dict[str, str]] = {
+        "store": "the toy reads no store",
+        "device": "the toy always runs on the processor",
+    }

@@ -1,0 +1,68 @@
+"""Settings of `lftpipe extract`."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from lftpipe.config.settings.base import (
+    CONFIG,
+    MAIN,
+    Batch,
+    ComputeDtype,
+    Count,
+    CountOrZero,
+    Dtype,
+    OfStore,
+    OnDevice,
+    Text,
+    Writing,
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ExtractSettings(OfStore, OnDevice, Writing):
+    """Of `lftpipe extract`."""
+
+    model: Text = "pythia-tiny"
+    """The teacher: a registered name, a Hub id, a local folder, or a `.gguf` file."""
+    revision: Text | None = None
+    """Branch, tag or commit on the Hub."""
+    corpus: Text | None = None
+    """The text: a registered name, a file, a folder, or `hf:<dataset>[:<config>[:<split>]]`; default: the
+    teacher's own corpus."""
+    layers: Text = "all"
+    """States to store: `all`, a list such as `6,18`, or a half-open range such as `0:13`."""
+    context: Annotated[int, Field(ge=2, le=2**24)] = 512
+    """Tokens in a sequence."""
+    tokens: Count = 200_000
+    """Training tokens to store, rounded up to whole sequences."""
+    validation_tokens: CountOrZero = 20_000
+    """Validation tokens to store, from other documents."""
+    attention: bool = True
+    """Also store each layer's attention output."""
+    logits: Annotated[int, Field(ge=0, le=2**31)] = 0
+    """Also store the top-K next-token logits per position; 64 is a good K."""
+    dtype: Dtype = "float16"
+    """Number format of the stored states."""
+    compute_dtype: ComputeDtype = "auto"
+    """Number format of the teacher's matrix products; `auto`: bfloat16 if the processor has it, else float32.
+    The residual stream is always float32."""
+    batch_tokens: Batch = 2048
+    """Tokens in one forward pass of the teacher."""
+    dry_run: bool = False
+    """Print the sizes and the estimated time, and write nothing."""
+    resume: bool = True
+    """Continue an interrupted store, or extend a smaller one."""
+    repair: bool = False
+    """Recompute the shards that `lftpipe verify` finds damaged."""
+
+    PANELS: ClassVar[dict[str, str]] = {
+        MAIN: "model corpus tokens layers store workspace device",
+        "What to store": "context validation_tokens attention logits dtype",
+        "New, continued or repaired": "dry_run resume force repair",
+    }
+    FORMER: ClassVar[dict[str, str]] = {
+        "seed": "extraction draws no random numbers",
+        "trust_remote_code": "lftpipe never runs a model's own code",
+    }

@@ -1,0 +1,79 @@
+"""Settings of the stages that make or use a student: `lftpipe export` and `generate`."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from lftpipe.config.settings.base import (
+    CONFIG,
+    MAIN,
+    Computing,
+    File,
+    Form,
+    Names,
+    OfStore,
+    OnDevice,
+    Role,
+    Seeded,
+    SolverName,
+    Steps,
+    Temperature,
+    Text,
+    WeightsDtype,
+    Writing,
+)
+from lftpipe.config.words import check_unicode
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ExportSettings(OfStore, Computing, Writing):
+    """Of `lftpipe export`."""
+
+    runs: Names = ()
+    """Name or path of a run; several runs, whose blocks must not overlap, make one student."""
+    k: Steps | None = None
+    """Steps; default: those of training."""
+    solver: SolverName | None = None
+    """Solver; default: that of training."""
+    form: Form = "latent-flow"
+    """`latent-flow`: any student, for machines with lftpipe. `plain`: an ordinary checkpoint of the teacher's
+    family, for students whose Euler steps are exactly layers."""
+    dtype: WeightsDtype = "float32"
+    """Number format of the weights."""
+    out: File | None = None
+    """The folder; default: `export-<form>-k<k>` in the first run's folder."""
+
+    PANELS: ClassVar[dict[str, str]] = {MAIN: "form k out dtype solver store workspace force"}
+    FORMER: ClassVar[dict[str, str]] = {
+        "seed": "an export draws no random numbers",
+        "device": "an export is always made on the processor",
+    }
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class GenerateSettings(OfStore, OnDevice, Seeded):
+    """Of `lftpipe generate`."""
+
+    target: Annotated[Text, Role.ARGUMENT] | None = None
+    """Name or path of a run, or a folder in transformers' format; none with `--draft`."""
+    prompt: Annotated[str, AfterValidator(check_unicode)] | None = None
+    """The text to continue."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**24)] = 64
+    """Tokens to write, at most."""
+    k: Steps | None = None
+    """Steps; default: those of training or export."""
+    solver: SolverName | None = None
+    """Solver; default: that of training or export."""
+    temperature: Temperature = 0.0
+    """0 always takes the most likely token; above 0, tokens are drawn."""
+    compare: bool = False
+    """Let the teacher continue the prompt too."""
+    draft: Text | None = None
+    """A run whose student drafts for its teacher; the text is the teacher's greedy text."""
+
+    PANELS: ClassVar[dict[str, str]] = {
+        MAIN: "prompt max_new_tokens temperature seed k device store workspace",
+        "Beside the teacher": "compare draft",
+    }
+    FORMER: ClassVar[dict[str, str]] = {"force": "generate writes no files"}

@@ -1,0 +1,135 @@
+"""Settings of `lftpipe train`."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from lftpipe.config.settings.base import (
+    CONFIG,
+    MAIN,
+    Batch,
+    ComputeDtype,
+    Condition,
+    Count,
+    CountOrZero,
+    Fraction,
+    Init,
+    LossScale,
+    NonNegative,
+    Objective,
+    OfStore,
+    OnDevice,
+    OptimizerName,
+    Predictor,
+    Role,
+    Seeded,
+    SolverName,
+    Steps,
+    Text,
+    WalkTimes,
+    Writing,
+)
+from lftpipe.config.words import check_names
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class TrainSettings(OfStore, OnDevice, Seeded, Writing):
+    """Of `lftpipe train`."""
+
+    block: Annotated[Text, Role.REPEATED] = "auto"
+    """The layers to replace: `m:n`, half-open, or `auto`: the best block by the map. Given several times, it
+    trains one flow layer for each block."""
+    joint: bool = False
+    """Train the flow layers of several blocks as one student: each starts where the one before it ends."""
+    replace: Fraction = 0.25
+    """Fraction of the layers that `--block auto` replaces."""
+    rank_by: Predictor = "ratio"
+    """The figure of the map by which `--block auto` chooses."""
+    objective: Objective = "fw"
+    """What the flow layer learns: `fw` flow walking, `sfm` standard flow matching, `hybrid` both,
+    `regression` without time, `trajectory` along the teacher's states, `linear` in closed form."""
+    init: Init = "layer"
+    """The start: a copy of the block's first layer; `readout` also fits its output matrices to the whole
+    block in closed form."""
+    walk_steps: Steps = 3
+    """Steps k of flow walking."""
+    solver: SolverName = "midpoint"
+    """Solver of the flow, in training and afterwards."""
+    alpha: NonNegative = 0.001
+    """Weight of standard flow matching in the hybrid objective (eq. 9)."""
+    loss: Text | None = None
+    """Weighted terms in stages, such as `fw@0.7/fw:0.1,logits` (docs/training.md); default: the
+    objective's."""
+    condition: Condition = "none"
+    """What the velocity also sees beside `x_t` and `t`: the `source` `x_0`, or the size of the `step`."""
+    walk_times: WalkTimes = "uniform"
+    """Times of a walk: `uniform` draws them for each walk (algorithm 2); `equal` steps, as at inference;
+    `mixed`: equal steps, 1 to k of them, drawn for each batch."""
+    loss_scale: LossScale = "token"
+    """What divides a squared error: each `token`'s or `channel`'s own scale, the final `norm`, or nothing."""
+    tokens: Count = 1_000_000
+    """Training tokens; the store is read again in a new order as often as needed."""
+    batch_tokens: Batch = 1024
+    """Tokens in one step; a small budget is better spent on many small steps."""
+    optimizer: OptimizerName = "muon"
+    """Optimizer of the layer's matrices; AdamW always trains the rest."""
+    learning_rate: NonNegative | None = None
+    """Peak learning rate; default: 0.02 for `muon`, 0.003 for `adamw`."""
+    warmup: Fraction = 0.05
+    """Fraction of the steps in which the learning rate rises; cosine decay follows."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay."""
+    clip: NonNegative = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    ema: Fraction = 0.0
+    """Keep an exponential average of the weights with this decay, such as 0.999; 0 keeps the last weights."""
+    hold_back: Fraction = 0.0
+    """Fraction of the training sequences held back, on which the best weights are chosen. It turns evaluation
+    on: `--evaluate-every` then defaults to 100."""
+    evaluate_every: CountOrZero = 0
+    """Steps between evaluations on the sequences held back; validation is logged with them. 0: never, or 100
+    with `--hold-back`."""
+    patience: CountOrZero = 0
+    """Stop after this many evaluations without a better loss on the sequences held back; 0: never."""
+    tensorboard: bool = False
+    """Also write metrics for TensorBoard into the run's folder."""
+    compute_dtype: ComputeDtype = "auto"
+    """Number format of matrix products; `auto`: bfloat16 if the processor has it, else float32."""
+    from_teacher: bool = False
+    """Run the teacher for every batch, or read the store (the default)."""
+    run: Annotated[Text, Role.REPEATED] | None = None
+    """Name or path of the run; default: named after block, objective and seed. With a recipe's variants:
+    those to train."""
+    variants: Annotated[
+        dict[str, dict[str, Any]], Field(max_length=10_000), AfterValidator(check_names), Role.RECIPE
+    ] = Field(default_factory=dict)
+    """A recipe's `[train.variants.NAME]`: runs NAME-m-n-seedS that differ in these settings and see the same
+    batches."""
+    resume: bool = False
+    """Continue an interrupted run."""
+    log_every: Count = 20
+    """Steps between lines of `metrics.jsonl`."""
+    checkpoint_every: Count = 200
+    """Steps between checkpoints."""
+
+    PANELS: ClassVar[dict[str, str]] = {
+        MAIN: "block objective tokens run seed from_teacher device store workspace resume force",
+        "The block": "replace rank_by joint init",
+        "The objective": "walk_steps solver loss alpha condition walk_times loss_scale",
+        "The steps": "batch_tokens optimizer learning_rate warmup weight_decay clip ema",
+        "Watching the run": "hold_back evaluate_every patience log_every checkpoint_every tensorboard",
+    }
+
+
+def loss_text(settings: TrainSettings) -> str:
+    """The `--loss` of a run: its own, or its objective's.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+    """
+    if settings.loss is not None:
+        return settings.loss
+    return f"fw,sfm:{settings.alpha:g}" if settings.objective == "hybrid" else settings.objective
