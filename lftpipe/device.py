@@ -17,6 +17,11 @@ def prepare_processor(threads: int | None) -> None:
 
     glibc hands large blocks back to the kernel as soon as they are freed, and every new tensor of a
     layer then faults its pages in anew: a fifth of the time of a forward pass of a small model.
+
+    Parameters
+    ----------
+    threads
+        Threads for torch; None leaves torch's own choice.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -29,6 +34,13 @@ def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
     """Let a frozen module's linear layers hold their weights in the format of its products.
 
     Autocast would cast them anew at every call. All else stays in float32.
+
+    Parameters
+    ----------
+    module
+        A module whose weights are not trained.
+    dtype
+        The format in which products are computed.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -36,12 +48,26 @@ def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`, as settings and stores write it."""
+    """`bfloat16`, as settings and stores write it.
+
+    Parameters
+    ----------
+    dtype
+        A dtype of torch.
+    """
     return str(dtype).removeprefix("torch.")
 
 
 def resolve_compute_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` to bfloat16 where the processor multiplies matrices in it, else to float32."""
+    """`auto` to bfloat16 where the processor multiplies matrices in it, else to float32.
+
+    Parameters
+    ----------
+    name
+        `auto`, `float32` or `bfloat16`.
+    device
+        The device that computes, as torch names it.
+    """
     if name != "auto":
         return getattr(torch, name)
     kind = torch.device(device).type
@@ -56,6 +82,13 @@ def resolve_compute_dtype(name: str, device: str) -> torch.dtype:
 
 def prepare(device: str, threads: int | None) -> None:
     """Check that there is such a device, and make the processor ready.
+
+    Parameters
+    ----------
+    device
+        A device as torch names it: `cpu`, `cuda`, `cuda:1`.
+    threads
+        Threads for torch; None leaves torch's own choice.
 
     Raises
     ------

@@ -18,6 +18,11 @@ _READ_BYTES = 1 << 20
 def canonical(value: Any) -> bytes:
     """The one JSON text of a value: keys sorted, no spaces, UTF-8.
 
+    Parameters
+    ----------
+    value
+        A JSON-plain value.
+
     Raises
     ------
     TypeError, ValueError
@@ -28,17 +33,35 @@ def canonical(value: Any) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """The value as it will come back from a file: tuples become lists, keys text."""
+    """The value as it will come back from a file: tuples become lists, keys text.
+
+    Parameters
+    ----------
+    value
+        A JSON-plain value; tuples and keys that are no text are allowed.
+    """
     return json.loads(canonical(value))
 
 
 def fingerprint(value: Any) -> str:
-    """Digest of a JSON-plain value, 32 hex digits; the order of keys does not matter."""
+    """Digest of a JSON-plain value, 32 hex digits; the order of keys does not matter.
+
+    Parameters
+    ----------
+    value
+        A JSON-plain value.
+    """
     return xxhash.xxh3_128_hexdigest(canonical(value))
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a file's bytes, 32 hex digits, read in pieces of 1 MiB."""
+    """Digest of a file's bytes, 32 hex digits, read in pieces of 1 MiB.
+
+    Parameters
+    ----------
+    path
+        The file.
+    """
     digest, buffer = xxhash.xxh3_128(), bytearray(_READ_BYTES)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -47,7 +70,13 @@ def file_digest(path: Path) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames and new names within a folder survive a power failure."""
+    """Make renames and new names within a folder survive a power failure.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -56,7 +85,15 @@ def sync_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that at every moment it is either the old one or the new one, also after a crash."""
+    """Write a file so that at every moment it is either the old one or the new one, also after a crash.
+
+    Parameters
+    ----------
+    path
+        The file; its folder must exist.
+    data
+        Its whole new content.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -71,12 +108,25 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object with a digest of itself under ``digest``, atomically."""
+    """Write a JSON object with a digest of itself under ``digest``, atomically.
+
+    Parameters
+    ----------
+    path
+        The file; its folder must exist.
+    value
+        A JSON-plain object without the key ``digest``.
+    """
     write_atomic(path, _sealed(value))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read what `write_sealed` wrote.
+
+    Parameters
+    ----------
+    path
+        The file.
 
     Raises
     ------
@@ -102,7 +152,17 @@ def _sealed(value: dict[str, Any]) -> bytes:
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """Every setting in which two JSON-plain values differ, as ``teacher.revision: 'a' -> 'b'``."""
+    """Every setting in which two JSON-plain values differ, as ``teacher.revision: 'a' -> 'b'``.
+
+    Parameters
+    ----------
+    old
+        A JSON-plain value.
+    new
+        The value to compare it with.
+    name
+        What the two are called; the names of settings begin with it.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)

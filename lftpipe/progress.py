@@ -31,6 +31,15 @@ class Task:
         return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def advance(self, amount: int, **fields: str) -> None:
+        """Count work as done and show it.
+
+        Parameters
+        ----------
+        amount
+            Units that were done since the last call.
+        **fields
+            What else to show, by name.
+        """
         self.done += amount
         rate = f"{human(self.rate)} {self.unit}/s"
         shown = "  ".join(f"{name} {value}" for name, value in fields.items())
@@ -45,7 +54,19 @@ class Task:
 
 @contextmanager
 def task(label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
-    """Show a step of `total` units, `done` of them before; the line goes away when the step is over."""
+    """Show a step of `total` units, `done` of them before; the line goes away when the step is over.
+
+    Parameters
+    ----------
+    label
+        What is being done.
+    total
+        Units in all.
+    unit
+        What is counted, in the plural: `tokens`.
+    done
+        Units that were done before; they do not count for the rate.
+    """
     console = Console(stderr=True, quiet=not speaks())
     if not console.is_terminal:
         yield Task(label, total, unit, None, done)
@@ -68,7 +89,13 @@ def speaks() -> bool:
 
 
 def human(number: int | float) -> str:
-    """1234567 as '1.2M'."""
+    """1234567 as '1.2M'.
+
+    Parameters
+    ----------
+    number
+        The number.
+    """
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
             return f"{number / limit:.1f}{suffix}"
@@ -76,6 +103,12 @@ def human(number: int | float) -> str:
 
 
 def human_bytes(number: int | float) -> str:
-    """Bytes in decimal units: '4.6 GB'."""
+    """Bytes in decimal units: '4.6 GB'.
+
+    Parameters
+    ----------
+    number
+        How many bytes.
+    """
     text = human(number)
     return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"

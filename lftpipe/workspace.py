@@ -10,6 +10,13 @@ STORE_NAME = "states.zarr"
 def find_store(workspace: Path, store: Path | None) -> Path:
     """The store that was named, or the only one in the workspace.
 
+    Parameters
+    ----------
+    workspace
+        The folder of all experiments.
+    store
+        The store that was named, if one was.
+
     Raises
     ------
     StoreError
@@ -36,7 +43,15 @@ def find_store(workspace: Path, store: Path | None) -> Path:
 
 
 def run_path(store: Path, name: str) -> Path:
-    """The folder of a run called `name`, which may also be a path."""
+    """The folder of a run called `name`, which may also be a path.
+
+    Parameters
+    ----------
+    store
+        The store that the run lies beside.
+    name
+        The run's name, or its path.
+    """
     return Path(name) if "/" in name else store.parent / "runs" / name
 
 
@@ -45,8 +60,12 @@ def check_outputs(out: Path, others: tuple[str, ...], force: bool, cure: str = "
 
     Parameters
     ----------
+    out
+        The JSON file.
     others
         Suffixes of the files that go beside it.
+    force
+        Whether to allow files that exist.
     cure
         What to do instead of naming another `--out`.
     """
@@ -61,6 +80,15 @@ def check_outputs(out: Path, others: tuple[str, ...], force: bool, cure: str = "
 
 def find_run(workspace: Path, store: Path | None, name: str) -> Path:
     """The folder of a run: by its path, or by its name beside the store or anywhere in the workspace.
+
+    Parameters
+    ----------
+    workspace
+        The folder of all experiments.
+    store
+        The store that was named, if one was.
+    name
+        The run's name, or its path.
 
     Raises
     ------
@@ -91,6 +119,13 @@ def find_run(workspace: Path, store: Path | None, name: str) -> Path:
 
 def find_runs(store: Path, names: tuple[str, ...]) -> list[Path]:
     """The named runs, or every finished one beside the store.
+
+    Parameters
+    ----------
+    store
+        The store that the runs lie beside.
+    names
+        Names or paths of runs; none means every finished one.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 Documents are laid end to end, each closed by the end-of-text token, and cut into sequences of
 `context` tokens, so no position is padding. Every token carries the number of its document;
-a run of one number inside a sequence is a *piece*. Attention stays inside a piece, and position
+a run of one number inside a sequence is a *segment*. Attention stays inside a segment, and position
 ids restart with it: see `positions`.
 """
 
@@ -34,7 +34,13 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 
 def text_hash(document: Document) -> int:
-    """64 bits of the text's BLAKE2b: equal texts always land in the same split."""
+    """64 bits of the text's BLAKE2b: equal texts always land in the same split.
+
+    Parameters
+    ----------
+    document
+        One document of a corpus.
+    """
     digest = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest())
 
@@ -71,10 +77,10 @@ class _Packer:
         self.documents += [number] * len(ids)
         start = 0
         while len(self.tokens) - start >= self.context and not self.full:
-            piece = slice(start, start + self.context)
+            window = slice(start, start + self.context)
             self.made += 1
             start += self.context
-            yield np.array(self.tokens[piece], np.int32), np.array(self.documents[piece], np.int32)
+            yield np.array(self.tokens[window], np.int32), np.array(self.documents[window], np.int32)
         del self.tokens[:start], self.documents[:start]  # once: a document may be a whole book
 
 
@@ -131,6 +137,13 @@ class Packing:
         return {split: packer.hash.hexdigest() for split, packer in self._packers.items()}
 
     def split_of(self, text_hash: int) -> str:
+        """The split of a document, `train` or `validation`.
+
+        Parameters
+        ----------
+        text_hash
+            What `text_hash` gave for it.
+        """
         return "validation" if text_hash < self.threshold else "train"
 
     def __iter__(self) -> Iterator[PackedSequence]:
@@ -266,7 +279,13 @@ def _threshold_for(sizes: list[tuple[int, int]], wanted: int) -> int:
 
 
 def positions(document: Int32[np.ndarray, "*batch position"]) -> Int32[np.ndarray, "*batch position"]:
-    """Position ids that restart at 0 with each document's piece in a sequence."""
+    """Position ids that restart at 0 with each segment.
+
+    Parameters
+    ----------
+    document
+        Which document each token came from.
+    """
     starts = np.ones(document.shape, bool)
     starts[..., 1:] = document[..., 1:] != document[..., :-1]
     index = np.arange(document.shape[-1], dtype=np.int32)
