@@ -107,12 +107,6 @@ def open_teacher(model: str, workspace: Path, *, revision: str | None = None) ->
     TeacherError
         If there is no such model, it cannot be fetched, or it is of no supported family.
     """
-    if trust_remote_code:
-        raise TeacherError(
-            f"--trust-remote-code for {model}",
-            "a model that transformers itself has: lftpipe runs no code of a checkpoint",
-            "leave the option out, or save the model in a format that transformers knows",
-        )
     registered = REGISTERED.get(model)
     path = Path(model).expanduser()
     commit = None
