@@ -205,7 +205,7 @@ def _flowing(flow: nn.Module, method: Method, k: int) -> Callable[[States, Atten
     """`k` steps through a flow layer (algorithm 3)."""
 
     def predict(x_0: States, context: AttentionContext) -> States:
-        return ODESolver(_velocity(flow, x_0, context), method).sample(x_0, k)
+        return ODESolver(_velocity(flow, x_0, context)).sample(x_0, 1 / k, method)
 
     return predict
 
@@ -213,8 +213,8 @@ def _flowing(flow: nn.Module, method: Method, k: int) -> Callable[[States, Atten
 def _velocity(flow: nn.Module, x_0: States, context: AttentionContext) -> VelocityField:
     """A flow layer in its context; a linear map sees that alone."""
     if not isinstance(flow, Velocity):
-        return lambda x, t, d: flow(x, t, context)
-    return lambda x, t, d: flow(x, t, context, source=x_0, d=d)
+        return lambda x, t, step_size: flow(x, t, context)
+    return lambda x, t, step_size: flow(x, t, context, source=x_0, step_size=step_size)
 
 
 def _choosing(

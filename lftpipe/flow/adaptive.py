@@ -38,7 +38,7 @@ def sample_adaptively(
     Parameters
     ----------
     velocity
-        `(x, t, d)` to `dx/dt`; evaluated for all tokens while any of them goes on.
+        `(x, t, step_size)` to `dx/dt`; evaluated for all tokens while any of them goes on.
     x_init
         `x_0`.
     max_steps

@@ -10,7 +10,13 @@ Logits = Float[Tensor, "*batch vocabulary"]
 
 
 def full_divergence(teacher: Logits, student: Logits) -> Loss:
-    """KL(teacher || student) over the whole vocabulary, in nats, mean over positions."""
+    """KL(teacher || student) over the whole vocabulary, in nats, mean over positions.
+
+    Parameters
+    ----------
+    teacher, student
+        Logits.
+    """
     log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 

@@ -7,18 +7,33 @@ from torch import Tensor, nn
 from lftpipe.flow.path import States, Times
 from lftpipe.teacher.family import AttentionContext
 
-#: Share of the mean diagonal added to it, so that channels that never vary stay solvable.
+#: Fraction of each input's own variance added to it, so that channels that never vary stay solvable.
 RIDGE = 1e-6
 
 
 class LinearMap(nn.Module):
-    """`u(x) = W x + b`, used with one Euler step: `x_1 = x_0 + u(x_0)`."""
+    """`u(x) = W x + b`, used with one Euler step: `x_1 = x_0 + u(x_0)`.
+
+    Parameters
+    ----------
+    width
+        Features of a state.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width)
 
     def forward(self, x: States, t: Times, context: AttentionContext) -> States:
+        """The velocity, which depends on nothing but the state of each position.
+
+        Parameters
+        ----------
+        x
+            The states.
+        t, context
+            Ignored; every velocity takes them.
+        """
         del t, context  # a linear map of each position alone
         with torch.autocast(x.device.type, enabled=False):
             return self.linear(x)
@@ -35,7 +50,7 @@ class LeastSquares:
     inputs, outputs
         Of the map.
     ridge
-        Share of each input's own variance that is added to it: how far the map is drawn to zero.
+        Fraction of each input's own variance that is added to it: how far the map is drawn to zero.
     """
 
     def __init__(self, inputs: int, outputs: int, ridge: float = RIDGE) -> None:
@@ -49,9 +64,16 @@ class LeastSquares:
         y: Float[Tensor, "*batch output"],
         x_1: Float[Tensor, "*batch feature"],
     ) -> None:
-        """Add a batch: `y` is what the map should give for `x`, a part of the way to the state `x_1`.
+        """Add a batch. Products are computed in the precision of `x`, and summed in float64.
 
-        Products are computed in the precision of `x`, and summed in float64.
+        Parameters
+        ----------
+        x
+            What the map reads.
+        y
+            What it should give: a part of the way to `x_1`.
+        x_1
+            The state at the end, whose squared norm weighs each position.
         """
         x, y, x_1 = (each.flatten(0, -2) for each in (x, y, x_1))
         weight = (1 / (x_1.double().square().sum(-1, keepdim=True) + 1e-12)).to(x)

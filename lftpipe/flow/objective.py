@@ -64,7 +64,15 @@ class ErrorScale:
         self.over_processes = over_processes
 
     def __call__(self, error: States, x_1: States) -> Loss:
-        """Mean of `error`'s squares, scaled by the target state `x_1`."""
+        """The scaled mean of an error's squares.
+
+        Parameters
+        ----------
+        error
+            What is to become small.
+        x_1
+            The target state that it is measured against.
+        """
         error, x_1 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (error, x_1))
         if self.scale == "norm":
             assert self.norm is not None
@@ -83,6 +91,17 @@ def flow_matching(velocity: VelocityField, sample: PathSample, x_1: States, scal
 
     With a straight path this is standard flow matching (SFM), with the teacher's own states the
     trajectory objective.
+
+    Parameters
+    ----------
+    velocity
+        What is trained.
+    sample
+        A point of the path, and the path's derivative there.
+    x_1
+        Where the path ends.
+    scale
+        The measure of an error.
     """
     moment = torch.zeros_like(sample.t)
     return scale(velocity(sample.x_t, sample.t, moment) - sample.dx_t, x_1)
@@ -92,26 +111,45 @@ def flow_walking(end: States, x_1: States, scale: ErrorScale) -> Loss:
     """Algorithm 2, eq. 8: regress the `end` of a walk from `x_0` on `x_1`, with gradient through its steps.
 
     A walk of one Euler step is the regression baseline.
+
+    Parameters
+    ----------
+    end
+        Where the walk ended.
+    x_1
+        Where it should have.
+    scale
+        The measure of an error.
     """
     return scale(end - x_1, x_1)
 
 
 def branch_matching(
-    branches: tuple[States, States], shares: tuple[States, States], x_1: States, scale: ErrorScale
+    branches: tuple[States, States], targets: tuple[States, States], x_1: States, scale: ErrorScale
 ) -> Loss:
-    """Regress each branch of the velocity on its own share of `x_1 - x_0`.
+    """Regress each branch of the velocity on its own part of `x_1 - x_0`.
 
     Parameters
     ----------
     branches
         The attention's and the MLP's part of the velocity.
-    shares
+    targets
         What the block's attention branches added, and what its MLPs did.
+    x_1
+        The state at the block's end.
+    scale
+        The measure of an error.
     """
-    return sum((scale(u - dx, x_1) for u, dx in zip(branches, shares, strict=True)), x_1.new_zeros(()))
+    return sum((scale(u - dx, x_1) for u, dx in zip(branches, targets, strict=True)), x_1.new_zeros(()))
 
 
 def walk_times(draws: Float[Tensor, "draw sequence"]) -> Float[Tensor, "time sequence"]:
-    """The times of a walk: 0, the uniform draws in order, 1. `k` steps take `k - 1` draws."""
+    """The times of a walk: 0, the uniform draws in order, 1.
+
+    Parameters
+    ----------
+    draws
+        From 0 to 1, for each sequence; `k` steps take `k - 1`.
+    """
     ends = draws.new_zeros(1, draws.shape[1])
     return torch.cat([ends, draws.sort(dim=0).values, ends + 1])

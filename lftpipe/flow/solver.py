@@ -11,26 +11,48 @@ from torch import Tensor
 
 from lftpipe.flow.path import States, Times, over
 
-#: `(x, t, d)` to `dx/dt` at `x` and `t`, for a step of size `d`; 0 asks for the velocity of that very moment.
+#: `(x, t, step_size)` to `dx/dt` at `x` and `t`; a step size of 0 asks for the velocity of that very moment.
 VelocityField = Callable[[States, Times, Times], States]
 Method = Literal["euler", "midpoint"]
 Step = Callable[[VelocityField, States, Times, Times], States]
 
 
 def euler_step(velocity: VelocityField, x: States, t: Times, t_next: Times) -> States:
-    """`x + d u(x, t)` (eq. 4): first order, one evaluation."""
-    d = t_next - t
-    return x + over(d, x) * velocity(x, t, d)
+    """`x + d u(x, t)` (eq. 4): first order, one evaluation.
+
+    Parameters
+    ----------
+    velocity
+        The field `u`.
+    x
+        The states at `t`.
+    t, t_next
+        Where the step begins and ends; `d` is their difference.
+    """
+    step_size = t_next - t
+    return x + over(step_size, x) * velocity(x, t, step_size)
 
 
 def midpoint_step(velocity: VelocityField, x: States, t: Times, t_next: Times) -> States:
-    """`x + d u(x + d/2 u(x, t), t + d/2)` (eq. 5): second order, two evaluations."""
-    d = t_next - t
-    middle = x + over(d / 2, x) * velocity(x, t, d)
-    return x + over(d, x) * velocity(middle, t + d / 2, d)
+    """`x + d u(x + d/2 u(x, t), t + d/2)` (eq. 5): second order, two evaluations.
+
+    Parameters
+    ----------
+    velocity
+        The field `u`.
+    x
+        The states at `t`.
+    t, t_next
+        Where the step begins and ends; `d` is their difference.
+    """
+    step_size = t_next - t
+    middle = x + over(step_size / 2, x) * velocity(x, t, step_size)
+    return x + over(step_size, x) * velocity(middle, t + step_size / 2, step_size)
 
 
 STEPS: dict[str, Step] = {"euler": euler_step, "midpoint": midpoint_step}
+
+#: Evaluations of the velocity in one step: `k` steps have NFE = `k * EVALUATIONS[method]`.
 EVALUATIONS: dict[str, int] = {"euler": 1, "midpoint": 2}
 
 
@@ -41,26 +63,65 @@ class ODESolver:
     Parameters
     ----------
     velocity
-        `(x, t, d)` to `dx/dt`.
-    method
-        `euler` or `midpoint`.
+        `(x, t, step_size)` to `dx/dt`.
     """
 
     velocity: VelocityField
-    method: Method = "midpoint"
 
-    def sample(self, x_init: States, num_steps: int) -> States:
-        """`x_1` by `num_steps` equal steps (algorithm 3); NFE = `evaluations(num_steps)`."""
-        grid = torch.linspace(0, 1, num_steps + 1, device=x_init.device)
-        return self.walk(x_init, grid[:, None].expand(-1, x_init.shape[0]))
+    def sample(
+        self,
+        x_init: States,
+        step_size: float | None = None,
+        method: Method = "midpoint",
+        time_grid: Float[Tensor, "time"] | Float[Tensor, "time sequence"] | None = None,
+    ) -> States:
+        """The states at the end of the way.
 
-    def walk(self, x_init: States, time_grid: Float[Tensor, "time sequence"]) -> States:
-        """`x` at the last of the times, stepping through all of them; each sequence has its own."""
-        step, x = STEPS[self.method], x_init
+        Parameters
+        ----------
+        x_init
+            Where to begin.
+        step_size
+            `1 / k` makes `k` equal steps from 0 to 1 (algorithm 3).
+        method
+            `euler` or `midpoint`.
+        time_grid
+            In place of `step_size`: the times from which and to which to step, the same for all sequences or
+            its own for each. If neither is given, one step leads from 0 to 1.
+
+        Raises
+        ------
+        ValueError
+            If both are given, or `step_size` does not divide the way from 0 to 1 into equal steps.
+        """
+        if time_grid is None:
+            time_grid = equal_times(1.0 if step_size is None else step_size, x_init.device)
+        elif step_size is not None:
+            raise ValueError("give either step_size or time_grid")
+        if time_grid.ndim == 1:
+            time_grid = time_grid[:, None].expand(-1, len(x_init))
+        step, x = STEPS[method], x_init
         for t, t_next in pairwise(time_grid):
             x = step(self.velocity, x, t, t_next)
         return x
 
-    def evaluations(self, num_steps: int) -> int:
-        """Number of function evaluations, NFE."""
-        return EVALUATIONS[self.method] * num_steps
+
+def equal_times(step_size: float, device: torch.device | None = None) -> Float[Tensor, "time"]:
+    """The times 0, `step_size`, ..., 1.
+
+    Parameters
+    ----------
+    step_size
+        `1 / k` for `k` steps.
+    device
+        Where the times are to be.
+
+    Raises
+    ------
+    ValueError
+        If `step_size` is no such fraction.
+    """
+    steps = round(1 / step_size) if step_size > 0 else 0
+    if steps < 1 or abs(steps * step_size - 1) > 1e-6:
+        raise ValueError(f"step_size {step_size} is not 1/k for a whole number of steps k")
+    return torch.linspace(0, 1, steps + 1, device=device)

@@ -15,7 +15,15 @@ TIME_FEATURES = 128
 
 
 def sinusoidal(t: Times, num_features: int = TIME_FEATURES) -> Float[Tensor, "sequence feature"]:
-    """Sines and cosines of `t` at geometric frequencies from 1 to 1000 radians."""
+    """Sines and cosines of `t` at geometric frequencies from 1 to 1000 radians.
+
+    Parameters
+    ----------
+    t
+        One time, or one step size, per sequence.
+    num_features
+        Half of them sines, half cosines.
+    """
     frequencies = torch.exp(torch.linspace(0, math.log(1000), num_features // 2, device=t.device))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -26,7 +34,17 @@ Modulations = list[Float[Tensor, "#sequence 1 feature"]]
 
 
 class Modulation(nn.Module):
-    """From `t`, and the step's size if wanted, to shift, scale and gate of each branch; all zero at first."""
+    """From `t`, and the step size if wanted, to shift, scale and gate of each branch; all zero at first.
+
+    Parameters
+    ----------
+    width
+        Features of a state.
+    shift
+        Whether to predict shifts too.
+    step
+        Whether it is told the step size.
+    """
 
     def __init__(self, width: int, *, shift: bool, step: bool = False, branches: int = 2) -> None:
         super().__init__()
@@ -37,13 +55,22 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, t: Times, d: Times | None = None) -> Modulations:
+    def forward(self, t: Times, step_size: Times | None = None) -> Modulations:
+        """Scales, gates and shifts at one time per sequence.
+
+        Parameters
+        ----------
+        t
+            The times.
+        step_size
+            Of the steps that begin there, for a modulation that is told.
+        """
         # In full precision: it is a vector per sequence, and what it gives scales whole branches.
         with torch.autocast(t.device.type, enabled=False):
             features = sinusoidal(t)
             if self.step:
-                assert d is not None, "this velocity knows the step's size"
-                features = torch.cat([features, sinusoidal(d)], dim=-1)
+                assert step_size is not None, "this velocity is told the step size"
+                features = torch.cat([features, sinusoidal(step_size)], dim=-1)
             values = self.head(nn.functional.silu(self.hidden(features.to(self.hidden.weight.dtype))))
         return list(values[:, None].chunk(self.parts, dim=-1))
 
@@ -69,8 +96,8 @@ class Velocity(nn.Module):
     source
         Whether it sees `x_0` too: `u(x_t, t, x_0)`. Trajectories may cross then: `x_0` tells them apart.
     step
-        Whether it knows the size of the step that it is evaluated for: one velocity can then be the best for
-        each number of steps, as in shortcut models (Frans et al., arXiv 2410.12557).
+        Whether it is told the size of the step that it is evaluated for: one velocity can then be the best
+        for each number of steps, as in shortcut models (Frans et al., arXiv 2410.12557).
     """
 
     def __init__(
@@ -100,18 +127,28 @@ class Velocity(nn.Module):
         modulations: Modulations | None = None,
         *,
         source: States | None = None,
-        d: Times | None = None,
+        step_size: Times | None = None,
     ) -> tuple[States, States]:
-        """The attention's and the MLP's share of the velocity; their sum is `forward`.
+        """The attention's and the MLP's part of the velocity; their sum is `forward`.
 
-        Whoever knows what `modulation(t, d)` gives may pass it as `modulations`. `source` is `x_0` and `d`
-        the size of the step, for a velocity that sees it.
+        Parameters
+        ----------
+        x, t
+            States, and one time per sequence.
+        context
+            Positions and mask of the sequences.
+        modulations
+            What `modulation(t, step_size)` gives, for callers that know it already.
+        source
+            `x_0`, for a velocity that sees it.
+        step_size
+            For a velocity that is told it.
         """
         layer = self.layer
         if self.modulation is None:
             attention = layer.attention(layer.attention_norm(x), context)
             return attention, layer.mlp(layer.mlp_norm(x if layer.parallel else x + attention), context)
-        scale_a, gate_a, scale_m, gate_m, *shifts = modulations or self.modulation(t, d)
+        scale_a, gate_a, scale_m, gate_m, *shifts = modulations or self.modulation(t, step_size)
         shift_a, shift_m = shifts or (0.0, 0.0)
         seen: States | float = 0.0
         if self.source is not None:
@@ -131,11 +168,12 @@ class Velocity(nn.Module):
         modulations: Modulations | None = None,
         *,
         source: States | None = None,
-        d: Times | None = None,
+        step_size: Times | None = None,
     ) -> States:
+        """The velocity `u(x, t)`; the parameters are those of `branches`."""
         if self.layer.whole:
-            return self._whole(x, t, context, modulations, source=source, d=d)
-        attention, mlp = self.branches(x, t, context, modulations, source=source, d=d)
+            return self._whole(x, t, context, modulations, source=source, step_size=step_size)
+        attention, mlp = self.branches(x, t, context, modulations, source=source, step_size=step_size)
         return attention + mlp
 
     def _whole(
@@ -146,11 +184,11 @@ class Velocity(nn.Module):
         modulations: Modulations | None,
         *,
         source: States | None,
-        d: Times | None,
+        step_size: Times | None,
     ) -> States:
         if self.modulation is None:
             return self.layer(x, context) - x
-        scale, gate, *shifts = modulations or self.modulation(t, d)
+        scale, gate, *shifts = modulations or self.modulation(t, step_size)
         y = (1 + scale) * x + (shifts[0] if shifts else 0.0)
         if self.source is not None:
             assert source is not None, "this velocity sees x_0"

@@ -16,7 +16,7 @@ from lftpipe.errors import SettingsError
 from lftpipe.files import write_atomic
 from lftpipe.flow.objective import ErrorScale, Loss, flow_matching, flow_walking, walk_times
 from lftpipe.flow.path import LinearPath, States, Times
-from lftpipe.flow.solver import Method, ODESolver
+from lftpipe.flow.solver import Method, ODESolver, equal_times
 
 #: Panels: title, steps of walking (0: none), weight of standard flow matching.
 PANELS = (
@@ -63,7 +63,7 @@ def toy(settings: ToySettings) -> dict[str, Any]:
             x_0, x_1 = pairs(2000, settings.seed + 1)
             k = walk_steps or settings.steps_at_inference
             with torch.no_grad():
-                end = ODESolver(velocity, settings.solver).sample(x_0, k)
+                end = ODESolver(velocity).sample(x_0, 1 / k, settings.solver)
             error = ((end - x_1).square().sum() / x_1.square().sum()).item()
             kept = keeps_pair(end, x_1).float().mean().item()
             panels.append(
@@ -86,8 +86,8 @@ class PlaneVelocity(nn.Module):
             *(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)),
         )
 
-    def forward(self, x: States, t: Times, d: Times) -> States:
-        del d  # one velocity for steps of every size
+    def forward(self, x: States, t: Times, step_size: Times) -> States:
+        del step_size  # one velocity for steps of every size
         return self.layers(torch.cat([x, t[:, None, None].expand(-1, x.shape[1], 1)], -1))
 
 
@@ -134,7 +134,7 @@ def _loss(
     scale = ErrorScale("none")
     loss = x_0.new_zeros(())
     if walk_steps:
-        end = ODESolver(velocity, method).walk(x_0, walk_times(draws[1:]))
+        end = ODESolver(velocity).sample(x_0, method=method, time_grid=walk_times(draws[1:]))
         loss = loss + flow_walking(end, x_1, scale)
     if alpha:
         loss = loss + alpha * flow_matching(velocity, LinearPath(x_0, x_1).sample(draws[0]), x_1, scale)
@@ -144,10 +144,10 @@ def _loss(
 @torch.no_grad()
 def _trajectories(velocity: nn.Module, x_0: States, method: Method, k: int) -> list[Tensor]:
     """Where the points are at inference's steps; the many steps of SFM's as a curve."""
-    grid = torch.linspace(0, 1, k + 1)[:, None].expand(-1, len(x_0))
-    solver, places = ODESolver(velocity, method), [x_0]
+    grid = equal_times(1 / k)
+    solver, places = ODESolver(velocity), [x_0]
     for start in range(k):
-        places.append(solver.walk(places[-1], grid[start : start + 2]))
+        places.append(solver.sample(places[-1], method=method, time_grid=grid[start : start + 2]))
     return places
 
 

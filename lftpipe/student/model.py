@@ -102,15 +102,15 @@ class FlowLayer(GradientCheckpointingLayer):
         evaluations = itertools.count()
         self._forget_if_changed()
 
-        def velocity(x: States, t: Times, d: Times) -> States:
+        def velocity(x: States, t: Times, step_size: Times) -> States:
             if self.block.kind == "linear":
                 return self.velocity(x, t, next(contexts))
-            modulations = self._modulations(next(evaluations), t, d)
-            return self.velocity(x, t, next(contexts), modulations, source=hidden_states, d=d)
+            modulations = self._modulations(next(evaluations), t, step_size)
+            return self.velocity(x, t, next(contexts), modulations, source=hidden_states, step_size=step_size)
 
-        return ODESolver(velocity, self.method).sample(hidden_states, self.steps)
+        return ODESolver(velocity).sample(hidden_states, 1 / self.steps, self.method)
 
-    def _modulations(self, evaluation: int, t: Times, d: Times) -> Modulations | None:
+    def _modulations(self, evaluation: int, t: Times, step_size: Times) -> Modulations | None:
         """What the modulation gives at an evaluation, where that can be known beforehand.
 
         It depends on nothing but time and step, which are the same in every forward pass: a good part of
@@ -121,7 +121,7 @@ class FlowLayer(GradientCheckpointingLayer):
             return None
         key = (self.method, self.steps, evaluation)
         if key not in self._remembered:
-            self._remembered[key] = modulation(t[:1], d[:1])
+            self._remembered[key] = modulation(t[:1], step_size[:1])
         return self._remembered[key]
 
     def _forget_if_changed(self) -> None:

@@ -90,7 +90,7 @@ def _features(
     start = x_0.new_zeros(len(x_0))
     try:
         with run.autocast():
-            velocity = run.flow(x_0, start, batch.context, source=x_0, d=start)
+            velocity = run.flow(x_0, start, batch.context, source=x_0, step_size=start)
     finally:
         for hook in hooks:
             hook.remove()

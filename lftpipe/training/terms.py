@@ -49,13 +49,13 @@ class Problem:
     def x_1(self) -> States:
         return self.batch.states[self.block[1]]
 
-    def velocity(self, x: States, t: Times, d: Times) -> States:
-        return self.flow(x, t, self.batch.context, source=self.x_0, d=d)
+    def velocity(self, x: States, t: Times, step_size: Times) -> States:
+        return self.flow(x, t, self.batch.context, source=self.x_0, step_size=step_size)
 
     @cached_property
     def end(self) -> States:
         """Where the walk from `x_0` along the time grid ends."""
-        return ODESolver(self.velocity, self.method).walk(self.x_0, self.time_grid)
+        return ODESolver(self.velocity).sample(self.x_0, method=self.method, time_grid=self.time_grid)
 
 
 def _fw(problem: Problem) -> Loss:
@@ -78,7 +78,9 @@ def _branches(problem: Problem) -> Loss:
     attention = torch.stack([problem.batch.attention[l] for l in range(m, n)]).sum(0)  # noqa: E741
     sample = LinearPath(problem.x_0, problem.x_1).sample(problem.t)
     moment = torch.zeros_like(sample.t)
-    parts = problem.flow.branches(sample.x_t, sample.t, problem.batch.context, source=problem.x_0, d=moment)
+    parts = problem.flow.branches(
+        sample.x_t, sample.t, problem.batch.context, source=problem.x_0, step_size=moment
+    )
     return branch_matching(parts, (attention, sample.dx_t - attention), problem.x_1, problem.scale)
 
 

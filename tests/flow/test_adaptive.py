@@ -32,7 +32,7 @@ def mixing(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
 def test_a_threshold_of_zero_is_the_fixed_number_of_steps(field, seed, k):
     x_0 = states(seed, 2, 5, 3)
     sample = sample_adaptively(field, x_0, k, 0.0)
-    assert torch.equal(sample.x_1, ODESolver(field, "euler").sample(x_0, k))
+    assert torch.equal(sample.x_1, ODESolver(field).sample(x_0, 1 / k, "euler"))
     assert (sample.evaluations == k).all()
 
 
@@ -41,7 +41,7 @@ def test_a_threshold_of_zero_is_the_fixed_number_of_steps(field, seed, k):
 def test_an_infinite_threshold_is_one_step(field, seed, k):
     x_0 = states(seed, 2, 5, 3)
     sample = sample_adaptively(field, x_0, k, math.inf)
-    torch.testing.assert_close(sample.x_1, ODESolver(field, "euler").sample(x_0, 1))
+    torch.testing.assert_close(sample.x_1, ODESolver(field).sample(x_0, 1.0, "euler"))
     assert (sample.evaluations == 1).all()
 
 
@@ -64,7 +64,7 @@ def test_tokens_finish_each_on_its_own():
     x_0 = torch.ones(1, 3, 4)
     sample = sample_adaptively(field, x_0, 5, 0.01)
     assert sample.evaluations.tolist() == [[1, 2, 5]]
-    torch.testing.assert_close(sample.x_1, ODESolver(field, "euler").sample(x_0, 5))
+    torch.testing.assert_close(sample.x_1, ODESolver(field).sample(x_0, 1 / 5, "euler"))
 
 
 def test_a_finished_token_keeps_its_velocity_whatever_the_field_does_later():

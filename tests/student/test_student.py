@@ -63,7 +63,7 @@ def test_logits_are_trunk_then_flow_then_tail(
     Trunk(teacher, 1, torch.float32).run(ids, positions, hidden=states.__setitem__)
     context = attention_context(load_rotary(teacher), positions)
     flow = runs.load_flow(run, teacher)
-    x_1 = ODESolver(lambda x, t, d: flow(x, t, context), solver).sample(states[1], k)
+    x_1 = ODESolver(lambda x, t, d: flow(x, t, context)).sample(states[1], 1 / k, solver)
     torch.testing.assert_close(student(ids).logits, Tail(teacher, 3)(x_1, context), atol=ATOL, rtol=1e-4)
 
 
