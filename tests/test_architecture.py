@@ -58,13 +58,14 @@ ROOMS: dict[str, tuple[str, str]] = {
     "corpus": ("errors", "torch transformers zarr"),
     "teacher": ("errors device", "zarr"),
     "store": ("errors files", "torch transformers"),
-    "extraction": ("errors config corpus device progress store teacher workspace", "zarr"),
+    "batch": ("corpus store teacher", "transformers zarr"),
+    "extraction": ("batch errors config corpus device progress store teacher workspace", "zarr"),
     "recoupling": ("errors config corpus device files flow progress store", "transformers zarr"),
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
     "runs": ("config errors files flow teacher", "transformers zarr"),
-    "training": ("config corpus device errors files flow progress runs store teacher", "transformers zarr"),
+    "training": ("batch config device errors files flow progress runs store teacher", "transformers zarr"),
     "student": ("errors flow runs teacher", "zarr"),
-    "evaluation": ("config corpus device flow progress runs store teacher", "transformers zarr"),
+    "evaluation": ("batch config device flow progress runs store teacher", "transformers zarr"),
     "report": ("evaluation.correlation recoupling.ranking errors", "torch transformers zarr"),
     "stages": (
         "config corpus device errors evaluation extraction files flow progress recoupling report runs store "
@@ -121,14 +122,14 @@ def test_training_from_the_cache_knows_no_trunk():
     """`train` from the cache and `evaluate` run single layers; the trunk is for extraction."""
     for path in SOURCES:
         if module_of(path) not in (
-            "lftpipe.training.data",
+            "lftpipe.training.live",
             "lftpipe.teacher.logits",
             "lftpipe.teacher.trunk",
         ):
             allowed = module_of(path).startswith(("lftpipe.extraction", "lftpipe.stages.extract"))
             assert allowed or not knows(path, ("lftpipe.teacher.trunk",)), path
         # Also where it is named inside a function, it is only for `--from-teacher`.
-        if module_of(path) == "lftpipe.training.data":
+        if module_of(path) == "lftpipe.training.live":
             assert not knows(path, ("lftpipe.teacher.trunk",), at_import_time=True)
 
 

@@ -29,7 +29,8 @@ def measured_trunk(plan: Plan, tokens: Tokens) -> tuple[Trunk, dict[str, Any]]:
         `sequences`, `tokens`; of `hidden` and `attention` the lists `nmse` and `nmse_without_first`
         (position 0 left out), in the order of the stored layers. JSON-plain.
     """
-    batch = batch_of(tokens, "train", range(min(plan.batch_sequences, len(tokens["train"][0]))))
+    rows = range(min(plan.batch_sequences, len(tokens["train"][0])))
+    batch = batch_of(tokens, "train", rows, torch.device(plan.device))
     kept = {"hidden": plan.layers, "attention": plan.attention_layers}
     errors: dict[str, dict[str, list[float | None]]] = {
         array: {"nmse": [], "nmse_without_first": []} for array, layers in kept.items() if layers
@@ -47,11 +48,13 @@ def measured_trunk(plan: Plan, tokens: Tokens) -> tuple[Trunk, dict[str, Any]]:
                 for name, first in (("nmse", 0), ("nmse_without_first", 1)):
                     errors[array][name].append(_nmse(ours[:, first:], theirs[:, first:]))
 
-        compute_batch(replace(plan, compute_dtype=torch.float32).load_trunk(), None, *batch, write)
+        exact = replace(plan, compute_dtype=torch.float32).load_trunk()
+        compute_batch(exact, None, batch.tokens, batch.position_ids, write)
+        del exact
         scratch.seek(0)
         trunk = plan.load_trunk()
-        compute_batch(trunk, None, *batch, compare)
-    return trunk, {"sequences": len(batch[0]), "tokens": batch[0].numel(), **errors}
+        compute_batch(trunk, None, batch.tokens, batch.position_ids, compare)
+    return trunk, {"sequences": len(batch), "tokens": batch.tokens.numel(), **errors}
 
 
 def _nmse(ours: np.ndarray, theirs: np.ndarray) -> float | None:

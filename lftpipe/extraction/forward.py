@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lftpipe import progress
-from lftpipe.corpus.packing import positions
+from lftpipe.batch import Batch, make_batch
 from lftpipe.extraction.plan import Plan
 from lftpipe.store import ShardKey, ShardWriter, Slot, StoreWriter
 from lftpipe.teacher.logits import compute_batch
@@ -42,15 +42,25 @@ def forward(plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: Tokens) -> No
                     if layer is None or layer in kept[array]:
                         background.put(array, layer, first, values)
 
-                compute_batch(trunk, head, *batch_of(tokens, key.split, rows), put)
+                batch = batch_of(tokens, key.split, rows, trunk.device)
+                compute_batch(trunk, head, batch.tokens, batch.position_ids, put)
                 task.advance(len(rows) * plan.context, written=progress.human_bytes(task.done * token_bytes))
             background.end_shard()
 
 
-def batch_of(tokens: Tokens, split: str, rows: range) -> tuple[Tensor, Tensor]:
-    """Token ids and position ids of some sequences, (sequence, position)."""
-    ids, documents = (each[rows.start : rows.stop] for each in tokens[split])
-    return torch.from_numpy(ids).long(), torch.from_numpy(positions(documents)).long()
+def batch_of(tokens: Tokens, split: str, rows: range, device: torch.device) -> Batch:
+    """Some sequences of a split, for the trunk to compute.
+
+    Parameters
+    ----------
+    tokens
+        Of every split.
+    split, rows
+        Which of them.
+    device
+        The trunk's.
+    """
+    return make_batch(*(each[rows.start : rows.stop] for each in tokens[split]), device)
 
 
 class _ShardThread:

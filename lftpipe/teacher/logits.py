@@ -1,13 +1,12 @@
 """The teacher's own predictions: final norm and LM head on its last state, the largest logits kept."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from lftpipe.teacher.parts import Tail
+from lftpipe.teacher.parts import Tail, TopLogits
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.trunk import Trunk
 
@@ -16,14 +15,6 @@ Put = Callable[[str, int | None, Tensor], None]
 
 #: Logits of one piece of work are held at once: 64 MiB, of a vocabulary of 50,000 for 320 positions.
 PIECE_LOGITS = 2**24
-
-
-class TopLogits(NamedTuple):
-    """The largest logits of every position, descending, their tokens, and all logits' log-sum-exp."""
-
-    values: Float32[Tensor, "sequence position rank"]
-    ids: Int32[Tensor, "sequence position rank"]
-    normaliser: Float32[Tensor, "sequence position"]
 
 
 class Head:

@@ -3,8 +3,10 @@
 Nothing here loads a whole model: training from the cache needs one layer, evaluation the tail.
 """
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor, nn
 
 from lftpipe.errors import TeacherError
@@ -181,3 +183,11 @@ def fill_buffers(teacher: Teacher, module: nn.Module) -> None:
 def _stored(module: nn.Module) -> list[str]:
     """Names of what a checkpoint holds of a module: parameters, and buffers that are saved."""
     return list(module.state_dict())
+
+
+class TopLogits(NamedTuple):
+    """The largest logits of every position, descending, their tokens, and all logits' log-sum-exp."""
+
+    values: Float[Tensor, "sequence position rank"]
+    ids: Int32[Tensor, "sequence position rank"]
+    normaliser: Float32[Tensor, "sequence position"]

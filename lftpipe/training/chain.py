@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lftpipe import runs
+from lftpipe.batch import Batch, BatchFields
 from lftpipe.flow.path import States
 from lftpipe.teacher.parts import load_layer
-from lftpipe.training.data import Needs
 from lftpipe.training.run import Training
-from lftpipe.training.terms import Batch
 
 
 class Chain:
@@ -49,11 +48,12 @@ class Chain:
         return min(run.stage_end for run in self.runs)
 
     @property
-    def needs(self) -> Needs:
-        needs = Needs(())
+    def fields(self) -> BatchFields:
+        """What the present stages of its runs look at."""
+        fields = BatchFields()
         for run in self.runs:
-            needs |= run.needs
-        return needs
+            fields |= run.fields
+        return fields
 
     def advance(self, batch: Batch) -> list[float]:
         """One step of every run; the learning rates it was made with."""

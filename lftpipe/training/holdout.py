@@ -7,17 +7,14 @@ from pathlib import Path
 
 import torch
 
-from lftpipe.corpus.packing import positions
-from lftpipe.teacher.family import attention_context
-from lftpipe.teacher.parts import load_rotary
+from lftpipe.batch import Batch
 from lftpipe.training.chain import Chain
-from lftpipe.training.terms import Batch
 
 #: Sequences of a split that an evaluation looks at, at most.
 SEQUENCES = 32
 
 
-class HeldBack:
+class HoldOut:
     """Sequences of the end of the training split, and the first of validation.
 
     Only what is held back decides anything: which weights are best, and when to stop.
@@ -31,7 +28,6 @@ class HeldBack:
             "train": range(used, store.num_sequences("train"))[:SEQUENCES],
             "validation": range(store.num_sequences("validation"))[:SEQUENCES],
         }
-        self._rotary = load_rotary(first.teacher).to(first.device)
 
     def evaluate(self) -> dict[Path, dict[str, float]]:
         """By run's folder: `held_back_loss`, `held_back_nmse`, `validation_nmse`; judges every run."""
@@ -39,7 +35,7 @@ class HeldBack:
         found: dict[Path, dict[str, float]] = {run.folder: {} for run in self.chain.runs}
         with ExitStack() as shown:
             for run in self.chain.runs:
-                shown.enter_context(run.kept.shown())
+                shown.enter_context(run.weights.shown())
             for split, key in (("train", "held_back"), ("validation", "validation")):
                 if self._rows[split]:
                     self._evaluate_split(split, key, found)
@@ -68,20 +64,7 @@ class HeldBack:
 
     def _batches(self, split: str) -> Iterator[Batch]:
         """The same each time: the step, of which the random draws are a function, is the batch's number."""
-        run, needs = self.chain.runs[0], self.chain.needs
-        store, size = run.store, run.order.batch_size
-        for number, start in enumerate(range(self._rows[split].start, self._rows[split].stop, size)):
-            rows = range(start, min(start + size, self._rows[split].stop))
-            states, attention = (
-                {
-                    layer: torch.from_numpy(store.read(split, layer, rows, array=array))
-                    .to(run.device)
-                    .float()
-                    for layer in layers
-                }
-                for array, layers in (("hidden", needs.layers), ("attention", needs.attention))
-            )
-            places = torch.from_numpy(positions(store.document(split, rows))).long().to(run.device)
-            logits = store.logits(split, rows) if needs.logits else None
-            context = attention_context(self._rotary, places)
-            yield Batch(number, states, context, attention, logits, slice(len(rows)))
+        run, rows = self.chain.runs[0], self._rows[split]
+        for number, start in enumerate(range(rows.start, rows.stop, run.order.batch_size)):
+            part = range(start, min(start + run.order.batch_size, rows.stop))
+            yield run.reader.read(split, part, self.chain.fields, number)

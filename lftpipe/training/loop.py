@@ -13,18 +13,15 @@ from typing import Any
 import torch
 
 from lftpipe import progress
-from lftpipe.corpus.packing import positions
+from lftpipe.batch import Batch, BatchFields
 from lftpipe.errors import DivergenceError, RunError
 from lftpipe.files import write_atomic
-from lftpipe.teacher.family import attention_context
-from lftpipe.teacher.parts import load_rotary
-from lftpipe.training import data, processes, readout
+from lftpipe.training import processes, readout
 from lftpipe.training.chain import Chain
-from lftpipe.training.data import Needs
-from lftpipe.training.holdout import HeldBack
+from lftpipe.training.holdout import HoldOut
+from lftpipe.training.live import live_batches
 from lftpipe.training.log import Log
 from lftpipe.training.run import Training
-from lftpipe.training.terms import Batch
 
 
 def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[str, Any]]:
@@ -65,10 +62,10 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
         while active := [course for course in together if course.goes_on]:
             step = min(course.chain.step for course in active)
             stop = min(course.chain.stage_end for course in active if course.chain.step == step)
-            needs = Needs(())
+            fields = BatchFields()
             for course in active:
-                needs |= course.chain.needs
-            for batch, waited in _batches(first, needs, step, stop):
+                fields |= course.chain.fields
+            for batch, waited in _batches(first, fields, step, stop):
                 for course in active:
                     if course.chain.step == batch.step and course.goes_on:
                         course.advance(batch, waited)
@@ -93,7 +90,7 @@ class Course:
         settings = chain.runs[0].settings
         self._log_every, self._checkpoint_every = settings.log_every, settings.checkpoint_every
         self._evaluate_every = settings.evaluate_every
-        self._held_back = HeldBack(chain) if self._evaluate_every else None
+        self._hold_out = HoldOut(chain) if self._evaluate_every else None
         self._logs = [logs.enter_context(closing(Log(run))) for run in chain.runs]
 
     @property
@@ -112,8 +109,8 @@ class Course:
             run.waited += waited
             run.seconds += waited + time.monotonic() - started
         step, found = chain.step, {}
-        if self._held_back and (step % self._evaluate_every == 0 or step == chain.num_steps):
-            found = self._held_back.evaluate()
+        if self._hold_out and (step % self._evaluate_every == 0 or step == chain.num_steps):
+            found = self._hold_out.evaluate()
         if found or step % self._log_every == 0 or step == chain.num_steps:
             nmses = chain.nmse(batch)
             self.nmse = nmses[0]
@@ -133,28 +130,22 @@ class Course:
         return results
 
 
-def _batches(run: Training, needs: Needs, step: int, stop: int) -> Iterator[tuple[Batch, float]]:
+def _batches(run: Training, fields: BatchFields, step: int, stop: int) -> Iterator[tuple[Batch, float]]:
     """Batches of steps `step` to `stop - 1`, functions of seed and step, and the seconds waited for each."""
-    given = (needs, run.order, run.settings.device)
     if run.settings.from_teacher:
-        source = data.from_teacher(run.store, run.teacher, *given)
+        batches = live_batches(run.reader, run.teacher, fields, run.order, step)
     else:
-        source = data.from_cache(run.store, *given)
-    rotary = load_rotary(run.teacher).to(run.device)
-    feeds = source(step)
+        batches = run.reader.shuffled(fields, run.order, step)
     for _ in range(step, stop):
         before = time.monotonic()
-        got = next(feeds)
-        waited = time.monotonic() - before
-        places = torch.from_numpy(positions(got.document)).long().to(run.device)
-        context = attention_context(rotary, places)
-        yield Batch(got.step, got.states, context, got.attention, got.logits, run.order.part), waited
+        batch = next(batches)
+        yield batch, time.monotonic() - before
 
 
 def _first_batches(run: Training) -> Iterator[Batch]:
     """What a start in closed form is fitted on."""
     steps = min(math.ceil(readout.TOKENS / run.tokens_per_step), run.num_steps)
-    return (batch for batch, _ in _batches(run, Needs((run.m, run.n)), 0, steps))
+    return (batch for batch, _ in _batches(run, BatchFields((run.m, run.n)), 0, steps))
 
 
 def save_checkpoint(chain: Chain) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lftpipe import progress
 from lftpipe.errors import RunError
+from lftpipe.batch import Batch
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.training import processes
 from lftpipe.training.run import Training
-from lftpipe.training.terms import Batch
 
 #: Of the first batches that a run will see.
 TOKENS = 49_152

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import lftpipe
 from lftpipe import runs
+from lftpipe.batch import Batch, BatchFields, BatchOrder, BatchReader
 from lftpipe.config.loss import Stage, parse_loss, stage_starts
 from lftpipe.config.settings import TrainSettings, loss_text
 from lftpipe.device import cast_linear, resolve_compute_dtype
@@ -20,10 +21,9 @@ from lftpipe.store import Store
 from lftpipe.teacher.parts import Tail, load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
-from lftpipe.training.data import Needs, Order
 from lftpipe.training.optimizer import Optimizer, gradient_norm
-from lftpipe.training.terms import Batch, Problem, weighted_sum
-from lftpipe.training.weights import Kept
+from lftpipe.training.terms import Problem, weighted_sum
+from lftpipe.training.weights import WeightAverage
 
 
 class Training:
@@ -50,6 +50,7 @@ class Training:
         self.device = torch.device(settings.device)
         self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, settings.device)
         self.order = order_of(settings, store)
+        self.reader = BatchReader(store, teacher, self.device)
         self.tokens_per_step = self.order.batch_size * store.context
         self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
         self.stages = parse_loss(loss_text(settings))
@@ -67,7 +68,7 @@ class Training:
         self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), norm, processes.mean)
         through_logits = any({"logits", "top-logits"} & stage.weights.keys() for stage in self.stages)
         self.tail = self._load_tail() if through_logits else None
-        self.kept = Kept(self.flow, settings.ema)
+        self.weights = WeightAverage(self.flow, settings.ema)
         self.step, self.loss, self.seconds, self.waited = 0, math.nan, 0.0, 0.0
 
     def _channel_variance(self) -> Tensor | None:
@@ -103,12 +104,12 @@ class Training:
         return self.stage_starts[self._stage_number(self.step) + 1]
 
     @property
-    def needs(self) -> Needs:
+    def fields(self) -> BatchFields:
         """What the present stage looks at."""
         terms = self.stage.weights
         layers = tuple(range(self.m, self.n + 1)) if "trajectory" in terms else (self.m, self.n)
         attention = tuple(range(self.m, self.n)) if "branches" in terms else ()
-        return Needs(layers, attention, "top-logits" in terms)
+        return BatchFields(layers, attention, "top-logits" in terms)
 
     def rate_share(self, step: int) -> float:
         """Of the peak learning rate: linear warm-up, then a cosine to a hundredth, over all stages."""
@@ -172,9 +173,9 @@ class Training:
             self._diverge(norm)
         learning_rate = self.optimizer.step(self.rate_share(self.step))
         self.step += 1
-        self.kept.follow(self.step)
+        self.weights.follow(self.step)
         if self.step in self.stage_starts[1:-1]:
-            self.kept.forget_best()
+            self.weights.forget_best()
         return learning_rate
 
     def _diverge(self, norm: float) -> NoReturn:
@@ -203,7 +204,7 @@ class Training:
 
     def judge(self, held_back_loss: float) -> None:
         """Take note of an evaluation; end the run where the last stage has had no better one for long."""
-        since_best = self.kept.judge(held_back_loss)
+        since_best = self.weights.judge(held_back_loss)
         in_last_stage = self.stage_end == self.num_steps
         if self.settings.patience and since_best >= self.settings.patience and in_last_stage:
             self.num_steps = self.step
@@ -215,7 +216,7 @@ class Training:
             "num_steps": self.num_steps,
             "flow": self.flow.state_dict(),
             "optimizer": self.optimizer.state(),
-            "kept": self.kept.state(),
+            "kept": self.weights.state(),
             "seconds": self.seconds,
             "waited": self.waited,
         }
@@ -224,7 +225,7 @@ class Training:
         """Go on from a checkpoint."""
         self.flow.load_state_dict(state["flow"])
         self.optimizer.restore(state["optimizer"])
-        self.kept.restore(state["kept"])
+        self.weights.restore(state["kept"])
         for name in ("step", "num_steps", "seconds", "waited"):
             setattr(self, name, state[name])
         if processes.rank() == 0:
@@ -232,7 +233,7 @@ class Training:
 
     def finish(self) -> dict[str, Any]:
         """Write weights and manifest; what to tell of the run."""
-        self.kept.settle()
+        self.weights.settle()
         shape = {
             "time": self.flow.modulation is not None,
             "shift": self.flow.shift,
@@ -256,7 +257,7 @@ class Training:
         }
 
 
-def order_of(settings: TrainSettings, store: Store) -> Order:
+def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
     """Which sequences a run sees, in which order."""
     total = store.num_sequences("train")
     held_back = math.ceil(settings.hold_back * total)
@@ -269,7 +270,7 @@ def order_of(settings: TrainSettings, store: Store) -> Order:
         )
     if held_back >= total:
         raise RunError(f"--hold-back {settings.hold_back:g} of {total} sequences", "some left", "lower it")
-    return Order(
+    return BatchOrder(
         batch_size=batch_size,
         seed=settings.seed,
         num_sequences=total - held_back,

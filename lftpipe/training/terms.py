@@ -8,27 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lftpipe.batch import Batch
 from lftpipe.flow.distillation import full_divergence, top_divergence
 from lftpipe.flow.objective import ErrorScale, Loss, branch_matching, flow_matching, flow_walking
 from lftpipe.flow.path import LinearPath, PiecewiseLinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver
 from lftpipe.flow.velocity import Velocity
-from lftpipe.store.batches import Logits
-from lftpipe.teacher.family import AttentionContext
 from lftpipe.teacher.parts import Tail
-
-
-@dataclass(frozen=True)
-class Batch:
-    """States of one training step: `states[l]` is `h[l]`, float32, on the device."""
-
-    step: int
-    states: dict[int, States]
-    context: AttentionContext
-    attention: dict[int, States]
-    logits: Logits | None
-    part: slice
-    """Which of a whole batch's sequences these are: of the random draws, they take the same."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ def _logits(problem: Problem) -> Loss:
 def _top_logits(problem: Problem) -> Loss:
     tail, n, context, logits = problem.tail, problem.block[1], problem.batch.context, problem.batch.logits
     assert tail is not None and logits is not None
-    values, ids, normaliser = (torch.from_numpy(each).to(problem.end.device) for each in logits)
+    values, ids, normaliser = logits
 
     def divergence(end: States, rows: slice) -> Loss:
         student = tail(end, context.rows(rows), start=n)

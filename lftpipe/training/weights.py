@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Weights = dict[str, Tensor]
 
 
-class Kept:
+class WeightAverage:
     """Follows a module's weights through training.
 
     Parameters

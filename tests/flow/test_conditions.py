@@ -7,15 +7,13 @@ import torch
 from conftest import extracted
 from training_runs import change, log_of, short_run, teacher_of
 
+from lftpipe.batch import Batch
 from lftpipe.config.settings import EvaluateSettings, TrainSettings
 from lftpipe.errors import SettingsError
 from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.teacher.family import attention_context
-from lftpipe.teacher.parts import load_rotary
 from lftpipe.training import Training
-from lftpipe.training.terms import Batch
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +65,8 @@ def test_mixed_walks_have_every_number_of_steps(settings, tmp_path):
     mixed = change(settings, walk_times="mixed")
     run = Training(tmp_path / "run", mixed, store, teacher_of(store, tmp_path), (1, 3))
     size = run.order.batch_size
-    context = attention_context(load_rotary(run.teacher), torch.arange(4)[None])
-    x, whole = torch.zeros(size, 4, run.teacher.width), slice(0, size)
-    batches = [Batch(step, {1: x, 3: x}, context, {}, None, whole) for step in range(40)]
+    x, tokens = torch.zeros(size, 4, run.teacher.width), torch.zeros(size, 4, dtype=torch.long)
+    batches = [Batch(step, tokens, tokens, {1: x, 3: x}) for step in range(40)]
     grids = [run.problem(batch).time_grid for batch in batches]
     assert {len(grid) - 1 for grid in grids} == {1, 2, 3}
     for grid in grids:

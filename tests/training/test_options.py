@@ -17,7 +17,7 @@ from lftpipe.errors import DivergenceError, RunError, SettingsError
 from lftpipe.stages.train import train
 from lftpipe.store import Store
 from lftpipe.training import Training
-from lftpipe.training.holdout import HeldBack
+from lftpipe.training.holdout import HoldOut
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_what_is_held_back_is_never_trained_on(settings, monkeypatch):
         return real(self, array, split, layer, sequences, out)
 
     monkeypatch.setattr(Store, "_rows", rows)
-    monkeypatch.setattr(HeldBack, "evaluate", lambda self: {run.folder: {} for run in self.chain.runs})
+    monkeypatch.setattr(HoldOut, "evaluate", lambda self: {run.folder: {} for run in self.chain.runs})
     total = Store.open(settings.store).num_sequences("train")
     train(change(settings, tokens=3 * total * CONTEXT, hold_back=0.25))
     assert seen == set(range(total - total // 4))
@@ -170,7 +170,7 @@ def test_what_is_held_back_is_never_trained_on(settings, monkeypatch):
 
 def test_the_best_weights_on_what_is_held_back_are_kept(settings, monkeypatch, tmp_path):
     """An evaluation that says the fourth step was best makes the run end with that step's weights."""
-    real, copies = HeldBack.evaluate, {}
+    real, copies = HoldOut.evaluate, {}
 
     def evaluate(self):
         (run,) = self.chain.runs
@@ -179,7 +179,7 @@ def test_the_best_weights_on_what_is_held_back_are_kept(settings, monkeypatch, t
         run.judge(abs(run.step - 4) - 100.0)
         return found
 
-    monkeypatch.setattr(HeldBack, "evaluate", evaluate)
+    monkeypatch.setattr(HoldOut, "evaluate", evaluate)
     train(change(settings, hold_back=0.1, evaluate_every=1))
     torch.testing.assert_close(weights_of(settings.run), dict(copies[4]), rtol=0, atol=0)
 

@@ -8,13 +8,13 @@ import torch
 from conftest import CONTEXT, extracted
 from training_runs import change, log_of, short_run, teacher_of, weights_of
 
+from lftpipe.batch import Batch
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import SettingsError
 from lftpipe.stages.train import train
 from lftpipe.store import Store
 from lftpipe.training import Training, readout
 from lftpipe.training.loop import _first_batches
-from lftpipe.training.terms import Batch
 
 
 @pytest.fixture(scope="module", params=["neox", "neox-sequential", "llama"])

@@ -1,0 +1,230 @@
+"""A batch of packed sequences on the device, as training, hold-out, scoring and extraction all see it.
+
+`make_batch` is the one place where the documents of a sequence become position ids, and these what attention
+needs to know. Nothing downstream looks at a document again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int32
+from torch import Tensor, nn
+
+from lftpipe.corpus.packing import positions
+from lftpipe.store import Store
+from lftpipe.teacher.family import AttentionContext, attention_context
+from lftpipe.teacher.parts import TopLogits, load_rotary
+from lftpipe.teacher.source import Teacher
+
+States = Float[Tensor, "sequence position feature"]
+#: A slice is not hashable before Python 3.12, and so no default of a dataclass.
+_ALL = slice(None)
+
+Rows = Int32[np.ndarray, "sequence position"]
+
+
+@dataclass(frozen=True)
+class BatchFields:
+    """What of a store a batch holds beside its tokens."""
+
+    layers: tuple[int, ...] = ()
+    """States `h[l]`."""
+    attention: tuple[int, ...] = ()
+    """Layers whose attention outputs `a[l]` it holds."""
+    logits: bool = False
+    """The teacher's largest logits."""
+
+    def __or__(self, other: "BatchFields") -> "BatchFields":
+        layers, attention = (
+            tuple(sorted({*mine, *theirs}))
+            for mine, theirs in ((self.layers, other.layers), (self.attention, other.attention))
+        )
+        return BatchFields(layers, attention, self.logits or other.logits)
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which sequences of the training split a step sees: a function of seed and step."""
+
+    batch_size: int
+    """Sequences in a batch, over all processes."""
+    seed: int
+    num_sequences: int
+    """Of the split, from its first."""
+    part: slice = field(default_factory=lambda: _ALL)
+    """Of each batch: what this process takes."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences of a split, and what is known of them. All tensors are on one device."""
+
+    step: int
+    """The batch's number, of which all random draws of a step are a function."""
+    tokens: Int[Tensor, "sequence position"]
+    position_ids: Int[Tensor, "sequence position"]
+    """They restart at 0 with each segment: a document's part of a sequence."""
+    states: Mapping[int, States] = field(default_factory=dict)
+    """`h[l]` by layer, in float32."""
+    attention: Mapping[int, States] = field(default_factory=dict)
+    """`a[l]` by layer, in float32."""
+    logits: TopLogits | None = None
+    part: slice = field(default_factory=lambda: _ALL)
+    """Which of a whole batch's sequences these are: of the random draws, they take the same."""
+    rotary: nn.Module | None = None
+    """What `context` is made with; None where only the whole teacher runs, which makes its own."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def first_of_segment(self) -> Bool[Tensor, "sequence position"]:
+        """Where a segment begins. Massive activations sit there, and no token before it is seen."""
+        return self.position_ids == 0
+
+    @cached_property
+    def context(self) -> AttentionContext:
+        """What attention needs to know of these sequences: positions, and who sees whom."""
+        assert self.rotary is not None, "this batch is for the whole teacher"
+        return attention_context(self.rotary, self.position_ids)
+
+
+def make_batch(
+    tokens: Rows,
+    document: Rows,
+    device: torch.device,
+    rotary: nn.Module | None = None,
+    *,
+    step: int = 0,
+    part: slice = _ALL,
+    states: Mapping[int, States] | None = None,
+    attention: Mapping[int, States] | None = None,
+    logits: Sequence[np.ndarray] | None = None,
+) -> Batch:
+    """The batch of these sequences.
+
+    Parameters
+    ----------
+    tokens
+        Token ids.
+    document
+        The number of the document that each token came from.
+    device
+        Where the batch is to be.
+    rotary
+        Of the teacher, on the device; left out, the batch has no `context`.
+    step
+        The batch's number.
+    part
+        Which of a whole batch's sequences these are.
+    states, attention
+        What is known of the sequences, on the device.
+    logits
+        Values, ids and normaliser of the teacher's largest logits.
+    """
+    return Batch(
+        step=step,
+        tokens=torch.from_numpy(tokens).long().to(device),
+        position_ids=torch.from_numpy(positions(document)).long().to(device),
+        states=states or {},
+        attention=attention or {},
+        logits=TopLogits(*(torch.from_numpy(each).to(device) for each in logits)) if logits else None,
+        part=part,
+        rotary=rotary,
+    )
+
+
+class BatchReader:
+    """Batches of one store on one device.
+
+    Parameters
+    ----------
+    store
+        Where states and tokens are read.
+    teacher
+        The store's; of it only the rotary embedding is made.
+    device
+        Where batches are to be.
+    """
+
+    def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:
+        self.store, self.device = store, torch.device(device)
+        self.rotary = load_rotary(teacher).to(self.device)
+
+    def read(self, split: str, sequences: range, fields: BatchFields, step: int = 0) -> Batch:
+        """Some sequences of a split.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        sequences
+            Which of its sequences.
+        fields
+            What to read of them.
+        step
+            The batch's number.
+        """
+        states, attention = (
+            {layer: self._put(self.store.read(split, layer, sequences, array=array)) for layer in layers}
+            for array, layers in (("hidden", fields.layers), ("attention", fields.attention))
+        )
+        return make_batch(
+            self.store.tokens(split, sequences),
+            self.store.document(split, sequences),
+            self.device,
+            self.rotary,
+            step=step,
+            part=slice(len(sequences)),
+            states=states,
+            attention=attention,
+            logits=self.store.logits(split, sequences) if fields.logits else None,
+        )
+
+    def shuffled(self, fields: BatchFields, order: BatchOrder, start_step: int) -> Iterator[Batch]:
+        """The batches of training, without end, read ahead by a thread; nothing of the teacher runs.
+
+        Parameters
+        ----------
+        fields
+            What to read.
+        order
+            Which sequences each batch holds.
+        start_step
+            The first batch's number.
+        """
+        for batch in self.store.batches(
+            "train",
+            fields.layers,
+            batch_size=order.batch_size,
+            seed=order.seed,
+            start_step=start_step,
+            attention_layers=fields.attention,
+            num_sequences=order.num_sequences,
+            part=order.part,
+            with_logits=fields.logits,
+        ):
+            assert batch.tokens is not None and batch.document is not None
+            # Copies: the reader's buffers are used again.
+            states, attention = (
+                {layer: self._put(state, copy=True) for layer, state in each.items()}
+                for each in (batch.states, batch.attention)
+            )
+            yield make_batch(
+                batch.tokens,
+                batch.document,
+                self.device,
+                self.rotary,
+                step=batch.step,
+                part=order.part,
+                states=states,
+                attention=attention,
+                logits=batch.logits,
+            )
+
+    def _put(self, state: np.ndarray, *, copy: bool = False) -> Tensor:
+        """A state in float32 on the device."""
+        return torch.from_numpy(state).to(self.device, torch.float32, copy=copy)
