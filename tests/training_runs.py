@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import CONTEXT
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from lftpipe.config.settings import TrainSettings
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded
 from lftpipe.teacher.source import Teacher
+from lftpipe.training import step as training_step
 
 
 def short_run(store: Path, folder: Path, **values: Any) -> TrainSettings:
@@ -48,3 +50,15 @@ def weights_of(run: str | Path | None) -> dict[str, torch.Tensor]:
 def teacher_of(store: Store, workspace: Path = Path("unused")) -> Teacher:
     """The teacher that a store was made with."""
     return open_recorded(store.identity["teacher"], workspace, store.path)
+
+
+def stop_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Kill the next run as it is about to do a step."""
+    real = training_step.loss_of
+
+    def loss_of(run, batch, x_0=None):
+        if run.step == step and torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return real(run, batch, x_0)
+
+    monkeypatch.setattr(training_step, "loss_of", loss_of)

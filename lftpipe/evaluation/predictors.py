@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,7 @@ from lftpipe.flow.path import States
 from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver, VelocityField
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.family import AttentionContext
-from lftpipe.teacher.parts import count_layer_parameters, count_parameters, keys_share, load_layer
+from lftpipe.teacher.parts import Layers, count_layer_parameters, count_parameters, keys_share, load_bridges
 from lftpipe.teacher.source import Teacher
 
 
@@ -158,10 +157,7 @@ def together_rows(each: list[list[Row]], teacher: Teacher, device: str) -> list[
     """
     most = max(len(rows) for rows in each)
     blocks = [rows[0].block or (0, 0) for rows in each]
-    bridges = [
-        nn.ModuleList(load_layer(teacher, layer) for layer in range(n, m)).to(device)
-        for (_, n), (m, _) in pairwise(blocks)
-    ]
+    bridges = load_bridges(teacher, blocks, device)
     joined = []
     for number in range(most):
         chosen = [rows[min(number, len(rows) - 1)] for rows in each]  # one without time has a single row
@@ -187,15 +183,13 @@ def together_rows(each: list[list[Row]], teacher: Teacher, device: str) -> list[
 
 
 def _chained(
-    predictions: list[Callable[[States, AttentionContext], States]], bridges: list[nn.ModuleList]
+    predictions: list[Callable[[States, AttentionContext], States]], bridges: list[Layers]
 ) -> Callable[[States, AttentionContext], States]:
     """One flow layer after the other, through the teacher's own layers between them."""
 
     def predict(x: States, context: AttentionContext) -> States:
         for index, one in enumerate(predictions):
-            for layer in bridges[index - 1] if index else ():
-                x = layer(x, context)
-            x = one(x, context)
+            x = one(bridges[index - 1](x, context) if index else x, context)
         return x
 
     return predict

@@ -3,6 +3,8 @@
 Nothing here loads a whole model: training from the cache needs one layer, evaluation the tail.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -191,3 +193,52 @@ class TopLogits(NamedTuple):
     values: Float[Tensor, "sequence position rank"]
     ids: Int32[Tensor, "sequence position rank"]
     normaliser: Float32[Tensor, "sequence position"]
+
+
+class Layers(nn.Module):
+    """Some of the teacher's own layers, one after the other.
+
+    Parameters
+    ----------
+    teacher
+        Whose layers.
+    start, stop
+        From `h[start]` to `h[stop]`.
+    """
+
+    def __init__(self, teacher: Teacher, start: int, stop: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(load_layer(teacher, index) for index in range(start, stop))
+
+    def forward(
+        self, h: Float[Tensor, "sequence position feature"], context: AttentionContext
+    ) -> Float[Tensor, "sequence position feature"]:
+        """The states after the layers.
+
+        Parameters
+        ----------
+        h
+            The states before them.
+        context
+            Positions and mask of the sequences.
+        """
+        for layer in self.layers:
+            h = layer(h, context)
+        return h
+
+
+def load_bridges(
+    teacher: Teacher, blocks: Sequence[tuple[int, int]], device: str | torch.device
+) -> list[Layers]:
+    """The layers between each block and the next one, for students of several flow layers.
+
+    Parameters
+    ----------
+    teacher
+        Whose layers.
+    blocks
+        Half-open, in order.
+    device
+        Where they run.
+    """
+    return [Layers(teacher, n, m).to(device) for (_, n), (m, _) in pairwise(blocks)]

@@ -6,20 +6,36 @@ from typing import Any
 from lftpipe import runs
 from lftpipe.errors import SettingsError
 from lftpipe.training import processes
-from lftpipe.training.run import Training
+from lftpipe.training.run import TrainingRun
 
 
 class Log:
-    """Writes `metrics.jsonl`; of several processes only the first does."""
+    """Writes `metrics.jsonl`; of several processes only the first does.
 
-    def __init__(self, run: Training) -> None:
+    Parameters
+    ----------
+    run
+        Whose metrics.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
         self.run = run
         writes = processes.rank() == 0
         self._file = (run.folder / runs.METRICS).open("a" if run.step else "w") if writes else None
         self._board = _board(run) if writes and run.settings.tensorboard else None
 
     def write(self, learning_rate: float, nmse: float, evaluated: dict[str, float]) -> None:
-        """A line for the step just done."""
+        """A line for the step just done.
+
+        Parameters
+        ----------
+        learning_rate
+            Of the step.
+        nmse
+            On the step's batch, after it.
+        evaluated
+            What was found on sequences that are not trained on, by name.
+        """
         run = self.run
         row = {
             "step": run.step,
@@ -50,7 +66,7 @@ class Log:
             self._board.close()
 
 
-def _board(run: Training) -> Any:
+def _board(run: TrainingRun) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -1,31 +1,157 @@
 """The training loop: batches in, trained flow layers out, resumable at any checkpoint."""
 
-import io
 import math
-import pickle
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from lftpipe import progress
 from lftpipe.batch import Batch, BatchFields
-from lftpipe.errors import DivergenceError, RunError
-from lftpipe.files import write_atomic
+from lftpipe.errors import DivergenceError
+from lftpipe.teacher.parts import load_bridges
 from lftpipe.training import processes, readout
-from lftpipe.training.chain import Chain
+from lftpipe.training.checkpoint import checkpoint_of, restore, save
 from lftpipe.training.holdout import HoldOut
 from lftpipe.training.live import live_batches
 from lftpipe.training.log import Log
-from lftpipe.training.run import Training
+from lftpipe.training.run import TrainingRun
+from lftpipe.training.step import nmses_of, take_step
+
+
+class Chain:
+    """Flow layers of one student that are trained jointly: each begins where the one before it ends.
+
+    Most often it is a single one. With several, the second block's `x_0` is not the teacher's `h[m]` but what
+    comes of the first one's prediction, through the teacher's layers between the two; the sum of their losses
+    is minimised.
+
+    Parameters
+    ----------
+    joint
+        The runs, in the order of their blocks, which do not overlap.
+
+    Attributes
+    ----------
+    nmse
+        Of the first run, when it was last computed.
+    error
+        Why the chain stopped before its end, if it did.
+    """
+
+    def __init__(self, joint: list[TrainingRun]) -> None:
+        self.runs, first = joint, joint[0]
+        self.bridges = load_bridges(first.teacher, [run.block for run in joint], first.device)
+        self.settings = first.settings
+        self.nmse = math.nan
+        self.error: DivergenceError | None = None
+        self._hold_out = HoldOut(joint, self.bridges) if self.settings.evaluate_every else None
+        self._logs: list[Log] = []
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.runs[0].step
+
+    @property
+    def num_steps(self) -> int:
+        """Steps to do in all."""
+        return self.runs[0].num_steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run is at its end."""
+        return any(run.finished for run in self.runs)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another step to do."""
+        return not self.finished and self.error is None
+
+    @property
+    def stage_end(self) -> int:
+        """The step before which batches hold the same fields."""
+        return min(run.stage_end for run in self.runs)
+
+    @property
+    def fields(self) -> BatchFields:
+        """What the present stages of its runs look at."""
+        fields = BatchFields()
+        for run in self.runs:
+            fields |= run.fields
+        return fields
+
+    def begin(self, logs: ExitStack, *, resume: bool) -> None:
+        """Fit or restore what the first step starts from, and open the logs.
+
+        Parameters
+        ----------
+        logs
+            Closes them.
+        resume
+            Whether to go on from a checkpoint, if there is one.
+        """
+        if resume:
+            restore(self.runs)
+        for run in self.runs:
+            if run.settings.init == "readout" and run.step == 0:
+                readout.refit(run, partial(_first_batches, run))
+        self._logs = [logs.enter_context(closing(Log(run))) for run in self.runs]
+
+    def advance(self, batch: Batch, waited: float) -> None:
+        """One step of every run, logged, judged and saved where it is time to.
+
+        The error is kept if a run diverges: others may go on.
+
+        Parameters
+        ----------
+        batch
+            What the step sees.
+        waited
+            Seconds until the batch was there.
+        """
+        started = time.monotonic()
+        try:
+            rates = take_step(self.runs, self.bridges, batch)
+        except DivergenceError as error:
+            self.error = error
+            return
+        for run in self.runs:
+            run.waited += waited
+            run.seconds += waited + time.monotonic() - started
+        found = (
+            self._hold_out.evaluate()
+            if self._hold_out and self._is_time(self.settings.evaluate_every)
+            else {}
+        )
+        if found or self._is_time(self.settings.log_every):
+            self._write(batch, rates, found)
+        if self.step % self.settings.checkpoint_every == 0 and not self.finished:
+            for log in self._logs:
+                log.flush()
+            save(self.runs)
+
+    def _is_time(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.num_steps
+
+    def _write(self, batch: Batch, rates: list[float], found: dict[Any, dict[str, float]]) -> None:
+        nmses = nmses_of(self.runs, self.bridges, batch)
+        self.nmse = nmses[0]
+        for log, rate, nmse in zip(self._logs, rates, nmses, strict=True):
+            log.write(rate, nmse, found.get(log.run.folder, {}))
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Write every run's weights and manifest."""
+        results = [run.finish() for run in self.runs]
+        if processes.rank() == 0:
+            checkpoint_of(self.runs).unlink(missing_ok=True)
+        processes.wait()
+        return results
 
 
 def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[str, Any]]:
-    """Train runs that share store, batches and seed from one stream of batches, each read once.
+    """Train chains that share store, batches and seed from one stream of batches, each read once.
 
     Parameters
     ----------
@@ -44,94 +170,38 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
     RunError
         If a checkpoint is damaged, or a run diverges: the others are trained to their ends first.
     """
-    for chain in chains:
-        if resume:
-            _restore(chain)
-        for run in chain.runs:
-            if run.settings.init == "readout" and run.step == 0:
-                readout.refit(run, partial(_first_batches, run))
     labels = ", ".join(run.folder.name for chain in chains for run in chain.runs)
     first = chains[0].runs[0]
-    start = min((chain.step for chain in chains if not chain.finished), default=0)
-    total = max(chain.num_steps for chain in chains) * first.tokens_per_step
-    with (
-        ExitStack() as logs,
-        progress.task(f"train {labels}", total, "tokens", done=start * first.tokens_per_step) as task,
-    ):
-        together = [Course(chain, logs) for chain in chains]
-        while active := [course for course in together if course.goes_on]:
-            step = min(course.chain.step for course in active)
-            stop = min(course.chain.stage_end for course in active if course.chain.step == step)
+    with ExitStack() as logs:
+        for chain in chains:
+            chain.begin(logs, resume=resume)
+        start = min((chain.step for chain in chains if not chain.finished), default=0)
+        total = max(chain.num_steps for chain in chains) * first.tokens_per_step
+        done = start * first.tokens_per_step
+        task = logs.enter_context(progress.task(f"train {labels}", total, "tokens", done=done))
+        while active := [chain for chain in chains if chain.goes_on]:
+            step = min(chain.step for chain in active)
+            stop = min(chain.stage_end for chain in active if chain.step == step)
             fields = BatchFields()
-            for course in active:
-                fields |= course.chain.fields
+            for chain in active:
+                fields |= chain.fields
             for batch, waited in _batches(first, fields, step, stop):
-                for course in active:
-                    if course.chain.step == batch.step and course.goes_on:
-                        course.advance(batch, waited)
-                shown = {"loss": f"{first.loss:.4f}", "NMSE": f"{together[0].nmse:.4f}"}
+                for chain in active:
+                    if chain.step == batch.step and chain.goes_on:
+                        chain.advance(batch, waited)
+                shown = {"loss": f"{first.loss:.4f}", "NMSE": f"{chains[0].nmse:.4f}"}
                 task.advance(first.tokens_per_step, **shown)
-                if not any(course.goes_on for course in active):
+                if not any(chain.goes_on for chain in active):
                     break
-    results = [result for course in together if not course.error for result in course.finish()]
-    for course in together:
-        if course.error:
-            raise course.error
+    results = [result for chain in chains if not chain.error for result in chain.finish()]
+    for chain in chains:
+        if chain.error:
+            raise chain.error
     return results
 
 
-class Course:
-    """A chain on its way: it is advanced, logged, judged and checkpointed."""
-
-    def __init__(self, chain: Chain, logs: ExitStack) -> None:
-        self.chain = chain
-        self.nmse = float("nan")
-        self.error: DivergenceError | None = None
-        settings = chain.runs[0].settings
-        self._log_every, self._checkpoint_every = settings.log_every, settings.checkpoint_every
-        self._evaluate_every = settings.evaluate_every
-        self._hold_out = HoldOut(chain) if self._evaluate_every else None
-        self._logs = [logs.enter_context(closing(Log(run))) for run in chain.runs]
-
-    @property
-    def goes_on(self) -> bool:
-        return not self.chain.finished and self.error is None
-
-    def advance(self, batch: Batch, waited: float) -> None:
-        """One step of every run of the chain; keeps the error if one of them diverges."""
-        chain, started = self.chain, time.monotonic()
-        try:
-            rates = chain.advance(batch)
-        except DivergenceError as error:
-            self.error = error
-            return
-        for run in chain.runs:
-            run.waited += waited
-            run.seconds += waited + time.monotonic() - started
-        step, found = chain.step, {}
-        if self._hold_out and (step % self._evaluate_every == 0 or step == chain.num_steps):
-            found = self._hold_out.evaluate()
-        if found or step % self._log_every == 0 or step == chain.num_steps:
-            nmses = chain.nmse(batch)
-            self.nmse = nmses[0]
-            for log, rate, nmse in zip(self._logs, rates, nmses, strict=True):
-                log.write(rate, nmse, found.get(log.run.folder, {}))
-        if step % self._checkpoint_every == 0 and not chain.finished:
-            for log in self._logs:
-                log.flush()
-            save_checkpoint(chain)
-
-    def finish(self) -> list[dict[str, Any]]:
-        """Write every run's weights and manifest."""
-        results = [run.finish() for run in self.chain.runs]
-        if processes.rank() == 0:
-            self.chain.checkpoint.unlink(missing_ok=True)
-        processes.wait()
-        return results
-
-
-def _batches(run: Training, fields: BatchFields, step: int, stop: int) -> Iterator[tuple[Batch, float]]:
-    """Batches of steps `step` to `stop - 1`, functions of seed and step, and the seconds waited for each."""
+def _batches(run: TrainingRun, fields: BatchFields, step: int, stop: int) -> Iterator[tuple[Batch, float]]:
+    """Batches of steps `step` to `stop - 1`, and the seconds waited for each."""
     if run.settings.from_teacher:
         batches = live_batches(run.reader, run.teacher, fields, run.order, step)
     else:
@@ -142,33 +212,7 @@ def _batches(run: Training, fields: BatchFields, step: int, stop: int) -> Iterat
         yield batch, time.monotonic() - before
 
 
-def _first_batches(run: Training) -> Iterator[Batch]:
+def _first_batches(run: TrainingRun) -> Iterator[Batch]:
     """What a start in closed form is fitted on."""
     steps = min(math.ceil(readout.TOKENS / run.tokens_per_step), run.num_steps)
     return (batch for batch, _ in _batches(run, BatchFields((run.m, run.n)), 0, steps))
-
-
-def save_checkpoint(chain: Chain) -> None:
-    """All that a killed run needs to go on, in one file for the runs of a chain."""
-    if processes.rank() != 0:
-        return
-    path = chain.checkpoint
-    path.parent.mkdir(exist_ok=True)
-    content = io.BytesIO()
-    torch.save([run.state() for run in chain.runs], content)
-    write_atomic(path, content.getvalue())
-
-
-def _restore(chain: Chain) -> None:
-    path = chain.checkpoint
-    if not path.exists():
-        return
-    for run, state in zip(chain.runs, _load(path, chain.runs[0].device), strict=True):
-        run.restore(state)
-
-
-def _load(path: Path, device: torch.device) -> list[dict[str, Any]]:
-    try:
-        return torch.load(path, weights_only=True, map_location=device)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(f"damaged {path}", "a checkpoint", "start the run again with --force") from error

@@ -57,9 +57,15 @@ class Optimizer:
                 )
             )
 
-    def step(self, share: float) -> float:
-        """Move the weights, and forget their gradients; the learning rate, a `share` of the peak's."""
-        rate = share * self.learning_rate
+    def step(self, fraction: float) -> float:
+        """Move the weights, and forget their gradients; the learning rate of that.
+
+        Parameters
+        ----------
+        fraction
+            Of the learning rate at its peak.
+        """
+        rate = fraction * self.learning_rate
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = rate

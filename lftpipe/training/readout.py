@@ -16,7 +16,7 @@ from lftpipe.errors import RunError
 from lftpipe.batch import Batch
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.training import processes
-from lftpipe.training.run import Training
+from lftpipe.training.run import TrainingRun
 
 #: Of the first batches that a run will see.
 TOKENS = 49_152
@@ -26,7 +26,7 @@ RIDGE = 0.01
 
 
 @torch.no_grad()
-def refit(run: Training, batches: Callable[[], Iterable[Batch]]) -> None:
+def refit(run: TrainingRun, batches: Callable[[], Iterable[Batch]]) -> None:
     """Change the output maps of a run's attention and MLP so that `x_0 + u(x_0)` comes near to `x_1`.
 
     The fit is ridge regression of what is missing, drawn to the teacher's maps. Where the MLP reads what
@@ -39,7 +39,7 @@ def refit(run: Training, batches: Callable[[], Iterable[Batch]]) -> None:
         _fit(run, batches(), [mlp])
 
 
-def _last_maps(run: Training) -> list[str]:
+def _last_maps(run: TrainingRun) -> list[str]:
     """The linear maps that end the branches of the run's layer.
 
     Raises
@@ -61,7 +61,7 @@ def _last_maps(run: Training) -> list[str]:
     return names
 
 
-def _fit(run: Training, batches: Iterable[Batch], maps: list[Any]) -> None:
+def _fit(run: TrainingRun, batches: Iterable[Batch], maps: list[Any]) -> None:
     sizes = [each.in_features for each in maps]
     sums = LeastSquares(sum(sizes), run.teacher.width, RIDGE)
     with progress.task(f"fit {run.folder.name}", TOKENS, "tokens") as task:
@@ -81,7 +81,7 @@ def _fit(run: Training, batches: Iterable[Batch], maps: list[Any]) -> None:
 
 
 def _features(
-    run: Training, batch: Batch, maps: list[nn.Module]
+    run: TrainingRun, batch: Batch, maps: list[nn.Module]
 ) -> tuple[Float[Tensor, "sequence position input"], Float[Tensor, "sequence position feature"]]:
     """What the maps read, side by side, and what the layer misses of `x_1`."""
     read: list[Tensor] = []

@@ -2,32 +2,43 @@
 
 import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import lftpipe
 from lftpipe import runs
-from lftpipe.batch import Batch, BatchFields, BatchOrder, BatchReader
+from lftpipe.batch import BatchFields, BatchOrder, BatchReader
 from lftpipe.config.loss import Stage, parse_loss, stage_starts
 from lftpipe.config.settings import TrainSettings, loss_text
 from lftpipe.device import cast_linear, resolve_compute_dtype
-from lftpipe.errors import DivergenceError, RunError
-from lftpipe.flow.objective import ErrorScale, Loss, walk_times
-from lftpipe.flow.path import States
+from lftpipe.errors import RunError
+from lftpipe.flow.objective import ErrorScale
 from lftpipe.flow.velocity import Velocity
 from lftpipe.store import Store
 from lftpipe.teacher.parts import Tail, load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
-from lftpipe.training.optimizer import Optimizer, gradient_norm
-from lftpipe.training.terms import Problem, weighted_sum
+from lftpipe.training.optimizer import Optimizer
 from lftpipe.training.weights import WeightAverage
 
 
-class Training:
+class TrainingRun:
     """A run between its first step and its last.
+
+    Parameters
+    ----------
+    folder
+        Where its files go.
+    settings
+        Resolved ones.
+    store
+        What it is trained on.
+    teacher
+        The store's.
+    block
+        Whose layers the flow layer stands for.
 
     Attributes
     ----------
@@ -39,13 +50,13 @@ class Training:
 
     def __init__(
         self,
-        run_folder: Path,
+        folder: Path,
         settings: TrainSettings,
         store: Store,
         teacher: Teacher,
         block: tuple[int, int],
     ) -> None:
-        self.folder, self.settings, self.store, self.teacher = run_folder, settings, store, teacher
+        self.folder, self.settings, self.store, self.teacher = folder, settings, store, teacher
         self.m, self.n = self.block = block
         self.device = torch.device(settings.device)
         self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, settings.device)
@@ -111,99 +122,41 @@ class Training:
         attention = tuple(range(self.m, self.n)) if "branches" in terms else ()
         return BatchFields(layers, attention, "top-logits" in terms)
 
-    def rate_share(self, step: int) -> float:
-        """Of the peak learning rate: linear warm-up, then a cosine to a hundredth, over all stages."""
-        warmup = max(1, round(self.settings.warmup * self.num_steps))
-        if step < warmup:
-            return (step + 1) / warmup
-        share = (step - warmup) / max(1, self.num_steps - warmup)
-        return 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
+    def rate_fraction(self, step: int) -> float:
+        """Which fraction of the peak learning rate a step has.
 
-    def problem(self, batch: Batch, x_0: States | None = None, *, equal_steps: bool = False) -> Problem:
-        """A batch with the random draws of its step, or with equal steps as at inference.
+        A linear warm-up, then a cosine to a hundredth, over all stages.
 
         Parameters
         ----------
-        x_0
-            Where to start; left out, from the stored `h[m]`.
+        step
+            Steps done before it.
         """
-        x_0 = batch.states[self.m] if x_0 is None else x_0
-        time = self.flow.modulation is not None
-        steps = self.settings.walk_steps if time else 1
-        generator = torch.Generator().manual_seed(self.settings.seed * 2_000_003 + batch.step)
-        draws = torch.rand(steps, self.order.batch_size, generator=generator)
-        draws = draws[:, batch.part].to(self.device)
-        times = "equal" if equal_steps else self.settings.walk_times
-        if times == "mixed":
-            steps = int(torch.randint(1, steps + 1, (), generator=generator))
-        grid = torch.linspace(0, 1, steps + 1, device=self.device)[:, None].expand(-1, len(x_0))
-        return Problem(
-            flow=self.flow,
-            block=self.block,
-            batch=batch,
-            x_0=x_0,
-            t=draws[0] if time else torch.zeros_like(draws[0]),
-            time_grid=walk_times(draws[1:]) if times == "uniform" else grid,
-            method=self.settings.solver if time else "euler",
-            scale=self.scale,
-            tail=self.tail,
-        )
-
-    def loss_of(self, batch: Batch, x_0: States | None = None) -> tuple[Loss, Problem]:
-        """The present stage's loss, and the problem it was computed on."""
-        with self.autocast():
-            problem = self.problem(batch, x_0)
-            return weighted_sum(problem, self.stage.weights), problem
+        warmup = max(1, round(self.settings.warmup * self.num_steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, self.num_steps - warmup)
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
     def autocast(self) -> torch.autocast:
+        """Within it, products are computed in the run's format."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
-    def apply(self, loss: Loss) -> float:
-        """One step of the optimiser, whose gradients are there; the learning rate it was made with.
-
-        Raises
-        ------
-        DivergenceError
-            If loss or gradient is not finite.
-        """
-        processes.average_gradients(self.flow.parameters())
-        norm = gradient_norm(list(self.flow.parameters()), self.settings.clip)
-        self.loss = processes.mean(loss.detach()).item()
-        if not (math.isfinite(self.loss) and math.isfinite(norm)):
-            self._diverge(norm)
-        learning_rate = self.optimizer.step(self.rate_share(self.step))
+    def advance(self) -> None:
+        """Take note of a step that was done."""
         self.step += 1
         self.weights.follow(self.step)
         if self.step in self.stage_starts[1:-1]:
             self.weights.forget_best()
-        return learning_rate
-
-    def _diverge(self, norm: float) -> NoReturn:
-        """Leave a note beside the last checkpoint, from which the run may go on more carefully, and stop."""
-        if processes.rank() == 0:
-            runs.note_divergence(self.folder, self.step, self.optimizer.learning_rate)
-        kept = (self.folder / runs.CHECKPOINT).exists()
-        cure = (
-            "--resume with a lower --learning-rate or --clip"
-            if kept
-            else "--force and a lower --learning-rate"
-        )
-        raise DivergenceError(
-            f"loss {self.loss}, gradient norm {norm} at step {self.step} of {self.folder}",
-            "finite ones",
-            f"{'go on from its last checkpoint' if kept else 'start it again'} by {cure}",
-        )
-
-    @torch.no_grad()
-    def nmse(self, batch: Batch, x_0: States | None = None) -> float:
-        """Of the state the run would predict at inference (section 5.1)."""
-        with self.autocast():
-            end = self.problem(batch, x_0, equal_steps=True).end
-        x_1 = batch.states[self.n]
-        return ((end - x_1).square().sum() / x_1.square().sum()).item()
 
     def judge(self, held_back_loss: float) -> None:
-        """Take note of an evaluation; end the run where the last stage has had no better one for long."""
+        """Take note of an evaluation; end the run where the last stage has had no better one for long.
+
+        Parameters
+        ----------
+        held_back_loss
+            On the sequences that are kept from training.
+        """
         since_best = self.weights.judge(held_back_loss)
         in_last_stage = self.stage_end == self.num_steps
         if self.settings.patience and since_best >= self.settings.patience and in_last_stage:
@@ -222,7 +175,13 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Parameters
+        ----------
+        state
+            What `state` gave.
+        """
         self.flow.load_state_dict(state["flow"])
         self.optimizer.restore(state["optimizer"])
         self.weights.restore(state["kept"])
@@ -258,7 +217,20 @@ class Training:
 
 
 def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
-    """Which sequences a run sees, in which order."""
+    """Which sequences a run sees, in which order.
+
+    Parameters
+    ----------
+    settings
+        Batch size, seed and what is held back.
+    store
+        What is trained on.
+
+    Raises
+    ------
+    RunError
+        If processes can't share a batch, or all sequences are held back.
+    """
     total = store.num_sequences("train")
     held_back = math.ceil(settings.hold_back * total)
     batch_size = max(1, settings.batch_tokens // store.context)
@@ -281,7 +253,19 @@ def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
 def manifest_of(
     settings: TrainSettings, store: Store, block: tuple[int, int], velocity: dict[str, bool]
 ) -> dict[str, Any]:
-    """What a finished run says of itself."""
+    """What a finished run says of itself.
+
+    Parameters
+    ----------
+    settings
+        Resolved ones.
+    store
+        What it was trained on.
+    block
+        Whose layers it stands for.
+    velocity
+        What its module is, as `runs.build_flow` takes it.
+    """
     return {
         "store_fingerprint": store.fingerprint,
         "store_origin": store.origin,

@@ -11,12 +11,11 @@ from lftpipe.errors import RunError, SettingsError
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
-from lftpipe.training.chain import Chain
 from lftpipe.training.linear import fit_linear
-from lftpipe.training.loop import train_together
+from lftpipe.training.loop import Chain, train_together
 from lftpipe.training.resolve import Wanted
 from lftpipe.training.resume import claim
-from lftpipe.training.run import Training
+from lftpipe.training.run import TrainingRun
 
 #: What runs have in common that are trained from the same batches.
 _SHARED = ("batch_tokens", "seed", "hold_back", "from_teacher", "resume", "device")
@@ -47,7 +46,7 @@ def train_runs(
             fitted = fit_linear(run, settings, store, teacher, block) if processes.rank() == 0 else None
             results[run] = processes.agree(fitted)
         else:
-            training.append(Training(run, settings, store, teacher, block))
+            training.append(TrainingRun(run, settings, store, teacher, block))
     if training:
         chains = [Chain(training)] if joint else [Chain([each]) for each in training]
         done = train_together(chains, resume=training[0].settings.resume)

@@ -13,7 +13,8 @@ from lftpipe.errors import SettingsError
 from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.training import Training
+from lftpipe.training import TrainingRun
+from lftpipe.training.step import pose
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +64,12 @@ def test_one_velocity_that_knows_its_step_walks_in_any_number_of_them(settings, 
 def test_mixed_walks_have_every_number_of_steps(settings, tmp_path):
     store = Store.open(settings.store)
     mixed = change(settings, walk_times="mixed")
-    run = Training(tmp_path / "run", mixed, store, teacher_of(store, tmp_path), (1, 3))
+    run = TrainingRun(tmp_path / "run", mixed, store, teacher_of(store, tmp_path), (1, 3))
     size = run.order.batch_size
     x, tokens = torch.zeros(size, 4, run.teacher.width), torch.zeros(size, 4, dtype=torch.long)
     batches = [Batch(step, tokens, tokens, {1: x, 3: x}) for step in range(40)]
-    grids = [run.problem(batch).time_grid for batch in batches]
+    grids = [pose(run, batch).time_grid for batch in batches]
     assert {len(grid) - 1 for grid in grids} == {1, 2, 3}
     for grid in grids:
         torch.testing.assert_close(grid.diff(dim=0), torch.full((len(grid) - 1, size), 1 / (len(grid) - 1)))
-    assert {len(run.problem(batch, equal_steps=True).time_grid) for batch in batches} == {4}
+    assert {len(pose(run, batch, equal_steps=True).time_grid) for batch in batches} == {4}

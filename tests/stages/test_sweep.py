@@ -23,7 +23,7 @@ from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.recouple import recouple
 from lftpipe.stages.sweep import summary, sweep
 from lftpipe.store import Store
-from lftpipe.training import Training
+from lftpipe.training import step as training_step
 
 
 @pytest.fixture(scope="module")
@@ -135,23 +135,23 @@ def test_a_choice_is_the_lowest_figure_and_its_place_is_counted_by_kl(swept):
 
 def test_a_second_sweep_trains_nothing_and_writes_the_same(swept, store, monkeypatch):
     before = written(swept)
-    monkeypatch.setattr("lftpipe.training.together.Training", None)
+    monkeypatch.setattr("lftpipe.training.together.TrainingRun", None)
     again = sweep(settings_of(store, Path(swept["out"]).parent, force=True))
     assert again["trained"] == 0
     assert written(again) == before
 
 
 def test_a_killed_sweep_goes_on_and_ends_the_same(swept, store, tmp_path, monkeypatch):
-    real, done = Training.loss_of, []
+    real, done = training_step.loss_of, []
 
-    def loss_of(self, batch, x_0=None):
+    def loss_of(run, batch, x_0=None):
         if len(done) == 10:  # in the middle of the third run
             raise KeyboardInterrupt
         done.append(self.folder.name)
-        return real(self, batch, x_0)
+        return real(run, batch, x_0)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Training, "loss_of", loss_of)
+        patch.setattr(training_step, "loss_of", loss_of)
         sweep(settings_of(store, tmp_path))
     assert not (tmp_path / "sweep.json").exists()
     assert len(list(tmp_path.glob("sweep/*/manifest.json"))) == 2

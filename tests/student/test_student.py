@@ -85,7 +85,10 @@ def test_a_velocity_is_told_what_it_was_trained_to_see(
             x = x + 0.5 * flow(x, torch.full((2,), t), context, **seen)
         return Tail(neox_teacher, 3)(x, context)
 
-    seen = {"source": ("source", states[1], states[2]), "step": ("d", torch.full((2,), 0.5), torch.ones(2))}
+    seen = {
+        "source": ("source", states[1], states[2]),
+        "step": ("step_size", torch.full((2,), 0.5), torch.ones(2)),
+    }
     name, right, wrong = seen[condition]
     for _ in range(2):  # the second time from what is remembered
         torch.testing.assert_close(student(ids).logits, logits_of(**{name: right}), atol=ATOL, rtol=1e-4)

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONTEXT, extracted
-from training_runs import change, log_of, teacher_of, weights_of
+from training_runs import change, log_of, stop_before, teacher_of, weights_of
 
 from lftpipe import runs
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import DivergenceError, RunError, SettingsError, StoreError, TeacherError
 from lftpipe.stages.train import summary, train
-from lftpipe.training import Training
+from lftpipe.training import step as training_step
 
 OBJECTIVES = ("fw", "sfm", "hybrid", "regression", "trajectory")
 
@@ -32,18 +32,6 @@ def settings(stores, tmp_path) -> TrainSettings:
         log_every=1,
         checkpoint_every=5,
     )
-
-
-def stop_before(monkeypatch, step: int) -> None:
-    """Kill the next run as it is about to do a step."""
-    real = Training.loss_of
-
-    def loss_of(self, batch, x_0=None):
-        if batch.step == step:
-            raise KeyboardInterrupt
-        return real(self, batch, x_0)
-
-    monkeypatch.setattr(Training, "loss_of", loss_of)
 
 
 @pytest.mark.parametrize("family", ["neox", "llama"])
@@ -149,7 +137,7 @@ def test_a_finished_run_is_left_alone_without_force(settings, monkeypatch):
     train(settings)
     before = weights_of(settings.run)
     with monkeypatch.context() as patch:
-        patch.setattr("lftpipe.stages.train.Training", None)
+        patch.setattr("lftpipe.training.together.TrainingRun", None)
         again = train(settings)
     assert again["already_finished"] and "nothing was computed" in summary(again)
     with pytest.raises(
@@ -198,16 +186,16 @@ def test_training_from_the_live_teacher_needs_no_stored_states_of_the_block(
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch, tmp_path, poison):
-    real = Training.loss_of
+    real = training_step.loss_of
 
-    def loss_of(self, batch, x_0=None):
-        loss, problem = real(self, batch, x_0)
+    def loss_of(run, batch, x_0=None):
+        loss, problem = real(run, batch, x_0)
         if batch.step == 7:
             # The square root's slope at 0 is infinite: a finite loss with a gradient that is not.
             loss = loss * float("nan") if poison == "loss" else loss + (loss - loss.detach()).sqrt()
         return loss, problem
 
-    monkeypatch.setattr(Training, "loss_of", loss_of)
+    monkeypatch.setattr(training_step, "loss_of", loss_of)
     with pytest.raises(
         DivergenceError, match=r"at step 7 of .* / do: go on from its last checkpoint by --resume"
     ):
@@ -217,7 +205,7 @@ def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch
     assert all(tensor.isfinite().all() for tensor in state["flow"].values())
     assert not (tmp_path / "run" / runs.MANIFEST).exists()
     # Tamed, it goes on from there: the metrics show with which rates.
-    monkeypatch.setattr(Training, "loss_of", real)
+    monkeypatch.setattr(training_step, "loss_of", real)
     with pytest.raises(RunError, match=r"seed = 1 for .* / expected: seed = 0, as it was begun"):
         train(change(settings, resume=True, seed=1))
     assert train(change(settings, resume=True, learning_rate=1e-4))["steps"] == 12
@@ -227,7 +215,7 @@ def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch
 
 def test_a_run_that_diverges_without_a_checkpoint_says_so(settings, monkeypatch):
     stop = change(settings, checkpoint_every=100)
-    monkeypatch.setattr("lftpipe.training.run.gradient_norm", lambda parameters, clip: float("inf"))
+    monkeypatch.setattr("lftpipe.training.step.gradient_norm", lambda parameters, clip: float("inf"))
     with pytest.raises(DivergenceError, match=r"/ do: start it again by --force and a lower --learning-rate"):
         train(stop)
 

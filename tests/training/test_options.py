@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONTEXT, extracted
-from training_runs import change, log_of, short_run, teacher_of, weights_of
+from training_runs import change, log_of, short_run, stop_before, teacher_of, weights_of
 
 from lftpipe import runs
 from lftpipe.config.recipe import from_recipe
@@ -16,7 +16,7 @@ from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import DivergenceError, RunError, SettingsError
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.training import Training
+from lftpipe.training import TrainingRun
 from lftpipe.training.holdout import HoldOut
 
 
@@ -38,18 +38,6 @@ def settings(store, tmp_path) -> TrainSettings:
 def assert_same_weights(one: str | Path, other: str | Path, **tolerance: float) -> None:
     tolerance = tolerance or {"rtol": 0, "atol": 0}
     torch.testing.assert_close(weights_of(one), weights_of(other), **tolerance)
-
-
-def stop_before(monkeypatch, step: int) -> None:
-    """Kill the next run as it is about to do a step."""
-    real = Training.loss_of
-
-    def loss_of(self, batch, x_0=None):
-        if self.step == step and torch.is_grad_enabled():
-            raise KeyboardInterrupt
-        return real(self, batch, x_0)
-
-    monkeypatch.setattr(Training, "loss_of", loss_of)
 
 
 # Losses
@@ -142,7 +130,9 @@ def test_the_average_of_weights_lies_between_start_and_end(settings, tmp_path):
     train(settings)
     train(change(settings, ema=0.999, run=str(tmp_path / "average")))
     teacher = teacher_of(Store.open(settings.store), Path("unused"))
-    start = Training(Path("unused"), settings, Store.open(settings.store), teacher, (1, 3)).flow.state_dict()
+    start = TrainingRun(
+        Path("unused"), settings, Store.open(settings.store), teacher, (1, 3)
+    ).flow.state_dict()
     last, average = weights_of(settings.run), weights_of(tmp_path / "average")
     name = "layer.layer.mlp.dense_h_to_4h.weight"
     moved, averaged = (weights[name] - start[name] for weights in (last, average))
@@ -162,7 +152,7 @@ def test_what_is_held_back_is_never_trained_on(settings, monkeypatch):
         return real(self, array, split, layer, sequences, out)
 
     monkeypatch.setattr(Store, "_rows", rows)
-    monkeypatch.setattr(HoldOut, "evaluate", lambda self: {run.folder: {} for run in self.chain.runs})
+    monkeypatch.setattr(HoldOut, "evaluate", lambda self: {run.folder: {} for run in self.runs})
     total = Store.open(settings.store).num_sequences("train")
     train(change(settings, tokens=3 * total * CONTEXT, hold_back=0.25))
     assert seen == set(range(total - total // 4))
@@ -173,7 +163,7 @@ def test_the_best_weights_on_what_is_held_back_are_kept(settings, monkeypatch, t
     real, copies = HoldOut.evaluate, {}
 
     def evaluate(self):
-        (run,) = self.chain.runs
+        (run,) = self.runs
         copies[run.step] = {name: value.clone() for name, value in run.flow.state_dict().items()}
         found = real(self)
         run.judge(abs(run.step - 4) - 100.0)

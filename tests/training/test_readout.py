@@ -13,8 +13,10 @@ from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import SettingsError
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.training import Training, readout
+from lftpipe.training import TrainingRun, readout
+from lftpipe.training import step as training_step
 from lftpipe.training.loop import _first_batches
+from lftpipe.training.step import pose
 
 
 @pytest.fixture(scope="module", params=["neox", "neox-sequential", "llama"])
@@ -27,9 +29,9 @@ def settings(store, tmp_path) -> TrainSettings:
     return short_run(store, tmp_path, init="readout")
 
 
-def training(settings: TrainSettings, **changes) -> Training:
+def training(settings: TrainSettings, **changes) -> TrainingRun:
     store = Store.open(settings.store)
-    run = Training(
+    run = TrainingRun(
         Path(settings.run), change(settings, **changes), store, teacher_of(store, Path("unused")), (1, 3)
     )
     run.flow.eval()
@@ -41,9 +43,9 @@ def batches_of(run: Training) -> list[Batch]:
 
 
 @torch.no_grad()
-def error(run: Training, batches: list[Batch]) -> float:
+def error(run: TrainingRun, batches: list[Batch]) -> float:
     losses = [
-        run.scale(run.problem(batch, equal_steps=True).end - batch.states[3], batch.states[3])
+        run.scale(pose(run, batch, equal_steps=True).end - batch.states[3], batch.states[3])
         for batch in batches
     ]
     return sum(loss.item() for loss in losses) / len(losses)
@@ -75,7 +77,7 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
             for parameter in target.flow.layer.layer.get_submodule(name).parameters():
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
         batches = [
-            replace(batch, states=batch.states | {3: target.problem(batch, equal_steps=True).end})
+            replace(batch, states=batch.states | {3: pose(target, batch, equal_steps=True).end})
             for batch in batches_of(run)
         ]
     before = error(run, batches)
@@ -89,19 +91,19 @@ def test_a_run_begins_with_it_and_goes_on_from_a_checkpoint_without(settings, tm
     starts = [log_of(str(tmp_path / name))[0]["loss"] for name in ("layer", "run")]
     assert starts[1] < 0.9 * starts[0]
     calls = []
-    real, fit = Training.loss_of, readout.refit
+    real, fit = training_step.loss_of, readout.refit
 
-    def killed(self, batch, x_0=None):
+    def killed(run, batch, x_0=None):
         if batch.step == 7:
             raise KeyboardInterrupt
-        return real(self, batch, x_0)
+        return real(run, batch, x_0)
 
     monkeypatch.setattr(readout, "refit", lambda *given: calls.append(1) or fit(*given))
-    monkeypatch.setattr(Training, "loss_of", killed)
+    monkeypatch.setattr(training_step, "loss_of", killed)
     again = change(settings, run=str(tmp_path / "again"))
     with pytest.raises(KeyboardInterrupt):
         train(again)
-    monkeypatch.setattr(Training, "loss_of", real)
+    monkeypatch.setattr(training_step, "loss_of", real)
     train(change(again, resume=True))
     assert calls == [1]
     torch.testing.assert_close(weights_of(again.run), weights_of(settings.run), rtol=0, atol=0)

@@ -1,0 +1,195 @@
+"""One step of training: draw the times, walk, compare, go back, move the weights.
+
+A step sees one batch and the runs that are trained jointly on it, most often a single one. Every random draw
+is a function of the run's seed and the batch's number.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lftpipe import runs
+from lftpipe.batch import Batch
+from lftpipe.errors import DivergenceError
+from lftpipe.flow.objective import Loss, walk_times
+from lftpipe.flow.path import States
+from lftpipe.teacher.parts import Layers
+from lftpipe.training import processes
+from lftpipe.training.optimizer import gradient_norm
+from lftpipe.training.run import TrainingRun
+from lftpipe.training.terms import Problem, weighted_sum
+
+
+def take_step(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Batch) -> list[float]:
+    """One step of runs that are trained jointly.
+
+    Parameters
+    ----------
+    joint
+        The runs, in the order of their blocks.
+    bridges
+        The teacher's layers from each block to the next one.
+    batch
+        What the step sees.
+
+    Returns
+    -------
+    list of float
+        The learning rate of each run's step.
+
+    Raises
+    ------
+    DivergenceError
+        If a loss or gradient is not finite.
+    """
+    losses = losses_of(joint, bridges, batch)
+    torch.stack(losses).sum().backward()
+    return [move(run, loss) for run, loss in zip(joint, losses, strict=True)]
+
+
+def losses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Batch) -> list[Loss]:
+    """The loss of each run; a later one begins where the one before it ends.
+
+    Parameters
+    ----------
+    joint
+        The runs, in the order of their blocks.
+    bridges
+        The teacher's layers from each block to the next one.
+    batch
+        Whose loss.
+    """
+    losses: list[Loss] = []
+    x_0: States | None = None
+    for index, run in enumerate(joint):
+        loss, problem = loss_of(run, batch, x_0)
+        losses.append(loss)
+        if index < len(bridges):
+            with run.autocast():
+                x_0 = bridges[index](problem.end, batch.context)
+    return losses
+
+
+def loss_of(run: TrainingRun, batch: Batch, x_0: States | None = None) -> tuple[Loss, Problem]:
+    """The loss of a run's present stage, and the problem it was computed on.
+
+    Parameters
+    ----------
+    run
+        Whose flow layer.
+    batch
+        What it is to carry.
+    x_0
+        Where to begin; left out, at the stored `h[m]`.
+    """
+    with run.autocast():
+        problem = pose(run, batch, x_0)
+        return weighted_sum(problem, run.stage.weights), problem
+
+
+def pose(run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_steps: bool = False) -> Problem:
+    """A batch with the random draws of its step, or with equal steps as at inference.
+
+    Parameters
+    ----------
+    run
+        Whose flow layer.
+    batch
+        What it is to carry.
+    x_0
+        Where to begin; left out, at the stored `h[m]`.
+    equal_steps
+        Whether to walk as at inference.
+    """
+    x_0 = batch.states[run.m] if x_0 is None else x_0
+    timed = run.flow.modulation is not None
+    steps = run.settings.walk_steps if timed else 1
+    generator = torch.Generator().manual_seed(run.settings.seed * 2_000_003 + batch.step)
+    draws = torch.rand(steps, run.order.batch_size, generator=generator)
+    draws = draws[:, batch.part].to(run.device)
+    times = "equal" if equal_steps else run.settings.walk_times
+    if times == "mixed":
+        steps = int(torch.randint(1, steps + 1, (), generator=generator))
+    grid = torch.linspace(0, 1, steps + 1, device=run.device)[:, None].expand(-1, len(x_0))
+    return Problem(
+        flow=run.flow,
+        block=run.block,
+        batch=batch,
+        x_0=x_0,
+        t=draws[0] if timed else torch.zeros_like(draws[0]),
+        time_grid=walk_times(draws[1:]) if times == "uniform" else grid,
+        method=run.settings.solver if timed else "euler",
+        scale=run.scale,
+        tail=run.tail,
+    )
+
+
+def move(run: TrainingRun, loss: Loss) -> float:
+    """Move the weights of a run whose gradients are there; the learning rate of that.
+
+    Parameters
+    ----------
+    run
+        Whose weights.
+    loss
+        From which the gradients came.
+
+    Raises
+    ------
+    DivergenceError
+        If the loss or the gradient is not finite. The weights are then as they were.
+    """
+    processes.average_gradients(run.flow.parameters())
+    norm = gradient_norm(list(run.flow.parameters()), run.settings.clip)
+    run.loss = processes.mean(loss.detach()).item()
+    if not (math.isfinite(run.loss) and math.isfinite(norm)):
+        raise _divergence(run, norm)
+    rate = run.optimizer.step(run.rate_fraction(run.step))
+    run.advance()
+    return rate
+
+
+def _divergence(run: TrainingRun, norm: float) -> DivergenceError:
+    """Leave a note beside the last checkpoint, from which the run may go on more carefully."""
+    if processes.rank() == 0:
+        runs.note_divergence(run.folder, run.step, run.optimizer.learning_rate)
+    kept = (run.folder / runs.CHECKPOINT).exists()
+    cure = (
+        "--resume with a lower --learning-rate or --clip" if kept else "--force and a lower --learning-rate"
+    )
+    return DivergenceError(
+        f"loss {run.loss}, gradient norm {norm} at step {run.step} of {run.folder}",
+        "finite ones",
+        f"{'go on from its last checkpoint' if kept else 'start it again'} by {cure}",
+    )
+
+
+@torch.no_grad()
+def nmses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Batch) -> list[float]:
+    """NMSE of the states that each run predicts at inference (section 5.1).
+
+    Parameters
+    ----------
+    joint
+        The runs, in the order of their blocks.
+    bridges
+        The teacher's layers from each block to the next one.
+    batch
+        What is predicted.
+    """
+    found: list[float] = []
+    x_0: States | None = None
+    for index, run in enumerate(joint):
+        with run.autocast():
+            end = pose(run, batch, x_0, equal_steps=True).end
+        found.append(_nmse(end, batch.states[run.n]))
+        if index < len(bridges):
+            with run.autocast():
+                x_0 = bridges[index](end, batch.context)
+    return found
+
+
+def _nmse(end: Tensor, x_1: Tensor) -> float:
+    return ((end - x_1).square().sum() / x_1.square().sum()).item()
