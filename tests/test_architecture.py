@@ -64,7 +64,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
     "runs": ("config errors files flow teacher", "transformers zarr"),
     "training": ("batch config device errors files flow progress runs store teacher", "transformers zarr"),
-    "student": ("errors flow runs teacher", "zarr"),
+    "student": ("config errors flow runs teacher", "zarr"),
     "evaluation": ("batch config device flow progress runs store teacher", "transformers zarr"),
     "report": ("evaluation.correlation recoupling.ranking errors", "torch transformers zarr"),
     "stages": (

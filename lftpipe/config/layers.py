@@ -1,6 +1,7 @@
 """Layers and blocks as they are written: `all`, `6,18`, `0:13`, and `6:12`. No torch."""
 
 import re
+from collections.abc import Sequence
 
 from lftpipe.errors import SettingsError
 
@@ -55,3 +56,33 @@ def parse_block(text: str, num_layers: int) -> tuple[int, int]:
             f"block {text}", f"n at most {num_layers}, the teacher's layers", "choose a block inside them"
         )
     return m, n
+
+
+def check_apart(blocks: Sequence[tuple[int, int]], given: str, num_layers: int | None = None) -> None:
+    """Refuse blocks that one student cannot have together.
+
+    Parameters
+    ----------
+    blocks
+        Half-open.
+    given
+        What the user said, which the error shows before the blocks.
+    num_layers
+        The teacher's, where blocks were not checked against them before.
+
+    Raises
+    ------
+    SettingsError
+        If blocks overlap, are empty, not in order, or reach past the last layer.
+    """
+    end = 0
+    for m, n in blocks:
+        if not end <= m < n or (num_layers is not None and n > num_layers):
+            shown = ", ".join(f"{m}:{n}" for m, n in blocks)
+            inside = "" if num_layers is None else f", inside {num_layers} layers"
+            raise SettingsError(
+                f"{given} {shown}",
+                f"blocks in order that do not overlap{inside}",
+                "choose others, as 6:12 and 12:18",
+            )
+        end = n

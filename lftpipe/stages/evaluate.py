@@ -4,7 +4,6 @@ Of the teacher only the layers from the blocks' first on, the final norm and the
 """
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from lftpipe import runs
+from lftpipe.config.layers import check_apart
 from lftpipe.config.settings import EvaluateSettings, to_json
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
@@ -155,19 +155,12 @@ def _rows(opened: list[runs.Run], settings: EvaluateSettings, store: Store, teac
         rows += own
     if settings.together:
         in_order = sorted(each, key=lambda own: own[0].block or (0, 0))
-        _check_together([own[0].block or (0, 0) for own in in_order])
+        blocks = [own[0].block or (0, 0) for own in in_order]
+        if len(blocks) < 2:
+            raise SettingsError("--together with one run", "several, of blocks apart", "name more runs")
+        check_apart(blocks, "--together with runs of blocks")
         rows += together_rows(in_order, teacher, settings.device)
     return rows
-
-
-def _check_together(blocks: list[tuple[int, int]]) -> None:
-    if len(blocks) < 2 or any(m < n for (_, n), (m, _) in pairwise(blocks)):
-        shown = ", ".join(f"{m}:{n}" for m, n in blocks)
-        raise SettingsError(
-            f"--together with runs of blocks {shown}",
-            "several, of blocks that do not overlap",
-            "name such runs",
-        )
 
 
 def markdown(result: dict[str, Any]) -> str:

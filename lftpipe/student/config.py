@@ -5,6 +5,7 @@ from typing import Any, Literal, no_type_check
 
 from transformers import GPTNeoXConfig, LlamaConfig
 
+from lftpipe.config.layers import check_apart
 from lftpipe.errors import SettingsError
 from lftpipe.flow.solver import EVALUATIONS
 
@@ -60,19 +61,13 @@ class FlowLayout:
             raise SettingsError(
                 f"solver {self.solver!r}", f"one of {', '.join(EVALUATIONS)}", "choose one of them"
             )
-        end = 0
         for block in self.flow_blocks:
             if block.kind not in KINDS:
                 raise SettingsError(
                     f"block of kind {block.kind!r}", f"one of {', '.join(KINDS)}", "mend config.json"
                 )
-            if not end <= block.start < block.stop <= self.teacher_layers:
-                raise SettingsError(
-                    f"block {block.start}:{block.stop} after layer {end}",
-                    f"blocks m:n with m < n, in order, apart, inside {self.teacher_layers} layers",
-                    "choose blocks that do not overlap",
-                )
-            end = block.stop
+        blocks = [(block.start, block.stop) for block in self.flow_blocks]
+        check_apart(blocks, "a student with blocks", self.teacher_layers)
         self.num_hidden_layers = sum(self.evaluations(place) for place in self.places())
         if self.num_hidden_layers == 0:
             raise SettingsError(

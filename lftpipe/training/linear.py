@@ -18,7 +18,26 @@ from lftpipe.training.run import manifest_of
 def fit_linear(
     folder: Path, settings: TrainSettings, store: Store, teacher: Teacher, block: tuple[int, int]
 ) -> dict[str, Any]:
-    """Fit and write a linear run; no steps."""
+    """Fit and write a linear run; no steps.
+
+    Parameters
+    ----------
+    folder
+        The run's.
+    settings
+        Resolved ones.
+    store
+        What is read.
+    teacher
+        The store's.
+    block
+        Which layers the map stands for.
+
+    Returns
+    -------
+    dict
+        Where the run is and how long it took.
+    """
     started = time.monotonic()
     m, n = block
     sums, seen = LeastSquares(teacher.width, teacher.width), 0

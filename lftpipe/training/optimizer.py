@@ -14,7 +14,13 @@ BETAS = (0.9, 0.95)
 
 
 def peak_rate(settings: TrainSettings) -> float:
-    """The learning rate at its peak: as given, or the optimiser's own."""
+    """The learning rate at its peak: as given, or the optimiser's own.
+
+    Parameters
+    ----------
+    settings
+        `learning_rate` and `optimizer`.
+    """
     rate = settings.learning_rate
     return LEARNING_RATES[settings.optimizer] if rate is None else rate
 
@@ -78,11 +84,25 @@ class Optimizer:
         return [part.state_dict() for part in self._parts]
 
     def restore(self, state: list[dict[str, Any]]) -> None:
-        """From a checkpoint."""
+        """Go on from a checkpoint.
+
+        Parameters
+        ----------
+        state
+            What `state` gave.
+        """
         for part, saved in zip(self._parts, state, strict=True):
             part.load_state_dict(saved)
 
 
 def gradient_norm(parameters: list[Tensor], clip: float) -> float:
-    """The norm of all gradients together, which are scaled down to `clip` if it is larger; 0 never scales."""
+    """The norm of all gradients together.
+
+    Parameters
+    ----------
+    parameters
+        Whose gradients; they are scaled down where the norm is larger than `clip`.
+    clip
+        The largest norm; 0 never scales.
+    """
     return nn.utils.clip_grad_norm_(parameters, clip or torch.inf).item()

@@ -12,7 +12,13 @@ T = TypeVar("T")
 
 
 def join(device: str) -> str:
-    """Join the processes that `torchrun` started, if it did; the device of this one."""
+    """Join the processes that `torchrun` started, if it did; the device of this one.
+
+    Parameters
+    ----------
+    device
+        As it was asked for; `cuda` becomes this process's own.
+    """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return device
     if not dist.is_initialized():
@@ -40,7 +46,13 @@ def rank() -> int:
 
 
 def agree(value: T | None) -> T:
-    """What process 0 has, on all of them."""
+    """What process 0 has, on all of them.
+
+    Parameters
+    ----------
+    value
+        On process 0; the others have None.
+    """
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
@@ -50,7 +62,13 @@ def agree(value: T | None) -> T:
 
 
 def mean(value: Tensor) -> Tensor:
-    """Over the processes, on all of them."""
+    """The mean over the processes, on all of them.
+
+    Parameters
+    ----------
+    value
+        This process's.
+    """
     if count() == 1:
         return value
     value = value.detach().clone()
@@ -62,6 +80,11 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its mean over the processes, in one exchange.
 
     A wrapper like `DistributedDataParallel` expects one forward pass a step; a walk has many.
+
+    Parameters
+    ----------
+    parameters
+        Whose gradients.
     """
     if count() == 1:
         return

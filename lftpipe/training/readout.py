@@ -31,6 +31,13 @@ def refit(run: TrainingRun, batches: Callable[[], Iterable[Batch]]) -> None:
 
     The fit is ridge regression of what is missing, drawn to the teacher's maps. Where the MLP reads what
     attention gives (sequential residuals) its map is fitted a second time, on what it reads by then.
+
+    Parameters
+    ----------
+    run
+        Whose flow layer.
+    batches
+        Gives what to fit on, every time it is called.
     """
     layer = run.flow.layer
     attention, mlp = (layer.layer.get_submodule(name) for name in _last_maps(run))

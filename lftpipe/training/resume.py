@@ -29,7 +29,22 @@ _MAY_BE_TAMED = {"learning_rate", "clip"}
 
 
 def claim(run: Path, settings: TrainSettings, store: Store) -> bool:
-    """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already."""
+    """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already.
+
+    Parameters
+    ----------
+    run
+        The folder.
+    settings
+        Resolved ones.
+    store
+        What it is trained on.
+
+    Raises
+    ------
+    RunError
+        If the folder holds a run of other settings, or an unfinished one and `resume` is not set.
+    """
     plain = to_json(settings)
     if (run / runs.SETTINGS).exists() and not settings.force:
         for key, before, now in changed_settings(run, settings, store):
@@ -56,7 +71,17 @@ def claim(run: Path, settings: TrainSettings, store: Store) -> bool:
 
 
 def changed_settings(run: Path, settings: TrainSettings, store: Store) -> Iterator[tuple[str, Any, Any]]:
-    """Setting, value with which the run was begun, and value now, of all that would give another run."""
+    """Setting, value with which the run was begun, and value now, of all that would give another run.
+
+    Parameters
+    ----------
+    run
+        The folder.
+    settings
+        Those of now.
+    store
+        What the run is to be trained on now.
+    """
     before, fingerprint = runs.read_settings(run)
     # What an older version did not know was then as it is by default now.
     before = to_json(TrainSettings()) | before | {"store fingerprint": fingerprint}

@@ -33,9 +33,19 @@ class Problem:
 
     @property
     def x_1(self) -> States:
+        """The teacher's state at the block's end."""
         return self.batch.states[self.block[1]]
 
     def velocity(self, x: States, t: Times, step_size: Times) -> States:
+        """The flow layer's velocity on these sequences.
+
+        Parameters
+        ----------
+        x, t
+            States, and one time per sequence.
+        step_size
+            For a velocity that is told it.
+        """
         return self.flow(x, t, self.batch.context, source=self.x_0, step_size=step_size)
 
     @cached_property
@@ -126,5 +136,13 @@ TERMS: dict[str, Callable[[Problem], Loss]] = {
 
 
 def weighted_sum(problem: Problem, weights: dict[str, float]) -> Loss:
-    """The terms of one stage, by name, each times its weight."""
+    """The terms of one stage, each times its weight.
+
+    Parameters
+    ----------
+    problem
+        On which they are computed.
+    weights
+        By the name of the term.
+    """
     return sum((weight * TERMS[name](problem) for name, weight in weights.items()), problem.x_0.new_zeros(()))

@@ -1,12 +1,12 @@
 """Several runs of one command: checked against one another, claimed, and trained from the same batches."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lftpipe import runs
+from lftpipe.config.layers import check_apart
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
@@ -24,7 +24,29 @@ _SHARED = ("batch_tokens", "seed", "hold_back", "from_teacher", "resume", "devic
 def train_runs(
     wanted: list[Wanted], store: Store, teacher: Teacher, *, joint: bool = False
 ) -> list[dict[str, Any]]:
-    """Train runs with `resolved` settings, or go on with them; finished ones are left as they are."""
+    """Train runs with `resolved` settings, or go on with them; finished ones are left as they are.
+
+    Parameters
+    ----------
+    wanted
+        The runs.
+    store
+        What they are trained on.
+    teacher
+        The store's.
+    joint
+        Whether their flow layers are one student's, each beginning where the one before it ends.
+
+    Returns
+    -------
+    list of dict
+        Of every run: where it is and how it ended.
+
+    Raises
+    ------
+    LftpipeError
+        If they can't be trained together, a folder holds another run, or one diverges.
+    """
     check_together(wanted, joint)
     claimed = None
     if processes.rank() == 0:
@@ -66,6 +88,20 @@ def _finished(run: Path) -> dict[str, Any]:
 
 
 def check_together(wanted: list[Wanted], joint: bool) -> None:
+    """Refuse runs that can't be trained by one command.
+
+    Parameters
+    ----------
+    wanted
+        The runs.
+    joint
+        Whether they are to be one student.
+
+    Raises
+    ------
+    SettingsError
+        With the reason.
+    """
     (_, first, _), *others = wanted
     for run, settings, _ in others:
         for key in _SHARED:
@@ -78,12 +114,8 @@ def check_together(wanted: list[Wanted], joint: bool) -> None:
     if len({run for run, _, _ in wanted}) < len(wanted):
         raise SettingsError("several runs of the same name", "a name for each", "name them with --run")
     blocks = [block for _, _, block in wanted]
-    if joint and any(m < n for (_, n), (m, _) in pairwise(blocks)):
-        raise SettingsError(
-            f"--joint with blocks {', '.join(f'{m}:{n}' for m, n in blocks)}",
-            "blocks in order that do not overlap",
-            "give --block 6:12 --block 12:18",
-        )
+    if joint:
+        check_apart(blocks, "--joint with blocks")
     if joint and first.objective == "linear":
         raise SettingsError("--joint with --objective linear", "an objective of steps", "leave out --joint")
     if joint and any(

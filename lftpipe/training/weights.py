@@ -30,7 +30,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
-        """Take in the weights after a step."""
+        """Take in the weights after a step.
+
+        Parameters
+        ----------
+        step
+            Steps done.
+        """
         if self._average is not None:
             # A short memory at first, or the average would hold on to where it began.
             decay = min(self._decay, (1 + step) / (10 + step))
@@ -38,7 +44,13 @@ class WeightAverage:
                 self._average[name].lerp_(value, 1 - decay)
 
     def judge(self, loss: float) -> int:
-        """Take note of an evaluation; how many there were since the best."""
+        """Take note of an evaluation; how many there were since the best.
+
+        Parameters
+        ----------
+        loss
+            On what is held back.
+        """
         if loss < self._best_loss:
             self._best_loss, self._since_best = loss, 0
             with self.shown():
@@ -79,11 +91,23 @@ class WeightAverage:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Go on from a checkpoint.
+
+        Parameters
+        ----------
+        state
+            What `state` gave.
+        """
         self._average, self._best = state["average"], state["best"]
         self._best_loss, self._since_best = state["best_loss"], state["since_best"]
 
 
 def copy_of(module: nn.Module) -> Weights:
-    """Weights that further training leaves alone."""
+    """Weights that further training leaves alone.
+
+    Parameters
+    ----------
+    module
+        Whose weights.
+    """
     return {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -63,9 +63,9 @@ def test_together_is_the_exported_students_divergence(trained, tmp_path):
 
 def test_one_run_or_blocks_that_overlap_are_not_together(trained, tmp_path):
     store, runs = trained
-    with pytest.raises(SettingsError, match=r"--together with runs of blocks 0:1 / expected: several"):
+    with pytest.raises(SettingsError, match=r"--together with one run / expected: several"):
         evaluate(EvaluateSettings(store=store, runs=(runs[0],), together=True, out=tmp_path / "r.json"))
-    with pytest.raises(SettingsError, match=r"blocks 0:1, 0:1 / expected: several, of blocks that"):
+    with pytest.raises(SettingsError, match=r"blocks 0:1, 0:1 / expected: blocks in order that"):
         evaluate(
             EvaluateSettings(store=store, runs=(runs[0], runs[0]), together=True, out=tmp_path / "r.json")
         )
