@@ -7,6 +7,7 @@ needs to know. Nothing downstream looks at a document again.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor, nn
 
 from lftpipe.corpus.packing import positions
+from lftpipe.device import CopyStream, move
+from lftpipe.store import Batch as StoredBatch
 from lftpipe.store import Store
 from lftpipe.teacher.family import AttentionContext, attention_context
 from lftpipe.teacher.parts import TopLogits, load_rotary
@@ -76,6 +79,8 @@ class Batch:
     """Which of a whole batch's sequences these are: of the random draws, they take the same."""
     rotary: nn.Module | None = None
     """What `context` is made with; None where only the whole teacher runs, which makes its own."""
+    one_segment: bool = False
+    """Whether every sequence is a single segment, so that attention needs no mask."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -85,11 +90,16 @@ class Batch:
         """Where a segment begins. Massive activations sit there, and no token before it is seen."""
         return self.position_ids == 0
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds."""
+        yield from (self.tokens, self.position_ids, *self.states.values(), *self.attention.values())
+        yield from self.logits or ()
+
     @cached_property
     def context(self) -> AttentionContext:
         """What attention needs to know of these sequences: positions, and who sees whom."""
         assert self.rotary is not None, "this batch is for the whole teacher"
-        return attention_context(self.rotary, self.position_ids)
+        return attention_context(self.rotary, self.position_ids, one_segment=self.one_segment)
 
 
 def make_batch(
@@ -125,15 +135,17 @@ def make_batch(
     logits
         Values, ids and normaliser of the teacher's largest logits.
     """
+    position_ids = positions(document)
     return Batch(
         step=step,
-        tokens=torch.from_numpy(tokens).long().to(device),
-        position_ids=torch.from_numpy(positions(document)).long().to(device),
+        tokens=move(torch.from_numpy(tokens).long(), device),
+        position_ids=move(torch.from_numpy(position_ids).long(), device),
         states=states or {},
         attention=attention or {},
-        logits=TopLogits(*(torch.from_numpy(each).to(device) for each in logits)) if logits else None,
+        logits=TopLogits(*(move(torch.from_numpy(each), device) for each in logits)) if logits else None,
         part=part,
         rotary=rotary,
+        one_segment=bool((position_ids[:, 1:] != 0).all()),  # here, where nothing has to be waited for
     )
 
 
@@ -153,6 +165,7 @@ class BatchReader:
     def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:
         self.store, self.device = store, torch.device(device)
         self.rotary = load_rotary(teacher).to(self.device)
+        self.copies = CopyStream(self.device)
 
     def read(self, split: str, sequences: range, fields: BatchFields, step: int = 0) -> Batch:
         """Some sequences of a split.
@@ -185,7 +198,10 @@ class BatchReader:
         )
 
     def shuffled(self, fields: BatchFields, order: BatchOrder, start_step: int) -> Iterator[Batch]:
-        """The batches of training, without end, read ahead by a thread; nothing of the teacher runs.
+        """The batches of training, without end; nothing of the teacher runs.
+
+        A thread reads ahead. To a GPU each batch is copied while the one before it is computed on, in the
+        store's format, and widened there.
 
         Parameters
         ----------
@@ -196,7 +212,8 @@ class BatchReader:
         start_step
             The first batch's number.
         """
-        for batch in self.store.batches(
+        copies = self.copies
+        read = self.store.batches(
             "train",
             fields.layers,
             batch_size=order.batch_size,
@@ -206,25 +223,45 @@ class BatchReader:
             num_sequences=order.num_sequences,
             part=order.part,
             with_logits=fields.logits,
-        ):
-            assert batch.tokens is not None and batch.document is not None
-            # Copies: the reader's buffers are used again.
-            states, attention = (
-                {layer: self._put(state, copy=True) for layer, state in each.items()}
-                for each in (batch.states, batch.attention)
-            )
-            yield make_batch(
-                batch.tokens,
-                batch.document,
-                self.device,
-                self.rotary,
-                step=batch.step,
-                part=order.part,
-                states=states,
-                attention=attention,
-                logits=batch.logits,
-            )
+            allocate=copies.allocate,
+        )
+        if not copies.beside:
+            for stored in read:
+                yield self._moved(stored, order.part)
+            return
+        before: tuple[Batch, Any] | None = None
+        for stored in read:
+            with copies.copying():
+                batch = self._moved(stored, order.part)
+            mark = copies.mark()
+            if before is not None:
+                copies.arrive(before[1], before[0].tensors())
+                yield before[0]
+            copies.wait(mark)  # then the reader may use its buffers again
+            before = batch, mark
+
+    def _moved(self, stored: StoredBatch, part: slice) -> Batch:
+        """What was read, on the device. On a processor it is copied: the reader uses its buffers again."""
+        assert stored.tokens is not None and stored.document is not None
+        states, attention = (
+            {layer: self._put(state, copy=True) for layer, state in each.items()}
+            for each in (stored.states, stored.attention)
+        )
+        return make_batch(
+            stored.tokens,
+            stored.document,
+            self.device,
+            self.rotary,
+            step=stored.step,
+            part=part,
+            states=states,
+            attention=attention,
+            logits=stored.logits,
+        )
 
     def _put(self, state: np.ndarray, *, copy: bool = False) -> Tensor:
-        """A state in float32 on the device."""
-        return torch.from_numpy(state).to(self.device, torch.float32, copy=copy)
+        """A state in float32 on the device; to a GPU it goes as it is stored."""
+        tensor = torch.from_numpy(state)
+        if self.device.type == "cuda":
+            return move(tensor, self.device).float()
+        return tensor.to(self.device, torch.float32, copy=copy)

@@ -2,9 +2,13 @@
 
 import ctypes
 import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lftpipe.errors import SettingsError
 
@@ -103,3 +107,85 @@ def prepare(device: str, threads: int | None) -> None:
             f"--device {device}", f"a device of this machine: {', '.join(kinds)}", "name one"
         ) from error
     prepare_processor(threads)
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, to a GPU copied without waiting for what is computed there.
+
+    Parameters
+    ----------
+    tensor
+        Of any format; pinned memory is copied as it is, other memory is pinned first.
+    device
+        Where it is to be.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class CopyStream:
+    """Copies to a device that run beside its computations; a processor has nothing to run them beside.
+
+    Parameters
+    ----------
+    device
+        Where to copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def beside(self) -> bool:
+        """Whether copies run beside computations."""
+        return self._stream is not None
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Memory that the device can be copied to from: pinned where copies run beside computations.
+
+        Parameters
+        ----------
+        shape, dtype
+            Of the array.
+        """
+        if not self.beside:
+            return np.empty(shape, dtype)
+        like = torch.from_numpy(np.empty(0, dtype))
+        return torch.empty(shape, dtype=like.dtype, pin_memory=True).numpy()
+
+    def copying(self) -> AbstractContextManager[Any]:
+        """Within it, what is queued runs beside the device's computations."""
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A mark behind all that was queued so far, for `arrive` and `wait`."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        """Wait until the copies before a mark are done: what they read may be overwritten.
+
+        Parameters
+        ----------
+        mark
+            What `mark` gave.
+        """
+        if mark is not None:
+            mark.synchronize()
+
+    def arrive(self, mark: torch.cuda.Event | None, tensors: Iterable[Tensor]) -> None:
+        """Let computations queued from now on follow the copies before a mark.
+
+        Parameters
+        ----------
+        mark
+            What `mark` gave.
+        tensors
+            What was copied: computations will use it, and its memory is theirs until then.
+        """
+        if mark is None:
+            return
+        computing = torch.cuda.current_stream()
+        computing.wait_event(mark)
+        for tensor in tensors:
+            tensor.record_stream(computing)

@@ -58,7 +58,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "corpus": ("errors", "torch transformers zarr"),
     "teacher": ("errors device", "zarr"),
     "store": ("errors files", "torch transformers"),
-    "batch": ("corpus store teacher", "transformers zarr"),
+    "batch": ("corpus device store teacher", "transformers zarr"),
     "extraction": ("batch errors config corpus device progress store teacher workspace", "zarr"),
     "recoupling": ("errors config corpus device files flow progress store", "transformers zarr"),
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),

@@ -1,7 +1,7 @@
 """Reading a complete store: one system call a chunk, straight into the caller's memory, checksum checked."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,7 @@ class Store:
         with_tokens: bool = True,
         with_logits: bool = False,
         dtype: str | None = None,
+        allocate: Callable[..., np.ndarray] = np.empty,
     ) -> Iterator[Batch]:
         """Endless batches, shuffled over the whole split anew each epoch, read ahead by a thread.
 
@@ -208,6 +209,8 @@ class Store:
             for. 0 reads without a thread.
         dtype
             Of the states: the storage dtype, or ``"float32"``.
+        allocate
+            ``(shape, dtype)`` to the memory that states are read into: pinned memory, for a GPU.
         """
         count = self.num_sequences(split) if num_sequences is None else num_sequences
         if (
@@ -239,7 +242,7 @@ class Store:
                 self._shards.check_first(self._arrays[array], split)
         buffers = [
             {
-                array: {layer: np.empty(shape, dtype or own) for layer, own in states.items()}
+                array: {layer: allocate(shape, np.dtype(dtype or own)) for layer, own in states.items()}
                 for array, states in stored.items()
             }
             for _ in range(prefetch + 2 if prefetch else 1)

@@ -18,6 +18,7 @@ from lftpipe.training.live import live_batches
 from lftpipe.training.log import Log
 from lftpipe.training.run import TrainingRun
 from lftpipe.training.step import nmses_of, take_step
+from lftpipe.training.watch import look_every
 
 
 class Chain:
@@ -48,6 +49,7 @@ class Chain:
         self.error: DivergenceError | None = None
         self._hold_out = HoldOut(joint, self.bridges) if self.settings.evaluate_every else None
         self._logs: list[Log] = []
+        self._look_every = look_every(first.device)
 
     @property
     def step(self) -> int:
@@ -113,7 +115,7 @@ class Chain:
         """
         started = time.monotonic()
         try:
-            rates = take_step(self.runs, self.bridges, batch)
+            rates = take_step(self.runs, self.bridges, batch, look=self._is_time_to_look())
         except DivergenceError as error:
             self.error = error
             return
@@ -134,6 +136,12 @@ class Chain:
 
     def _is_time(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.num_steps
+
+    def _is_time_to_look(self) -> bool:
+        """Whether the next step's weights may be logged, judged or saved, or nobody has looked for long."""
+        settings, step = self.settings, self.step + 1
+        every = (settings.log_every, settings.checkpoint_every, settings.evaluate_every, self._look_every)
+        return step == self.num_steps or any(step % each == 0 for each in every if each)
 
     def _write(self, batch: Batch, rates: list[float], found: dict[Any, dict[str, float]]) -> None:
         nmses = nmses_of(self.runs, self.bridges, batch)

@@ -95,7 +95,7 @@ class Optimizer:
             part.load_state_dict(saved)
 
 
-def gradient_norm(parameters: list[Tensor], clip: float) -> float:
+def gradient_norm(parameters: list[Tensor], clip: float) -> Tensor:
     """The norm of all gradients together.
 
     Parameters
@@ -105,4 +105,4 @@ def gradient_norm(parameters: list[Tensor], clip: float) -> float:
     clip
         The largest norm; 0 never scales.
     """
-    return nn.utils.clip_grad_norm_(parameters, clip or torch.inf).item()
+    return nn.utils.clip_grad_norm_(parameters, clip or torch.inf)

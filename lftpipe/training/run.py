@@ -21,6 +21,7 @@ from lftpipe.teacher.parts import Tail, load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
 from lftpipe.training.optimizer import Optimizer
+from lftpipe.training.watch import DivergenceWatch
 from lftpipe.training.weights import WeightAverage
 
 
@@ -45,7 +46,7 @@ class TrainingRun:
     step
         Steps done.
     loss
-        That of the last one, over all processes.
+        Over all processes, of the last step after which one looked.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class TrainingRun:
         through_logits = any({"logits", "top-logits"} & stage.weights.keys() for stage in self.stages)
         self.tail = self._load_tail() if through_logits else None
         self.weights = WeightAverage(self.flow, settings.ema)
+        self.watch = DivergenceWatch(self.device)
         self.step, self.loss, self.seconds, self.waited = 0, math.nan, 0.0, 0.0
 
     def _channel_variance(self) -> Tensor | None:

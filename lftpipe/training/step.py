@@ -1,10 +1,10 @@
 """One step of training: draw the times, walk, compare, go back, move the weights.
 
 A step sees one batch and the runs that are trained jointly on it, most often a single one. Every random draw
-is a function of the run's seed and the batch's number.
+is a function of the run's seed and the batch's number. Nothing here waits for the device, except a look at
+whether losses were finite, which is not taken in every step (`watch.py`).
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lftpipe import runs
 from lftpipe.batch import Batch
+from lftpipe.device import move
 from lftpipe.errors import DivergenceError
 from lftpipe.flow.objective import Loss, walk_times
 from lftpipe.flow.path import States
@@ -22,7 +23,9 @@ from lftpipe.training.run import TrainingRun
 from lftpipe.training.terms import Problem, weighted_sum
 
 
-def take_step(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Batch) -> list[float]:
+def take_step(
+    joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Batch, *, look: bool = True
+) -> list[float]:
     """One step of runs that are trained jointly.
 
     Parameters
@@ -33,6 +36,8 @@ def take_step(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Ba
         The teacher's layers from each block to the next one.
     batch
         What the step sees.
+    look
+        Whether to look if losses and gradients were finite: before weights are kept in any way, one must.
 
     Returns
     -------
@@ -42,11 +47,11 @@ def take_step(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Ba
     Raises
     ------
     DivergenceError
-        If a loss or gradient is not finite.
+        If a loss or gradient is not finite, or was not since the last look.
     """
     losses = losses_of(joint, bridges, batch)
     torch.stack(losses).sum().backward()
-    return [move(run, loss) for run, loss in zip(joint, losses, strict=True)]
+    return [move_weights(run, loss, look) for run, loss in zip(joint, losses, strict=True)]
 
 
 def losses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Batch) -> list[Loss]:
@@ -108,7 +113,7 @@ def pose(run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_ste
     steps = run.settings.walk_steps if timed else 1
     generator = torch.Generator().manual_seed(run.settings.seed * 2_000_003 + batch.step)
     draws = torch.rand(steps, run.order.batch_size, generator=generator)
-    draws = draws[:, batch.part].to(run.device)
+    draws = move(draws[:, batch.part], run.device)
     times = "equal" if equal_steps else run.settings.walk_times
     if times == "mixed":
         steps = int(torch.randint(1, steps + 1, (), generator=generator))
@@ -126,7 +131,7 @@ def pose(run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_ste
     )
 
 
-def move(run: TrainingRun, loss: Loss) -> float:
+def move_weights(run: TrainingRun, loss: Loss, look: bool) -> float:
     """Move the weights of a run whose gradients are there; the learning rate of that.
 
     Parameters
@@ -135,32 +140,37 @@ def move(run: TrainingRun, loss: Loss) -> float:
         Whose weights.
     loss
         From which the gradients came.
+    look
+        Whether to look if they were finite since the last look.
 
     Raises
     ------
     DivergenceError
-        If the loss or the gradient is not finite. The weights are then as they were.
+        If they were not.
     """
     processes.average_gradients(run.flow.parameters())
     norm = gradient_norm(list(run.flow.parameters()), run.settings.clip)
-    run.loss = processes.mean(loss.detach()).item()
-    if not (math.isfinite(run.loss) and math.isfinite(norm)):
-        raise _divergence(run, norm)
+    run.watch.add(run.step, processes.mean(loss.detach()), norm)
+    if look:
+        seen = run.watch.look()
+        run.loss = seen.loss
+        if seen.diverged_at is not None:
+            raise _divergence(run, seen.norm, seen.diverged_at)
     rate = run.optimizer.step(run.rate_fraction(run.step))
     run.advance()
     return rate
 
 
-def _divergence(run: TrainingRun, norm: float) -> DivergenceError:
+def _divergence(run: TrainingRun, norm: float, step: int) -> DivergenceError:
     """Leave a note beside the last checkpoint, from which the run may go on more carefully."""
     if processes.rank() == 0:
-        runs.note_divergence(run.folder, run.step, run.optimizer.learning_rate)
+        runs.note_divergence(run.folder, step, run.optimizer.learning_rate)
     kept = (run.folder / runs.CHECKPOINT).exists()
     cure = (
         "--resume with a lower --learning-rate or --clip" if kept else "--force and a lower --learning-rate"
     )
     return DivergenceError(
-        f"loss {run.loss}, gradient norm {norm} at step {run.step} of {run.folder}",
+        f"loss {run.loss}, gradient norm {norm} at step {step} of {run.folder}",
         "finite ones",
         f"{'go on from its last checkpoint' if kept else 'start it again'} by {cure}",
     )

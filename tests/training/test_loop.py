@@ -215,7 +215,7 @@ def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch
 
 def test_a_run_that_diverges_without_a_checkpoint_says_so(settings, monkeypatch):
     stop = change(settings, checkpoint_every=100)
-    monkeypatch.setattr("lftpipe.training.step.gradient_norm", lambda parameters, clip: float("inf"))
+    monkeypatch.setattr(training_step, "gradient_norm", lambda parameters, clip: torch.tensor(torch.inf))
     with pytest.raises(DivergenceError, match=r"/ do: start it again by --force and a lower --learning-rate"):
         train(stop)
 

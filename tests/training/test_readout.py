@@ -38,7 +38,7 @@ def training(settings: TrainSettings, **changes) -> TrainingRun:
     return run
 
 
-def batches_of(run: Training) -> list[Batch]:
+def batches_of(run: TrainingRun) -> list[Batch]:
     return list(_first_batches(run))
 
 

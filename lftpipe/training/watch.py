@@ -1,0 +1,71 @@
+"""Losses and gradients that are not finite are noticed, though not every step waits for the device."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+#: Steps between looks, by the kind of device; a processor has nothing to wait for.
+LOOK_EVERY = {"cpu": 1}
+OTHERWISE = 20
+
+
+def look_every(device: torch.device) -> int:
+    """Steps after which a loss or gradient that is not finite is noticed at the latest.
+
+    Parameters
+    ----------
+    device
+        Where the steps are computed.
+    """
+    return LOOK_EVERY.get(device.type, OTHERWISE)
+
+
+class Seen(NamedTuple):
+    """What a look found."""
+
+    loss: float
+    """That of the last step, or of the first one that was not finite."""
+    norm: float
+    """The same of the gradient."""
+    diverged_at: int | None
+    """The first step whose loss or gradient was not finite."""
+
+
+class DivergenceWatch:
+    """Follows a run's losses and gradient norms where they are computed.
+
+    `add` takes no look at the numbers, so nothing is waited for. What was computed with a loss that is not
+    finite must not be kept: look before weights are written or judged.
+
+    Parameters
+    ----------
+    device
+        Where the run computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Step, loss and norm of the first bad step, of the last one while all are good; whether one was bad.
+        self._seen = torch.zeros(4, device=device)
+
+    @torch.no_grad()
+    def add(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
+        """Take note of a step.
+
+        Parameters
+        ----------
+        step
+            Its number.
+        loss, norm
+            Its loss and the norm of its gradient, on the device.
+        """
+        loss, norm = loss.float(), norm.float()
+        bad = ~(loss.isfinite() & norm.isfinite())
+        entry = torch.stack([torch.full_like(loss, step), loss, norm, bad.float()])
+        self._seen = torch.where(self._seen[3] > 0, self._seen, entry)
+
+    def look(self) -> Seen:
+        """What was noted so far; waits for the device."""
+        step, loss, norm, bad = self._seen.tolist()
+        return Seen(loss, norm, int(step) if bad else None)
