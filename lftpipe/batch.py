@@ -81,6 +81,10 @@ class Batch:
     """What `context` is made with; None where only the whole teacher runs, which makes its own."""
     one_segment: bool = False
     """Whether every sequence is a single segment, so that attention needs no mask."""
+    askers: int = 1
+    """Runs that are trained on it."""
+    kept: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    """What one of several runs computed of it and the others will need too."""
 
     def __len__(self) -> int:
         return len(self.tokens)

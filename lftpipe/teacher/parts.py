@@ -75,7 +75,7 @@ class Tail(nn.Module):
 
     def __init__(self, teacher: Teacher, start: int) -> None:
         super().__init__()
-        self.start = start
+        self.start, self.vocabulary = start, teacher.config.vocab_size
         self.layers = nn.ModuleList(load_layer(teacher, l) for l in range(start, teacher.num_layers))  # noqa: E741
         self.norm = load_norm(teacher, teacher.num_layers)
         self.head = _load_head(teacher)

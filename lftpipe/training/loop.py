@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -193,7 +194,8 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
             fields = BatchFields()
             for chain in active:
                 fields |= chain.fields
-            for batch, waited in _batches(first, fields, step, stop):
+            for alone, waited in _batches(first, fields, step, stop):
+                batch = replace(alone, askers=sum(len(chain.runs) for chain in active))
                 for chain in active:
                     if chain.step == batch.step and chain.goes_on:
                         chain.advance(batch, waited)

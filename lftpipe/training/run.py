@@ -12,14 +12,15 @@ from lftpipe import runs
 from lftpipe.batch import BatchFields, BatchOrder, BatchReader
 from lftpipe.config.loss import Stage, parse_loss, stage_starts
 from lftpipe.config.settings import TrainSettings, loss_text
-from lftpipe.device import cast_linear, resolve_compute_dtype
+from lftpipe.device import resolve_compute_dtype
 from lftpipe.errors import RunError
 from lftpipe.flow.objective import ErrorScale
 from lftpipe.flow.velocity import Velocity
 from lftpipe.store import Store
-from lftpipe.teacher.parts import Tail, load_layer, load_norm
+from lftpipe.teacher.parts import load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
+from lftpipe.training.logit_terms import FrozenTails
 from lftpipe.training.optimizer import Optimizer
 from lftpipe.training.watch import DivergenceWatch
 from lftpipe.training.weights import WeightAverage
@@ -40,6 +41,8 @@ class TrainingRun:
         The store's.
     block
         Whose layers the flow layer stands for.
+    tails
+        Shared by the runs of one command.
 
     Attributes
     ----------
@@ -56,6 +59,7 @@ class TrainingRun:
         store: Store,
         teacher: Teacher,
         block: tuple[int, int],
+        tails: FrozenTails | None = None,
     ) -> None:
         self.folder, self.settings, self.store, self.teacher = folder, settings, store, teacher
         self.m, self.n = self.block = block
@@ -79,7 +83,8 @@ class TrainingRun:
         norm = load_norm(teacher, self.n).to(self.device) if settings.loss_scale == "norm" else None
         self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), norm, processes.mean)
         through_logits = any({"logits", "top-logits"} & stage.weights.keys() for stage in self.stages)
-        self.tail = self._load_tail() if through_logits else None
+        load = (tails or FrozenTails()).get
+        self.tail = load(teacher, self.n, self.compute_dtype, self.device) if through_logits else None
         self.weights = WeightAverage(self.flow, settings.ema)
         self.watch = DivergenceWatch(self.device)
         self.step, self.loss, self.seconds, self.waited = 0, math.nan, 0.0, 0.0
@@ -91,11 +96,6 @@ class TrainingRun:
         count = min(64, self.order.num_sequences)
         states = torch.from_numpy(self.store.read("train", self.n, range(count))).float()
         return states.flatten(0, 1).var(0).to(self.device)
-
-    def _load_tail(self) -> Tail:
-        tail = Tail(self.teacher, self.n)
-        cast_linear(tail, self.compute_dtype)
-        return tail.to(self.device)
 
     @property
     def finished(self) -> bool:
@@ -121,6 +121,9 @@ class TrainingRun:
         """What the present stage looks at."""
         terms = self.stage.weights
         layers = tuple(range(self.m, self.n + 1)) if "trajectory" in terms else (self.m, self.n)
+        last = self.teacher.num_layers
+        if "logits" in terms and (self.settings.from_teacher or last in self.store.layers):
+            layers = tuple(sorted({*layers, last}))  # the teacher's logits are but a head away from there
         attention = tuple(range(self.m, self.n)) if "branches" in terms else ()
         return BatchFields(layers, attention, "top-logits" in terms)
 

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lftpipe.batch import Batch
-from lftpipe.flow.distillation import full_divergence, top_divergence
 from lftpipe.flow.objective import ErrorScale, Loss, branch_matching, flow_matching, flow_walking
 from lftpipe.flow.path import LinearPath, PiecewiseLinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.parts import Tail
+from lftpipe.training.logit_terms import logit_divergence, top_logit_divergence
 
 
 @dataclass(frozen=True)
@@ -81,46 +81,13 @@ def _branches(problem: Problem) -> Loss:
 
 
 def _logits(problem: Problem) -> Loss:
-    tail, n, context = problem.tail, problem.block[1], problem.batch.context
-    assert tail is not None
-
-    def divergence(end: States, rows: slice) -> Loss:
-        part = context.rows(rows)
-        with torch.no_grad():
-            teacher = tail(problem.x_1[rows], part, start=n)
-        return full_divergence(teacher, tail(end, part, start=n))
-
-    return _piecewise(problem.end, divergence)
+    assert problem.tail is not None
+    return logit_divergence(problem.tail, problem.end, problem.batch, problem.block[1])
 
 
 def _top_logits(problem: Problem) -> Loss:
-    tail, n, context, logits = problem.tail, problem.block[1], problem.batch.context, problem.batch.logits
-    assert tail is not None and logits is not None
-    values, ids, normaliser = logits
-
-    def divergence(end: States, rows: slice) -> Loss:
-        student = tail(end, context.rows(rows), start=n)
-        return top_divergence(values[rows], ids[rows], normaliser[rows], student)
-
-    return _piecewise(problem.end, divergence)
-
-
-def _piecewise(end: States, divergence: Callable[[States, slice], Loss]) -> Loss:
-    """The mean of `divergence` over sequences, one at a time: logits of a whole batch may not fit in memory.
-
-    Each sequence's gradient is taken at once; what is returned has the mean's value and gradient.
-    """
-    start = end.detach()
-    total, gradient = start.new_zeros(()), torch.zeros_like(start)
-    for row in range(len(start)):
-        rows = slice(row, row + 1)
-        leaf = start[rows].requires_grad_(True)
-        with torch.enable_grad():
-            loss = divergence(leaf, rows) / len(start)
-        (gradient[rows],) = torch.autograd.grad(loss, leaf)
-        total += loss.detach()
-    carried = (end * gradient).sum()
-    return total + carried - carried.detach()
+    assert problem.tail is not None
+    return top_logit_divergence(problem.tail, problem.end, problem.batch, problem.block[1])
 
 
 #: What computes the terms of `lftpipe.config.loss.TERMS`; regression is a walk of one step without time.

@@ -12,6 +12,7 @@ from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
 from lftpipe.training.linear import fit_linear
+from lftpipe.training.logit_terms import FrozenTails
 from lftpipe.training.loop import Chain, train_together
 from lftpipe.training.resolve import Wanted
 from lftpipe.training.resume import claim
@@ -59,7 +60,7 @@ def train_runs(
             "name new ones, or --force",
         )
     results = {run: _finished(run) for (run, _, _), done in zip(wanted, finished, strict=True) if done}
-    training = []
+    training, tails = [], FrozenTails()
     for run, settings, block in wanted:
         if run in results:
             continue
@@ -68,7 +69,7 @@ def train_runs(
             fitted = fit_linear(run, settings, store, teacher, block) if processes.rank() == 0 else None
             results[run] = processes.agree(fitted)
         else:
-            training.append(TrainingRun(run, settings, store, teacher, block))
+            training.append(TrainingRun(run, settings, store, teacher, block, tails))
     if training:
         chains = [Chain(training)] if joint else [Chain([each]) for each in training]
         done = train_together(chains, resume=training[0].settings.resume)

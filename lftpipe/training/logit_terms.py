@@ -1,0 +1,149 @@
+"""What a student's next-token distributions lack of the teacher's, both through the frozen tail.
+
+The tail's layers run once over a whole batch. The head's logits are many times larger than the states they
+are made of, so they are made for some positions at a time, with their gradient, and forgotten.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lftpipe.batch import Batch
+from lftpipe.device import cast_linear
+from lftpipe.flow.distillation import full_divergence, top_divergence
+from lftpipe.flow.objective import Loss
+from lftpipe.flow.path import States
+from lftpipe.teacher.parts import Tail
+from lftpipe.teacher.source import Teacher
+
+#: Bytes of logits in float32 that are made at a time, by the kind of device. A processor is fastest where
+#: they are not much more than its caches hold.
+PIECE_BYTES = {"cpu": 2**25}
+OTHERWISE = 2**29
+
+#: Bytes of the teacher's logits of a batch, at most, that are kept for other runs to compare with.
+KEPT_BYTES = 2**30
+
+Positions = Float[Tensor, "position feature"]
+
+
+@dataclass
+class FrozenTails:
+    """The tails that the runs of one command compare through, each loaded once."""
+
+    _loaded: dict[tuple[int, torch.dtype, torch.device], Tail] = field(default_factory=dict)
+
+    def get(self, teacher: Teacher, start: int, dtype: torch.dtype, device: torch.device) -> Tail:
+        """From `h[start]` to the logits.
+
+        Parameters
+        ----------
+        teacher
+            Whose tail.
+        start
+            Its first layer.
+        dtype
+            In which its linear maps compute.
+        device
+            Where.
+        """
+        key = (start, dtype, device)
+        if key not in self._loaded:
+            tail = Tail(teacher, start)
+            cast_linear(tail, dtype)
+            self._loaded[key] = tail.to(device)
+        return self._loaded[key]
+
+
+def logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
+    """KL(teacher || student) over the whole vocabulary, in nats, mean over positions.
+
+    Parameters
+    ----------
+    tail
+        Of the teacher.
+    end
+        The student's states at the block's end.
+    batch
+        The teacher's: its last states, if the store has them, else those at the block's end.
+    start
+        The block's end.
+    """
+    with torch.no_grad():
+        last = tail.start + len(tail.layers)
+        begin = last if last in batch.states else start
+        teacher = tail.states(batch.states[begin], batch.context, start=begin, stop=last)
+        teacher = tail.norm(teacher).flatten(0, 1)
+
+    def divergence(student: Positions, part: slice) -> Loss:
+        key = (begin, next(tail.head.parameters()).dtype, part.start)
+        return full_divergence(_teacher_logits(tail, teacher, batch, part, key), tail.head(student))
+
+    return _by_pieces(tail, end, batch, start, divergence)
+
+
+def top_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
+    """A lower bound of the same, from the teacher's largest logits.
+
+    Parameters
+    ----------
+    tail
+        Of the teacher.
+    end
+        The student's states at the block's end.
+    batch
+        The teacher's, with `logits`.
+    start
+        The block's end.
+    """
+    assert batch.logits is not None
+    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
+
+    def divergence(student: Positions, part: slice) -> Loss:
+        return top_divergence(values[part], ids[part], normaliser[part], tail.head(student))
+
+    return _by_pieces(tail, end, batch, start, divergence)
+
+
+def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, key: tuple[Any, ...]) -> Tensor:
+    """Of some positions; kept with the batch where other runs ask for them too."""
+    if key in batch.kept:
+        return batch.kept[key]
+    with torch.no_grad():
+        logits = tail.head(normed[part])
+    if batch.askers > 1 and len(normed) * logits.shape[-1] * logits.element_size() <= KEPT_BYTES:
+        batch.kept[key] = logits
+    return logits
+
+
+def _by_pieces(
+    tail: Tail,
+    end: States,
+    batch: Batch,
+    start: int,
+    divergence: Callable[[Positions, slice], Loss],
+) -> Loss:
+    """The mean of `divergence` over positions.
+
+    Each piece's gradient is taken at once; what is returned has the mean's value and gradient.
+    """
+    states = tail.states(end, batch.context, start=start, stop=tail.start + len(tail.layers))
+    normed = tail.norm(states).flatten(0, 1)
+    learns = torch.is_grad_enabled() and normed.requires_grad
+    total, gradient = normed.new_zeros(()), torch.zeros_like(normed) if learns else None
+    size = max(1, PIECE_BYTES.get(end.device.type, OTHERWISE) // (4 * tail.vocabulary))
+    for first in range(0, len(normed), size):
+        part = slice(first, min(first + size, len(normed)))
+        piece = normed[part].detach().requires_grad_(learns)
+        loss = divergence(piece, part) * (len(piece) / len(normed))
+        total += loss.detach()
+        if gradient is not None:
+            (gradient[part],) = torch.autograd.grad(loss, piece)
+    if gradient is None:
+        return total
+    carried = (normed * gradient).sum()
+    return total + (carried - carried.detach())
