@@ -13,7 +13,7 @@ from lftpipe.batch import Batch, BatchFields
 from lftpipe.errors import DivergenceError
 from lftpipe.teacher.parts import load_bridges
 from lftpipe.training import processes, readout
-from lftpipe.training.checkpoint import checkpoint_of, restore, save
+from lftpipe.training.checkpoint import Checkpoint
 from lftpipe.training.holdout import HoldOut
 from lftpipe.training.live import live_batches
 from lftpipe.training.log import Log
@@ -49,6 +49,7 @@ class Chain:
         self.nmse = math.nan
         self.error: DivergenceError | None = None
         self._hold_out = HoldOut(joint, self.bridges) if self.settings.evaluate_every else None
+        self._checkpoint = Checkpoint(joint)
         self._logs: list[Log] = []
         self._look_every = look_every(first.device)
 
@@ -85,22 +86,23 @@ class Chain:
             fields |= run.fields
         return fields
 
-    def begin(self, logs: ExitStack, *, resume: bool) -> None:
+    def begin(self, files: ExitStack, *, resume: bool) -> None:
         """Fit or restore what the first step starts from, and open the logs.
 
         Parameters
         ----------
-        logs
-            Closes them.
+        files
+            Closes them, and waits for a checkpoint that is being written.
         resume
             Whether to go on from a checkpoint, if there is one.
         """
+        files.callback(self._checkpoint.wait)
         if resume:
-            restore(self.runs)
+            self._checkpoint.restore()
         for run in self.runs:
             if run.settings.init == "readout" and run.step == 0:
                 readout.refit(run, partial(_first_batches, run))
-        self._logs = [logs.enter_context(closing(Log(run))) for run in self.runs]
+        self._logs = [files.enter_context(closing(Log(run))) for run in self.runs]
 
     def advance(self, batch: Batch, waited: float) -> None:
         """One step of every run, logged, judged and saved where it is time to.
@@ -133,7 +135,7 @@ class Chain:
         if self.step % self.settings.checkpoint_every == 0 and not self.finished:
             for log in self._logs:
                 log.flush()
-            save(self.runs)
+            self._checkpoint.save()
 
     def _is_time(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.num_steps
@@ -153,8 +155,7 @@ class Chain:
     def finish(self) -> list[dict[str, Any]]:
         """Write every run's weights and manifest."""
         results = [run.finish() for run in self.runs]
-        if processes.rank() == 0:
-            checkpoint_of(self.runs).unlink(missing_ok=True)
+        self._checkpoint.drop()
         processes.wait()
         return results
 
@@ -181,13 +182,13 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
     """
     labels = ", ".join(run.folder.name for chain in chains for run in chain.runs)
     first = chains[0].runs[0]
-    with ExitStack() as logs:
+    with ExitStack() as files:
         for chain in chains:
-            chain.begin(logs, resume=resume)
+            chain.begin(files, resume=resume)
         start = min((chain.step for chain in chains if not chain.finished), default=0)
         total = max(chain.num_steps for chain in chains) * first.tokens_per_step
         done = start * first.tokens_per_step
-        task = logs.enter_context(progress.task(f"train {labels}", total, "tokens", done=done))
+        task = files.enter_context(progress.task(f"train {labels}", total, "tokens", done=done))
         while active := [chain for chain in chains if chain.goes_on]:
             step = min(chain.step for chain in active)
             stop = min(chain.stage_end for chain in active if chain.step == step)

@@ -9,7 +9,8 @@ from lftpipe.config.settings import TrainSettings, to_json
 from lftpipe.errors import RunError
 from lftpipe.store import Store
 
-#: Settings that do not change a run's numbers, or that a resumed run may change.
+#: Settings that do not change a run's numbers, or that a resumed run may change. On another device, or with
+#: another number of threads, it ends with other bits.
 _MAY_DIFFER = {
     "resume",
     "force",
@@ -21,6 +22,8 @@ _MAY_DIFFER = {
     "rank_by",
     "variants",
     "tensorboard",
+    "device",
+    "threads",
 }
 
 
