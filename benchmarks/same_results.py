@@ -63,6 +63,7 @@ def results_of(checkout: Path, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run both and compare; exit status 1 where a result differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lftpipe import progress
-from lftpipe.errors import RunError
 from lftpipe.batch import Batch
+from lftpipe.errors import RunError
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.training import processes
 from lftpipe.training.run import TrainingRun
