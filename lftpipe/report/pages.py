@@ -1,39 +1,194 @@
-"""The recoupling map as one self-contained HTML page: hover a pair, see its numbers and its transport."""
+"""Self-contained HTML pages: one file, no outside reference, works from `file://`. No torch.
+
+A page is a body, data as JSON, and the scripts of `lftpipe/report/page/` that draw the data. What comes from
+outside (names of models, corpora and runs, prompts, texts) goes into the data, which scripts show as text, or
+through `html.escape`.
+"""
 
 import json
+import math
+import re
+from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 from typing import Any
 
 from matplotlib import colormaps
 
+import lftpipe
 from lftpipe.report.heatmap import COLOUR_MAP
+from lftpipe.report.tables import COLUMNS
 
-#: What the page shows of the map.
-_KEYS = (
-    "layers",
-    "ratio",
-    "ratio_raw",
-    "ratio_stderr",
-    "transport_cost",
-    "identity_cost",
-    "random_cost",
-    "relative_gap",
-    "relative_displacement",
-    "partners",
-    "approximate",
-    "settings",
-    "store_fingerprint",
+#: Colours of the map's scale.
+COLOUR_STEPS = 32
+
+#: What the page shows of a map; the last only where a map has it.
+MAP_KEYS = (
+    *("layers", "ratio", "ratio_raw", "ratio_stderr", "transport_cost", "identity_cost", "random_cost"),
+    *("relative_gap", "relative_displacement", "partners", "approximate", "settings", "store_fingerprint"),
+    "influence",
 )
+
+#: Figures of the map that a sweep holds against the KL reached.
+PREDICTOR_NAMES = {
+    "ratio": "recoupling ratio R",
+    "relative_gap": "relative gap",
+    "relative_displacement": "relative displacement",
+    "influence": "influence",
+    "probe_residual": "linear probe's residual",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Everything that lies beside a store and goes on its page.
+
+    Parameters
+    ----------
+    results
+        The content of `results.json`.
+    curves
+        Lines of `metrics.jsonl` by run.
+    damaged
+        What could not be read of them, in words.
+    recoupling, sweep
+        The content of `recoupling.json` and `sweep.json`, None where there is none.
+    samples
+        Texts that `lftpipe generate --compare --keep` left with runs.
+    runs
+        Of each run its `name`, `facts` in a line, and `settings` as TOML.
+    commands
+        The commands that make everything on the page again.
+    """
+
+    results: dict[str, Any]
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    recoupling: dict[str, Any] | None = None
+    sweep: dict[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[dict[str, str]] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+
+
+def report_page(found: Found) -> str:
+    """The page of a store: headline, Table 1, trade-offs, curves, map, sweep, texts, commands.
+
+    Parameters
+    ----------
+    found
+        What lies beside the store.
+    """
+    results = found.results
+    sweep = None
+    if found.sweep is not None:
+        names = [[key, name] for key, name in PREDICTOR_NAMES.items() if key in found.sweep["rows"][0]]
+        sweep = found.sweep | {"predictors": names}
+    data = {
+        "teacher": results["teacher"],
+        "rows": results["rows"],
+        "columns": [
+            [key, name] for key, name in COLUMNS.items() if any(key in row for row in results["rows"])
+        ],
+        "adaptive": results.get("adaptive", []),
+        "curves": found.curves,
+        "damaged": found.damaged,
+        "map": None if found.recoupling is None else map_data(found.recoupling, _best_block(results["rows"])),
+        "sweep": sweep,
+        "samples": found.samples,
+        "runs": found.runs,
+        "commands": found.commands,
+    }
+    body = _fill(_part("report.html"), {"map": _part("map.html")})
+    about = f"{results['validation_tokens']:,} validation tokens; store {results['store_fingerprint']}"
+    body = body.replace('id="about"></p>', f'id="about">{escape(about)}</p>')
+    scripts = ("base.js", "chart.js", "table.js", "results.js", "extras.js", "map.js", "contents.js")
+    return page(f"Students of {results['teacher']}", body, data, scripts)
 
 
 def recoupling_page(recoupling: dict[str, Any]) -> str:
-    """The page's text; it loads nothing from elsewhere."""
-    colours = [[round(255 * part) for part in colormaps[COLOUR_MAP](step / 31)[:3]] for step in range(32)]
-    data = {key: recoupling[key] for key in _KEYS} | {"colours": colours}
-    page = resources.files("lftpipe.report").joinpath("heatmap.html").read_text("utf-8")
-    # A text that ends a script element must not end this one.
-    embedded = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    return page.replace("{{teacher}}", escape(recoupling["teacher"] or "teacher")).replace(
-        "{{data}}", embedded
+    """The page of a map alone.
+
+    Parameters
+    ----------
+    recoupling
+        The content of `recoupling.json`.
+    """
+    title = f"Recoupling map of {recoupling['teacher'] or 'a teacher'}"
+    return page(title, _part("map.html"), {"map": map_data(recoupling)}, ("base.js", "map.js", "contents.js"))
+
+
+def map_data(recoupling: dict[str, Any], shown: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What the script of the map draws: the map, its colours, and the pair that it shows at first.
+
+    Parameters
+    ----------
+    recoupling
+        The content of `recoupling.json`.
+    shown
+        A block `(m, n)`; left out, or not on the map, the first pair is shown.
+    """
+    colours = [
+        [round(255 * part) for part in colormaps[COLOUR_MAP](step / (COLOUR_STEPS - 1))[:3]]
+        for step in range(COLOUR_STEPS)
+    ]
+    layers = recoupling["layers"]
+    on_map = shown is not None and all(layer in layers for layer in shown)
+    first = [layers.index(layer) for layer in shown] if shown and on_map else [0, 1]
+    kept = {key: recoupling[key] for key in MAP_KEYS if key in recoupling}
+    return kept | {"colours": colours, "shown": first}
+
+
+def page(title: str, body: str, data: dict[str, Any], scripts: tuple[str, ...]) -> str:
+    """One HTML file.
+
+    Parameters
+    ----------
+    title
+        Plain text.
+    body
+        Markup of ours.
+    data
+        For the scripts; numbers that are not finite become null.
+    scripts
+        Files of `lftpipe/report/page/`, in order.
+    """
+    embedded = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
+    return _fill(
+        _part("page.html"),
+        {
+            "title": escape(title),
+            "style": _part("page.css"),
+            "body": body,
+            "version": escape(lftpipe.__version__),
+            # No text can end the element that it stands in, or begin a comment there.
+            "data": embedded.replace("<", "\\u003c"),
+            "script": "\n".join(_part(name) for name in scripts),
+        },
     )
+
+
+def _part(name: str) -> str:
+    return (resources.files("lftpipe.report") / "page" / name).read_text("utf-8")
+
+
+def _fill(template: str, parts: dict[str, str]) -> str:
+    """Put parts in the places of `{{name}}`, in one pass: what was put in is not looked at again."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts.get(place[1], place[0]), template)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in place of NaN and infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _best_block(rows: list[dict[str, Any]]) -> tuple[int, int] | None:
+    """The block of the student with the lowest KL; None of one with several blocks."""
+    students = [row for row in rows if row["run"] and row["kl"] is not None]
+    block = min(students, key=lambda row: row["kl"], default={"block": ""})["block"]
+    match = re.fullmatch(r"(\d+):(\d+)", block)
+    return (int(match[1]), int(match[2])) if match else None

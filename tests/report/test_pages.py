@@ -1,0 +1,147 @@
+"""The HTML pages: what is in them, and what a browser makes of them."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from report_data import a_map, results
+
+from lftpipe.report.pages import Found, recoupling_page, report_page
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome is installed")
+
+#: What a page must not have: an address, or anything that a browser would fetch.
+OUTSIDE = r"(https?:)?//[a-z]+\.|\bsrc=|@import|<link|url\("
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+
+
+def whole(**changes):
+    """A page with all sections."""
+    curves = {
+        f"walk-seed{s}": [{"tokens": 64 * i, "loss": 1 / i, "nmse": 2 / i} for i in (1, 2, 3)] for s in (0, 1)
+    }
+    sample = {
+        "prompt": "once",
+        "teacher": "tiny",
+        "run": "walk-seed0",
+        "teacher_text": "upon",
+        "student_text": "up",
+    }
+    given = {
+        "results": results(),
+        "curves": curves,
+        "recoupling": a_map(5),
+        "samples": [sample | {"common_tokens": 1}],
+    }
+    commands = ["lftpipe extract --model tiny"]
+    return report_page(Found(**given | {"commands": commands} | changes))
+
+
+def in_browser(page, script, folder):
+    """The document after `script` has run in the loaded page; fails if the page had an error."""
+    watch = "<script>addEventListener('error', e => { document.title = 'ERROR ' + e.message; });"
+    watch += "addEventListener('securitypolicyviolation', e => { document.title = 'REQUEST'; });</script>"
+    after = f"<script>addEventListener('load', () => {{ {script} }});</script></html>"
+    path = folder / "page.html"
+    path.write_text(page.replace("<head>", f"<head>{watch}", 1).replace("</html>", after))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    command = [str(BROWSER), *options, f"--user-data-dir={folder / 'profile'}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    title = re.search("<title>(.*?)</title>", done.stdout, re.S)
+    assert title and not title[1].startswith(("ERROR", "REQUEST")), title and title[1]
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", [whole(), recoupling_page(a_map(5))], ids=["report", "map"])
+def test_a_page_is_self_contained(page):
+    assert not re.search(OUTSIDE, page)
+    assert "{{" not in page
+
+
+def test_a_page_holds_the_numbers():
+    recoupling = a_map(5)
+    data = data_of(whole(recoupling=recoupling))
+    assert data["rows"] == results()["rows"]
+    assert data["map"]["ratio"] == recoupling["ratio"]
+    assert data["map"]["shown"] == [1, 3], "the best student's block"
+    assert len(data["map"]["colours"]) == 32
+
+
+def test_numbers_that_are_not_finite_leave_valid_json():
+    found = results()
+    found["rows"][2]["kl"] = float("nan")
+    assert data_of(whole(results=found))["rows"][2]["kl"] is None
+
+
+@pytest.mark.parametrize(
+    "evil", ["</script><b>x", "</title><b>x", "<img src=x onerror=alert(1)>", "<!--<script>"]
+)
+def test_a_name_cannot_break_out_of_a_page(evil):
+    sample = {"prompt": evil, "teacher": evil, "run": evil, "teacher_text": evil, "student_text": evil}
+    found = {
+        "results": results(run=evil, teacher=evil),
+        "samples": [sample | {"common_tokens": 1}],
+        "commands": [evil],
+    }
+    for page in (whole(**found), recoupling_page(a_map(3, teacher=evil, store_fingerprint=evil))):
+        assert evil not in page
+        assert page.count("</script>") == 2
+
+
+@needs_browser
+def test_a_browser_draws_all_sections_without_an_error(tmp_path):
+    shown = in_browser(whole(), "", tmp_path)
+    assert shown.count("<figure>") == 6, "two of each: trade-offs, steps, training"
+    assert "once" in shown and "upon" in shown and "lftpipe extract --model tiny" in shown
+    assert 'href="#recoupling"' in shown and 'href="#blocks"' not in shown, "links to what is there alone"
+
+
+@needs_browser
+def test_seeds_fold_into_means_with_an_interval(tmp_path):
+    shown = in_browser(whole(), "", tmp_path)
+    assert re.search(r"0\.31 ± 0\.13", shown), "mean of 0.3 and 0.32, t(1) = 12.71"
+    unfolded = in_browser(whole(), "document.getElementById('fold').click();", tmp_path)
+    assert "±" not in unfolded.split("<tbody>")[1].split("</tbody>")[0]
+
+
+@needs_browser
+def test_the_table_sorts_and_filters(tmp_path):
+    click = "[...document.querySelectorAll('th button')].find(b => b.textContent === 'KL').click();"
+    body = in_browser(whole(), click, tmp_path).split("<tbody>")[1]
+    assert body.index("walk") < body.index("skip layers 1-2") < body.index("teacher"), (
+        "ascending, missing last"
+    )
+    search = "const s = document.querySelector('input[type=search]'); s.value = 'skip';"
+    body = in_browser(whole(), search + "s.dispatchEvent(new Event('input'));", tmp_path).split("<tbody>")[1]
+    assert "walk" not in body.split("</tbody>")[0]
+
+
+@needs_browser
+def test_charts_are_read_by_pointer_and_keyboard(tmp_path):
+    keys = "const s = document.querySelector('#pareto svg');"
+    keys += "s.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}));"
+    assert "walk, k = 1, midpoint, NFE 2: KL 0.31" in in_browser(whole(), keys, tmp_path)
+    hover = "const s = document.querySelector('#pareto svg'), box = s.getBoundingClientRect();"
+    hover += "s.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right, clientY: box.bottom}));"
+    assert "walk, k = 3, midpoint, NFE 6: KL 0.11" in in_browser(whole(), hover, tmp_path)
+
+
+@needs_browser
+def test_the_map_shows_what_is_hovered(tmp_path):
+    recoupling = a_map(5)
+    hover = """const map = document.getElementById("map"), box = map.getBoundingClientRect();
+      const point = {clientX: box.left + 46 + 4.5 * 34, clientY: box.top + 2.5 * 34};
+      map.dispatchEvent(new PointerEvent("pointermove", point));
+      const canvases = [map, document.getElementById("plan")];
+      document.title = canvases.every(each => each.toDataURL().length > 2000);"""
+    shown = in_browser(recoupling_page(recoupling), hover, tmp_path)
+    assert "<title>true</title>" in shown
+    assert "block 2:4, 2 layers" in shown
+    assert f'<td class="text">R</td><td>{recoupling["ratio"][2][4]:.4g}</td>' in shown
