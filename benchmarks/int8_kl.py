@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lftpipe.artefacts.results import Score
 from lftpipe.config.settings import EvaluateSettings, ExtractSettings, TrainSettings
-from lftpipe.evaluation.predictors import Row, run_rows
+from lftpipe.evaluation.predictors import run_predictors
 from lftpipe.evaluation.scoring import score
 from lftpipe.runs import open_run
 from lftpipe.stages.evaluate import evaluate
@@ -68,13 +69,12 @@ def trained(options: argparse.Namespace, folder: Path, dtype: Any) -> tuple[Path
     return shared["store"], run, made["bytes"]
 
 
-def rows_of(runs: list[Path], store_path: Path, options: argparse.Namespace) -> list[Row]:
+def rows_of(runs: list[Path], store_path: Path, options: argparse.Namespace) -> list[Score]:
     """Both runs over the validation states of one store."""
     store = Store.open(store_path)
     teacher = open_recorded(store.identity["teacher"], options.workspace, store.path)
-    rows = [row for run in runs for row in run_rows(open_run(run), (options.k,), teacher, "cpu")]
-    score(rows, store, teacher, batch_tokens=2048, compute_dtype="float32", device="cpu")
-    return rows
+    predictors = [one for run in runs for one in run_predictors(open_run(run), (options.k,), teacher, "cpu")]
+    return score(predictors, store, teacher, batch_tokens=2048, compute_dtype="float32", device="cpu")
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         stores, runs, sizes = zip(*(trained(options, folder, dtype) for dtype in DTYPES), strict=True)
-        rows = [row.plain() for row in rows_of(list(runs), stores[0], options)]
+        rows = [row.to_json() for row in rows_of(list(runs), stores[0], options)]
         own = evaluate(
             EvaluateSettings(
                 workspace=options.workspace,

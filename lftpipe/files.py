@@ -151,6 +151,25 @@ def _sealed(value: dict[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with a digest of itself under ``digest``, however it is then laid out."""
+    return {**value, "digest": fingerprint(value)}
+
+
+def unseal(value: dict[str, Any]) -> dict[str, Any]:
+    """The object that `seal` was given; one without a digest as it is.
+
+    Raises
+    ------
+    ValueError
+        If it is not as it was sealed.
+    """
+    rest = {key: entry for key, entry in value.items() if key != "digest"}
+    if "digest" in value and value["digest"] != fingerprint(rest):
+        raise ValueError("its digest does not match its content")
+    return rest
+
+
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """Every setting in which two JSON-plain values differ, as ``teacher.revision: 'a' -> 'b'``.
 

@@ -3,7 +3,7 @@
 import json
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from lftpipe.artefacts.run import RunManifest
 from lftpipe.config.recipe import RECORD_TABLE
 from lftpipe.errors import RunError
-from lftpipe.files import file_digest, write_atomic
+from lftpipe.files import file_digest, seal, write_atomic
 from lftpipe.flow.linear import LinearMap
-from lftpipe.flow.solver import Method
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.parts import empty_layer, fill_buffers
 from lftpipe.teacher.source import Teacher
@@ -32,23 +32,11 @@ MANIFEST, SETTINGS, METRICS, WEIGHTS, CHECKPOINT, DIVERGED = (
 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run, as its manifest has it."""
+@dataclass(frozen=True, kw_only=True)
+class Run(RunManifest):
+    """A finished run: its manifest, and where it is."""
 
     path: Path
-    block: tuple[int, int]
-    objective: str
-    solver: Method
-    walk_steps: int
-    seed: int
-    train_tokens: int
-    store_fingerprint: str
-    weights_digest: str
-    teacher: dict[str, Any]
-    velocity: dict[str, bool]
-    store_origin: str | None = None
-    """`Store.origin`, which a store keeps when it grows."""
 
     @property
     def has_time(self) -> bool:
@@ -102,11 +90,24 @@ def _step_of(line: str) -> int | float:
 
 
 def save_run(path: Path, flow: nn.Module, manifest: dict[str, Any]) -> None:
-    """Write weights, then the manifest that makes the run a finished one."""
+    """Write weights, then the sealed manifest that makes the run a finished one.
+
+    Parameters
+    ----------
+    path
+        The run's folder.
+    flow
+        Whose weights are written.
+    manifest
+        What is said of the run, JSON-plain; the digests are added here.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
     write_atomic(path / WEIGHTS, save(tensors))
     manifest = manifest | {"weights_digest": file_digest(path / WEIGHTS)}
-    write_atomic(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    if (path / METRICS).exists():
+        manifest |= {"metrics_digest": file_digest(path / METRICS)}
+    RunManifest.from_plain(manifest)
+    write_atomic(path / MANIFEST, (json.dumps(seal(manifest), indent=1) + "\n").encode())
 
 
 def open_run(path: Path) -> Run:
@@ -115,35 +116,17 @@ def open_run(path: Path) -> Run:
     Raises
     ------
     RunError
-        If the folder is no finished run, or its weights were changed.
+        If the folder is no finished run, or its manifest or weights were changed.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        run = Run(
-            path=path,
-            block=(int(manifest["block"][0]), int(manifest["block"][1])),
-            store_origin=manifest.get("store_origin"),
-            **{
-                key: manifest[key]
-                for key in (
-                    "objective",
-                    "solver",
-                    "walk_steps",
-                    "seed",
-                    "train_tokens",
-                    "store_fingerprint",
-                    "weights_digest",
-                    "teacher",
-                    "velocity",
-                )
-            },
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if (path / SETTINGS).is_file() and not (path / MANIFEST).exists():
+        manifest = RunManifest.from_json(path / MANIFEST)
+    except FileNotFoundError as error:
+        if (path / SETTINGS).is_file():
             raise RunError(
                 f"unfinished run {path}", "a finished one", "go on with it by `lftpipe train --resume`"
             ) from error
-        raise RunError(f"{path}", "a finished run with a readable manifest.json", "train it again") from error
+        raise RunError(f"{path}", RunManifest.NAME, "train it again") from error
+    run = Run(path=path, **{field.name: getattr(manifest, field.name) for field in fields(manifest)})
     if not (path / WEIGHTS).is_file() or file_digest(path / WEIGHTS) != run.weights_digest:
         raise RunError(
             f"{path / WEIGHTS}", "the weights that the manifest was written for", "train the run again"

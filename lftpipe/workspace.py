@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lftpipe.errors import RunError, SettingsError, StoreError
+from lftpipe.outputs import refuse_name
 
 STORE_NAME = "states.zarr"
 
@@ -51,31 +52,35 @@ def run_path(store: Path, name: str) -> Path:
         The store that the run lies beside.
     name
         The run's name, or its path.
+
+    Raises
+    ------
+    SettingsError
+        If it is neither.
     """
-    return Path(name) if "/" in name else store.parent / "runs" / name
+    if "/" in name:
+        return Path(name)
+    refuse_name(name, "run")
+    return store.parent / "runs" / name
 
 
-def check_outputs(out: Path, others: tuple[str, ...], force: bool, cure: str = "pass --force") -> None:
-    """Refuse a JSON file whose name says otherwise, or that exists, or whose neighbours do, without `force`.
+def require_json_name(out: Path) -> None:
+    """Refuse a JSON file whose name says otherwise.
 
     Parameters
     ----------
     out
-        The JSON file.
-    others
-        Suffixes of the files that go beside it.
-    force
-        Whether to allow files that exist.
-    cure
-        What to do instead of naming another `--out`.
+        The file.
+
+    Raises
+    ------
+    SettingsError
+        If it does not end in .json.
     """
     if out.suffix != ".json":
         raise SettingsError(
             f"--out {out}", "the JSON file's name", "end it in .json; the rest goes beside it"
         )
-    for file in (out, *(out.with_suffix(suffix) for suffix in others)):
-        if file.exists() and not force:
-            raise SettingsError(f"{file}, which exists", "a new file", f"{cure} or another --out")
 
 
 def find_run(workspace: Path, store: Path | None, name: str) -> Path:

@@ -51,8 +51,10 @@ def knows(path: Path, names: tuple[str, ...], *, at_import_time: bool = False) -
 ROOMS: dict[str, tuple[str, str]] = {
     "errors": ("", "torch numpy transformers zarr"),
     "files": ("", "torch numpy transformers zarr"),
+    "artefacts": ("errors files", "torch numpy transformers zarr"),
+    "outputs": ("errors files", "torch numpy transformers zarr"),
     "progress": ("", "torch numpy transformers zarr"),
-    "workspace": ("errors", "torch numpy transformers zarr"),
+    "workspace": ("errors outputs", "torch numpy transformers zarr"),
     "device": ("errors", "transformers zarr"),
     "config": ("errors", "torch numpy transformers zarr"),
     "corpus": ("errors", "torch transformers zarr"),
@@ -60,16 +62,22 @@ ROOMS: dict[str, tuple[str, str]] = {
     "store": ("errors files", "torch transformers"),
     "batch": ("corpus device store teacher", "transformers zarr"),
     "extraction": ("batch errors config corpus device progress store teacher workspace", "zarr"),
-    "recoupling": ("errors config corpus device files flow progress store", "transformers zarr"),
+    "recoupling": ("artefacts errors config corpus device flow outputs progress store", "transformers zarr"),
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
-    "runs": ("config errors files flow teacher", "transformers zarr"),
+    "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
     "training": ("batch config device errors files flow progress runs store teacher", "transformers zarr"),
-    "student": ("config errors flow runs teacher", "zarr"),
-    "evaluation": ("batch config device flow progress runs store teacher", "transformers zarr"),
-    "report": ("evaluation.correlation recoupling.ranking errors", "torch transformers zarr"),
+    "student": ("artefacts config errors flow runs teacher", "zarr"),
+    "evaluation": (
+        "artefacts batch config device errors flow progress runs store teacher",
+        "transformers zarr",
+    ),
+    "report": (
+        "artefacts evaluation.correlation outputs recoupling.ranking errors",
+        "torch transformers zarr",
+    ),
     "stages": (
-        "config corpus device errors evaluation extraction files flow progress recoupling report runs store "
-        "student teacher training workspace",
+        "artefacts config corpus device errors evaluation extraction files flow outputs progress recoupling "
+        "report runs store student teacher training workspace",
         "",
     ),
     "interrupt": ("", "torch numpy transformers zarr pydantic typer"),
@@ -85,8 +93,11 @@ STRICTER: dict[str, tuple[str, str]] = {
     "recoupling.coupling": ("config recoupling.assignment", "torch transformers"),
     "evaluation.correlation": ("", "torch transformers zarr"),
     "stages.train": ("config device errors recoupling runs store teacher training workspace", "transformers"),
-    "stages.recouple": ("config device errors files recoupling report store workspace", "transformers"),
-    "stages.report": ("config errors files report workspace", "torch transformers"),
+    "stages.recouple": (
+        "artefacts config device errors outputs recoupling report store workspace",
+        "transformers",
+    ),
+    "stages.report": ("artefacts config errors outputs report workspace", "torch transformers"),
 }
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lftpipe import runs
+from lftpipe.files import seal
 from lftpipe.teacher.source import Teacher
 
 
@@ -39,8 +40,10 @@ def save_run(path: Path, teacher: Teacher, block: tuple[int, int], **overrides: 
 
 
 def change_manifest(run: runs.Run, **changes: Any) -> None:
+    """Other values, and a seal that fits them."""
     file = run.path / runs.MANIFEST
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    value = {key: entry for key, entry in json.loads(file.read_text()).items() if key != "digest"}
+    file.write_text(json.dumps(seal(value | changes)))
 
 
 def tokens(count: int, *, sequences: int = 1, seed: int = 0) -> Int[Tensor, "sequence position"]:

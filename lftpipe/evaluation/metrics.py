@@ -53,21 +53,30 @@ class StateMetrics:
 class Reference:
     """The teacher's next-token distribution for a batch, ready to compare students with."""
 
+    logits: Float[Tensor, "sequence position vocabulary"]
     probability: Float[Tensor, "sequence position vocabulary"]
     negative_entropy: Float[Tensor, "sequence position"]
+    likeliest: Int[Tensor, "sequence position"]
 
     @staticmethod
     def of(logits: Float[Tensor, "sequence position vocabulary"]) -> "Reference":
+        """Of the teacher's logits."""
         log = logits.float().log_softmax(-1)
         probability = log.exp()
-        return Reference(probability, (probability * log).sum(-1))
+        return Reference(logits, probability, (probability * log).sum(-1), logits.argmax(-1))
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is numbers."""
+        return bool(self.negative_entropy.isfinite().all())
 
 
 @dataclass
 class LogitMetrics:
-    """KL of next-token distributions and perplexity."""
+    """KL of next-token distributions, perplexity, and how often both have the same likeliest token."""
 
     kl_sum: float = 0.0
+    num_agreeing: int = 0
     num_tokens: int = 0
     nats: float = 0.0
     num_targets: int = 0
@@ -85,6 +94,7 @@ class LogitMetrics:
         normaliser = student.logsumexp(-1)
         cross = torch.einsum("spv,spv->sp", teacher.probability, student) - normaliser
         self.kl_sum += (teacher.negative_entropy - cross).double().sum().item()
+        self.num_agreeing += int((student.argmax(-1) == teacher.likeliest).sum().item())
         self.num_tokens += tokens.numel()
         targets = ~first[:, 1:]
         picked = student[:, :-1].gather(-1, tokens[:, 1:, None].long()).squeeze(-1) - normaliser[:, :-1]
@@ -95,6 +105,11 @@ class LogitMetrics:
     def kl(self) -> float:
         """KL(teacher || student), nats per token."""
         return self.kl_sum / self.num_tokens
+
+    @property
+    def agreement(self) -> float:
+        """Fraction of positions whose most likely token is the teacher's."""
+        return self.num_agreeing / self.num_tokens
 
     @property
     def perplexity(self) -> float:

@@ -1,14 +1,12 @@
-"""Rows of Table 1: every way to predict a block's end, and the figures that it will be given."""
+"""Predictors: every way to predict a block's end from its beginning, and what it costs."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from lftpipe import runs
-from lftpipe.evaluation.metrics import LogitMetrics, StateMetrics
 from lftpipe.flow.adaptive import sample_adaptively
 from lftpipe.flow.path import States
 from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver, VelocityField
@@ -17,78 +15,124 @@ from lftpipe.teacher.family import AttentionContext
 from lftpipe.teacher.parts import Layers, count_layer_parameters, count_parameters, keys_share, load_bridges
 from lftpipe.teacher.source import Teacher
 
+Predict = Callable[[States, AttentionContext], States]
+Block = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that a predictor was trained in; of several together, what they say jointly."""
+
+    run: str
+    objective: str
+    seed: int
+    train_tokens: int
+    weights_digest: str
+
+    @classmethod
+    def of(cls, run: runs.Run) -> "Origin":
+        """A run's own."""
+        return cls(run.path.name, run.objective, run.seed, run.train_tokens, run.weights_digest)
+
+    @classmethod
+    def joined(cls, origins: list["Origin"]) -> "Origin":
+        """Of a student of several flow layers."""
+        return cls(
+            run=" + ".join(each.run for each in origins),
+            objective=" + ".join(dict.fromkeys(each.objective for each in origins)),
+            seed=origins[0].seed,
+            train_tokens=max(each.train_tokens for each in origins),
+            weights_digest=" + ".join(each.weights_digest for each in origins),
+        )
+
 
 @dataclass
 class Evaluations:
-    """How often tokens were evaluated whose steps were chosen one by one."""
+    """How often tokens were evaluated whose steps are chosen one by one."""
 
     threshold: float
-    keys_share: float
-    """What keys and values cost, as a share of an evaluation."""
+    keys_fraction: float
+    """What keys and values cost, as a fraction of an evaluation."""
     total: int = 0
     num_tokens: int = 0
 
-    def plain(self, most: int) -> dict[str, Any]:
-        """Mean evaluations of a token, without and with the keys and values that finished tokens make."""
-        mean = self.total / self.num_tokens
-        with_keys = mean + self.keys_share * (most - mean)
-        return {"nfe": mean, "nfe_with_keys": with_keys, "threshold": self.threshold}
+    @property
+    def mean(self) -> float:
+        """Evaluations of a token; NaN before anything was predicted."""
+        return self.total / self.num_tokens if self.num_tokens else math.nan
+
+    def mean_with_keys(self, most: int) -> float:
+        """`mean`, and the keys and values that a finished token makes until the last step."""
+        return self.mean + self.keys_fraction * (most - self.mean)
 
 
-@dataclass
-class Row:
-    """One row of Table 1: how `h[m]` becomes a prediction of `h[n]`, and what comes of it."""
+@dataclass(frozen=True)
+class Steps:
+    """In how many steps a flow layer is run, and what they cost."""
+
+    k: int
+    solver: str
+    nfe: int
+    chosen: Evaluations | None = None
+    """Set where each token takes as many steps as it needs; `k` is then their largest number."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """How `h[m]` becomes a prediction of `h[n]`, and what that costs.
+
+    Attributes
+    ----------
+    method
+        What the table calls it.
+    predict
+        From `h[m]`, in its context.
+    parameters
+        Of the whole student.
+    block
+        `(m, n)`; None of the teacher, which predicts nothing.
+    steps
+        None where nothing is evaluated.
+    origin
+        None where nothing was trained.
+    parts
+        Blocks of a student of several flow layers; `block` then spans them all.
+    """
 
     method: str
-    block: tuple[int, int] | None
-    predict: Callable[[States, AttentionContext], States]
+    predict: Predict
     parameters: int
-    nfe: int | None = None
-    k: int | None = None
-    solver: str | None = None
-    objective: str | None = None
-    run: str | None = None
-    seed: int | None = None
-    train_tokens: int | None = None
-    weights_digest: str | None = None
-    state: StateMetrics = field(default_factory=StateMetrics)
-    logits: LogitMetrics = field(default_factory=LogitMetrics)
-    ms_per_token: float = math.inf
-    parts: tuple[str, ...] = ()
-    """Blocks of a student of several flow layers; `block` then spans them all."""
-    evaluations: Evaluations | None = None
-    """Of a row whose steps are chosen token by token; `k` is then their largest number."""
+    block: Block | None = None
+    steps: Steps | None = None
+    origin: Origin | None = None
+    parts: tuple[str, ...] = field(default=())
 
     @property
-    def block_text(self) -> str:
-        assert self.block is not None
+    def block_text(self) -> str | None:
+        """As in the table: `m:n`, or several of them."""
+        if self.block is None:
+            return None
         return ",".join(self.parts) or f"{self.block[0]}:{self.block[1]}"
 
-    def plain(self) -> dict[str, Any]:
-        known = self.block is not None and self.state.num_tokens > 0
-        chosen = {} if self.evaluations is None else self.evaluations.plain(self.k or 0)
-        return {
-            "method": self.method,
-            "block": None if self.block is None else self.block_text,
-            "objective": self.objective,
-            "solver": self.solver,
-            "k": self.k,
-            "nfe": self.nfe,
-            "kl_latent": self.state.kl_latent if known else None,
-            "nmse": self.state.nmse if known else None,
-            "nmse_without_first": self.state.nmse_without_first if known else None,
-            "kl": self.logits.kl if self.block is not None else None,
-            "ppl": self.logits.perplexity,
-            "parameters": self.parameters,
-            "ms_per_token": None if math.isinf(self.ms_per_token) else self.ms_per_token,
-            "run": self.run,
-            "seed": self.seed,
-            "train_tokens": self.train_tokens,
-            "weights_digest": self.weights_digest,
-        } | chosen
+    @property
+    def adaptive(self) -> Evaluations | None:
+        """The record of steps that are chosen token by token, if they are."""
+        return self.steps.chosen if self.steps else None
 
 
-def run_rows(
+def teacher_predictor(teacher: Teacher) -> Predictor:
+    """The teacher itself."""
+    return Predictor("teacher", _keep, count_parameters(teacher))
+
+
+def skip_predictor(teacher: Teacher, block: Block) -> Predictor:
+    """The teacher without a block: the block's input stands in for its output."""
+    m, n = block
+    name = f"skip layer {m}" if n == m + 1 else f"skip layers {m}-{n - 1}"
+    return Predictor(name, _keep, _size_without(teacher, block), block)
+
+
+def run_predictors(
     run: runs.Run,
     step_counts: tuple[int, ...],
     teacher: Teacher,
@@ -96,95 +140,93 @@ def run_rows(
     *,
     solver: Method | None = None,
     thresholds: tuple[float, ...] = (),
-) -> list[Row]:
-    """A run's rows: one for each number of steps and threshold, or the only one if it has no time.
+) -> list[Predictor]:
+    """A run's predictors: one for each number of steps and threshold, or the only one if it has no time.
 
     Parameters
     ----------
+    run
+        A finished run.
+    step_counts
+        Numbers of steps `k`.
+    teacher
+        That the run was trained for.
+    device
+        Where to predict.
     solver
         Left out, that of training.
     thresholds
-        Of rows whose steps are chosen token by token, at most the largest of `step_counts`.
+        Of predictors whose steps are chosen token by token, at most the largest of `step_counts`.
     """
-    m, n = run.block
     flow = runs.load_flow(run, teacher).to(device)
-    size = count_parameters(teacher) - (n - m) * count_layer_parameters(teacher)
-    size += sum(parameter.numel() for parameter in flow.parameters())
-    steps: list[tuple[Method, int]] = [("euler", 1)]
-    if run.has_time:
-        steps = [(solver or run.solver, k) for k in step_counts]
-    rows = [
-        Row(
-            method=run.objective,
-            block=run.block,
-            predict=_flowing(flow, method, k),
-            parameters=size,
-            nfe=EVALUATIONS[method] * k,
-            k=k,
-            solver=method,
-            objective=run.objective,
-            run=run.path.name,
-            seed=run.seed,
-            train_tokens=run.train_tokens,
-            weights_digest=run.weights_digest,
-        )
-        for method, k in steps
+    size = _size_without(teacher, run.block) + sum(weight.numel() for weight in flow.parameters())
+    method: Method = solver or run.solver
+    if not run.has_time:
+        method, step_counts, thresholds = "euler", (1,), ()
+
+    def predictor(predict: Predict, steps: Steps) -> Predictor:
+        return Predictor(run.objective, predict, size, run.block, steps, Origin.of(run))
+
+    found = [
+        predictor(_flowing(flow, method, k), Steps(k, method, EVALUATIONS[method] * k)) for k in step_counts
     ]
-    most = max(rows, key=lambda row: row.k or 0)
-    for threshold in thresholds if run.has_time else ():
-        assert most.solver == "euler" and most.k is not None
-        evaluations = Evaluations(threshold, keys_share(teacher))
-        rows.append(
-            replace(
-                most,
-                predict=_choosing(flow, most.k, evaluations),
-                nfe=None,
-                evaluations=evaluations,
-                state=StateMetrics(),
-                logits=LogitMetrics(),
-            )
-        )
-    return rows
+    most = max(step_counts)
+    for threshold in thresholds:
+        assert method == "euler"
+        chosen = Evaluations(threshold, keys_share(teacher))
+        found.append(predictor(_choosing(flow, most, chosen), Steps(most, method, most, chosen)))
+    return found
 
 
-def together_rows(each: list[list[Row]], teacher: Teacher, device: str) -> list[Row]:
-    """Rows of the student that has all the flow layers, one for each number of steps.
+def joined_predictors(each: list[list[Predictor]], teacher: Teacher, device: str) -> list[Predictor]:
+    """Predictors of the student that has all the flow layers, one for each number of steps.
 
     Parameters
     ----------
     each
-        The rows of every run, as `run_rows` gives them, in the order of their blocks.
+        The predictors of every run, as `run_predictors` gives them, in the order of their blocks.
+    teacher
+        Of all the runs.
+    device
+        Where to predict.
     """
-    most = max(len(rows) for rows in each)
-    blocks = [rows[0].block or (0, 0) for rows in each]
+    blocks = [block for predictors in each if (block := predictors[0].block)]
     bridges = load_bridges(teacher, blocks, device)
-    joined = []
-    for number in range(most):
-        chosen = [rows[min(number, len(rows) - 1)] for rows in each]  # one without time has a single row
-        more = sum(row.parameters - count_parameters(teacher) for row in chosen[1:])
-        joined.append(
-            Row(
-                method=" + ".join(row.method for row in chosen),
-                block=(blocks[0][0], blocks[-1][1]),
-                parts=tuple(row.block_text for row in chosen),
-                predict=_chained([row.predict for row in chosen], bridges),
-                parameters=chosen[0].parameters + more,
-                nfe=sum(row.nfe or 0 for row in chosen),
-                k=max(row.k or 0 for row in chosen),
-                solver=" + ".join(dict.fromkeys(row.solver or "" for row in chosen)),
-                objective=" + ".join(dict.fromkeys(row.objective or "" for row in chosen)),
-                run=" + ".join(row.run or "" for row in chosen),
-                seed=chosen[0].seed,
-                train_tokens=max(row.train_tokens or 0 for row in chosen),
-                weights_digest=" + ".join(row.weights_digest or "" for row in chosen),
-            )
-        )
-    return joined
+    most = max(len(predictors) for predictors in each)
+    # A run without time has a single predictor.
+    together = ([own[min(number, len(own) - 1)] for own in each] for number in range(most))
+    return [_joined(chosen, bridges, count_parameters(teacher)) for chosen in together]
 
 
-def _chained(
-    predictions: list[Callable[[States, AttentionContext], States]], bridges: list[Layers]
-) -> Callable[[States, AttentionContext], States]:
+def _joined(chosen: list[Predictor], bridges: list[Layers], total: int) -> Predictor:
+    steps = [one.steps for one in chosen if one.steps]
+    blocks = [one.block for one in chosen if one.block]
+    return Predictor(
+        method=" + ".join(one.method for one in chosen),
+        predict=_chained([one.predict for one in chosen], bridges),
+        parameters=total + sum(one.parameters - total for one in chosen),
+        block=(blocks[0][0], blocks[-1][1]),
+        steps=Steps(
+            k=max(each.k for each in steps),
+            solver=" + ".join(dict.fromkeys(each.solver for each in steps)),
+            nfe=sum(each.nfe for each in steps),
+        ),
+        origin=Origin.joined([one.origin for one in chosen if one.origin]),
+        parts=tuple(one.block_text or "" for one in chosen),
+    )
+
+
+def _size_without(teacher: Teacher, block: Block) -> int:
+    """Parameters of the teacher without a block's layers."""
+    return count_parameters(teacher) - (block[1] - block[0]) * count_layer_parameters(teacher)
+
+
+def _keep(x: States, context: AttentionContext) -> States:
+    del context
+    return x
+
+
+def _chained(predictions: list[Predict], bridges: list[Layers]) -> Predict:
     """One flow layer after the other, through the teacher's own layers between them."""
 
     def predict(x: States, context: AttentionContext) -> States:
@@ -195,7 +237,7 @@ def _chained(
     return predict
 
 
-def _flowing(flow: nn.Module, method: Method, k: int) -> Callable[[States, AttentionContext], States]:
+def _flowing(flow: nn.Module, method: Method, k: int) -> Predict:
     """`k` steps through a flow layer (algorithm 3)."""
 
     def predict(x_0: States, context: AttentionContext) -> States:
@@ -211,9 +253,7 @@ def _velocity(flow: nn.Module, x_0: States, context: AttentionContext) -> Veloci
     return lambda x, t, step_size: flow(x, t, context, source=x_0, step_size=step_size)
 
 
-def _choosing(
-    flow: nn.Module, most: int, evaluations: Evaluations
-) -> Callable[[States, AttentionContext], States]:
+def _choosing(flow: nn.Module, most: int, evaluations: Evaluations) -> Predict:
     """As many steps as each token needs, and a record of them."""
 
     def predict(x_0: States, context: AttentionContext) -> States:

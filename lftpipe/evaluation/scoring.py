@@ -3,19 +3,22 @@
 Of the teacher only the layers from the blocks' first on, the final norm and the head are loaded.
 """
 
+import math
 import time
 from collections.abc import Iterator
-from itertools import groupby
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lftpipe import progress
+from lftpipe.artefacts.results import AdaptiveScore, Score
 from lftpipe.batch import Batch, BatchFields, BatchReader
 from lftpipe.config.settings import ComputeDtype
 from lftpipe.device import cast_linear, resolve_compute_dtype
-from lftpipe.evaluation.metrics import Reference
-from lftpipe.evaluation.predictors import Row
+from lftpipe.errors import TeacherError
+from lftpipe.evaluation.metrics import LogitMetrics, Reference, StateMetrics
+from lftpipe.evaluation.predictors import Predictor
 from lftpipe.store import Store
 from lftpipe.teacher.parts import Tail
 from lftpipe.teacher.source import Teacher
@@ -28,9 +31,52 @@ def _batches(reader: BatchReader, fields: BatchFields, batch_tokens: int) -> Ite
         yield reader.read("validation", range(start, min(start + size, total)), fields, number)
 
 
+@dataclass
+class Measured:
+    """What one predictor reaches: sums over batches, and its fastest batch."""
+
+    predictor: Predictor
+    state: StateMetrics = field(default_factory=StateMetrics)
+    logits: LogitMetrics = field(default_factory=LogitMetrics)
+    ms_per_token: float = math.inf
+
+    def score(self, teacher_ppl: float | None) -> Score:
+        """As a line of the table; what is not finite has no number."""
+        predictor, steps, origin = self.predictor, self.predictor.steps, self.predictor.origin
+        given: dict[str, Any] = {
+            "method": predictor.method,
+            "block": predictor.block_text,
+            "solver": steps.solver if steps else None,
+            "k": steps.k if steps else None,
+            "nfe": steps.nfe if steps else None if predictor.block is None else 0,
+            "parameters": predictor.parameters,
+            "ms_per_token": _finite(self.ms_per_token),
+            "ppl": _finite(self.logits.perplexity),
+        }
+        given |= asdict(origin) if origin else {}
+        if predictor.block is not None:
+            ratio = self.logits.perplexity / teacher_ppl if teacher_ppl else math.nan
+            given |= {
+                "kl": _finite(self.logits.kl),
+                "agreement": self.logits.agreement,
+                "ppl_ratio": _finite(ratio),
+            }
+            if self.state.num_tokens:
+                kinds = ("kl_latent", "nmse", "nmse_without_first")
+                given |= {kind: _finite(getattr(self.state, kind)) for kind in kinds}
+        if steps is None or (chosen := steps.chosen) is None:
+            return Score(**given)
+        given |= {"nfe": chosen.mean, "nfe_with_keys": chosen.mean_with_keys(steps.k)}
+        return AdaptiveScore(**given, threshold=chosen.threshold)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 @torch.inference_mode()
 def score(
-    rows: list[Row],
+    predictors: list[Predictor],
     store: Store,
     teacher: Teacher,
     *,
@@ -38,65 +84,98 @@ def score(
     compute_dtype: ComputeDtype,
     device: str,
     timed_batches: int = 0,
-) -> None:
-    """Fill in every row's metrics over the whole validation split, and its time if any batch is timed."""
-    start = min((row.block[0] for row in rows if row.block), default=max(store.layers))
+) -> list[Score]:
+    """What every predictor reaches over the whole validation split.
+
+    Parameters
+    ----------
+    predictors
+        Compared with the teacher's logits, which are computed once for each block's end.
+    store
+        Whose validation states are read.
+    teacher
+        The store's.
+    batch_tokens
+        Tokens evaluated at a time.
+    compute_dtype
+        Of matrix products.
+    device
+        Where to compute.
+    timed_batches
+        Batches on which every predictor is timed too.
+
+    Raises
+    ------
+    TeacherError
+        If the teacher's own logits are not finite.
+    """
+    start = min((one.block[0] for one in predictors if one.block), default=max(store.layers))
     dtype = resolve_compute_dtype(compute_dtype, device)
     tail = Tail(teacher, start).to(device)
     cast_linear(tail, dtype)
-    ends = {_end(row, store) for row in rows}
-    fields = BatchFields(tuple(sorted({start, *ends, *(row.block[0] for row in rows if row.block)})))
-    reader = BatchReader(store, teacher, device)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-    total = store.num_sequences("validation") * store.context * len(rows)
+    measured = [Measured(one) for one in predictors]
+    of_teacher = LogitMetrics()
+    ends = {_end(one, store) for one in predictors} | {max(store.layers)}
+    starts = {one.block[0] for one in predictors if one.block}
+    reader = BatchReader(store, teacher, device)
+    fields = BatchFields(tuple(sorted({start} | starts | ends)))
+    total = store.num_sequences("validation") * store.context * len(predictors)
     with autocast, progress.task(f"evaluate {teacher.name}", total, "tokens") as task:
         for batch in _batches(reader, fields, batch_tokens):
-            for n, group in groupby(
-                sorted(rows, key=lambda row: _end(row, store)), lambda row: _end(row, store)
-            ):
-                teacher_logits = tail(batch.states[n], batch.context, start=n)
-                reference = Reference.of(teacher_logits)
-                for row in group:
-                    _add(row, tail, batch, n, teacher_logits, reference)
-                    task.advance(batch.tokens.numel())
+            for n in sorted(ends):
+                reference = Reference.of(tail(batch.states[n], batch.context, start=n))
+                _refuse_nan(reference, teacher)
+                if n == max(ends):
+                    of_teacher.add(reference.logits, reference, batch.tokens, batch.first_of_segment)
+                for one in measured:
+                    if _end(one.predictor, store) == n:
+                        _add(one, tail, batch, n, reference)
+                        task.advance(batch.tokens.numel())
             if batch.step < timed_batches:
-                _time(rows, tail, batch, start)
+                _time(measured, tail, batch, start)
+    return [one.score(_finite(of_teacher.perplexity)) for one in measured]
 
 
-def _end(row: Row, store: Store) -> int:
-    """The cached state whose logits a row is compared with: its block's end if stored, else the last."""
-    return row.block[1] if row.block and row.block[1] in store.layers else max(store.layers)
+def _refuse_nan(reference: Reference, teacher: Teacher) -> None:
+    if not reference.finite:
+        raise TeacherError(
+            f"teacher {teacher.name}, whose logits are not finite",
+            "finite weights and states",
+            "check the teacher's weights, then extract again",
+        )
 
 
-def _add(
-    row: Row,
-    tail: Tail,
-    batch: Batch,
-    n: int,
-    teacher_logits: Tensor,
-    reference: Reference,
-) -> None:
-    if row.block is None:
-        row.logits.add(teacher_logits, reference, batch.tokens, batch.first_of_segment)
+def _end(predictor: Predictor, store: Store) -> int:
+    """The cached state whose logits are compared with: the block's end if it is stored, else the last."""
+    block = predictor.block
+    return block[1] if block and block[1] in store.layers else max(store.layers)
+
+
+def _add(one: Measured, tail: Tail, batch: Batch, n: int, reference: Reference) -> None:
+    block = one.predictor.block
+    if block is None:
+        one.logits.add(reference.logits, reference, batch.tokens, batch.first_of_segment)
         return
-    predicted = row.predict(batch.states[row.block[0]], batch.context).float()
-    if row.block[1] == n:
-        row.state.add(predicted, batch.states[n], batch.first_of_segment)
-    logits = tail(predicted, batch.context, start=row.block[1])
-    row.logits.add(logits, reference, batch.tokens, batch.first_of_segment)
+    predicted = one.predictor.predict(batch.states[block[0]], batch.context).float()
+    if block[1] == n:
+        one.state.add(predicted, batch.states[n], batch.first_of_segment)
+    one.logits.add(
+        tail(predicted, batch.context, start=block[1]), reference, batch.tokens, batch.first_of_segment
+    )
 
 
-def _time(rows: list[Row], tail: Tail, batch: Batch, start: int) -> None:
-    """Time every row over the same stretch, from `h[start]` to the logits; the fastest batch counts."""
-    for row in rows:
-        if row.evaluations is not None:  # its batches are evaluated whole: a clock would say nothing
+def _time(measured: list[Measured], tail: Tail, batch: Batch, start: int) -> None:
+    """Time every predictor over the same stretch, from `h[start]` to the logits; the fastest batch counts."""
+    for one in measured:
+        if one.predictor.adaptive:  # its batches are evaluated whole: a clock would say nothing
             continue
         x = batch.states[start]
         began = time.perf_counter()
-        m, n = row.block or (start, start)
+        m, n = one.predictor.block or (start, start)
         x = tail.states(x, batch.context, start=start, stop=m)
-        tail(row.predict(x, batch.context), batch.context, start=n)
+        tail(one.predictor.predict(x, batch.context), batch.context, start=n)
         if x.is_cuda:
             torch.cuda.synchronize()
         milliseconds = 1000 * (time.perf_counter() - began) / batch.tokens.numel()
-        row.ms_per_token = min(row.ms_per_token, milliseconds)
+        one.ms_per_token = min(one.ms_per_token, milliseconds)

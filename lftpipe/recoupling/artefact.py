@@ -1,14 +1,15 @@
 """The map as a file: made from a store, written, and opened again for whoever chooses a block by it."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lftpipe
+from lftpipe.artefacts.recoupling import MapSettings, Matrix, RecouplingMap
 from lftpipe.config.layers import parse_layers
 from lftpipe.config.settings import RecoupleSettings, TrainSettings, to_json
 from lftpipe.errors import SettingsError
-from lftpipe.files import write_atomic
+from lftpipe.outputs import making
 from lftpipe.recoupling import ranking
 from lftpipe.recoupling.assignment import solver
 from lftpipe.recoupling.map import solve_pairs, statistics
@@ -17,12 +18,15 @@ from lftpipe.store import Store
 
 FILE_NAME = "recoupling.json"
 
+#: Keys by which a map is known, whole or damaged.
+MARKS = (b'"ratio_raw"', b'"relative_displacement"', b'"identity_cost"')
+
 #: Largest exact problem: at 4096 tokens each thread needs 420 MB and about a second a pair.
 MOST_EXACT_TOKENS = 4096
 
 
-def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) -> dict[str, Any]:
-    """The content of `recoupling.json` (docs/recoupling.md describes it).
+def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) -> RecouplingMap:
+    """The map of these layers, ranked.
 
     Parameters
     ----------
@@ -54,47 +58,52 @@ def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) 
         seed=settings.seed,
         skip_first=settings.skip_first,
     )
-    figures, partners = solve_pairs(settings, store, layers, samples)
+    solved = solve_pairs(settings, store, layers, samples)
     teacher = store.identity.get("teacher", {})
     num_layers = teacher.get("layers", max(store.layers))
-    result: dict[str, Any] = {
-        "layers": list(layers),
-        **statistics(figures),
-        "partners": partners,
-        "samples": samples.tolist(),
-        "teacher": teacher.get("name", store.path.parent.name),
-        "num_layers": num_layers,
-        "approximate": settings.approximate,
-        "solver": "POT sinkhorn_log" if settings.approximate else solver(),
-        "lftpipe": lftpipe.__version__,
-        "settings": to_json(settings),
-        "store_fingerprint": store.fingerprint,
-    }
-    if settings.rank_by == "probe":
-        result["probe_residual"] = _residuals(store, layers, settings)
-    result["ranking"] = ranking.ranking(result, num_layers, settings.rank_by)
-    return result
+    figures: dict[str, Any] = statistics(solved.figures)
+    result = RecouplingMap(
+        layers=list(layers),
+        **figures,
+        partners=solved.partners,
+        samples=samples.tolist(),
+        teacher=teacher.get("name", store.path.parent.name),
+        num_layers=num_layers,
+        approximate=settings.approximate,
+        solver="POT sinkhorn_log" if settings.approximate else solver(),
+        lftpipe=lftpipe.__version__,
+        settings=cast(MapSettings, to_json(settings)),
+        store_fingerprint=store.fingerprint,
+        probe_residual=_residuals(store, layers, settings) if settings.rank_by == "probe" else None,
+        ranking=[],
+    )
+    return replace(result, ranking=ranking.ranking(result, num_layers, settings.rank_by))
 
 
-def write_map(path: Path, result: dict[str, Any]) -> None:
-    """Write a map: JSON with one key a line, readable, and a small file."""
-    lines = (f"{json.dumps(key)}: {json.dumps(entry, allow_nan=False)}" for key, entry in result.items())
-    write_atomic(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-
-
-def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> dict[str, Any]:
+def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> RecouplingMap:
     """The map beside a store, made with these settings if there is none.
+
+    Parameters
+    ----------
+    store_path
+        Beside which the map lies.
+    store
+        The store itself.
+    made_with
+        Settings of a new map.
 
     Raises
     ------
     SettingsError
-        If it was made from another store.
+        If it is damaged, or was made from another store.
     """
     path = store_path.parent / FILE_NAME
     if not path.exists():
-        write_map(path, make_map(made_with, store, map_layers(made_with, store)))
-    found = json.loads(path.read_text())
-    if found["store_fingerprint"] != store.fingerprint:
+        with making(path, marks=MARKS, force=False) as staging:
+            made = make_map(made_with, store, map_layers(made_with, store))
+            made.write(staging.path(path))
+    found = RecouplingMap.from_json(path)
+    if found.store_fingerprint != store.fingerprint:
         raise SettingsError(
             f"{path}, made from another or an older store than {store_path}",
             f"a map of the store {store.fingerprint}",
@@ -146,7 +155,7 @@ def map_layers(settings: RecoupleSettings, store: Store) -> tuple[int, ...]:
     return layers
 
 
-def _residuals(store: Store, layers: tuple[int, ...], settings: RecoupleSettings) -> list[list[float | None]]:
+def _residuals(store: Store, layers: tuple[int, ...], settings: RecoupleSettings) -> Matrix:
     # Only here: the map itself needs no torch.
     from lftpipe.device import prepare
     from lftpipe.recoupling.probe import residual_map

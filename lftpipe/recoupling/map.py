@@ -1,15 +1,16 @@
 """The coupling of all pairs of a store's states: batch by batch, in threads."""
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32, Float64, Int, Int64
 from threadpoolctl import threadpool_limits
 
 from lftpipe import progress
+from lftpipe.artefacts.recoupling import Matrix
 from lftpipe.config.settings import Metric, RecoupleSettings
 from lftpipe.recoupling.coupling import (
     Cloud,
@@ -33,19 +34,55 @@ HELD_BYTES = 2**30
 #: Rows of one matrix product: several states against one, where they are small. More gains nothing.
 PANEL_ROWS = 1024
 
-#: What is averaged over batches.
+#: Figures of a pair, and what of a `Coupling` is averaged over batches.
 MEANS = ("ratio", "ratio_raw", "transport_cost", "identity_cost", "random_cost")
+FIGURES = (*MEANS, "displacement", "influence")
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The map of all pairs, still batch by batch.
+
+    Attributes
+    ----------
+    figures
+        Each of `FIGURES` as `(batch, m, n)`, NaN where `m >= n`.
+    partners
+        The first batch's plans as square lists `[m][n]`, None where `m >= n`.
+    """
+
+    figures: dict[str, Float64[np.ndarray, "batch state state"]]
+    partners: list[list[list[int] | None]]
+
+    @classmethod
+    def empty(cls, batches: int, size: int) -> "Solved":
+        """Of so many batches and states, with nothing solved."""
+        figures = {name: np.full((batches, size, size), np.nan) for name in FIGURES}
+        return cls(figures, [[None] * size for _ in range(size)])
+
+    def put(self, batch: int, m: int, n: int, coupling: Coupling) -> None:
+        """Take in one batch's coupling of a pair."""
+        for name in (*MEANS, "displacement"):
+            self.figures[name][batch, m, n] = getattr(coupling, name)
+        if batch == 0:
+            self.partners[m][n] = coupling.partner.tolist()
 
 
 @dataclass(frozen=True)
 class Clouds:
-    """One batch's clouds of all states; their light parts lie in one piece, `light[state]`."""
+    """One batch's clouds of all states; their light parts lie in one array, `light[state]`."""
 
     light: Float32[np.ndarray, "state sample feature"]
     each: list[Cloud]
 
     @classmethod
-    def make(cls, states: list[np.ndarray], groups: list[np.ndarray], pool: ThreadPoolExecutor) -> "Clouds":
+    def make(
+        cls,
+        states: list[Float[np.ndarray, "sample feature"]],
+        groups: list[Int64[np.ndarray, " sample"]],
+        pool: ThreadPoolExecutor,
+    ) -> "Clouds":
+        """Make the clouds ready in threads; `groups` are those of `tie_groups`."""
         light = np.empty((len(states), *states[0].shape), np.float32)
         heavy = heavy_channels(list(pool.map(peaks, states, light)))
         made = pool.map(lambda *parts: make_cloud(parts[0], heavy, *parts[1:]), states, groups, light)
@@ -58,59 +95,20 @@ class Clouds:
         return couple_products([self.each[m] for m in members], self.each[n], metric, products)
 
 
-def solve_pairs(
-    settings: RecoupleSettings, store: Store, layers: tuple[int, ...], samples: np.ndarray
-) -> tuple[dict[str, np.ndarray], list[list[list[int] | None]]]:
-    """Solve every batch of every pair of layers, in threads, reading each state once.
-
-    Held in memory are the states of as many batches as fit `HELD_BYTES` (at least one), twice for a batch at
-    work, and the matrices of each thread (docs/recoupling.md has the figures).
-
-    Parameters
-    ----------
-    layers
-        States to compare, ascending.
-    samples : (batch, token, 2)
-        Which `[sequence, position]` of `train`.
-
-    Returns
-    -------
-    figures
-        Each of `MEANS` and `displacement` as `(batch, m, n)`, NaN where `m >= n`.
-    partners
-        The first batch's plans as square lists `[m][n]`, None where `m >= n`.
-    """
-    count, size = len(samples), len(layers)
-    groups = group_pairs(size, settings.tokens)
-    problems = count * size * (size - 1) // 2
-    figures = {name: np.full((count, size, size), np.nan) for name in (*MEANS, "displacement")}
-    partners: list[list[list[int] | None]] = [[None] * size for _ in layers]
-    together = max(1, HELD_BYTES // (size * settings.tokens * store.width * 4))
-    threads = settings.threads or len(os.sched_getaffinity(0))
-    # Sinkhorn has threads of its own, or a GPU that one problem fills.
-    at_once = 1 if settings.approximate else threads
-    with (
-        progress.task(f"recouple {problems // count} pairs", problems, "problems") as task,
-        ThreadPoolExecutor(threads) as pool,
-        ThreadPoolExecutor(at_once) as solvers,
-        # One thread a problem: BLAS's own threads would fight with these.
-        threadpool_limits(None if settings.approximate else 1, "blas"),
-    ):
-        for first in range(0, count, together):
-            states = gather(store, layers, samples[first : first + together], pool)
-            for batch in range(first, min(first + together, count)):
-                plain, clouds = make_clouds(settings, [state[batch - first] for state in states], pool)
-                solved = [solvers.submit(_couple_group, settings, plain, clouds, *group) for group in groups]
-                for (members, n), future in zip(groups, solved, strict=True):
-                    couplings, displacements = future.result()
-                    figures["displacement"][batch, members, n] = displacements
-                    for name in MEANS:
-                        figures[name][batch, members, n] = [getattr(one, name) for one in couplings]
-                    if batch == 0:
-                        for m, coupling in zip(members, couplings, strict=True):
-                            partners[m][n] = coupling.partner.tolist()
-                    task.advance(len(members))
-    return figures, partners
+def make_clouds(
+    settings: RecoupleSettings, states: list[Float[np.ndarray, "sample feature"]], pool: ThreadPoolExecutor
+) -> tuple[Clouds, Clouds]:
+    """One batch's states as they are, for displacements, and as the metric wants them."""
+    groups = list(pool.map(tie_groups, states))
+    plain = Clouds.make(states, groups, pool)
+    if not settings.standardise and settings.metric != "cosine":
+        return plain, plain
+    points: list[Float[np.ndarray, "sample feature"]] = states
+    if settings.standardise:
+        points = list(pool.map(standardised, points))
+    if settings.metric == "cosine":
+        points = list(pool.map(directions, points))
+    return plain, Clouds.make(points, groups, pool)
 
 
 def group_pairs(size: int, tokens: int) -> list[tuple[list[int], int]]:
@@ -119,25 +117,10 @@ def group_pairs(size: int, tokens: int) -> list[tuple[list[int], int]]:
     return [(list(range(m, min(m + step, n))), n) for n in range(1, size) for m in range(0, n, step)]
 
 
-def make_clouds(
-    settings: RecoupleSettings, states: list[np.ndarray], pool: ThreadPoolExecutor
-) -> tuple[Clouds, Clouds]:
-    """One batch's states as they are, for displacements, and as the metric wants them."""
-    groups = list(pool.map(tie_groups, states))
-    plain = Clouds.make(states, groups, pool)
-    if not settings.standardise and settings.metric != "cosine":
-        return plain, plain
-    points: list[np.ndarray] = states
-    if settings.standardise:
-        points = list(pool.map(standardised, points))
-    if settings.metric == "cosine":
-        points = list(pool.map(directions, points))
-    return plain, Clouds.make(points, groups, pool)
-
-
 def _couple_group(
     settings: RecoupleSettings, plain: Clouds, clouds: Clouds, members: list[int], n: int
-) -> tuple[list[Coupling], list[float]]:
+) -> list[Coupling]:
+    """Couplings of a group; their displacements are always those of the states as they are."""
     if settings.approximate:
         from lftpipe.recoupling.sinkhorn import couple_approximately
 
@@ -148,13 +131,95 @@ def _couple_group(
     else:
         couplings = clouds.couple(members, n, settings.metric)
     if plain is clouds:
-        return couplings, [coupling.displacement for coupling in couplings]
+        return couplings
     x_1 = plain.each[n]
-    return couplings, [relative_displacement(x_1, squared_displacement(plain.each[m], x_1)) for m in members]
+    moved = (relative_displacement(x_1, squared_displacement(plain.each[m], x_1)) for m in members)
+    return [replace(one, displacement=each) for one, each in zip(couplings, moved, strict=True)]
 
 
-def statistics(figures: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Means over batches and what follows from them, as JSON-plain squares `[m][n]`, None where `m >= n`."""
+def solve_pairs(
+    settings: RecoupleSettings,
+    store: Store,
+    layers: tuple[int, ...],
+    samples: Int[np.ndarray, "batch token 2"],
+) -> Solved:
+    """Solve every batch of every pair of layers, in threads, reading each state once.
+
+    Held in memory are the states of as many batches as fit `HELD_BYTES` (at least one), twice for a batch at
+    work, and the matrices of each thread (docs/recoupling.md has the figures).
+
+    Parameters
+    ----------
+    settings
+        Metric, threads, exact or not.
+    store
+        Whose states are compared.
+    layers
+        States to compare, ascending.
+    samples
+        Which `[sequence, position]` of `train`.
+    """
+    solved = Solved.empty(len(samples), len(layers))
+    groups = group_pairs(len(layers), settings.tokens)
+    pairs = sum(len(members) for members, _ in groups)
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    # Sinkhorn has threads of its own, or a GPU that one problem fills.
+    at_once = 1 if settings.approximate else threads
+    with (
+        progress.task(f"recouple {pairs} pairs", len(samples) * pairs, "problems") as task,
+        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(at_once) as solvers,
+        # One thread a problem: BLAS's own threads would fight with these.
+        threadpool_limits(None if settings.approximate else 1, "blas"),
+    ):
+        for batch, states in enumerate(_batches(store, layers, samples, pool)):
+            solved.figures["influence"][batch] = influence(states)
+            given = (settings, *make_clouds(settings, states, pool))
+            futures = [solvers.submit(_couple_group, *given, *group) for group in groups]
+            for (members, n), future in zip(groups, futures, strict=True):
+                for m, coupling in zip(members, future.result(), strict=True):
+                    solved.put(batch, m, n, coupling)
+                task.advance(len(members))
+    return solved
+
+
+def _batches(
+    store: Store, layers: tuple[int, ...], samples: Int[np.ndarray, "batch token 2"], pool: ThreadPoolExecutor
+) -> Iterator[list[Float[np.ndarray, "token feature"]]]:
+    """The samples' states, a batch at a time; read for as many batches together as fit `HELD_BYTES`."""
+    together = max(1, HELD_BYTES // (len(layers) * samples.shape[1] * store.width * 4))
+    for first in range(0, len(samples), together):
+        some = samples[first : first + together]
+        states = gather(store, layers, some, pool)
+        for batch in range(len(some)):
+            yield [state[batch] for state in states]
+
+
+def influence(states: list[Float[np.ndarray, "token feature"]]) -> Float64[np.ndarray, "state state"]:
+    """One minus the mean cosine of each token's states `h[m]` and `h[n]`, for `m < n`; NaN elsewhere.
+
+    Source: "block influence" of ShortGPT (Men et al., 2024, arXiv 2403.03853). A state of zeros has the
+    cosine 0 with every other.
+    """
+    size = len(states)
+    cosines = np.zeros((size, size))
+    for some in np.array_split(np.arange(len(states[0])), max(1, len(states[0]) // 64)):
+        unit = np.stack([directions(state[some]).reshape(-1) for state in states])
+        cosines += unit @ unit.T
+    found = np.full((size, size), np.nan)
+    upper = np.triu_indices(size, 1)
+    found[upper] = 1 - cosines[upper] / len(states[0])
+    return found
+
+
+def statistics(figures: dict[str, Float64[np.ndarray, "batch state state"]]) -> dict[str, Matrix]:
+    """Means over batches and what follows from them, as squares `[m][n]`, None where `m >= n`.
+
+    Parameters
+    ----------
+    figures
+        As in `Solved`.
+    """
     mean = {name: figure.mean(0) for name, figure in figures.items()}
     ratios = figures["ratio"]
     spread = (
@@ -166,6 +231,7 @@ def statistics(figures: dict[str, np.ndarray]) -> dict[str, Any]:
     matrices = {name: mean[name] for name in MEANS[:2]} | {"ratio_stderr": spread}
     matrices |= {name: mean[name] for name in MEANS[2:]}
     matrices |= {"relative_gap": gap, "relative_displacement": mean["displacement"]}
+    matrices |= {"influence": mean["influence"]}
     return {
         name: [[None if np.isnan(entry) else float(entry) for entry in row] for row in matrix]
         for name, matrix in matrices.items()

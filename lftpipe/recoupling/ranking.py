@@ -6,8 +6,7 @@ rounded, one token in 2,048 that changes its partner would outweigh a displaceme
 docs/recoupling.md gives the reasons. Another figure may be asked for (`by`); the ratio breaks its ties.
 """
 
-from typing import Any
-
+from lftpipe.artefacts.recoupling import Ranked, RecouplingMap
 from lftpipe.config.settings import Predictor
 from lftpipe.errors import SettingsError
 
@@ -20,20 +19,20 @@ PREDICTORS: dict[Predictor, str] = {
     "gap": "relative_gap",
     "displacement": "relative_displacement",
     "probe": "probe_residual",
+    "influence": "influence",
 }
 
-Map = dict[str, Any]
 Block = tuple[int, int]
 
 
-def value(recoupling: Map, name: str, block: Block) -> float | None:
+def value(recoupling: RecouplingMap, name: str, block: Block) -> float | None:
     """One number of a pair of states from a map, None if the map has none."""
-    layers = recoupling["layers"]
-    matrix = recoupling.get(name)
+    layers = recoupling.layers
+    matrix = getattr(recoupling, name)
     return None if matrix is None else matrix[layers.index(block[0])][layers.index(block[1])]
 
 
-def _key(recoupling: Map, block: Block, by: Predictor) -> tuple[float | int, ...]:
+def _key(recoupling: RecouplingMap, block: Block, by: Predictor) -> tuple[float | int, ...]:
     ratio, gap, displacement = (
         value(recoupling, name, block) or 0.0 for name in ("ratio", "relative_gap", "relative_displacement")
     )
@@ -42,7 +41,7 @@ def _key(recoupling: Map, block: Block, by: Predictor) -> tuple[float | int, ...
     return round(ratio, RATIO_DIGITS), round(gap, GAP_DIGITS), displacement, ratio, block[0]
 
 
-def rank_blocks(recoupling: Map, length: int, by: Predictor = "ratio") -> list[Block]:
+def rank_blocks(recoupling: RecouplingMap, length: int, by: Predictor = "ratio") -> list[Block]:
     """All blocks `m:n` of `length` layers whose two states are on the map, the best first.
 
     Raises
@@ -50,13 +49,13 @@ def rank_blocks(recoupling: Map, length: int, by: Predictor = "ratio") -> list[B
     SettingsError
         If the map does not have the figure to rank by.
     """
-    if by != "ratio" and PREDICTORS[by] not in recoupling:
+    if by != "ratio" and getattr(recoupling, PREDICTORS[by]) is None:
         raise SettingsError(
             f"--rank-by {by} and a map without {PREDICTORS[by]}",
             "a map that has it",
             f"run `lftpipe recouple --rank-by {by} --force`",
         )
-    layers = recoupling["layers"]
+    layers = recoupling.layers
     blocks = [(m, m + length) for m in layers if m + length in layers]
     return sorted(blocks, key=lambda block: _key(recoupling, block, by))
 
@@ -66,7 +65,7 @@ def block_length(num_layers: int, replace: float) -> int:
     return min(max(1, round(replace * num_layers)), num_layers)
 
 
-def best_block(recoupling: Map, num_layers: int, replace: float, by: Predictor = "ratio") -> Block:
+def best_block(recoupling: RecouplingMap, num_layers: int, replace: float, by: Predictor = "ratio") -> Block:
     """The best block that replaces a share of the teacher's layers.
 
     Raises
@@ -85,11 +84,11 @@ def best_block(recoupling: Map, num_layers: int, replace: float, by: Predictor =
     return ranked[0]
 
 
-def ranking(recoupling: Map, num_layers: int, by: Predictor = "ratio") -> list[dict[str, Any]]:
-    """Every length's blocks, the best first; JSON-plain."""
+def ranking(recoupling: RecouplingMap, num_layers: int, by: Predictor = "ratio") -> list[Ranked]:
+    """Every length's blocks, the best first."""
     lengths = {length: rank_blocks(recoupling, length, by) for length in range(1, num_layers + 1)}
     return [
-        {"length": length, "share": length / num_layers, "blocks": [list(block) for block in blocks]}
+        Ranked(length=length, share=length / num_layers, blocks=blocks)
         for length, blocks in lengths.items()
         if blocks
     ]

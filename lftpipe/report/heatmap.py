@@ -1,11 +1,13 @@
 """Figure 6 as PNG: the recoupling map (a), and the transport between chosen pairs of states (b, c)."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from lftpipe.artefacts.recoupling import RecouplingMap
+from lftpipe.report.plots import literal, save
 
 #: Perceptually uniform and made for all kinds of colour vision.
 COLOUR_MAP = "cividis"
@@ -17,17 +19,19 @@ MATCHED, RECOUPLED = "#0072B2", "#D55E00"
 CELL = 0.3
 
 
-def draw_recoupling(recoupling: dict[str, Any], shown: list[tuple[int, int]], path: Path) -> None:
+def draw_recoupling(recoupling: RecouplingMap, shown: list[tuple[int, int]], path: Path) -> None:
     """Draw the map and, beside it, the first batch's transport for the pairs `shown`.
 
     Parameters
     ----------
     recoupling
-        The content of `recoupling.json`.
+        The map.
     shown
         Pairs `(m, n)` of the map's layers.
+    path
+        Of the PNG.
     """
-    side = max(CELL * len(recoupling["layers"]), 4.2)
+    side = max(CELL * len(recoupling.layers), 4.2)
     columns = -(-len(shown) // 2)
     small = max(side / 2 - 0.25, 2.4)
     figure = Figure(figsize=(side + 1.9 + columns * (small + 0.9), side + 1.3), layout="constrained")
@@ -39,14 +43,12 @@ def draw_recoupling(recoupling: dict[str, Any], shown: list[tuple[int, int]], pa
         # Outside the axes, whose every corner may hold tokens.
         marks = figure.axes[-1].get_legend_handles_labels()
         figure.legend(*marks, loc="outside lower right", ncols=2, fontsize=8, frameon=False)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
+    save(figure, path)
 
 
-def _draw_map(figure: Figure, axis: Axes, recoupling: dict[str, Any]) -> None:
-    layers = recoupling["layers"]
-    ratio = np.array(recoupling["ratio"], np.float64)  # None becomes NaN
+def _draw_map(figure: Figure, axis: Axes, recoupling: RecouplingMap) -> None:
+    layers = recoupling.layers
+    ratio = np.array(recoupling.ratio, np.float64)  # None becomes NaN
     image = axis.imshow(ratio, cmap=COLOUR_MAP, vmin=0, vmax=1)
     for m, n in zip(*np.nonzero(~np.isnan(ratio)), strict=True):
         light = ratio[m, n] > 0.55
@@ -67,9 +69,9 @@ def _draw_map(figure: Figure, axis: Axes, recoupling: dict[str, Any]) -> None:
     figure.colorbar(image, ax=axis, label="recoupling ratio R", shrink=0.7, pad=0.02, aspect=30)
 
 
-def _draw_transport(axis: Axes, recoupling: dict[str, Any], pair: tuple[int, int]) -> None:
-    m, n = (recoupling["layers"].index(layer) for layer in pair)
-    partner = np.array(recoupling["partners"][m][n])
+def _draw_transport(axis: Axes, recoupling: RecouplingMap, pair: tuple[int, int]) -> None:
+    m, n = (recoupling.layers.index(layer) for layer in pair)
+    partner = np.array(recoupling.partners[m][n])
     source = np.arange(len(partner))
     size = np.clip(1500 / len(partner), 0.5, 16)
     for chosen, colour, marker, name in (
@@ -81,7 +83,7 @@ def _draw_transport(axis: Axes, recoupling: dict[str, Any], pair: tuple[int, int
         )
     axis.set(xlim=(-1, len(partner)), ylim=(len(partner), -1), aspect="equal")
     axis.set(xlabel=f"token in state {pair[1]}", ylabel=f"token in state {pair[0]}")
-    ratio, raw = recoupling["ratio"][m][n], recoupling["ratio_raw"][m][n]
+    ratio, raw = recoupling.ratio[m][n], recoupling.ratio_raw[m][n]
     axis.set_title(f"{pair[0]}:{pair[1]}   R = {ratio:.3f} (raw {raw:.3f})", fontsize=10)
 
 
@@ -91,12 +93,17 @@ def _short(ratio: float) -> str:
     return {"0.00": "0", "1.00": "1"}.get(text, text[1:])
 
 
-def _title(recoupling: dict[str, Any]) -> str:
-    used = recoupling["settings"]
+def _title(recoupling: RecouplingMap) -> str:
+    used = recoupling.settings
     extras = [
         name for name, on in (("standardised", used["standardise"]), ("no first", used["skip_first"])) if on
     ]
-    if recoupling["approximate"]:
+    if recoupling.approximate:
         extras.append("APPROXIMATE")
-    parts = [recoupling["teacher"], f"{used['batches']} x {used['tokens']} tokens", used["metric"], *extras]
+    parts = [
+        literal(recoupling.teacher or ""),
+        f"{used['batches']} x {used['tokens']} tokens",
+        used["metric"],
+        *extras,
+    ]
     return ", ".join(part for part in parts if part)

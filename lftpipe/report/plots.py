@@ -1,11 +1,16 @@
 """Curves of results and of training, and the scatter of a sweep, as PNG. No torch."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from lftpipe.artefacts.results import AdaptiveScore, Score
+from lftpipe.artefacts.sweep import Sweep
+from lftpipe.outputs import MARK
 
 #: Okabe and Ito's colours, that all kinds of colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -14,51 +19,65 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = [(colour, line) for line in ("-", "--", "-.", ":") for colour in COLOURS]
 
 
-def draw_steps_curve(rows: list[dict[str, Any]], path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a figure as PNG, marked as ours."""
+    figure.savefig(path, dpi=dpi, format="png", metadata={"Software": MARK.decode()})
+
+
+def literal(name: str) -> str:
+    """A name as matplotlib shows it literally: no mathematics, and none that a legend would hide."""
+    return "\u200b" * name.startswith("_") + name.replace("$", r"\$")
+
+
+def draw_steps_curve(rows: Sequence[Score], path: Path) -> None:
     """Figure 5: KL_x and NMSE against the number of steps k, one line a run.
 
     Runs that have no steps (regression) and skipped blocks are level, dotted lines.
     """
-    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    runs: dict[str, list[Score]] = defaultdict(list)
     for row in rows:
-        if row["run"]:
-            runs[row["run"]].append(row)
+        if row.run:
+            runs[row.run].append(row)
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     shown = {"kl_latent": "KL_x", "nmse_without_first": "NMSE without first"}
     for axis, (key, label) in zip(axes, shown.items(), strict=True):
         for (name, points), (colour, line) in zip(sorted(runs.items()), STYLES * 4, strict=False):
-            x, y = [p["k"] for p in points], [p[key] for p in points]
-            if len(points) == 1:
-                axis.axhline(y[0], color=colour, linestyle=":", label=name)
+            known = [point for point in points if getattr(point, key) is not None]
+            x, y = [point.k for point in known], [getattr(point, key) for point in known]
+            if len(points) == 1 and known:
+                axis.axhline(y[0], color=colour, linestyle=":", label=literal(name))
             else:
-                axis.plot(x, y, marker="o", color=colour, linestyle=line, label=name)
-        blocks = {row["block"] for row in rows if row["run"]}
+                axis.plot(x, y, marker="o", color=colour, linestyle=line, label=literal(name))
+        blocks = {row.block for row in rows if row.run}
         for row in rows:
-            if row["run"] is None and row["block"] in blocks and row[key] is not None:
-                axis.axhline(row[key], color="0.6", linestyle="--", label=f"{row['method']}")
+            if row.run is None and row.block in blocks and getattr(row, key) is not None:
+                axis.axhline(getattr(row, key), color="0.6", linestyle="--", label=literal(row.method))
         axis.set(xlabel="steps k", ylabel=label, yscale="log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def draw_adaptive(rows: list[dict[str, Any]], adaptive: list[dict[str, Any]], path: Path) -> None:
+def draw_adaptive(rows: Sequence[Score], adaptive: Sequence[AdaptiveScore], path: Path) -> None:
     """KL against mean NFE: one line a run for fixed steps, a dashed one for steps chosen token by token."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    for name, colour in zip(sorted({row["run"] for row in adaptive}), COLOURS * 4, strict=False):
+    for name, colour in zip(sorted({row.run or "" for row in adaptive}), COLOURS * 4, strict=False):
         for source, style, label in ((rows, "o-", name), (adaptive, "s--", f"{name}, chosen")):
-            points = sorted((row["nfe"], row["kl"]) for row in source if row["run"] == name)
-            axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
+            points = sorted(
+                (row.nfe or 0, row.kl) for row in source if row.run == name and row.kl is not None
+            )
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            axis.plot(x, y, style, color=colour, label=literal(label))
     axis.set(xlabel="mean NFE of a token", ylabel="KL, nats a token")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def draw_training(curves: dict[str, list[dict[str, Any]]], skips: list[dict[str, Any]], path: Path) -> None:
+def draw_training(curves: dict[str, list[dict[str, Any]]], skips: Sequence[Score], path: Path) -> None:
     """Figure 4: NMSE against training tokens, one line a run, skipped layers as dotted lines.
 
     Parameters
@@ -67,7 +86,9 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: list[dict[str,
         Lines of metrics by run. Where a run was evaluated on validation, those points are drawn, else
         its training batches.
     skips
-        Rows of the table of results.
+        Of layers that are left out.
+    path
+        Of the PNG.
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -82,14 +103,15 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: list[dict[str,
             color=colour,
             linestyle=line,
             marker=marker,
-            label=name,
+            label=literal(name),
         )
-    for number, row in enumerate(sorted(skips, key=lambda row: row["nmse"])):
-        axis.axhline(row["nmse"], color="0.5", linestyle=":")
+    levels = sorted((skip.nmse, skip.method) for skip in skips if skip.nmse is not None)
+    for number, (nmse, method) in enumerate(levels):
+        axis.axhline(nmse, color="0.5", linestyle=":")
         axis.annotate(
-            row["method"],
+            literal(method),
             # In turn left and right: neighbours would cover each other.
-            (0.01 if number % 2 else 0.99, row["nmse"]),
+            (0.01 if number % 2 else 0.99, nmse),
             xycoords=("axes fraction", "data"),
             ha="left" if number % 2 else "right",
             va="bottom",
@@ -102,7 +124,7 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: list[dict[str,
     )
     axis.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 #: Predictors of a sweep and what their axes say.
@@ -111,31 +133,34 @@ PREDICTOR_LABELS = {
     "relative_gap": "relative gap",
     "relative_displacement": "relative displacement",
     "probe_residual": "linear probe's residual",
+    "influence": "influence: 1 - mean cosine",
 }
 
 
-def draw_sweep(result: dict[str, Any], path: Path) -> None:
+def draw_sweep(result: Sweep, path: Path) -> None:
     """The KL that every block of a sweep reached against each predictor; one colour and marker a length."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    axes = figure.subplots(2, 2, sharey=True)
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    axes = figure.subplots(2, 3, sharey=True)
     found = {
-        entry["predictor"]: entry
-        for entry in result["correlations"]
-        if entry["against"] == "kl" and entry["length"] is None
+        entry.predictor: entry
+        for entry in result.correlations
+        if entry.against == "kl" and entry.length is None
     }
-    for axis, (key, label) in zip(axes.flat, PREDICTOR_LABELS.items(), strict=True):
-        for length, colour, marker in zip(result["lengths"], COLOURS * 4, "osD^vP*" * 4, strict=False):
-            rows = [row for row in result["rows"] if row["length"] == length]
-            x, y = [row[key] for row in rows], [row["kl"] for row in rows]
+    for axis, (key, label) in zip(axes.flat, PREDICTOR_LABELS.items(), strict=False):
+        for length, colour, marker in zip(result.lengths, COLOURS * 4, "osD^vP*" * 4, strict=False):
+            rows = [row for row in result.rows if row.length == length and getattr(row, key) is not None]
+            x, y = [getattr(row, key) for row in rows], [row.kl for row in rows]
             axis.scatter(x, y, c=colour, marker=marker, label=f"{length} layers")
             for row in rows:
-                at = (row[key], row["kl"])
-                axis.annotate(row["block"], at, xytext=(4, 3), textcoords="offset points", fontsize=7)
-        coefficient = found[key]["spearman"]
+                at = (getattr(row, key), row.kl)
+                axis.annotate(row.block, at, xytext=(4, 3), textcoords="offset points", fontsize=7)
+        coefficient = found[key].spearman if key in found else None
         shown = "no rank correlation" if coefficient is None else f"Spearman {coefficient:+.2f}"
         axis.set(xlabel=label, yscale="log", title=f"{shown} over all blocks")
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("KL reached, nats a token")
+    for axis in axes.flat[len(PREDICTOR_LABELS) :]:
+        axis.set_axis_off()
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

@@ -1,7 +1,11 @@
 """Table 1's columns, and how a table of results reads as Markdown. No torch."""
 
 import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
+
+from lftpipe.artefacts.results import AdaptiveScore, Results, Score
 
 #: Keys of a row of `results.json` and their headings.
 COLUMNS = {
@@ -16,6 +20,8 @@ COLUMNS = {
     "nmse_without_first": "NMSE w/o first",
     "kl": "KL",
     "ppl": "PPL",
+    "ppl_ratio": "PPL ratio",
+    "agreement": "agreement",
     "parameters": "parameters",
     "ms_per_token": "ms/token",
     "seed": "seed",
@@ -42,10 +48,24 @@ ADAPTIVE_COLUMNS = {
 }
 
 
-def markdown_table(rows: list[dict[str, Any]], columns: dict[str, str] = COLUMNS) -> list[str]:
-    """The lines of a Markdown table of some keys of rows, under their headings."""
-    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
-    return lines + ["| " + " | ".join(cell(row[key]) for key in columns) + " |" for row in rows]
+def markdown_lines(heading: Sequence[str], table: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table. Names can neither end a cell nor become HTML."""
+    lines = ["| " + " | ".join(map(escaped, heading)) + " |", "|" + "---|" * len(heading)]
+    return lines + ["| " + " | ".join(map(escaped, row)) + " |" for row in table]
+
+
+def escaped(text: str) -> str:
+    """A text as Markdown shows it literally, on one line, in a cell or outside."""
+    shown = " ".join(text.split())
+    for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
+        shown = shown.replace(character, written)
+    return re.sub(r"([\\`*\[\]])", r"\\\1", shown)
+
+
+def markdown_table(rows: Iterable[Any], columns: dict[str, str] = COLUMNS) -> list[str]:
+    """The lines of a Markdown table of some attributes of rows, under their headings."""
+    table = ([cell(getattr(row, key, None)) for key in columns] for row in rows)
+    return markdown_lines(list(columns.values()), table)
 
 
 #: Of the table of means over seeds.
@@ -65,44 +85,50 @@ MEAN_COLUMNS = {
 }
 
 
-def means_over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of runs that differ by nothing but their seed, as one: means, and the range of KL.
+@dataclass(frozen=True, kw_only=True)
+class Mean(Score):
+    """Runs that differ by nothing but their seed, as one: means, and the range of KL."""
 
-    They are known by their names, which end in `-seedS`; those of a single seed are left out.
-    """
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    seeds: int
+    kl_low: float | None
+    kl_high: float | None
+
+
+def means_over_seeds(rows: Sequence[Score]) -> list[Mean]:
+    """Of the runs whose names end in `-seedS`, those of several seeds."""
+    groups: dict[tuple[Any, ...], list[Score]] = {}
     for row in rows:
-        if row["run"] and (named := re.fullmatch(r"(.+)-seed\d+", row["run"])):
-            key = (named[1], *(row[key] for key in ("method", "block", "k", "solver", "nfe", "train_tokens")))
-            groups.setdefault(key, []).append(row)
-    means = []
-    for (name, *_), group in groups.items():
-        if len(group) > 1:
-            average = {
-                key: sum(row[key] for row in group) / len(group)
-                for key in ("kl_latent", "nmse", "nmse_without_first", "kl", "ppl")
-            }
-            spread = {"kl_low": min(row["kl"] for row in group), "kl_high": max(row["kl"] for row in group)}
-            means.append(group[0] | average | spread | {"run": name, "seed": None, "seeds": len(group)})
-    return means
+        if row.run and (named := re.fullmatch(r"(.+)-seed\d+", row.run)):
+            alike = (row.method, row.block, row.k, row.solver, row.nfe, row.train_tokens)
+            groups.setdefault((named[1], *alike), []).append(row)
+    return [_mean(name, group) for (name, *_), group in groups.items() if len(group) > 1]
 
 
-def means_section(rows: list[dict[str, Any]]) -> list[str]:
+def _mean(name: str, group: list[Score]) -> Mean:
+    averaged = {}
+    for key in ("kl_latent", "nmse", "nmse_without_first", "kl", "ppl", "ppl_ratio", "agreement"):
+        values = [value for row in group if (value := getattr(row, key)) is not None]
+        averaged[key] = sum(values) / len(values) if len(values) == len(group) else None
+    kls = [row.kl for row in group if row.kl is not None]
+    shared = {field.name: getattr(group[0], field.name) for field in fields(Score)}
+    shared |= averaged | {"run": name, "seed": None}
+    low, high = (min(kls), max(kls)) if kls else (None, None)
+    return Mean(**shared, seeds=len(group), kl_low=low, kl_high=high)
+
+
+def means_section(rows: Sequence[Score]) -> list[str]:
     """The lines of the table of means over seeds; none if no two runs differ by their seed alone."""
     means = means_over_seeds(rows)
     return ["## Means over seeds", "", *markdown_table(means, MEAN_COLUMNS), ""] if means else []
 
 
-def adaptive_section(result: dict[str, Any]) -> list[str]:
+def adaptive_section(result: Results) -> list[str]:
     """The lines that compare steps chosen token by token with fixed ones; none if nothing was measured."""
-    chosen = result.get("adaptive", [])
-    if not chosen:
+    if not result.adaptive:
         return []
-    runs = {row["run"] for row in chosen}
-    rows = [
-        row | {"threshold": None, "nfe_with_keys": row["nfe"]} for row in result["rows"] if row["run"] in runs
-    ]
-    rows = sorted(rows + chosen, key=lambda row: (row["run"], row["nfe"]))
+    runs = {row.run for row in result.adaptive}
+    fixed = (row for row in result.rows if row.run in runs)
+    rows: list[Score] = sorted([*fixed, *result.adaptive], key=lambda row: (row.run or "", row.nfe or 0))
     return [
         "## Steps per token",
         "",
@@ -110,8 +136,28 @@ def adaptive_section(result: dict[str, Any]) -> list[str]:
         "(relative); `-` is a fixed number of steps. A finished token is counted as evaluated no more, in "
         "`NFE with keys` as paying for keys and values until the last step. Nothing is faster on the clock.",
         "",
-        *markdown_table(rows, ADAPTIVE_COLUMNS),
+        *markdown_lines(list(ADAPTIVE_COLUMNS.values()), map(_adaptive_cells, rows)),
         "",
+    ]
+
+
+def _adaptive_cells(row: Score) -> list[str]:
+    """A fixed number of steps has no threshold, and its keys cost what its evaluations do."""
+    given = {"nfe_with_keys": row.nfe} if not isinstance(row, AdaptiveScore) else {}
+    return [cell(given.get(key, getattr(row, key, None))) for key in ADAPTIVE_COLUMNS]
+
+
+def results_page(result: Results, title: str, introduction: str) -> list[str]:
+    """The lines of a page with the table of results and what follows from it."""
+    return [
+        f"# {escaped(title)}",
+        "",
+        escaped(introduction),
+        "",
+        *markdown_table(result.rows),
+        "",
+        *means_section(result.rows),
+        *adaptive_section(result),
     ]
 
 

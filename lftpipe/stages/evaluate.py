@@ -3,7 +3,6 @@
 Of the teacher only the layers from the blocks' first on, the final norm and the head are loaded.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +10,50 @@ from rich import box
 from rich.table import Table
 
 from lftpipe import runs
+from lftpipe.artefacts.results import AdaptiveScore, Results
 from lftpipe.config.layers import check_apart
 from lftpipe.config.settings import EvaluateSettings, to_json
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
-from lftpipe.evaluation.predictors import Row, run_rows, together_rows
+from lftpipe.evaluation.predictors import (
+    Predictor,
+    joined_predictors,
+    run_predictors,
+    skip_predictor,
+    teacher_predictor,
+)
 from lftpipe.evaluation.scoring import score
-from lftpipe.files import write_atomic
-from lftpipe.flow.path import States
-from lftpipe.report.tables import COLUMNS, adaptive_section, cell, markdown_table, means_section
+from lftpipe.outputs import COMMENT, making
+from lftpipe.report.tables import COLUMNS, cell, results_page
 from lftpipe.store import Store
-from lftpipe.teacher.family import AttentionContext
-from lftpipe.teacher.parts import count_layer_parameters, count_parameters
 from lftpipe.teacher.recorded import open_recorded
 from lftpipe.teacher.source import Teacher
-from lftpipe.workspace import find_runs, find_store
+from lftpipe.workspace import find_runs, find_store, require_json_name
 
 #: Batches that every row is timed on.
 TIMED_BATCHES = 3
 
-METRICS = ("kl_latent", "nmse", "nmse_without_first", "kl", "ppl")
+METRICS = ("kl_latent", "nmse", "nmse_without_first", "kl", "ppl", "ppl_ratio", "agreement")
+
+#: Headings for a terminal, where they differ from the page's.
+SHORT = {"nmse_without_first": "w/o 1st", "ppl_ratio": "ratio", "agreement": "agree"}
+
+#: Keys by which a table of results is known, whole or damaged.
+MARKS = (b'"kl_latent"', b'"validation_tokens"', b'"ms_per_token"')
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Score teacher, skips and runs over the whole validation split, and write the table.
 
+    Parameters
+    ----------
+    settings
+        Which runs, in how many steps.
+
     Returns
     -------
     dict
-        The content of the JSON file.
+        The content of the JSON file (`lftpipe.artefacts.results.Results`), and `out`.
 
     Raises
     ------
@@ -48,14 +62,18 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """
     prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
-    store = Store.open(store_path)
     out = settings.out or store_path.parent / "results.json"
-    if out.suffix == ".md":
-        raise SettingsError(f"--out {out}", "the JSON file's name", "end it in .json; the .md goes beside it")
-    for file in (out, out.with_suffix(".md")):
-        if file.exists() and not settings.force:
-            raise SettingsError(f"--out {file}, which exists", "a new file", "pass --force or another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    require_json_name(out)
+    page = out.with_suffix(".md")
+    with making(out, [page], marks=MARKS, force=settings.force) as staging:
+        result = _results(settings, store_path)
+        result.write(staging.path(out))
+        staging.path(page).write_text(markdown(result))
+    return result.to_json() | {"out": str(out)}
+
+
+def _results(settings: EvaluateSettings, store_path: Path) -> Results:
+    store = Store.open(store_path)
     if store.num_sequences("validation") == 0:
         raise StoreError(
             f"store {store_path} without validation sequences",
@@ -64,18 +82,12 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         )
     opened = [runs.open_run(path) for path in find_runs(store_path, settings.runs)]
     for run in opened:
-        if store.fingerprint != run.store_fingerprint and store.origin != run.store_origin:
-            raise RunError(
-                f"{run.path}, trained from another store than {store_path}",
-                "runs of this store",
-                "name the run's store with --store, or train again",
-            )
+        _check_run(run, store)
     if settings.adaptive:
         _check_adaptive(opened, settings)
     teacher = open_recorded(store.identity["teacher"], settings.workspace, store.path)
-    rows = _rows(opened, settings, store, teacher)
-    score(
-        rows,
+    scores = score(
+        _predictors(opened, settings, teacher),
         store,
         teacher,
         batch_tokens=settings.batch_tokens,
@@ -83,20 +95,30 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         device=settings.device,
         timed_batches=TIMED_BATCHES,
     )
-    result = {
-        "teacher": teacher.name,
-        "store": str(store_path),
-        "store_fingerprint": store.fingerprint,
-        "validation_tokens": store.num_sequences("validation") * store.context,
-        "compute_dtype": settings.compute_dtype,
-        "settings": to_json(settings),
-        "rows": [row.plain() for row in rows if row.evaluations is None],
-    }
-    if settings.adaptive:
-        result["adaptive"] = [row.plain() for row in rows if row.evaluations is not None]
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
-    write_atomic(out.with_suffix(".md"), markdown(result).encode())
-    return result | {"out": str(out)}
+    adaptive = [each for each in scores if isinstance(each, AdaptiveScore)]
+    return Results(
+        teacher=teacher.name,
+        store=str(store_path),
+        store_fingerprint=store.fingerprint,
+        validation_tokens=store.num_sequences("validation") * store.context,
+        compute_dtype=settings.compute_dtype,
+        settings=to_json(settings),
+        rows=[each for each in scores if not isinstance(each, AdaptiveScore)],
+        adaptive=adaptive if settings.adaptive else None,
+    )
+
+
+def _check_run(run: runs.Run, store: Store) -> None:
+    if store.fingerprint != run.store_fingerprint and store.origin != run.store_origin:
+        raise RunError(
+            f"{run.path}, trained from another store than {store.path}",
+            "runs of this store",
+            "name the run's store with --store, or train again",
+        )
+    m, n = run.block
+    absent = [state for state in run.block if state not in store.layers]
+    if absent:
+        raise RunError(f"run {run.path} of block {m}:{n}", f"state {absent[0]} in the store", "extract it")
 
 
 def _check_adaptive(opened: list[runs.Run], settings: EvaluateSettings) -> None:
@@ -118,32 +140,17 @@ def _check_adaptive(opened: list[runs.Run], settings: EvaluateSettings) -> None:
             )
 
 
-def _keep(x: States, context: AttentionContext) -> States:
-    """A skipped block: its input stands in for its output."""
-    del context
-    return x
-
-
-def _rows(opened: list[runs.Run], settings: EvaluateSettings, store: Store, teacher: Teacher) -> list[Row]:
+def _predictors(opened: list[runs.Run], settings: EvaluateSettings, teacher: Teacher) -> list[Predictor]:
     """Teacher, the skips of each block's first layers, each whole block skipped, then the runs."""
-    total, layer = count_parameters(teacher), count_layer_parameters(teacher)
     blocks = {run.block for run in opened}
     first_layers = {
         (m, m + count) for m, _ in blocks for count in settings.skips if m + count <= teacher.num_layers
     }
-    rows = [Row("teacher", None, _keep, total)]
-    for m, n in sorted(first_layers | blocks):
-        name = f"skip layer {m}" if n == m + 1 else f"skip layers {m}-{n - 1}"
-        rows.append(Row(name, (m, n), _keep, total - (n - m) * layer, nfe=0))
+    found = [teacher_predictor(teacher)]
+    found += [skip_predictor(teacher, block) for block in sorted(first_layers | blocks)]
     each = []
     for run in opened:
-        m, n = run.block
-        absent = [state for state in run.block if state not in store.layers]
-        if absent:
-            raise RunError(
-                f"run {run.path} of block {m}:{n}", f"state {absent[0]} in the store", "extract it"
-            )
-        own = run_rows(
+        own = run_predictors(
             run,
             settings.k,
             teacher,
@@ -151,32 +158,26 @@ def _rows(opened: list[runs.Run], settings: EvaluateSettings, store: Store, teac
             solver=settings.solver,
             thresholds=settings.adaptive,
         )
-        each.append([row for row in own if row.evaluations is None])
-        rows += own
+        each.append([one for one in own if not one.adaptive])
+        found += own
     if settings.together:
         in_order = sorted(each, key=lambda own: own[0].block or (0, 0))
         blocks = [own[0].block or (0, 0) for own in in_order]
         if len(blocks) < 2:
             raise SettingsError("--together with one run", "several, of blocks apart", "name more runs")
         check_apart(blocks, "--together with runs of blocks")
-        rows += together_rows(in_order, teacher, settings.device)
-    return rows
+        found += joined_predictors(in_order, teacher, settings.device)
+    return found
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: Results) -> str:
     """The table as a Markdown page."""
-    lines = [
-        f"# Results: {result['teacher']}",
-        "",
-        f"{result['validation_tokens']:,} validation tokens, evaluated in {result['compute_dtype']}. "
-        "ms/token is from the first block's input to the logits, the same stretch for every row.",
-        "",
-        *markdown_table(result["rows"]),
-        "",
-        *means_section(result["rows"]),
-        *adaptive_section(result),
-    ]
-    return "\n".join(lines).rstrip() + "\n"
+    introduction = (
+        f"{result.validation_tokens:,} validation tokens, evaluated in {result.compute_dtype}. "
+        "ms/token is from the first block's input to the logits, the same stretch for every row."
+    )
+    lines = results_page(result, f"Results: {result.teacher}", introduction)
+    return "\n".join([*lines, COMMENT]) + "\n"
 
 
 def summary(result: dict[str, Any]) -> Table:
@@ -188,7 +189,7 @@ def summary(result: dict[str, Any]) -> Table:
         left = key in ("method", "block", "solver")
         # In a narrow terminal names are folded, never numbers.
         table.add_column(
-            "w/o 1st" if key == "nmse_without_first" else COLUMNS[key],
+            SHORT.get(key, COLUMNS[key]),
             justify="left" if left else "right",
             overflow="fold",
             no_wrap=key != "method",

@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 
 from lftpipe import progress, runs
+from lftpipe.artefacts.base import read_json
+from lftpipe.artefacts.metrics import read_metrics
 from lftpipe.config.settings import InfoSettings
 from lftpipe.corpus.packing import SPLITS
 from lftpipe.errors import SettingsError
@@ -43,13 +45,13 @@ def info(settings: InfoSettings) -> dict[str, Any]:
 
 def _of_run(path: Path) -> dict[str, Any]:
     run = runs.open_run(path)
-    manifest = json.loads((path / runs.MANIFEST).read_text())
-    lines = (path / runs.METRICS).read_text().splitlines() if (path / runs.METRICS).exists() else []
+    metrics = read_metrics(path / runs.METRICS, run.metrics_digest)
     return {
         "kind": "run",
         "path": str(run.path),
-        **manifest,
-        "last_metrics": json.loads(lines[-1]) if lines else None,
+        **read_json(path / runs.MANIFEST),
+        "last_metrics": metrics.rows[-1] if metrics.rows else None,
+        "damaged_metrics": metrics.damage,
         "weights_bytes": (path / runs.WEIGHTS).stat().st_size,
     }
 

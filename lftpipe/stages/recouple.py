@@ -6,23 +6,29 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from lftpipe.artefacts.recoupling import RecouplingMap
 from lftpipe.config.layers import parse_block
 from lftpipe.config.settings import RecoupleSettings
 from lftpipe.errors import SettingsError
-from lftpipe.files import write_atomic
+from lftpipe.outputs import making
 from lftpipe.recoupling import ranking
-from lftpipe.recoupling.artefact import FILE_NAME, make_map, map_layers, write_map
+from lftpipe.recoupling.artefact import FILE_NAME, MARKS, make_map, map_layers
 from lftpipe.report.heatmap import draw_recoupling
 from lftpipe.report.pages import recoupling_page
 from lftpipe.store import Store
-from lftpipe.workspace import check_outputs, find_store
+from lftpipe.workspace import find_store, require_json_name
 
-#: Shares of the layers for which the summary recommends ranking.
-SHARES = (0.125, 0.25, 0.375, 0.5)
+#: Fractions of the layers for which the summary recommends blocks.
+FRACTIONS = (0.125, 0.25, 0.375, 0.5)
 
 
 def recouple(settings: RecoupleSettings) -> dict[str, Any]:
     """Map all pairs `m < n` of a store's states, write the map as JSON, PNG and an HTML page.
+
+    Parameters
+    ----------
+    settings
+        Samples, metric, and where the map goes.
 
     Returns
     -------
@@ -37,20 +43,20 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
     started = time.monotonic()
     path = find_store(settings.workspace, settings.store)
     out = settings.out or path.parent / FILE_NAME
-    check_outputs(out, (".png", ".html"), settings.force)
-    pictures = [out.with_suffix(".png"), out.with_suffix(".html")]
-    store = Store.open(path)
-    layers = map_layers(settings, store)
-    shown = _shown(settings, layers, store.layers)
-    result = make_map(settings, store, layers)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw_recoupling(result, shown or _default_shown(result), pictures[0])
-    write_atomic(pictures[1], recoupling_page(result).encode())
-    write_map(out, result)
-    return result | {
+    require_json_name(out)
+    picture, page = out.with_suffix(".png"), out.with_suffix(".html")
+    with making(out, [picture, page], marks=MARKS, force=settings.force) as staging:
+        store = Store.open(path)
+        layers = map_layers(settings, store)
+        shown = _shown(settings, layers, store.layers)
+        result = make_map(settings, store, layers)
+        draw_recoupling(result, shown or _default_shown(result), staging.path(picture))
+        staging.path(page).write_text(recoupling_page(result.to_json()))
+        result.write(staging.path(out))
+    return result.to_json() | {
         "store": str(path),
         "out": str(out),
-        "pictures": [str(picture) for picture in pictures],
+        "pictures": [str(picture), str(page)],
         "seconds": round(time.monotonic() - started, 3),
     }
 
@@ -67,9 +73,9 @@ def _shown(
     return pairs
 
 
-def _default_shown(result: dict[str, Any]) -> list[tuple[int, int]]:
+def _default_shown(result: RecouplingMap) -> list[tuple[int, int]]:
     """Figure 6 (b, c) shows the first block and a good one: here the first and the best quarter."""
-    layers, length = result["layers"], ranking.block_length(result["num_layers"], 0.25)
+    layers, length = result.layers, ranking.block_length(result.num_layers, 0.25)
     ranked = ranking.rank_blocks(result, length) or [(layers[0], layers[-1])]
     first = min(ranked)
     best = ranked[0]
@@ -77,21 +83,22 @@ def _default_shown(result: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def summary(result: dict[str, Any]) -> RenderableType:
-    """The best blocks for common shares of the layers, and where the map is."""
+    """The best blocks for common fractions of the layers, and where the map is."""
+    recoupling = RecouplingMap.from_plain(result)
     table = Table(title=None, box=None, header_style="bold", pad_edge=False)
     for name in ("replace", "block", "R", "raw", "gap", "displacement", "next best"):
         table.add_column(name, justify="left" if name in ("block", "next best") else "right")
-    lengths = {entry["length"]: entry["blocks"] for entry in result["ranking"]}
-    wanted = {ranking.block_length(result["num_layers"], share) for share in SHARES}
+    lengths = {entry.length: entry.blocks for entry in recoupling.ranking}
+    wanted = {ranking.block_length(recoupling.num_layers, fraction) for fraction in FRACTIONS}
     for length in sorted(wanted & lengths.keys()) or sorted(lengths)[:4]:
         (m, n), *others = lengths[length]
         figures = {
-            name: ranking.value(result, name, (m, n))
+            name: ranking.value(recoupling, name, (m, n))
             for name in ("ratio", "ratio_stderr", "ratio_raw", "relative_gap", "relative_displacement")
         }
         error = "" if figures["ratio_stderr"] is None else f" ± {figures['ratio_stderr']:.3f}"
         table.add_row(
-            f"{length / result['num_layers']:.0%}",
+            f"{length / recoupling.num_layers:.0%}",
             f"{m}:{n}",
             f"{figures['ratio']:.3f}{error}",
             f"{figures['ratio_raw']:.3f}",
@@ -99,10 +106,10 @@ def summary(result: dict[str, Any]) -> RenderableType:
             f"{figures['relative_displacement']:.3f}",
             ", ".join(f"{other[0]}:{other[1]}" for other in others[:3]),
         )
-    size, used = len(result["layers"]), result["settings"]
-    kind = "APPROXIMATE (Sinkhorn, blurred) " if result["approximate"] else ""
+    size, used = len(recoupling.layers), recoupling.settings
+    kind = "APPROXIMATE (Sinkhorn, blurred) " if recoupling.approximate else ""
     head = (
-        f"{kind}recoupling ratio R, {size * (size - 1) // 2} pairs of states of {result['teacher']}: "
+        f"{kind}recoupling ratio R, {size * (size - 1) // 2} pairs of states of {recoupling.teacher}: "
         f"{used['batches']} batches of {used['tokens']} tokens, {used['metric']}"
         + (", standardised" if used["standardise"] else "")
         + (", without first positions" if used["skip_first"] else "")

@@ -1,7 +1,6 @@
 """`lftpipe sweep`: a short run for every block of some lengths: did the map predict what they reach?"""
 
-import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,16 @@ from rich.table import Table
 
 import lftpipe
 from lftpipe import progress, runs
+from lftpipe.artefacts.recoupling import Matrix, RecouplingMap
+from lftpipe.artefacts.results import Score
+from lftpipe.artefacts.sweep import Choice, Correlation, Sweep, SweptBlock, SweptRun
 from lftpipe.config.settings import RecoupleSettings, SweepSettings, TrainSettings, to_json
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.evaluation import correlation
-from lftpipe.evaluation.predictors import run_rows
+from lftpipe.evaluation.predictors import run_predictors
 from lftpipe.evaluation.scoring import score
-from lftpipe.files import write_atomic
+from lftpipe.outputs import making
 from lftpipe.recoupling import ranking
 from lftpipe.recoupling.artefact import open_map
 from lftpipe.recoupling.probe import draw_parts, probe_residual
@@ -29,10 +31,13 @@ from lftpipe.teacher.source import Teacher
 from lftpipe.training.resolve import resolved, run_name
 from lftpipe.training.resume import changed_settings
 from lftpipe.training.together import train_runs
-from lftpipe.workspace import check_outputs, find_store
+from lftpipe.workspace import find_store, require_json_name
 
-#: Shares of the layers that are swept where no lengths are given.
-SHARES = (0.25, 0.5)
+#: Keys by which a sweep is known, whole or damaged.
+MARKS = (b'"correlations"', b'"map_settings"', b'"choices"')
+
+#: Fractions of the layers that are swept where no lengths are given.
+FRACTIONS = (0.25, 0.5)
 
 #: Tokens scored at a time.
 SCORE_TOKENS = 2048
@@ -58,9 +63,19 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     out = settings.out or store_path.parent / "sweep.json"
+    require_json_name(out)
+    picture, page = out.with_suffix(".png"), out.with_suffix(".md")
     cure = "pass --force (finished runs are not trained again)"
-    check_outputs(out, (".md", ".png"), settings.force, cure)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with making(out, [page, picture], marks=MARKS, force=settings.force, cure=cure) as staging:
+        trained, result = _swept(settings, store_path, out.with_suffix(""))
+        draw_sweep(result, staging.path(picture))
+        staging.path(page).write_text(markdown(result))
+        result.write(staging.path(out))
+    return result.to_json() | {"out": str(out), "trained": trained}
+
+
+def _swept(settings: SweepSettings, store_path: Path, folder: Path) -> tuple[int, Sweep]:
+    """How many runs were trained now, into `folder`, and what all of them say."""
     store = Store.open(store_path)
     if store.num_sequences("validation") == 0:
         raise StoreError(
@@ -73,29 +88,25 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     made_with = RecoupleSettings(workspace=settings.workspace, store=store_path, threads=settings.threads)
     found = open_map(store_path, store, made_with)
     swept = _blocks(found, lengths)
-    found = found | {"probe_residual": _residuals(settings, store, found, swept)}
-    trained, finished = _train(settings, store, teacher, swept, out.with_suffix(""))
+    found = replace(found, probe_residual=_residuals(settings, store, found, swept))
+    trained, finished = _train(settings, store, teacher, swept, folder)
     rows = _rows(found, swept, _score(finished, settings, store, teacher))
-    result = {
-        "teacher": teacher.name,
-        "store_fingerprint": store.fingerprint,
-        "lengths": lengths,
-        "validation_tokens": store.num_sequences("validation") * store.context,
-        "map_settings": found["settings"],
-        "settings": {key: entry for key, entry in to_json(settings).items() if key != "force"},
-        "lftpipe": lftpipe.__version__,
-        "rows": rows,
-        "correlations": _correlations(rows, lengths, settings.seed),
-        "choices": _choices(found, rows, lengths),
-    }
-    draw_sweep(result, out.with_suffix(".png"))
-    write_atomic(out.with_suffix(".md"), markdown(result).encode())
-    write_atomic(out, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    return result | {"out": str(out), "trained": trained}
+    return trained, Sweep(
+        teacher=teacher.name,
+        store_fingerprint=store.fingerprint,
+        lengths=lengths,
+        validation_tokens=store.num_sequences("validation") * store.context,
+        map_settings=dict(found.settings),
+        settings={key: entry for key, entry in to_json(settings).items() if key != "force"},
+        lftpipe=lftpipe.__version__,
+        rows=rows,
+        correlations=_correlations(rows, lengths, settings.seed),
+        choices=_choices(found, rows, lengths),
+    )
 
 
 def _lengths(given: tuple[int, ...], num_layers: int) -> list[int]:
-    lengths = sorted(set(given or (ranking.block_length(num_layers, share) for share in SHARES)))
+    lengths = sorted(set(given or (ranking.block_length(num_layers, fraction) for fraction in FRACTIONS)))
     if lengths[-1] > num_layers:
         raise SettingsError(
             f"--lengths {','.join(map(str, lengths))}",
@@ -105,7 +116,7 @@ def _lengths(given: tuple[int, ...], num_layers: int) -> list[int]:
     return lengths
 
 
-def _blocks(found: ranking.Map, lengths: list[int]) -> list[ranking.Block]:
+def _blocks(found: RecouplingMap, lengths: list[int]) -> list[ranking.Block]:
     """All blocks of these lengths between states on the map, in order."""
     swept: list[ranking.Block] = []
     for length in lengths:
@@ -113,7 +124,7 @@ def _blocks(found: ranking.Map, lengths: list[int]) -> list[ranking.Block]:
         if not here:
             raise SettingsError(
                 f"--lengths {length}",
-                f"two states that far apart on the map of states {', '.join(map(str, found['layers']))}",
+                f"two states that far apart on the map of states {', '.join(map(str, found.layers))}",
                 "name other lengths, or extract and recouple more layers",
             )
         swept += here
@@ -127,11 +138,11 @@ def _blocks(found: ranking.Map, lengths: list[int]) -> list[ranking.Block]:
 
 
 def _residuals(
-    settings: SweepSettings, store: Store, found: ranking.Map, swept: list[ranking.Block]
-) -> list[list[float | None]]:
+    settings: SweepSettings, store: Store, found: RecouplingMap, swept: list[ranking.Block]
+) -> Matrix:
     """The linear probe's residual of the swept blocks, as a square like those of the map."""
-    layers = found["layers"]
-    residuals: list[list[float | None]] = [[None] * len(layers) for _ in layers]
+    layers = found.layers
+    residuals: Matrix = [[None] * len(layers) for _ in layers]
     parts = draw_parts(store, settings.probe_tokens, settings.seed)
     with progress.task(f"linear probe of {len(swept)} blocks", len(swept), "blocks") as task:
         for m, n in swept:
@@ -190,72 +201,89 @@ def _agreed(run: Path, wanted: TrainSettings, store: Store, force: bool) -> Trai
     return wanted
 
 
-def _score(
-    finished: list[runs.Run], settings: SweepSettings, store: Store, teacher: Teacher
-) -> list[dict[str, Any]]:
-    """Every run's row of Table 1, with as many steps as it was trained with, untimed."""
-    rows = [row for run in finished for row in run_rows(run, (run.walk_steps,), teacher, settings.device)]
-    score(
-        rows,
+def _score(finished: list[runs.Run], settings: SweepSettings, store: Store, teacher: Teacher) -> list[Score]:
+    """Every run's line of Table 1, with as many steps as it was trained with, untimed."""
+    predictors = [
+        one for run in finished for one in run_predictors(run, (run.walk_steps,), teacher, settings.device)
+    ]
+    return score(
+        predictors,
         store,
         teacher,
         batch_tokens=SCORE_TOKENS,
         compute_dtype="float32",
         device=settings.device,
     )
-    return [row.plain() for row in rows]
 
 
-def _rows(
-    found: ranking.Map, swept: list[ranking.Block], scored: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """One row a block: the predictors, and what its runs reached, in the mean and each."""
-    kept = ("run", "seed", "train_tokens", "k", "solver", *OUTCOMES)
+def _rows(found: RecouplingMap, swept: list[ranking.Block], scored: list[Score]) -> list[SweptBlock]:
+    """Of every block the predictors, and what its runs reached, in the mean and each."""
+    kept = [field.name for field in fields(SweptRun)]
     rows = []
     for m, n in swept:
-        mine = [row for row in scored if row["block"] == f"{m}:{n}"]
+        mine = [row for row in scored if row.block == f"{m}:{n}"]
+        for row in mine:
+            if None in (row.kl, row.nmse, row.nmse_without_first, row.ppl):
+                raise RunError(
+                    f"run {row.run}, whose predictions are not finite",
+                    "finite ones",
+                    "sweep with a lower --learning-rate into another --out",
+                )
         predictors = {key: ranking.value(found, key, (m, n)) for key in ranking.PREDICTORS.values()}
-        reached = {key: float(np.mean([row[key] for row in mine])) for key in OUTCOMES}
-        each = [{key: row[key] for key in kept} for row in mine]
-        rows.append({"block": f"{m}:{n}", "length": n - m, **predictors, **reached, "runs": each})
+        reached = {key: float(np.mean([getattr(row, key) for row in mine])) for key in OUTCOMES}
+        each = [SweptRun(**{key: getattr(row, key) for key in kept}) for row in mine]
+        rows.append(SweptBlock(block=f"{m}:{n}", length=n - m, **predictors, **reached, runs=each))
     return rows
 
 
-def _correlations(rows: list[dict[str, Any]], lengths: list[int], seed: int) -> list[dict[str, Any]]:
+def _correlations(rows: list[SweptBlock], lengths: list[int], seed: int) -> list[Correlation]:
     """Of every predictor with every outcome: over all blocks (`length` null), and within each length.
 
-    Over all blocks their mere length is a predictor too: what the others have to beat.
+    Over all blocks their mere length is a predictor too: what the others have to beat. A predictor that the
+    map lacks is left out.
     """
+    keys = [key for key in ranking.PREDICTORS.values() if None not in (getattr(row, key) for row in rows)]
     found = []
     for against in AGAINST:
         for length in (None, *lengths):
-            here = [row for row in rows if length in (None, row["length"])]
-            y = np.array([row[against] for row in here])
-            for predictor in (*ranking.PREDICTORS.values(), *(["length"] if length is None else [])):
-                x = np.array([row[predictor] for row in here], np.float64)
-                entry = {"against": against, "predictor": predictor, "length": length}
-                found.append(entry | correlation.correlate(x, y, seed))
+            here = [row for row in rows if length in (None, row.length)]
+            y = np.array([getattr(row, against) for row in here])
+            for predictor in (*keys, *(["length"] if length is None else [])):
+                x = np.array([getattr(row, predictor) for row in here], np.float64)
+                entry = correlation.correlate(x, y, seed)
+                found.append(Correlation(against=against, predictor=predictor, length=length, **entry))
     return found
 
 
-def _choices(found: ranking.Map, rows: list[dict[str, Any]], lengths: list[int]) -> list[dict[str, Any]]:
+def _choices(found: RecouplingMap, rows: list[SweptBlock], lengths: list[int]) -> list[Choice]:
     """Which block each predictor would choose, what it reached, and which place that is, 1 the best."""
     choices = []
     for length in lengths:
-        order = sorted((row for row in rows if row["length"] == length), key=lambda row: row["kl"])
-        names = [row["block"] for row in order]
-        for by in ranking.PREDICTORS:
+        order = sorted((row for row in rows if row.length == length), key=lambda row: row.kl)
+        names = [row.block for row in order]
+        for by, key in ranking.PREDICTORS.items():
+            if getattr(found, key) is None:
+                continue
             m, n = ranking.rank_blocks(found, length, by)[0]
             place = names.index(f"{m}:{n}")
-            choice = {"rank_by": by, "length": length, "block": f"{m}:{n}", "kl": order[place]["kl"]}
-            best = {"best_block": names[0], "best_kl": order[0]["kl"]}
-            choices.append(choice | {"place": place + 1, "of": len(order)} | best)
+            choices.append(
+                Choice(
+                    rank_by=by,
+                    length=length,
+                    block=f"{m}:{n}",
+                    kl=order[place].kl,
+                    place=place + 1,
+                    of=len(order),
+                    best_block=names[0],
+                    best_kl=order[0].kl,
+                )
+            )
     return choices
 
 
 def summary(result: dict[str, Any]) -> Table:
     """The correlations with KL for a terminal."""
-    heading, rows = correlation_table(result, "kl")
+    heading, rows = correlation_table(Sweep.from_plain(result), "kl")
     title = f"{result['teacher']}: Spearman's coefficient with the KL reached, {len(result['rows'])} blocks"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in heading:

@@ -1,6 +1,5 @@
 """`lftpipe toy`: figure 3, paired points of the plane under every objective."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lftpipe import progress
+from lftpipe.artefacts.sweep import Panel, Toy
 from lftpipe.config.settings import ToySettings
 from lftpipe.device import prepare_processor
-from lftpipe.errors import SettingsError
-from lftpipe.files import write_atomic
 from lftpipe.flow.objective import ErrorScale, Loss, flow_matching, flow_walking, walk_times
 from lftpipe.flow.path import LinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver, equal_times
+from lftpipe.outputs import making
+from lftpipe.report.plots import save
+from lftpipe.workspace import require_json_name
 
 #: Panels: title, steps of walking (0: none), weight of standard flow matching.
 PANELS = (
@@ -26,6 +27,9 @@ PANELS = (
     ("FW, k = 3", 3, 0.0),
     ("hybrid, k = 3, alpha = 0.001", 3, 0.001),
 )
+
+#: Keys by which the toy's results are known, whole or damaged.
+MARKS = (b'"pairs_kept"', b'"panels"')
 
 #: Points whose trajectories are drawn.
 DRAWN_POINTS = 80
@@ -38,10 +42,15 @@ def toy(settings: ToySettings) -> dict[str, Any]:
     over them, and its points end with the wrong partners: it recouples. Walking is judged by where
     it ends, and keeps the pairs (section 3.1).
 
+    Parameters
+    ----------
+    settings
+        Steps, seed, and where the files go.
+
     Returns
     -------
     dict
-        The content of the JSON file: of each panel the share of pairs kept and the NMSE.
+        The content of the JSON file (`lftpipe.artefacts.sweep.Toy`), and `out`.
 
     Raises
     ------
@@ -50,30 +59,40 @@ def toy(settings: ToySettings) -> dict[str, Any]:
     """
     prepare_processor(settings.threads)
     out = settings.out or settings.workspace / "toy.json"
-    for file in (out, out.with_suffix(".png")):
-        if file.exists() and not settings.force:
-            raise SettingsError(f"{file}, which exists", "a new file", "pass --force or another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    panels, drawn = [], []
-    with progress.task("toy", settings.steps * len(PANELS), "steps") as task:
-        for title, walk_steps, alpha in PANELS:
-            torch.manual_seed(settings.seed)
-            velocity = PlaneVelocity()
-            _learn(velocity, settings, walk_steps, alpha, task)
-            x_0, x_1 = pairs(2000, settings.seed + 1)
-            k = walk_steps or settings.steps_at_inference
-            with torch.no_grad():
-                end = ODESolver(velocity).sample(x_0, 1 / k, settings.solver)
-            error = ((end - x_1).square().sum() / x_1.square().sum()).item()
-            kept = keeps_pair(end, x_1).float().mean().item()
-            panels.append(
-                {"panel": title, "k": k, "solver": settings.solver, "pairs_kept": kept, "nmse": error}
-            )
-            drawn.append(_trajectories(velocity, x_0[:DRAWN_POINTS], settings.solver, k))
-    result = {"seed": settings.seed, "steps": settings.steps, "panels": panels}
-    _draw(panels, drawn, pairs(2000, settings.seed + 1), out.with_suffix(".png"))
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
-    return result | {"out": str(out)}
+    require_json_name(out)
+    picture = out.with_suffix(".png")
+    with making(out, [picture], marks=MARKS, force=settings.force) as staging:
+        panels, drawn = [], []
+        with progress.task("toy", settings.steps * len(PANELS), "steps") as task:
+            for title, walk_steps, alpha in PANELS:
+                panel, places = _panel(settings, title, walk_steps, alpha, task)
+                panels.append(panel)
+                drawn.append(places)
+        result = Toy(seed=settings.seed, steps=settings.steps, panels=panels)
+        _draw(panels, drawn, pairs(2000, settings.seed + 1), staging.path(picture))
+        result.write(staging.path(out))
+    return result.to_json() | {"out": str(out)}
+
+
+def _panel(
+    settings: ToySettings, title: str, walk_steps: int, alpha: float, task: progress.Task
+) -> tuple[Panel, list[Tensor]]:
+    """Train one panel's velocity: what it keeps, and some points' trajectories."""
+    torch.manual_seed(settings.seed)
+    velocity = PlaneVelocity()
+    _learn(velocity, settings, walk_steps, alpha, task)
+    x_0, x_1 = pairs(2000, settings.seed + 1)
+    k = walk_steps or settings.steps_at_inference
+    with torch.no_grad():
+        end = ODESolver(velocity).sample(x_0, 1 / k, settings.solver)
+    panel = Panel(
+        panel=title,
+        k=k,
+        solver=settings.solver,
+        pairs_kept=keeps_pair(end, x_1).float().mean().item(),
+        nmse=((end - x_1).square().sum() / x_1.square().sum()).item(),
+    )
+    return panel, _trajectories(velocity, x_0[:DRAWN_POINTS], settings.solver, k)
 
 
 class PlaneVelocity(nn.Module):
@@ -151,9 +170,7 @@ def _trajectories(velocity: nn.Module, x_0: States, method: Method, k: int) -> l
     return places
 
 
-def _draw(
-    panels: list[dict[str, Any]], drawn: list[list[Tensor]], cloud: tuple[Tensor, Tensor], path: Path
-) -> None:
+def _draw(panels: list[Panel], drawn: list[list[Tensor]], cloud: tuple[Tensor, Tensor], path: Path) -> None:
     figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
     for axis, panel, places in zip(axes, panels, drawn, strict=True):
@@ -161,8 +178,8 @@ def _draw(
             axis.scatter(points[:300, 0, 0], points[:300, 0, 1], s=4, c=colour, alpha=0.4)
         lines = torch.stack([place[:, 0] for place in places])
         axis.plot(lines[..., 0], lines[..., 1], color="0.3", linewidth=0.5, marker=".", markersize=2)
-        axis.set_title(f"{panel['panel']}\npairs kept: {panel['pairs_kept']:.0%}")
-    figure.savefig(path, dpi=130)
+        axis.set_title(f"{panel.panel}\npairs kept: {panel.pairs_kept:.0%}")
+    save(figure, path, dpi=130)
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Students from their parts: a teacher's checkpoint and the runs that replace its blocks."""
 
 import copy
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lftpipe import runs
+from lftpipe.artefacts.export import SOURCE, ExportSource
 from lftpipe.errors import LftpipeError, RunError, TeacherError
 from lftpipe.runs import Run
 from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
@@ -25,9 +25,6 @@ STUDENTS: dict[str, Any] = {
     kind.family.name: kind for kind in (LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM)
 }
 
-#: The file of an exported folder that says from what it was made.
-SOURCE = "lftpipe.json"
-
 
 def teacher_of_run(run: Run, workspace: Path) -> Teacher:
     """The teacher that a run was trained for.
@@ -37,7 +34,7 @@ def teacher_of_run(run: Run, workspace: Path) -> Teacher:
     TeacherError
         If it is not found, or its weights are no longer those.
     """
-    return open_recorded(run.teacher, workspace, run.path)
+    return open_recorded(dict(run.teacher), workspace, run.path)
 
 
 def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
@@ -51,14 +48,14 @@ def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
         If the teacher is not found, or its weights changed since.
     """
     try:
-        recorded = json.loads((folder / SOURCE).read_text())["teacher"]
-    except (OSError, ValueError, KeyError) as error:
+        source = ExportSource.of_folder(folder)
+    except FileNotFoundError as error:
         raise RunError(
             f"{folder} without {SOURCE}, which names its teacher",
             "an exported folder, or a run",
             "name such a one",
         ) from error
-    return open_recorded(recorded, workspace, folder)
+    return open_recorded(dict(source.teacher), workspace, folder)
 
 
 def build_student(

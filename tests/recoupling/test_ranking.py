@@ -1,32 +1,24 @@
 """The rule by which blocks are chosen."""
 
-import numpy as np
-import pytest
+from dataclasses import replace
 
+import pytest
+from fake_maps import make_map
+
+from lftpipe.artefacts.recoupling import Ranked
 from lftpipe.errors import SettingsError
 from lftpipe.recoupling.ranking import best_block, block_length, rank_blocks, ranking
 
 
-def a_map(size, layers=None, **figures):
+def a_map(layers, **figures):
     """A map whose figures are 0 but for the pairs named: `ratio={(0, 2): 0.5}`."""
-    layers = list(range(size)) if layers is None else layers
-    result = {"layers": layers}
-    for name in ("ratio", "relative_gap", "relative_displacement"):
-        matrix = np.zeros((len(layers), len(layers))).tolist()
-        for (m, n), value in figures.get(name, {}).items():
-            matrix[layers.index(m)][layers.index(n)] = value
-        result[name] = matrix
-    return result
+    zeros = {key: {} for key in ("ratio", "relative_gap", "relative_displacement")}
+    return make_map(layers, 4, **zeros | figures)
 
 
 def test_the_lowest_ratio_wins():
     ratios = {(0, 2): 0.5, (1, 3): 0.1, (2, 4): 0.3}
     assert rank_blocks(a_map(5, ratio=ratios), 2) == [(1, 3), (2, 4), (0, 2)]
-
-
-def test_a_map_with_nothing_but_ratios_is_enough():
-    recoupling = {"layers": [0, 1, 2], "ratio": [[None, 0.302, 0.4], [None, None, 0.301], [None, None, None]]}
-    assert best_block(recoupling, 2, 0.5) == (1, 2)
 
 
 def test_equal_ratios_are_ranked_by_the_gap_then_by_displacement():
@@ -67,15 +59,22 @@ def test_the_best_block_has_the_length_asked_for():
 
 
 def test_states_that_are_not_on_the_map_are_no_blocks():
-    recoupling = a_map(0, layers=[6, 12, 18])
+    recoupling = a_map([6, 12, 18])
     assert rank_blocks(recoupling, 6) == [(6, 12), (12, 18)]
     with pytest.raises(SettingsError, match=r"block of 4 of 24 layers.*states 6, 12, 18.*pass --block"):
         best_block(recoupling, 24, 1 / 6)
 
 
 def test_the_ranking_lists_every_length_there_is():
-    table = ranking(a_map(0, layers=[0, 2, 4]), 4)
+    table = ranking(a_map([0, 2, 4]), 4)
     assert table == [
-        {"length": 2, "share": 0.5, "blocks": [[0, 2], [2, 4]]},
-        {"length": 4, "share": 1.0, "blocks": [[0, 4]]},
+        Ranked(length=2, share=0.5, blocks=[(0, 2), (2, 4)]),
+        Ranked(length=4, share=1.0, blocks=[(0, 4)]),
     ]
+
+
+def test_a_figure_that_the_map_lacks_cannot_rank():
+    recoupling = replace(a_map(3, influence={(0, 1): 0.2, (1, 2): 0.1}), probe_residual=None)
+    assert rank_blocks(recoupling, 1, "influence") == [(1, 2), (0, 1)]
+    with pytest.raises(SettingsError, match=r"map without probe_residual .*recouple --rank-by probe --force"):
+        rank_blocks(recoupling, 1, "probe")

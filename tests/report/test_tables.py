@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from lftpipe.report.tables import COLUMNS, markdown_table, means_over_seeds, means_section
+from lftpipe.artefacts.results import Score
+from lftpipe.report.tables import markdown_table, means_over_seeds, means_section
 
 
-def row(run: str | None, **values: Any) -> dict[str, Any]:
+def row(run: str | None, **values: Any) -> Score:
     known = {"method": "fw", "block": "1:3", "k": 1, "solver": "euler", "nfe": 1, "train_tokens": 64}
     figures = dict.fromkeys(("kl_latent", "nmse", "nmse_without_first", "kl", "ppl"), 1.0)
-    return dict.fromkeys(COLUMNS) | known | figures | {"run": run} | values
+    return Score(**known | figures | {"run": run, "parameters": 7} | values)
 
 
 def test_runs_that_differ_by_their_seed_alone_are_averaged():
@@ -21,8 +22,8 @@ def test_runs_that_differ_by_their_seed_alone_are_averaged():
         row("mine", kl=9.0),
     ]
     (mean,) = means_over_seeds(rows)
-    assert (mean["run"], mean["seeds"], mean["kl"], mean["nmse"]) == ("walk", 2, 2.0, 0.6)
-    assert (mean["kl_low"], mean["kl_high"]) == (1.0, 3.0)
+    assert (mean.run, mean.seeds, mean.kl, mean.nmse) == ("walk", 2, 2.0, 0.6)
+    assert (mean.kl_low, mean.kl_high) == (1.0, 3.0)
     assert means_section(rows)[0] == "## Means over seeds"
     assert means_section(rows[:1]) == []
 
@@ -30,3 +31,10 @@ def test_runs_that_differ_by_their_seed_alone_are_averaged():
 def test_every_row_of_the_table_names_its_run():
     lines = markdown_table([row("walk-seed0")])
     assert "| run |" in lines[0] and "walk-seed0" in lines[2]
+
+
+def test_a_name_is_a_cell_and_nothing_else():
+    (line,) = markdown_table([row("a|b\n<img src=x> [l](javascript:x)")])[2:]
+    assert line.count("|") == markdown_table([row("a")])[2].count("|")
+    assert "<" not in line and "[l]" not in line.replace("\\[l\\]", "")
+    assert "a&#124;b &lt;img src=x&gt;" in line

@@ -8,6 +8,7 @@ import torch
 from conftest import CONTEXT, extracted
 from transformers import AutoModelForCausalLM
 
+from lftpipe.artefacts.results import Results
 from lftpipe.config.settings import EvaluateSettings, TrainSettings
 from lftpipe.corpus.packing import positions
 from lftpipe.errors import RunError, SettingsError, StoreError
@@ -31,6 +32,8 @@ ROW = {
         "nmse_without_first",
         "kl",
         "ppl",
+        "ppl_ratio",
+        "agreement",
     ),
     *("parameters", "ms_per_token", "run", "seed", "train_tokens", "weights_digest"),
 }
@@ -113,6 +116,7 @@ def test_a_perfect_prediction_has_no_divergence_and_the_teachers_perplexity(resu
     assert perfect["kl"] < 1e-4 and perfect["kl_latent"] < 1e-4
     assert perfect["ppl"] == pytest.approx(teacher["ppl"], rel=1e-3)
     assert perfect["parameters"] == teacher["parameters"]
+    assert perfect["agreement"] == 1 and perfect["ppl_ratio"] == pytest.approx(1, rel=1e-3)
 
 
 def test_the_teachers_perplexity_is_that_of_the_whole_model_run_on_each_piece(result):
@@ -150,6 +154,7 @@ def test_skipping_is_the_model_without_those_layers(result):
 def test_results_are_written_as_json_and_as_a_table(result):
     out = Path(result["out"])
     written = json.loads(out.read_text())
+    assert written.pop("digest")
     assert written == {key: value for key, value in result.items() if key != "out"}
     lines = out.with_suffix(".md").read_text().splitlines()
     assert sum(line.startswith("|") for line in lines) == 2 + len(result["rows"])
@@ -309,7 +314,8 @@ def test_steps_per_token_have_a_table_and_a_picture(adaptive, stores, tmp_path):
     assert sum(line.startswith("|") for line in section) == 2 + 3 + 2  # heading, thresholds, fixed
     assert summary(adaptive).row_count == len(adaptive["rows"]) + 3
     picture = tmp_path / "adaptive.png"
-    draw_adaptive(adaptive["rows"], adaptive["adaptive"], picture)
+    read = Results.from_json(Path(adaptive["out"]))
+    draw_adaptive(read.rows, read.adaptive or [], picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

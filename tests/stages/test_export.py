@@ -228,6 +228,70 @@ def test_force_spares_folders_that_are_no_exports(neox_run: runs.Run, tmp_path: 
     assert (tmp_path / "out" / "thesis.txt").exists()
 
 
+def test_what_is_beside_an_export_is_not_touched(neox_run: runs.Run, tmp_path: Path) -> None:
+    for name in ("out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    export(settings(neox_run, tmp_path, k=1))
+    export(settings(neox_run, tmp_path, k=2, force=True))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"neox", "out", "out.old", "out.partial"}
+    assert (tmp_path / "out.old/mine.txt").exists() and (tmp_path / "out.partial/mine.txt").exists()
+
+
+def test_force_spares_files_that_were_put_into_an_export(neox_run: runs.Run, tmp_path: Path) -> None:
+    export(settings(neox_run, tmp_path, k=1))
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(RunError, match=r"notes\.md, which is not part of what `lftpipe export` writes"):
+        export(settings(neox_run, tmp_path, k=2, force=True))
+    assert load_model(tmp_path / "out").config.steps == 1
+
+
+def test_an_export_of_an_older_version_can_be_replaced(neox_run: runs.Run, tmp_path: Path) -> None:
+    export(settings(neox_run, tmp_path, k=1))
+    source = json.loads((tmp_path / "out" / "lftpipe.json").read_text())
+    older = {key: value for key, value in source.items() if key not in ("files", "digest")}
+    (tmp_path / "out" / "lftpipe.json").write_text(json.dumps(older))
+    export(settings(neox_run, tmp_path, k=2, force=True))
+    assert load_model(tmp_path / "out").config.steps == 2
+
+
+def test_force_spares_the_teacher_even_one_that_was_exported(
+    neox_run: runs.Run, neox_teacher: Teacher, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match="the student's own teacher"):
+        export(settings(neox_run, tmp_path, force=True, out=Path(neox_teacher.model)))
+    assert open_teacher(neox_teacher.model, tmp_path).checkpoint.digest == neox_teacher.checkpoint.digest
+
+
+def test_a_student_with_weights_that_are_not_finite_is_refused(neox_teacher: Teacher, tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", neox_teacher, (1, 3), solver="euler")
+    flow = runs.load_flow(run, neox_teacher)
+    with torch.no_grad():
+        next(flow.parameters()).view(-1)[0] = torch.nan
+    kept = ("teacher", "block", "objective", "solver", "walk_steps", "seed", "train_tokens", "velocity")
+    manifest = {key: getattr(run, key) for key in (*kept, "store_fingerprint")}
+    runs.save_run(run.path, flow, manifest)
+    with pytest.raises(RunError, match="which is not finite"):
+        export(settings(run, tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("block", [0, 3]), ("solver", "midpoint"), ("seed", 9)])
+def test_an_edited_manifest_is_refused(neox_run: runs.Run, tmp_path: Path, key: str, value: Any) -> None:
+    file = neox_run.path / runs.MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(RunError, match=r"manifest\.json: its digest does not match .* readable manifest"):
+        export(settings(neox_run, tmp_path))
+
+
+def test_a_name_breaks_neither_the_card_nor_its_table(neox_run: runs.Run, tmp_path: Path) -> None:
+    evil = neox_run.path.with_name("a|b<img src=x>")
+    neox_run.path.rename(evil)
+    export(settings(neox_run, tmp_path, runs=(str(evil),)))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| a&#124;b&lt;img src=x&gt; | 1:3 |" in card
+
+
 def test_a_failed_export_leaves_the_old_one(
     neox_run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The map over a store: drawn as recorded, equal to a plain loop with POT, and honest about bad input."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 from scipy.spatial.distance import cdist
 
+from lftpipe.artefacts.recoupling import RecouplingMap
 from lftpipe.config.settings import RecoupleSettings, TrainSettings
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.recoupling import map as pairs
@@ -131,6 +133,7 @@ def test_the_map_equals_the_plain_loop_over_the_recorded_draw(store, run, change
 def test_the_file_holds_what_is_returned_and_null_below_the_diagonal(run, tmp_path, store):
     result = run()
     written = json.loads((tmp_path / "map.json").read_text())
+    assert written.pop("digest")
     assert written == {
         key: result[key] for key in result if key not in ("store", "out", "pictures", "seconds")
     }
@@ -174,12 +177,27 @@ def test_costs_gap_and_displacement_are_consistent(run, store):
     assert result["relative_displacement"][1][2] == pytest.approx(per_batch.mean(), rel=1e-6)
 
 
+def test_influence_is_one_minus_the_mean_cosine(run, store):
+    result = run()
+    cosines = []
+    for drawn in result["samples"]:
+        sequence, position = np.array(drawn).T
+        x_0, x_1 = (
+            store.read("train", layer, sequence.tolist())[np.arange(24), position].astype(np.float64)
+            for layer in (1, 3)
+        )
+        cosines.append(1 - np.diagonal(cdist(x_0, x_1, "cosine")).mean())
+    assert result["influence"][1][3] == pytest.approx(1 - np.mean(cosines))
+    ranked = run(rank_by="influence", force=True)["ranking"][0]["blocks"]
+    assert ranked == sorted(ranked, key=lambda block: result["influence"][block[0]][block[1]])
+
+
 def test_the_same_seed_gives_the_same_file_whatever_threads_and_memory(run, tmp_path, monkeypatch):
     run(threads=1)
     monkeypatch.setattr(pairs, "HELD_BYTES", 1)
     run(threads=3, out=tmp_path / "other.json")
     one, other = (json.loads((tmp_path / name).read_text()) for name in ("map.json", "other.json"))
-    del one["settings"], other["settings"]
+    del one["settings"], other["settings"], one["digest"], other["digest"]
     assert one == other
     assert run(seed=1, out=tmp_path / "seed.json")["samples"] != one["samples"]
 
@@ -314,7 +332,7 @@ def test_auto_makes_the_map_and_takes_its_best_block(tmp_path):
 def test_auto_refuses_the_map_of_another_store(run, store):
     path = store.path.parent / "recoupling.json"
     run(out=path)
-    path.write_text(path.read_text().replace(store.fingerprint, "0" * 32))
+    dataclasses.replace(RecouplingMap.from_json(path), store_fingerprint="0" * 32).write(path)
     try:
         with pytest.raises(SettingsError, match=r"recoupling.json, made from another.*recouple --force"):
             choose_block(store.path, TrainSettings(store=store.path))

@@ -1,0 +1,237 @@
+"""What a command makes: staged beside its place and put there at once, replacing nothing of anyone else's.
+
+Files are staged in a hidden folder `.NAME.making` beside the one that counts, the record. Its lock makes
+one writer. When all of them are on the disk, they get their names, the record last: until then there is no
+result, and what is there of it is no obstacle to the same command. What a killed process left is taken over
+by the next one.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lftpipe.errors import LftpipeError, RunError, SettingsError
+from lftpipe.files import sync_folder
+
+#: What every page and picture carries that lftpipe makes.
+MARK = b"made by lftpipe"
+
+#: A comment for pages in Markdown and HTML.
+COMMENT = f"<!-- {MARK.decode()} -->"
+
+_OWNER = "made-by-lftpipe"
+_LOOK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Where files are put before they have their names."""
+
+    folder: Path
+
+    def path(self, final: Path) -> Path:
+        """Where to write what will be `final`."""
+        return self.folder / final.name
+
+
+@contextmanager
+def making(
+    record: Path,
+    others: Sequence[Path] = (),
+    *,
+    marks: Sequence[bytes],
+    force: bool,
+    cure: str = "pass --force",
+) -> Iterator[Staging]:
+    """Write files that belong together; they get their names when the block ends without an error.
+
+    Parameters
+    ----------
+    record
+        The file that counts: with it the others are there too.
+    others
+        Files beside it; those that are not written are not made.
+    marks
+        Texts by which a record of this kind is known, whole or damaged: any of them is enough.
+    force
+        Whether to replace a record of the same kind.
+    cure
+        What to do instead of naming another `--out`.
+
+    Raises
+    ------
+    LftpipeError
+        If the record exists and `force` is not set, a file is not lftpipe's, or another process makes it.
+    """
+    _check(record, others, marks, force, cure)
+    with _staging(record) as folder:
+        _check(record, others, marks, force, cure)  # it may have been made while we waited for our turn
+        yield Staging(folder)
+        staged = [final for final in (*others, record) if (folder / final.name).exists()]
+        for final in staged:
+            _sync_file(folder / final.name)
+        sync_folder(folder)
+        for final in staged:
+            if final == record:
+                sync_folder(record.parent)
+            (folder / final.name).replace(final)
+        sync_folder(record.parent)
+
+
+@contextmanager
+def making_folder(out: Path) -> Iterator[Path]:
+    """Write a folder, which gets its name when the block ends without an error; an older one is replaced.
+
+    Parameters
+    ----------
+    out
+        The folder; whether it may be replaced is for the caller to say (`refuse_foreign_files`).
+    """
+    out = out.resolve()
+    with _staging(out) as folder:
+        new, old = folder / "new", folder / "old"
+        if old.exists():  # a process was killed between the two renames below
+            if not out.exists():
+                old.rename(out)
+            else:
+                shutil.rmtree(old)
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            _sync_file(file) if file.is_file() else sync_folder(file)
+        sync_folder(new)
+        if out.exists() and any(out.iterdir()):
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        sync_folder(out.parent)
+
+
+def refuse_foreign_files(folder: Path, known: set[str], what: str) -> None:
+    """Refuse to replace a folder with a file in it that is not among those `known`.
+
+    Raises
+    ------
+    RunError
+        Naming the first of them.
+    """
+    for entry in sorted(folder.iterdir()):
+        if entry.name not in known:
+            raise RunError(f"{entry}, which is not part of {what}", what, "move it, or name another --out")
+
+
+def refuse_name(name: str, option: str) -> None:
+    """Refuse a name of a file or folder that would lead to another folder, or be hidden.
+
+    Raises
+    ------
+    SettingsError
+        If it is empty, begins with a dot, or has a separator or a control character in it.
+    """
+    if not name or name.startswith(".") or "/" in name or os.sep in name or not name.isprintable():
+        raise SettingsError(
+            f"{option} {name!r}", "a plain name, without / and not beginning with a dot", "choose another"
+        )
+
+
+def _check(record: Path, others: Sequence[Path], marks: Sequence[bytes], force: bool, cure: str) -> None:
+    known = _has(record, marks)
+    if record.exists() and not force:
+        raise SettingsError(f"{record}, which exists", "a new file", f"{cure} or another --out")
+    if record.exists() and not known:
+        raise _foreign(record)
+    for other in others:
+        # A page or picture of an older version has no mark, but lies beside its record.
+        if other.exists() and not (_has(other, [MARK]) or (known and record.exists())):
+            raise _foreign(other)
+
+
+def _has(path: Path, marks: Sequence[bytes]) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        data = file.read(_LOOK_BYTES)
+    return not data or any(mark in data for mark in marks)
+
+
+def _foreign(path: Path) -> SettingsError:
+    return SettingsError(
+        f"{path}, which lftpipe did not make",
+        "a new file, or one to replace",
+        "move it, or name another --out",
+    )
+
+
+@contextmanager
+def _staging(record: Path) -> Iterator[Path]:
+    folder = record.parent / f".{record.name}.making"
+    missing = [parent for parent in record.parents if not parent.exists()]
+    record.parent.mkdir(parents=True, exist_ok=True)
+    done = False
+    descriptor = _lock_folder(folder)
+    try:
+        _empty(folder)
+        (folder / _OWNER).touch()
+        yield folder
+        done = True
+    finally:
+        with suppress(OSError):
+            _empty(folder, keep="")
+            (folder / _OWNER).unlink()  # last: until then the folder is known as ours
+            folder.rmdir()
+        os.close(descriptor)
+        if not done:
+            with suppress(OSError):  # no longer empty
+                for parent in missing:
+                    parent.rmdir()
+
+
+def _empty(folder: Path, keep: str = "old") -> None:
+    """Remove what a killed process left, but for a folder that it had just moved out of the way."""
+    for entry in sorted(folder.iterdir()):
+        if entry.name not in (keep, _OWNER):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _lock_folder(folder: Path) -> int:
+    while True:
+        with suppress(FileExistsError):
+            folder.mkdir()
+        names = {entry.name for entry in folder.iterdir()}
+        if names and _OWNER not in names:
+            raise _foreign(folder)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise busy(folder.with_name(folder.name.removeprefix(".").removesuffix(".making"))) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner has just removed it: again
+
+
+def busy(path: Path) -> LftpipeError:
+    """The error of a second writer."""
+    return RunError(
+        f"{path}, which another process is making", "one writer at a time", "wait for it or end it"
+    )
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
