@@ -84,7 +84,7 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, keep: Path | None = None) -> None:
     """Write a file so that at every moment it is either the old one or the new one, also after a crash.
 
     Parameters
@@ -93,6 +93,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         The file; its folder must exist.
     data
         Its whole new content.
+    keep
+        Where the old one goes, in the same folder; at every moment one of the two is there.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -100,6 +102,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

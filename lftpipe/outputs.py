@@ -23,6 +23,9 @@ MARK = b"made by lftpipe"
 #: A comment for pages in Markdown and HTML.
 COMMENT = f"<!-- {MARK.decode()} -->"
 
+#: The lock file of a folder that one process at a time writes into.
+LOCK = ".lock"
+
 _OWNER = "made-by-lftpipe"
 _LOOK_BYTES = 2**22
 
@@ -113,6 +116,40 @@ def making_folder(out: Path) -> Iterator[Path]:
                 old.rename(out)
             raise
         sync_folder(out.parent)
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder, which is made if it is not there.
+
+    Parameters
+    ----------
+    folder
+        One of ours; its hidden lock file is removed in the end.
+
+    Raises
+    ------
+    LftpipeError
+        If another process writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+                break
+        except BlockingIOError:
+            os.close(descriptor)
+            raise busy(folder) from None
+        os.close(descriptor)  # its owner has just removed it: again
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
 
 
 def refuse_foreign_files(folder: Path, known: set[str], what: str) -> None:

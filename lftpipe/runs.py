@@ -78,15 +78,17 @@ def drop_metrics_after(run: Path, step: int) -> None:
     """Cut the lines of steps that will be done again, and one that a kill cut short."""
     metrics = run / METRICS
     if metrics.exists():
-        kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
-        metrics.write_text("".join(line + "\n" for line in kept))
+        lines = metrics.read_bytes().decode(errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        write_atomic(metrics, "".join(line + "\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> int | float:
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if isinstance(step, int | float) else math.inf
 
 
 def save_run(path: Path, flow: nn.Module, manifest: dict[str, Any]) -> None:

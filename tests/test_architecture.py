@@ -65,7 +65,10 @@ ROOMS: dict[str, tuple[str, str]] = {
     "recoupling": ("artefacts errors config corpus device flow outputs progress store", "transformers zarr"),
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
     "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
-    "training": ("batch config device errors files flow progress runs store teacher", "transformers zarr"),
+    "training": (
+        "batch config device errors files flow outputs progress runs store teacher",
+        "transformers zarr",
+    ),
     "student": ("artefacts config errors flow runs teacher", "zarr"),
     "evaluation": (
         "artefacts batch config device errors flow progress runs store teacher",

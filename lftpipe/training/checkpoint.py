@@ -1,20 +1,27 @@
 """Checkpoints: all that a killed run needs to go on, in one file for runs that are trained jointly."""
 
 import io
-import pickle
+import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from lftpipe import runs
 from lftpipe.errors import RunError
-from lftpipe.files import write_atomic
+from lftpipe.files import fingerprint, write_atomic
 from lftpipe.training import processes
 from lftpipe.training.run import TrainingRun
+
+#: The checkpoint before the newest.
+BEFORE = "before.pt"
+
+MAGIC = b"LFTPIPE1"
 
 
 class Checkpoint:
@@ -66,39 +73,125 @@ class Checkpoint:
             raise error
 
     def restore(self) -> None:
-        """Let the runs go on from it, if it is there.
+        """Let the runs go on from it, if it is there; from the one before, with a word, if it is damaged.
 
         Raises
         ------
         RunError
-            If it is damaged.
+            If both are damaged, or of other runs.
         """
-        if not self._path.exists():
+        before = self._path.with_name(BEFORE)
+        there = [path for path in (self._path, before) if path.exists()]
+        for path in there:
+            try:
+                states = read_checkpoint(path, self._binding(), self._runs[0].device)
+                for run, state in zip(self._runs, states, strict=True):
+                    run.restore(state)
+            except ValueError as error:
+                self._say(
+                    f"{path}: {error}; " + ("trying the one before" if path != there[-1] else "no other")
+                )
+                continue
+            if path != self._path:
+                self._say(f"going on from {path}, step {self._runs[0].step}")
             return
-        device = self._runs[0].device
-        try:
-            states = torch.load(self._path, weights_only=True, map_location=device)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise RunError(
-                f"damaged {self._path}", "a checkpoint", "start the run again with --force"
-            ) from error
-        for run, state in zip(self._runs, states, strict=True):
-            run.restore(state)
+        if there:
+            raise RunError(f"damaged {self._path}", "a checkpoint", "start the run again with --force")
 
     def drop(self) -> None:
         """The runs are finished: nothing has to go on."""
         self.wait()
         if processes.rank() == 0:
-            self._path.unlink(missing_ok=True)
+            for run in self._runs:
+                drop_checkpoints(run.folder)
+
+    def _binding(self) -> str:
+        """Digest over what all runs of the checkpoint are: block, objective, seed, loss, and their store."""
+        return fingerprint([_identity_of(run) for run in self._runs])
+
+    def _say(self, line: str) -> None:
+        if processes.rank() == 0:
+            print(line, file=sys.stderr)
 
     def _write(self, state: list[dict[str, Any]]) -> None:
         try:
             self._path.parent.mkdir(exist_ok=True)
             content = io.BytesIO()
             torch.save(state, content)
-            write_atomic(self._path, content.getvalue())
+            data = seal_checkpoint(content.getbuffer(), self._binding())
+            write_atomic(self._path, data, keep=self._path.with_name(BEFORE))
         except BaseException as error:  # whatever it is, training hears of it
             self._error = error
+
+
+def _identity_of(run: TrainingRun) -> list[Any]:
+    """What a run can't go on with another value of."""
+    used = run.settings
+    named = (used.objective, used.loss, used.seed, used.batch_tokens, used.optimizer, used.condition)
+    return [*map(str, named), list(run.block), run.store.origin]
+
+
+def seal_checkpoint(content: bytes | memoryview, binding: str) -> bytes:
+    """The content after a digest of itself and of what it is bound to.
+
+    Parameters
+    ----------
+    content
+        What `torch.save` wrote.
+    binding
+        Digest of the runs that it belongs to.
+    """
+    bound = MAGIC + bytes.fromhex(binding) + xxhash.xxh3_128_digest(content)
+    return bound + content
+
+
+def read_checkpoint(
+    path: Path, binding: str | None, device: torch.device | str = "cpu"
+) -> list[dict[str, Any]]:
+    """The states in a checkpoint; one of an older version has no seal.
+
+    Parameters
+    ----------
+    path
+        The file.
+    binding
+        Digest of the runs that it must belong to; None takes any.
+    device
+        Where the tensors go.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged or of other runs.
+    """
+    data = path.read_bytes()
+    if data.startswith(MAGIC):
+        sealed, digest, data = data[8:24], data[24:40], data[40:]
+        if xxhash.xxh3_128_digest(data) != digest:
+            raise ValueError("its digest does not match its content")
+        if binding is not None and sealed.hex() != binding:
+            raise ValueError("it is of a run with other settings or of another store")
+    elif not data.startswith(b"PK"):
+        raise ValueError("it is no checkpoint")
+    try:
+        return torch.load(io.BytesIO(data), weights_only=True, map_location=device)
+    except Exception as error:  # torch has no error of its own for a damaged file of an older version
+        raise ValueError("it is no checkpoint") from error
+
+
+def drop_checkpoints(run: Path) -> None:
+    """Remove a run's checkpoints, and their folder if nothing else is in it.
+
+    Parameters
+    ----------
+    run
+        Its folder.
+    """
+    newest = run / runs.CHECKPOINT
+    for path in (newest, newest.with_name(BEFORE), newest.with_name(f"{newest.name}.partial")):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not there, or holds something of someone else
+        newest.parent.rmdir()
 
 
 def _copied(value: Any) -> Any:

@@ -7,7 +7,12 @@ from typing import Any
 from lftpipe import runs
 from lftpipe.config.settings import TrainSettings, to_json
 from lftpipe.errors import RunError
+from lftpipe.outputs import LOCK
 from lftpipe.store import Store
+from lftpipe.training.checkpoint import drop_checkpoints
+
+#: What may be in a folder whose run was killed before it had begun.
+_OF_A_KILLED_START = {LOCK, f"{runs.SETTINGS}.partial"}
 
 #: Settings that do not change a run's numbers, or that a resumed run may change. On another device, or with
 #: another number of threads, it ends with other bits.
@@ -48,6 +53,7 @@ def claim(run: Path, settings: TrainSettings, store: Store) -> bool:
     RunError
         If the folder holds a run of other settings, or an unfinished one and `resume` is not set.
     """
+    refuse_foreign(run, settings)
     plain = to_json(settings)
     if (run / runs.SETTINGS).exists() and not settings.force:
         for key, before, now in changed_settings(run, settings, store):
@@ -63,14 +69,57 @@ def claim(run: Path, settings: TrainSettings, store: Store) -> bool:
             raise RunError(
                 f"unfinished run {run}", "--resume, or a new name", "pass --resume, or --force to restart"
             )
-        if not finished:
+        if finished:
+            drop_checkpoints(run)  # of a process that was killed just before it would have done so
+        else:
             runs.write_settings(run, plain, store.fingerprint)
         return finished
     if settings.force:
-        for name in (runs.MANIFEST, runs.METRICS, runs.CHECKPOINT, runs.WEIGHTS, runs.DIVERGED):
+        for name in (runs.MANIFEST, runs.METRICS, runs.WEIGHTS, runs.DIVERGED):
             (run / name).unlink(missing_ok=True)
+        drop_checkpoints(run)
     runs.write_settings(run, plain, store.fingerprint)
     return False
+
+
+def refuse_foreign(run: Path, settings: TrainSettings) -> None:
+    """Refuse a folder that holds anything else than a run.
+
+    Parameters
+    ----------
+    run
+        The folder; one that is not there, or is empty, is free.
+    settings
+        Of the run that is to be there.
+
+    Raises
+    ------
+    RunError
+        Naming what is there.
+    """
+    if not run.exists():
+        return
+    names = {entry.name for entry in run.iterdir()} - _OF_A_KILLED_START if run.is_dir() else {run.name}
+    if not names or (run / runs.SETTINGS).is_file():
+        return
+    if not _is_run_manifest(run / runs.MANIFEST):
+        raise RunError(
+            f"{run}, which holds {min(names)} and no run", "a run or a new folder", "use --run NAME"
+        )
+    if not settings.force:
+        raise RunError(
+            f"finished run {run} that lost its {runs.SETTINGS}",
+            "a run with its settings",
+            "name another with --run, or overwrite it with --force",
+        )
+
+
+def _is_run_manifest(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        content = file.read(2**20)
+    return all(mark in content for mark in (b'"velocity"', b'"weights_digest"', b'"walk_steps"'))
 
 
 def changed_settings(run: Path, settings: TrainSettings, store: Store) -> Iterator[tuple[str, Any, Any]]:

@@ -270,7 +270,19 @@ def manifest_of(
         Whose layers it stands for.
     velocity
         What its module is, as `runs.build_flow` takes it.
+
+    Raises
+    ------
+    LftpipeError
+        If the store is no longer the one that the run was begun on.
     """
+    now = Store.open(store.path)
+    if now.fingerprint != store.fingerprint and now.origin != store.origin:
+        raise RunError(
+            f"{store.path}, which was made again while a run was trained on it",
+            "the store that the run was begun on",
+            "train the run again with --force",
+        )
     return {
         "store_fingerprint": store.fingerprint,
         "store_origin": store.origin,

@@ -1,5 +1,6 @@
 """Several runs of one command: checked against one another, claimed, and trained from the same batches."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import torch
 
 from lftpipe import runs
 from lftpipe.config.layers import check_apart
+from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import RunError, SettingsError
+from lftpipe.outputs import one_writer
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
@@ -15,7 +18,7 @@ from lftpipe.training.linear import fit_linear
 from lftpipe.training.logit_terms import FrozenTails
 from lftpipe.training.loop import Chain, train_together
 from lftpipe.training.resolve import Wanted
-from lftpipe.training.resume import claim
+from lftpipe.training.resume import claim, refuse_foreign
 from lftpipe.training.run import TrainingRun
 
 #: What runs have in common that are trained from the same batches.
@@ -49,10 +52,24 @@ def train_runs(
         If they can't be trained together, a folder holds another run, or one diverges.
     """
     check_together(wanted, joint)
-    claimed = None
-    if processes.rank() == 0:
-        claimed = [claim(run, settings, store) for run, settings, _ in wanted]
-    finished = processes.agree(claimed)
+    _ = store.origin  # as it is now: in the end it is compared with what is there then
+    with ExitStack() as locks:
+        claimed = None
+        if processes.rank() == 0:
+            claimed = [_claim(locks, run, settings, store) for run, settings, _ in wanted]
+        return _train_claimed(wanted, processes.agree(claimed), store, teacher, joint=joint)
+
+
+def _claim(locks: ExitStack, run: Path, settings: TrainSettings, store: Store) -> bool:
+    """Be the run's only writer, and say whether it is finished already."""
+    refuse_foreign(run, settings)
+    locks.enter_context(one_writer(run))
+    return claim(run, settings, store)
+
+
+def _train_claimed(
+    wanted: list[Wanted], finished: list[bool], store: Store, teacher: Teacher, *, joint: bool
+) -> list[dict[str, Any]]:
     if joint and any(finished) and not all(finished):
         raise RunError(
             "runs to be trained jointly, of which some are finished",

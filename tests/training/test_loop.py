@@ -14,6 +14,7 @@ from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import DivergenceError, RunError, SettingsError, StoreError, TeacherError
 from lftpipe.stages.train import summary, train
 from lftpipe.training import step as training_step
+from lftpipe.training.checkpoint import BEFORE, read_checkpoint
 
 OBJECTIVES = ("fw", "sfm", "hybrid", "regression", "trajectory")
 
@@ -153,7 +154,9 @@ def test_a_damaged_checkpoint_is_refused(settings, monkeypatch, tmp_path):
         stop_before(patch, 7)
         with pytest.raises(KeyboardInterrupt):
             train(settings)
-    (tmp_path / "run" / runs.CHECKPOINT).write_bytes(b"not a checkpoint")
+    newest = tmp_path / "run" / runs.CHECKPOINT
+    newest.write_bytes(b"not a checkpoint")
+    newest.with_name(BEFORE).unlink(missing_ok=True)
     with pytest.raises(RunError, match=r"damaged .*state\.pt / expected: a checkpoint"):
         train(change(settings, resume=True))
 
@@ -200,7 +203,7 @@ def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch
         DivergenceError, match=r"at step 7 of .* / do: go on from its last checkpoint by --resume"
     ):
         train(settings)
-    (state,) = torch.load(tmp_path / "run" / runs.CHECKPOINT, weights_only=True)
+    (state,) = read_checkpoint(tmp_path / "run" / runs.CHECKPOINT, None)
     assert state["step"] == 5
     assert all(tensor.isfinite().all() for tensor in state["flow"].values())
     assert not (tmp_path / "run" / runs.MANIFEST).exists()
