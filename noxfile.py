@@ -5,6 +5,12 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests"]
 
+#: What the command line, the store and the corpora need.
+NO_TORCH = (
+    "typer rich tomli-w pydantic xxhash numpy zarr numcodecs google-crc32c jaxtyping pyarrow "
+    "pytest hypothesis beartype xarray"
+).split()
+
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
@@ -15,9 +21,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def light(session: nox.Session) -> None:
-    """Without torch: everything that must not need it imports, and `--help` answers."""
+    """Without torch: the command line answers, and the store is written and read."""
     session.install("--no-deps", ".")
-    session.install("--constraint", "constraints.txt", "typer", "rich", "tomli-w", "xxhash")
+    session.install("--constraint", "constraints.txt", *NO_TORCH)
     session.run("python", "-c", "import lftpipe.cli, lftpipe.files, lftpipe.config.recipe, lftpipe.workspace")
     for command in ([], ["extract"], ["train"], ["evaluate"]):
         session.run("lftpipe", *command, "--help", silent=True)
+    session.run(
+        "pytest", "--noconftest", "tests/store/test_codec.py", "tests/store/test_reader.py", *session.posargs
+    )
