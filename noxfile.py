@@ -6,10 +6,23 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests"]
 
 #: What the command line, the store and the corpora need.
-NO_TORCH = (
-    "typer rich tomli-w pydantic xxhash numpy zarr numcodecs google-crc32c jaxtyping pyarrow "
-    "pytest hypothesis beartype xarray"
-).split()
+NO_TORCH = [
+    "typer",
+    "rich",
+    "tomli-w",
+    "pydantic",
+    "xxhash",
+    "numpy",
+    "zarr",
+    "numcodecs",
+    "google-crc32c",
+    "jaxtyping",
+    "pyarrow",
+    "pytest",
+    "hypothesis",
+    "beartype",
+    "xarray",
+]
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])
