@@ -27,7 +27,7 @@ USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
 .PHONY: help setup demo test check lint coverage slow runtimes results sweep report pythia-tiny smollm2 qwen gemma \
-        dist dist-check clean
+        docs dist dist-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -126,6 +126,10 @@ runtimes: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval xllamacpp
 	$(BIN)/pytest -m slow tests/student/test_runtimes.py
 	$(BIN)/python tests/runtime_matrix.py
+
+# The site of docs/, into site/. A broken link or an unknown name is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # --- release --------------------------------------------------------------------------------------
 

@@ -1,7 +1,11 @@
 """What a release and a checkout promise besides their code."""
 
+import itertools
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -18,9 +22,9 @@ def test_the_version_is_the_same_wherever_it_stands():
     assert re.findall(r"^version: (.*)$", citation, re.M) == [lftpipe.__version__]
 
 
-def test_every_tool_that_the_checks_use_has_its_version_pinned():
+def test_every_dependency_has_its_version_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    wanted = {*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())}
     names = {re.split(r"[\[<>=]", each)[0].lower() for each in wanted} - {"lftpipe"}
     pinned = {
         line.split("==")[0].lower()
@@ -40,3 +44,13 @@ def test_a_workspace_with_only_its_readme_is_an_empty_one(command, tmp_path, mon
         cli.app([command], prog_name="lftpipe")
     assert capsys.readouterr().err.startswith("error: given: workspace data without a store")
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "README.md"]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "--batch-tokens" in (tmp_path / "reference/cli/index.html").read_text()
+    assert "<math" in (tmp_path / "method/index.html").read_text()
