@@ -138,6 +138,25 @@ def test_wrong_usage_exits_with_2(run, arguments):
     assert "Error" in err
 
 
+@pytest.mark.parametrize("command", ["verify", "info", "generate", "export", "evaluate"])
+def test_what_stands_behind_a_command_is_its_subject(run, monkeypatch, command):
+    seen = []
+    fake = SimpleNamespace(
+        **{command: lambda settings: seen.append(settings) or {}}, summary=lambda result: ""
+    )
+    monkeypatch.setitem(sys.modules, f"lftpipe.stages.{command}", fake)
+    assert run(command, "here")[0] == 0
+    subject = seen[0].runs if command in ("export", "evaluate") else (seen[0].target,)
+    assert [str(each) for each in subject] == ["here"]
+
+
+def test_a_run_may_be_named_several_times(run, stage):
+    seen = []
+    stage(lambda settings: seen.append(settings) or {"run": "x"})
+    run("train", "--block", "1:2", "--block", "3:4", "--run", "a", "--run", "b")
+    assert (seen[0].block, seen[0].run) == ("1:2,3:4", "a,b")
+
+
 def test_options_become_settings(run, stage, tmp_path):
     seen = []
     stage(lambda settings: seen.append(settings) or {"run": "x"})

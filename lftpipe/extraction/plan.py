@@ -48,6 +48,7 @@ class Plan:
     sequences_per_shard: int
     compute_dtype: torch.dtype
     dtype: str
+    compression: str
     logits: int
     device: str
 
@@ -107,6 +108,12 @@ def make_plan(settings: ExtractSettings) -> Plan:
             f"0 to {teacher.config.vocab_size}, the teacher's vocabulary",
             "pass --logits 64, or leave it out",
         )
+    if settings.compress != "none" and settings.dtype == "int8":
+        raise SettingsError(
+            f"--compress {settings.compress} with --dtype int8",
+            "--dtype float16 or float32: int8 codes hardly get smaller",
+            "leave one of the two out",
+        )
     layers = parse_layers(settings.layers, teacher.num_layers + 1)
     attention = tuple(l for l in layers if l < max(layers)) if settings.attention else ()  # noqa: E741
     check_attention(teacher.model, teacher.family, teacher.config, attention)
@@ -131,6 +138,7 @@ def make_plan(settings: ExtractSettings) -> Plan:
         sequences_per_shard=max(per_shard // batch * batch, min(batch, per_shard)),
         compute_dtype=resolve_compute_dtype(settings.compute_dtype, settings.device),
         dtype=settings.dtype,
+        compression=settings.compress,
         logits=settings.logits,
         device=settings.device,
     )

@@ -123,6 +123,7 @@ def spec_of(plan: Plan, packing: Packing) -> StoreSpec:
         context=plan.context,
         width=plan.teacher.width,
         dtype=plan.dtype,
+        compression=plan.compression,
         sequences_per_shard=plan.sequences_per_shard,
         sequences=packing.made,
         logits=plan.logits,

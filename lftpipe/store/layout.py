@@ -42,7 +42,7 @@ class ArrayLayout:
     chunk: tuple[int, ...]  # sizes behind the sequence axis: of position, and of feature or rank
     dtype: str  # of the decoded array
     sequences_per_shard: int
-    coded: bool = False  # int8 codec
+    codec: str = ""  # int8 or blosc; without one a chunk is its values as they are
 
     @property
     def computed(self) -> bool:
@@ -72,7 +72,7 @@ class ArrayLayout:
         """Whether a shard file of so many sequences can have so many bytes; encoded chunks vary in size."""
         index = 16 * self.chunks_per_shard + 4
         chunks = (1 if self.layers is None else len(self.layers)) * sequences
-        if self.coded:
+        if self.codec:
             return num_bytes >= index + 4 * chunks
         itemsize = {"float16": 2}.get(self.dtype, 4)
         return num_bytes == index + chunks * (math.prod(self.chunk) * itemsize + 4)
@@ -116,6 +116,7 @@ class StoreSpec:
     sequences: dict[str, int]  # split -> how many
     details: dict[str, Any] = field(default_factory=dict)
     logits: int = 0  # how many of the largest logits of each position; 0 = no such arrays
+    compression: str = "none"  # of states of float16 and float32: none or blosc
 
     def __post_init__(self) -> None:
         for name in ("identity", "details"):
@@ -130,6 +131,8 @@ class StoreSpec:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.dtype not in ("float16", "float32", "int8"):
             raise ValueError(f"dtype must be float16, float32 or int8, not {self.dtype!r}")
+        if self.compression not in ("none", "blosc") or (self.compression != "none" and self.dtype == "int8"):
+            raise ValueError(f"compression must be none, or blosc of floats, not {self.compression!r}")
         if self.logits < 0:
             raise ValueError(f"logits must not be negative: {self.logits}")
         if any(count < 0 for count in self.sequences.values()):
@@ -143,6 +146,8 @@ class StoreSpec:
         own = {name: value for name, value in asdict(self).items() if name not in ("identity", "details")}
         if not self.logits:  # a store without them is what it was before there were any
             del own["logits"]
+        if self.compression == "none":  # likewise
+            del own["compression"]
         return plain({"schema_version": SCHEMA_VERSION, **own})
 
     def to_json(self) -> dict[str, Any]:
@@ -167,8 +172,8 @@ class StoreSpec:
         arrays = [ArrayLayout(name, None, row, "int32", count) for name in TOKEN_ARRAYS]
         for name, layers in (("hidden", self.layers), ("attention", self.attention_layers)):
             if layers:
-                coded = self.dtype == "int8"
-                arrays.append(ArrayLayout(name, layers, state, self.decoded_dtype, count, coded))
+                codec = "int8" if self.dtype == "int8" else self.compression.replace("none", "")
+                arrays.append(ArrayLayout(name, layers, state, self.decoded_dtype, count, codec))
         if self.logits:
             ranks = (self.context, self.logits)
             kinds = ((ranks, self.decoded_dtype), (ranks, "int32"), (row, "float32"))
@@ -195,6 +200,7 @@ def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
 
+    from lftpipe.store.lossless import zarr_codec
     from lftpipe.store.zarr_codec import Int8Codec, register
 
     register()
@@ -210,8 +216,8 @@ def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
                 chunks=(*front, 1, *array.chunk),
                 shards=array.shape(spec.sequences_per_shard),
                 dtype=array.dtype,
-                serializer=Int8Codec() if array.coded else BytesCodec(endian="little"),
-                compressors=Crc32cCodec(),
+                serializer=Int8Codec() if array.codec == "int8" else BytesCodec(endian="little"),
+                compressors=[*([zarr_codec(array.dtype)] if array.codec == "blosc" else []), Crc32cCodec()],
                 # A missing chunk must never look like data: no state is NaN, no token is negative.
                 fill_value=-1 if array.dtype == "int32" else float("nan"),
                 dimension_names=array.dimensions,

@@ -13,6 +13,7 @@ from lftpipe.errors import StoreError
 from lftpipe.store.codec import encode
 from lftpipe.store.journal import disk_errors
 from lftpipe.store.layout import ArrayLayout, ShardKey, StoreSpec
+from lftpipe.store.lossless import compress
 from lftpipe.store.sealed import Sealed
 from lftpipe.store.shard import ChunkReader, ChunkWriter, DamagedShardError, Room
 
@@ -85,7 +86,7 @@ class ShardWriter:
         if first < 0 or first + count > len(self.key.sequences):
             raise ValueError(f"{count} sequences at {first} do not fit a shard of {len(self.key.sequences)}")
         within = self.key.sequences.start + first - self._origin
-        if layout.coded:
+        if layout.codec:
             return Slot(np.empty((count, *layout.chunk), layout.dtype), layout, layer, within, None)
         chunk_bytes = np.dtype(layout.dtype).itemsize * math.prod(layout.chunk)
         room = self._chunks[array].room(count, chunk_bytes)
@@ -110,7 +111,8 @@ class ShardWriter:
                 if slot.room:
                     chunks.fill(slot.room, number, chunk)
                 else:
-                    chunks.put(chunk, encode(values))
+                    code = compress if slot.layout.codec == "blosc" else encode
+                    chunks.put(chunk, code(values))
 
     def put(
         self, array: str, layer: int | None, first: int, block: Shaped[np.ndarray, "sequence position ..."]

@@ -11,6 +11,7 @@ from lftpipe.store.codec import decode, widen
 from lftpipe.store.expected import Expected
 from lftpipe.store.journal import newest_record
 from lftpipe.store.layout import ArrayLayout, StoreSpec
+from lftpipe.store.lossless import decompress
 from lftpipe.store.shard import ChunkReader, DamagedShardError, OtherShardError
 
 _OPEN_FILES = 256  # far below the usual limit of 1024 a process
@@ -103,9 +104,21 @@ def _damaged(layout: ArrayLayout, split: str, index: int, error: Exception) -> S
 
 
 def _read_chunk(layout: ArrayLayout, shard: ChunkReader, chunk: int, row: np.ndarray) -> None:
-    if layout.coded:
+    if layout.codec == "int8":
         decode(shard.read(chunk), row)
+    elif layout.codec == "blosc":
+        _decompress(layout, shard, chunk, row)
     elif row.dtype == layout.dtype:
         shard.read(chunk, row)
     else:
         row[...] = widen(shard.read(chunk, np.empty(layout.chunk, layout.dtype)))
+
+
+def _decompress(layout: ArrayLayout, shard: ChunkReader, chunk: int, row: np.ndarray) -> None:
+    own = row if row.dtype == layout.dtype else np.empty(layout.chunk, layout.dtype)
+    try:
+        decompress(shard.read(chunk), own)
+    except ValueError as error:
+        raise DamagedShardError(f"chunk {chunk} of {shard.path} is damaged: {error}") from error
+    if own is not row:
+        row[...] = widen(own)

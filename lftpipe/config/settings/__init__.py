@@ -5,6 +5,7 @@
 
 from lftpipe.config.settings.base import (
     Common,
+    Compression,
     ComputeDtype,
     Condition,
     Dtype,
@@ -30,6 +31,7 @@ from lftpipe.config.settings.train import TrainSettings, loss_text
 
 __all__ = [
     "Common",
+    "Compression",
     "ComputeDtype",
     "Condition",
     "Dtype",

@@ -52,6 +52,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(check_temperature)]
 
 Dtype = Literal["float16", "float32", "int8"]
+Compression = Literal["none", "blosc"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Metric = Literal["euclidean", "sqeuclidean", "cosine"]
 Objective = Literal["fw", "sfm", "hybrid", "regression", "trajectory", "linear"]

@@ -17,7 +17,7 @@ _FORMER = {
 class InfoSettings(OfStore):
     """Of `lftpipe info`."""
 
-    target: Annotated[File, Role.ARGUMENT] | None = None
+    target: Annotated[File | None, Role.ARGUMENT] = None
     """A store, or a run by name or folder; default: the workspace's only store."""
 
     PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}
@@ -28,7 +28,7 @@ class InfoSettings(OfStore):
 class VerifySettings(OfStore):
     """Of `lftpipe verify`."""
 
-    target: Annotated[File, Role.ARGUMENT] | None = None
+    target: Annotated[File | None, Role.ARGUMENT] = None
     """The store; default: the workspace's only one."""
 
     PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}

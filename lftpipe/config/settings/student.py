@@ -55,7 +55,7 @@ class ExportSettings(OfStore, Computing, Writing):
 class GenerateSettings(OfStore, OnDevice, Seeded):
     """Of `lftpipe generate`."""
 
-    target: Annotated[Text, Role.ARGUMENT] | None = None
+    target: Annotated[Text | None, Role.ARGUMENT] = None
     """Name or path of a run, or a folder in transformers' format; none with `--draft`."""
     prompt: Annotated[str, AfterValidator(check_unicode)] | None = None
     """The text to continue."""

@@ -98,7 +98,7 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
     """Number format of matrix products; `auto`: bfloat16 if the processor has it, else float32."""
     from_teacher: bool = False
     """Run the teacher for every batch, or read the store (the default)."""
-    run: Annotated[Text, Role.REPEATED] | None = None
+    run: Annotated[Text | None, Role.REPEATED] = None
     """Name or path of the run; default: named after block, objective and seed. With a recipe's variants:
     those to train."""
     variants: Annotated[
