@@ -16,7 +16,7 @@ from lftpipe.teacher.source import Teacher
 def save_run(path: Path, teacher: Teacher, block: tuple[int, int], **overrides: Any) -> runs.Run:
     """A finished run of this teacher and block, with a random flow layer."""
     velocity = {"time": True, "shift": teacher.family.name == "gpt_neox"} | overrides.pop("velocity", {})
-    flow = runs.build_flow(teacher, velocity).to_empty(device="cpu")
+    flow = runs.build_flow(teacher, velocity, block[0]).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(block[0])
     with torch.no_grad():
         for name, parameter in flow.named_parameters():

@@ -1,6 +1,7 @@
 """Students from their parts: a teacher's checkpoint and the runs that replace its blocks."""
 
 import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lftpipe import runs
 from lftpipe.artefacts.export import SOURCE, ExportSource
@@ -16,9 +18,13 @@ from lftpipe.errors import LftpipeError, RunError, TeacherError
 from lftpipe.runs import Run
 from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
 from lftpipe.student.config import Block, Kind
+from lftpipe.student.derived import PREFIX, per_layer_lists, student_class
+from lftpipe.teacher import attention
 from lftpipe.teacher.quiet import quiet_transformers
 from lftpipe.teacher.recorded import open_recorded
-from lftpipe.teacher.source import FAMILIES, Teacher
+from lftpipe.teacher.skeleton import materialise_buffers
+from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.structure import structure_of
 
 #: By family. transformers types its classes too loosely for a checker to follow.
 STUDENTS: dict[str, Any] = {
@@ -95,30 +101,38 @@ def build_student(
     if solver is None:
         solver = _agreed(timed, "solver", "--solver", "euler")
     flows = [runs.load_flow(run, teacher) for run in opened]
-    kind = STUDENTS[teacher.family.name]
+    kind = _kind_for(teacher)
     plain = teacher.config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "num_hidden_layers", "dtype"):
         plain.pop(key, None)
     config = kind.config_class(
         **plain,
         teacher_layers=teacher.num_layers,
+        **({"teacher_lists": per_layer_lists(teacher.config)} if teacher.family.derived else {}),
         blocks=[_block(run).plain() for run in opened],
         solver=solver,
         steps=steps,
     )
-    config._attn_implementation = "sdpa"
+    implementation = structure_of(teacher.config).implementation if teacher.family.derived else "sdpa"
+    config._attn_implementation = "sdpa" if implementation == attention.NAME else implementation
     with torch.device("meta"):
         student = kind(config)
     tensors = _tensors(student, teacher, iter(flows))
     return fill(student, tensors, _generation_config(teacher))
 
 
+def _kind_for(teacher: Teacher) -> Any:
+    """The student's class."""
+    if teacher.family.derived:
+        return student_class(teacher.config.model_type)
+    return STUDENTS[teacher.family.name]
+
+
 def fill(model: Any, tensors: Mapping[str, Tensor], generation_config: GenerationConfig) -> Any:
     """Give a model made on the meta device its weights, and what else it needs to run."""
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    base = getattr(model, model.base_model_prefix)
-    base.rotary_emb = type(base.rotary_emb)(config=model.config)  # its frequencies are no weights
+    materialise_buffers(model, model)  # rotary frequencies are no weights
     empty = [name for name, value in model.named_parameters() if value.is_meta]
     assert not empty, empty
     model.generation_config = generation_config
@@ -131,12 +145,14 @@ def without_layers(model: Any, teacher: Teacher, blocks: Sequence[tuple[int, int
     kept = [layer for layer in range(teacher.num_layers) if layer not in skipped]
     prefix = teacher.family.layers_prefix
     tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{prefix}.")}
-    layers = getattr(model.base_model, teacher.family.model_layers)
+    layers: Any = model.base_model.get_submodule(teacher.family.model_layers)
     for index, layer in enumerate(kept):
         content = layers[layer].state_dict()
         tensors |= {f"{prefix}.{index}.{name}": value for name, value in content.items()}
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(kept)
+    for name, values in per_layer_lists(teacher.config).items() if teacher.family.derived else ():
+        setattr(config, name, [values[layer] for layer in kept])
     with torch.device("meta"):
         draft = type(model)(config)
     return fill(draft, tensors, model.generation_config).to(model.device)
@@ -175,7 +191,9 @@ def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:
         elif isinstance(place := places[int(match[1])], int):
             names[name] = f"{family.layers_prefix}.{place}.{match[2]}"
     head = [name for name in family.head_names if teacher.checkpoint.has(name)]
-    if head:
+    if family.derived:
+        pass  # its checkpoint knows what is tied
+    elif head:
         names["lm_head.weight"] = head[0]
     else:
         names["lm_head.weight"] = f"{family.embedding_prefix}.weight"
@@ -225,19 +243,28 @@ def load_model(folder: Path) -> Any:
     return _load(folder, wrong=("missing", "unexpected", "mismatched"))
 
 
+def _register(folder: Path) -> None:
+    """Make the student's classes that a folder needs known to transformers."""
+    config = json.loads((folder / "config.json").read_text())
+    kind = str(config.get("model_type", ""))
+    if kind.startswith(PREFIX) and kind not in {each.config_class.model_type for each in STUDENTS.values()}:
+        student_class(kind.removeprefix(PREFIX))
+
+
 def _load(folder: Path, wrong: tuple[str, ...]) -> Any:
-    known = [kind for family in FAMILIES for kind in family.model_types]
-    known += [kind.config_class.model_type for kind in STUDENTS.values()]
     if not list(folder.glob("*.safetensors")):
         raise RunError(
             f"{folder} without safetensors", "model.safetensors (pickles are never loaded)", "export it again"
         )
     try:
         with quiet_transformers():
+            _register(folder)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            if config.model_type not in known:
+            if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
                 raise RunError(
-                    f"{folder} of type {config.model_type}", ", ".join(known), "name another folder"
+                    f"{folder} of type {config.model_type}",
+                    "a causal language model that transformers has, or a student",
+                    "name another folder",
                 )
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,

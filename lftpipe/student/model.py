@@ -6,7 +6,7 @@ device and dtype) it does for the student, by the same code.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -35,9 +35,11 @@ class _Slot:
     def __init__(self, cache: Any, index: int) -> None:
         self._cache, self._index = cache, index
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
         del layer_idx
-        return self._cache.update(keys, values, self._index, *rest)
+        return self._cache.update(keys, values, self._index, *rest, **named)
 
 
 class FlowLayer(GradientCheckpointingLayer):
@@ -49,9 +51,11 @@ class FlowLayer(GradientCheckpointingLayer):
         Of the student.
     block
         What it replaces, and by which kind of flow.
+    layer
+        The teacher's layer that the flow is made of, where it was built already.
     """
 
-    def __init__(self, family: Family, config: Any, block: Block) -> None:
+    def __init__(self, family: Family, config: Any, block: Block, layer: nn.Module | None = None) -> None:
         super().__init__()
         self.block = block
         self.cache_argument = family.cache_argument
@@ -60,7 +64,7 @@ class FlowLayer(GradientCheckpointingLayer):
             self.velocity = LinearMap(config.hidden_size)
         else:
             self.velocity = Velocity(
-                Branches(family, config, block.start),
+                Branches(family, config, block.start, layer),
                 config.hidden_size,
                 time=block.kind == "flow",
                 shift=block.shift,
@@ -73,15 +77,23 @@ class FlowLayer(GradientCheckpointingLayer):
                 module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
         self.method: Method = "euler"
         self.steps = 1
-        self.first_slot = 0
+        self.slots: Sequence[int] = (0,)
         self._remembered: dict[tuple[Any, ...], Modulations] = {}
         self._remembered_of: list[tuple[Any, ...]] = []
 
-    def set_steps(self, steps: int, method: Method, first_slot: int) -> None:
-        """Choose the number of steps and the solver; flows without time have one step of Euler's."""
+    def set_steps(self, steps: int, method: Method, slots: Sequence[int]) -> None:
+        """Choose the number of steps and the solver; flows without time have one step of Euler's.
+
+        Parameters
+        ----------
+        steps, method
+            How to go from the block's start to its end.
+        slots
+            Places in the KV cache, one for each evaluation.
+        """
         timed = self.block.kind == "flow"
         self.steps, self.method = (steps, method) if timed else (1, "euler")
-        self.first_slot = first_slot
+        self.slots = slots
 
     @property
     def times(self) -> Float[Tensor, "time"]:
@@ -98,7 +110,10 @@ class FlowLayer(GradientCheckpointingLayer):
     ) -> Float[Tensor, "sequence position feature"]:
         assert position_ids is not None and position_embeddings is not None
         context = AttentionContext(position_embeddings, attention_mask, position_ids)
-        contexts = self._contexts(context, arguments.get(self.cache_argument))
+        return self.carry(hidden_states, self._contexts(context, arguments.get(self.cache_argument)))
+
+    def carry(self, hidden_states: States, contexts: Iterator[AttentionContext]) -> States:
+        """From the block's start to its end; each evaluation has a context of its own."""
         evaluations = itertools.count()
         self._forget_if_changed()
 
@@ -147,10 +162,10 @@ class FlowLayer(GradientCheckpointingLayer):
 
     def _contexts(self, context: AttentionContext, cache: Any) -> Iterator[AttentionContext]:
         """The context of each evaluation, each with its own place in the cache."""
-        slot = self.first_slot
-        while True:
-            yield context if cache is None else replace(context, cache=_Slot(cache, slot))
-            slot += 1
+        if cache is None:
+            yield from itertools.repeat(context)
+        for slot in self.slots:
+            yield replace(context, cache=_Slot(cache, slot))
 
 
 class LatentFlow:
@@ -196,7 +211,8 @@ class LatentFlow:
         slot = 0
         for place, layer in zip(self.config.places(), self.student_layers, strict=True):
             if isinstance(layer, FlowLayer):
-                layer.set_steps(self.config.steps, self.config.solver, slot)
+                slots = range(slot, slot + self.config.evaluations(place))
+                layer.set_steps(self.config.steps, self.config.solver, slots)
             else:
                 form = self.family.form(self.config, place)
                 assert form is not None

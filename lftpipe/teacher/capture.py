@@ -153,7 +153,7 @@ def _compare(states: dict[int, Tensor], theirs: Any, name: str, deepest: int) ->
         )
     kept = list(range(deepest))
     for offset in (0, 1):  # some models leave the first state out
-        pairs = [(states.get(layer + offset), layer) for layer in kept if layer + offset < deepest]
+        pairs = [(states.get(layer + offset), layer) for layer in kept if layer + offset < max(deepest, 2)]
         if pairs and all(
             state is not None and layer < len(theirs) and close(state, theirs[layer])
             for state, layer in pairs

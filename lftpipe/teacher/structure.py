@@ -86,6 +86,7 @@ class Structure:
         base = self.model.base_model
         self.base_prefix = "" if base is self.model else f"{self.model.base_model_prefix}."
         self.without_flow: str | None = None
+        """Why there are no flow layers for it."""
         self.final_norm: str | None = None
         self._forms: dict[int, LayerForm | None] = {}
         self._frame: Frame | None = None
@@ -101,13 +102,31 @@ class Structure:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.without_flow = reason
 
+    @property
+    def arity(self) -> int:
+        """How many values its layers return beside the states."""
+        return 0 if self._frame is None else self._frame.recorders[0].arity
+
+    @property
+    def caches(self) -> bool:
+        """Whether every layer keeps keys and values by an index, as transformers' caches want it."""
+        forms = [self.form(index) for index in range(len(self.layers))]
+        return all(
+            form is not None
+            and form.is_attention
+            and any(name == CACHES[0] or name == "layer_past" for name, _ in form.attention.arguments)
+            and any(hasattr(part, "layer_idx") for part in layer.modules())
+            for form, layer in zip(forms, self.layers, strict=True)
+        )
+
     def form(self, index: int) -> LayerForm | None:
         """The branches of a layer."""
         if self._frame is None:
             return None
         if index not in self._forms:
             width = self.config.hidden_size
-            self._forms[index] = find_form(self.layers[index], self._arguments[index], width)
+            with torch.device("cpu"):  # whatever is built around the call
+                self._forms[index] = find_form(self.layers[index], self._arguments[index], width)
         return self._forms[index]
 
     def frame(self) -> nn.Module:
@@ -181,7 +200,8 @@ def _first_that_builds(config: Any) -> tuple[Any, str]:
 
 @lru_cache(maxsize=8)
 def _cached(_text: str, holder: "_Held") -> Structure:
-    return Structure(holder.config)
+    with torch.device("cpu"), torch.no_grad():  # whatever is built around the call
+        return Structure(holder.config)
 
 
 class _Held:

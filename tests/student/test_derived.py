@@ -1,0 +1,82 @@
+"""Students of derived families: what their parts make them, and language models like any other."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import randomise
+from decoders import DECODERS, LAYERS, config_of
+from tiny_students import save_run, tokens
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lftpipe import runs
+from lftpipe.flow.solver import ODESolver
+from lftpipe.student.assemble import build_student, load_model
+from lftpipe.teacher.family import attention_context
+from lftpipe.teacher.parts import Tail, load_rotary
+from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.trunk import Trunk
+
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+COUNT = 12
+
+
+class Case(NamedTuple):
+    """A tiny teacher and a run of a random flow for two of its layers."""
+
+    name: str
+    teacher: Teacher
+    run: runs.Run
+
+
+@pytest.fixture(scope="module", params=list(DECODERS))
+def case(request: pytest.FixtureRequest, tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast) -> Case:
+    name, root = request.param, tmp_path_factory.mktemp("derived")
+    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+    randomise(model)
+    model.save_pretrained(root / name)
+    tokenizer.save_pretrained(root / name)
+    teacher = open_teacher(str(root / name), Path("unused"))
+    return Case(name, teacher, save_run(root / "run", teacher, (1, 3)))
+
+
+def written(student: Any, **options: Any) -> torch.Tensor:
+    prompt = tokens(9)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
+    return student.generate(prompt, **options)
+
+
+@pytest.mark.parametrize(("k", "solver"), [(1, "euler"), (2, "midpoint")])
+@torch.inference_mode()
+def test_logits_are_trunk_then_flow_then_tail(case: Case, k: int, solver: Any) -> None:
+    student = build_student(case.teacher, [case.run])
+    student.set_steps(k, solver)
+    ids, places = tokens(COUNT, sequences=2), torch.arange(COUNT).expand(2, -1)
+    states: dict[int, torch.Tensor] = {}
+    Trunk(case.teacher, 2, torch.float32).run(ids, places, hidden=states.__setitem__)
+    context = attention_context(load_rotary(case.teacher), places)
+    flow = runs.load_flow(case.run, case.teacher)
+    x_1 = ODESolver(lambda x, t, step: flow(x, t, context)).sample(states[1], 1 / k, solver)
+    torch.testing.assert_close(student(ids).logits, Tail(case.teacher, 3)(x_1, context), **CLOSE)
+
+
+@torch.inference_mode()
+def test_generation_from_a_cache_is_generation_without(case: Case) -> None:
+    student = build_student(case.teacher, [case.run], steps=2, solver="midpoint")
+    assert len(student.config.places()) == LAYERS - 1
+    assert student.config.num_hidden_layers == LAYERS - 2 + 4
+    cached = written(student)
+    assert cached.shape == (1, 15)
+    assert torch.equal(cached, written(student, use_cache=False))
+
+
+@torch.inference_mode()
+def test_a_saved_student_is_loaded_as_it_was(case: Case, tmp_path: Path) -> None:
+    student = build_student(case.teacher, [case.run], steps=2, solver="euler")
+    student.save_pretrained(tmp_path)
+    back = load_model(tmp_path)
+    assert back.config.model_type == f"latent_flow_{case.name}"
+    ids = tokens(COUNT)
+    torch.testing.assert_close(back(ids).logits, student(ids).logits, **CLOSE)
+    assert torch.equal(written(back), written(student))
