@@ -156,12 +156,23 @@ def _sealed(value: dict[str, Any]) -> bytes:
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with a digest of itself under ``digest``, however it is then laid out."""
+    """A JSON object with a digest of itself under ``digest``, however it is then laid out.
+
+    Parameters
+    ----------
+    value
+        A JSON-plain object without the key ``digest``.
+    """
     return {**value, "digest": fingerprint(value)}
 
 
 def unseal(value: dict[str, Any]) -> dict[str, Any]:
     """The object that `seal` was given; one without a digest as it is.
+
+    Parameters
+    ----------
+    value
+        What `seal` gave.
 
     Raises
     ------

@@ -37,7 +37,13 @@ class Staging:
     folder: Path
 
     def path(self, final: Path) -> Path:
-        """Where to write what will be `final`."""
+        """Where to write what will be `final`.
+
+        Parameters
+        ----------
+        final
+            Where the file will be.
+        """
         return self.folder / final.name
 
 
@@ -155,6 +161,15 @@ def one_writer(folder: Path) -> Iterator[None]:
 def refuse_foreign_files(folder: Path, known: set[str], what: str) -> None:
     """Refuse to replace a folder with a file in it that is not among those `known`.
 
+    Parameters
+    ----------
+    folder
+        A folder that lftpipe is to write into.
+    known
+        Names that lftpipe gives.
+    what
+        What the folder is for.
+
     Raises
     ------
     RunError
@@ -167,6 +182,13 @@ def refuse_foreign_files(folder: Path, known: set[str], what: str) -> None:
 
 def refuse_name(name: str, option: str) -> None:
     """Refuse a name of a file or folder that would lead to another folder, or be hidden.
+
+    Parameters
+    ----------
+    name
+        The name that was given.
+    option
+        The option that gave it.
 
     Raises
     ------
@@ -260,7 +282,13 @@ def _lock_folder(folder: Path) -> int:
 
 
 def busy(path: Path) -> LftpipeError:
-    """The error of a second writer."""
+    """The error of a second writer.
+
+    Parameters
+    ----------
+    path
+        What another process is writing.
+    """
     return RunError(
         f"{path}, which another process is making", "one writer at a time", "wait for it or end it"
     )

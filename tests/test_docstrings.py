@@ -20,7 +20,6 @@ OPEN = {
     "report",
     "runs",
     "stages",
-    "store",
     "student",
     "teacher",
     "training",

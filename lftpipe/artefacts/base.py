@@ -78,7 +78,17 @@ class Artefact:
 
     @classmethod
     def error(cls, given: str, expected: str, do: str) -> LftpipeError:
-        """What is raised if such a file is damaged."""
+        """What is raised if such a file is damaged.
+
+        Parameters
+        ----------
+        given
+            What was found.
+        expected
+            What should be there.
+        do
+            What to do about it.
+        """
         return RunError(given, expected, do)
 
     def to_json(self) -> dict[str, Any]:
@@ -135,7 +145,13 @@ class Artefact:
         """Laws beyond the types; raises ValueError where one is broken."""
 
     def text(self, value: dict[str, Any]) -> str:
-        """How the object is laid out in its file."""
+        """How the object is laid out in its file.
+
+        Parameters
+        ----------
+        value
+            A JSON-plain value.
+        """
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
     def to_bytes(self) -> bytes:
@@ -143,12 +159,24 @@ class Artefact:
         return self.text(seal(self.to_json())).encode()
 
     def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, whole or not at all.
+
+        Parameters
+        ----------
+        path
+            The file.
+        """
         write_atomic(path, self.to_bytes())
 
 
 def reason_of(error: Exception) -> str:
-    """Why something could not be read, in a few words on one line."""
+    """Why something could not be read, in a few words on one line.
+
+    Parameters
+    ----------
+    error
+        What pydantic or the parser said.
+    """
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):
@@ -177,6 +205,14 @@ def _plain(value: Any) -> Any:
 
 
 def require(holds: bool, what: str) -> None:
-    """Raise ValueError if a law does not hold."""
+    """Raise ValueError if a law does not hold.
+
+    Parameters
+    ----------
+    holds
+        What must be true.
+    what
+        What is wrong if it is not.
+    """
     if not holds:
         raise ValueError(what)

@@ -36,5 +36,11 @@ class ExportSource(Artefact):
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ExportSource":
-        """Read that of a folder."""
+        """Read that of a folder.
+
+        Parameters
+        ----------
+        folder
+            An exported student.
+        """
         return cls.from_json(folder / SOURCE)

@@ -87,11 +87,27 @@ class RecouplingMap(Artefact):
 
     @classmethod
     def error(cls, given: str, expected: str, do: str) -> LftpipeError:
-        """A setting's, since `--out` or `--store` led here."""
+        """A setting's, since `--out` or `--store` led here.
+
+        Parameters
+        ----------
+        given
+            What was found.
+        expected
+            What should be there.
+        do
+            What to do about it.
+        """
         return SettingsError(given, expected, do)
 
     def text(self, value: dict[str, Any]) -> str:
-        """One key a line: readable, and a small file."""
+        """One key a line: readable, and a small file.
+
+        Parameters
+        ----------
+        value
+            A JSON-plain value.
+        """
         lines = (f"{json.dumps(key)}: {json.dumps(entry, allow_nan=False)}" for key, entry in value.items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
 

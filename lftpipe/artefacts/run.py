@@ -53,7 +53,13 @@ class RunManifest(Artefact):
 
 
 def metrics_digest(run: Path) -> str | None:
-    """The digest of a run's metrics as its manifest has it; None if that has none, or cannot be read."""
+    """The digest of a run's metrics as its manifest has it; None if that has none, or cannot be read.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    """
     try:
         value: Any = read_json(run / "manifest.json").get("metrics_digest")
     except (OSError, ValueError):

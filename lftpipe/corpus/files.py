@@ -48,7 +48,13 @@ class Document(NamedTuple):
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says how to read `path`, without a compression's; '' if none is known."""
+    """The suffix that says how to read `path`, without a compression's; '' if none is known.
+
+    Parameters
+    ----------
+    path
+        The file.
+    """
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         suffix = Path(path.stem).suffix.lower()
@@ -56,7 +62,13 @@ def kind_of(path: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as text that any terminal and file takes: bytes that are not UTF-8 become escapes."""
+    """A path as text that any terminal and file takes: bytes that are not UTF-8 become escapes.
+
+    Parameters
+    ----------
+    path
+        The file.
+    """
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 

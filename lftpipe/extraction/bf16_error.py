@@ -21,6 +21,13 @@ def measured_trunk(plan: Plan, tokens: Tokens) -> tuple[Trunk, dict[str, Any]]:
     The float32 trunk is gone before the other is loaded, and its states wait in a file without a name:
     measuring takes no more memory than extracting does.
 
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    tokens
+        Of each split, token ids and document numbers.
+
     Returns
     -------
     Trunk

@@ -23,7 +23,19 @@ Tokens = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def forward(plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: Tokens) -> None:
-    """Compute every pending shard, while a thread encodes and writes what was computed before."""
+    """Compute every pending shard, while a thread encodes and writes what was computed before.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    writer
+        The open store.
+    trunk
+        The teacher's layers.
+    tokens
+        Of each split, token ids and document numbers.
+    """
     head = plan.load_head()
     pending = writer.pending()
     total = sum(len(key.sequences) for key in pending) * plan.context

@@ -81,14 +81,30 @@ class Plan:
 
 
 def state_bytes(dtype: str, context: int, width: int) -> int:
-    """Of one state of one sequence on the disk; values that int8 keeps exact are too few to count."""
+    """Of one state of one sequence on the disk; values that int8 keeps exact are too few to count.
+
+    Parameters
+    ----------
+    dtype
+        How states are stored: `float16`, `float32` or `int8`.
+    context
+        Positions of a sequence.
+    width
+        Features of a state.
+    """
     if dtype == "int8":
         return encoded_bytes(context, width, 0)
     return context * width * (4 if dtype == "float32" else 2)
 
 
 def make_plan(settings: ExtractSettings) -> Plan:
-    """Resolve names and sizes, and refuse what cannot work, before anything is read or written."""
+    """Resolve names and sizes, and refuse what cannot work, before anything is read or written.
+
+    Parameters
+    ----------
+    settings
+        The options of `extract`.
+    """
     teacher = open_teacher(settings.model, settings.workspace, revision=settings.revision)
     longest = teacher.max_positions
     if longest is not None and settings.context > longest:
@@ -145,7 +161,13 @@ def make_plan(settings: ExtractSettings) -> Plan:
 
 
 def check_disk(plan: Plan) -> None:
-    """Refuse a run that would not fit, counting what an interrupted run has written already."""
+    """Refuse a run that would not fit, counting what an interrupted run has written already.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    """
     arrays = plan.array_bytes()
     # Tokens and documents wait in files of their own until they are written.
     needed = sum(arrays.values()) + arrays["tokens"] + arrays["document"]
@@ -165,7 +187,13 @@ def check_disk(plan: Plan) -> None:
 
 
 def dry_run(plan: Plan) -> dict[str, Any]:
-    """The plan's figures, with a time estimated from a short measured probe."""
+    """The plan's figures, with a time estimated from a short measured probe.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    """
     trunk, head = plan.load_trunk(), plan.load_head()
     rng = np.random.default_rng(0)
     shape = (plan.batch_sequences, plan.context)

@@ -26,7 +26,15 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 
 def packing_of(plan: Plan, tokenizer: Any) -> Packing:
-    """The corpus as sequences of this tokenizer's tokens; nothing is read yet."""
+    """The corpus as sequences of this tokenizer's tokens; nothing is read yet.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    tokenizer
+        The teacher's fast tokenizer, of transformers.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
 
@@ -37,7 +45,15 @@ def packing_of(plan: Plan, tokenizer: Any) -> Packing:
 
 
 def fitted(plan: Plan, packing: Packing) -> Plan:
-    """The plan with no more sequences than the corpus has text for, if it is a short local one."""
+    """The plan with no more sequences than the corpus has text for, if it is a short local one.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    packing
+        The corpus as sequences; it may be read once for this.
+    """
     enough = CHARACTERS_OF_A_TOKEN * sum(plan.wanted.values()) * plan.context
     seen = 0
     for document in plan.corpus.documents() if plan.corpus.local else ():
@@ -53,7 +69,15 @@ def fitted(plan: Plan, packing: Packing) -> Plan:
 
 
 def pack(packing: Packing, plan: Plan) -> Tokens:
-    """Token ids and document numbers of each split, `(sequence, position)`, in files mapped to memory."""
+    """Token ids and document numbers of each split, `(sequence, position)`, in files mapped to memory.
+
+    Parameters
+    ----------
+    packing
+        The corpus as sequences.
+    plan
+        What is extracted.
+    """
     packing.fit_to_small_corpus()
     plan.path.parent.mkdir(parents=True, exist_ok=True)
     rows = {
@@ -99,7 +123,15 @@ def _on_disk(folder: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def spec_of(plan: Plan, packing: Packing) -> StoreSpec:
-    """What the store will hold: its identity, and the details that may change as it grows."""
+    """What the store will hold: its identity, and the details that may change as it grows.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    packing
+        The corpus, after `pack` has read it.
+    """
     identity = {
         "teacher": plan.teacher.identity(),
         "tokenizer_digest": plan.teacher.tokenizer_digest,

@@ -38,7 +38,7 @@ class Batch:
     document: Int32[np.ndarray, "sequence position"] | None
     logits: Logits | None = None
     attention: States = field(default_factory=dict)
-    """Attention contexts, if asked for."""
+    """Attention outputs, if asked for."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -52,6 +52,17 @@ def batch_sequences(
     """The sequences of one batch: a window of all epochs' permutations, one after the other.
 
     Every epoch shows every sequence once; a batch may end one epoch and begin the next.
+
+    Parameters
+    ----------
+    num_sequences
+        Sequences of the split.
+    batch_size
+        Sequences of a batch.
+    seed
+        Decides the order of each epoch.
+    step
+        Which batch, from 0.
     """
     place = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, within = np.divmod(place, num_sequences)
@@ -71,6 +82,8 @@ def read_ahead(
     buffers
         One of them is being used and one being read into; the rest hold batches that are ready. With a single
         one each batch is read when it is asked for, without a thread.
+    start_step
+        Step of the first batch.
     """
     if len(buffers) == 1:
         yield from (fill(step, buffers[0]) for step in itertools.count(start_step))

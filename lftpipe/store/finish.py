@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 def refuse_incomplete(writer: "StoreWriter", records: Records, checked: Records) -> None:
     """Everything that must be there is there, and what an earlier process wrote is what it wrote.
 
+    Parameters
+    ----------
+    writer
+        The open store.
+    records
+        All shards that count as done.
+    checked
+        Those whose bytes need not be read again.
+
     Raises
     ------
     StoreError
@@ -45,7 +54,15 @@ def _changed_files(path: Path, records: Records, checked: Records) -> set[str]:
 
 
 def write_metadata(path: Path, files: dict[str, bytes]) -> None:
-    """Write the Zarr metadata, the root's last: it says whether the store is complete."""
+    """Write the Zarr metadata, the root's last: it says whether the store is complete.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    files
+        By path relative to the store, the JSON text.
+    """
     for name in sorted(files, key=lambda name: -name.count("/")):
         target = path / name
         target.parent.mkdir(parents=True, exist_ok=True)

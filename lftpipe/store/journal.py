@@ -41,7 +41,13 @@ class Manifest(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> "Manifest | None":
-        """None if there is none; ValueError if it is damaged."""
+        """None if there is none; ValueError if it is damaged.
+
+        Parameters
+        ----------
+        path
+            The store's folder.
+        """
         try:
             value = read_sealed(path / MANIFEST)
         except FileNotFoundError:
@@ -60,7 +66,19 @@ class Manifest(NamedTuple):
 
     @classmethod
     def write(cls, path: Path, spec: StoreSpec, shards: Records, metadata: Records) -> None:
-        """The fingerprint is over identity and shards: equal stores have equal ones, whenever made."""
+        """The fingerprint is over identity and shards: equal stores have equal ones, whenever made.
+
+        Parameters
+        ----------
+        path
+            The store's folder.
+        spec
+            What the store holds.
+        shards
+            Records of all shards.
+        metadata
+            Records of the zarr.json files.
+        """
         value = {
             "spec": spec.to_json(),
             "shards": shards,
@@ -85,7 +103,13 @@ class Journal:
         self._fd = os.open(path / JOURNAL, os.O_WRONLY | os.O_APPEND)
 
     def append(self, records: Records) -> None:
-        """Add the records of one commit and wait until they are on the disk."""
+        """Add the records of one commit and wait until they are on the disk.
+
+        Parameters
+        ----------
+        records
+            Records of the shards that are being committed.
+        """
         line, end = _line(records), os.fstat(self._fd).st_size
         try:
             if os.write(self._fd, line) != len(line):
@@ -96,15 +120,28 @@ class Journal:
             raise
 
     def close(self) -> None:
+        """Close the file; what was appended stays."""
         os.close(self._fd)
 
     @staticmethod
     def exists(path: Path) -> bool:
+        """Whether a store has a journal: it is being made, grown or repaired.
+
+        Parameters
+        ----------
+        path
+            The store's folder.
+        """
         return (path / JOURNAL).exists()
 
     @staticmethod
     def read(path: Path) -> tuple[StoreSpec, Records] | None:
         """What was planned, and what was committed so far; None without a journal.
+
+        Parameters
+        ----------
+        path
+            The store's folder.
 
         Raises
         ------
@@ -137,7 +174,15 @@ def _content(line: bytes) -> Any:
 
 
 def settle(path: Path, records: Records) -> None:
-    """Name the journaled shards that a killed process had no time to name; remove what it left unfinished."""
+    """Name the journaled shards that a killed process had no time to name; remove what it left unfinished.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    records
+        What the journal knows.
+    """
     for partial in sorted(path.rglob("*.partial")):
         final = final_of(partial)
         record = records.get(str(final.relative_to(path)))
@@ -148,7 +193,13 @@ def settle(path: Path, records: Records) -> None:
 
 
 def read_plan(path: Path) -> dict[str, Any] | None:
-    """What is to be computed, as `write_plan` froze it; None if nothing is, or if it is damaged."""
+    """What is to be computed, as `write_plan` froze it; None if nothing is, or if it is damaged.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    """
     try:
         return read_sealed(path / PLAN)
     except (FileNotFoundError, ValueError):
@@ -156,18 +207,40 @@ def read_plan(path: Path) -> dict[str, Any] | None:
 
 
 def write_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Freeze what is to be computed."""
+    """Freeze what is to be computed.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    plan
+        JSON-plain values.
+    """
     write_sealed(path / PLAN, plan)
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what a store in the making has beside its journal."""
+    """Remove what a store in the making has beside its journal.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    """
     for file in (path / PLAN, *path.glob("part-*"), *path.rglob("*.partial")):
         file.unlink(missing_ok=True)
 
 
 def on_disk(path: Path, records: Records) -> Records:
-    """Those records whose file is there with the right size."""
+    """Those records whose file is there with the right size.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    records
+        What should be there.
+    """
 
     def present(file: str, size: int) -> bool:
         try:
@@ -179,7 +252,13 @@ def on_disk(path: Path, records: Records) -> Records:
 
 
 def progress(path: Path) -> tuple[int, int] | None:
-    """How many shards of a store in the making are done, and of how many; None if none is being made."""
+    """How many shards of a store in the making are done, and of how many; None if none is being made.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    """
     journal = Journal.read(path)
     if journal is None:
         return None
@@ -199,6 +278,13 @@ def newest_record(path: Path, file: str) -> Record | None:
     """What the journal, or else the manifest, says of a shard file now; None if neither knows it.
 
     In this order: a store that grows has its manifest before it loses its journal.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    file
+        A shard file, relative to the store.
     """
     try:
         for shards in (journal[1] if (journal := Journal.read(path)) else {}, _shards_of(path)):
@@ -215,7 +301,13 @@ def _shards_of(path: Path) -> Records:
 
 
 def take_lock(path: Path) -> int:
-    """Become the only writer of a store. The kernel lets go of the lock when the process ends, however."""
+    """Become the only writer of a store. The kernel lets go of the lock when the process ends, however.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    """
     lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -229,7 +321,13 @@ def take_lock(path: Path) -> int:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Say disk full, read-only and the like as errors the user can cure."""
+    """Say disk full, read-only and the like as errors the user can cure.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    """
     try:
         yield
     except OSError as error:
@@ -246,5 +344,11 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def describe(data: bytes) -> Record:
-    """The record of a small file written whole."""
+    """The record of a small file written whole.
+
+    Parameters
+    ----------
+    data
+        Its content.
+    """
     return Record(0, len(data), xxhash.xxh3_128_hexdigest(data))

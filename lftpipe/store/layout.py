@@ -57,19 +57,36 @@ class ArrayLayout:
     @property
     def dimensions(self) -> tuple[str, ...]:
         # xarray allows one size per dimension name, and there are fewer attention layers than states.
+        """Names of all axes, as xarray sees them."""
         front = () if self.layers is None else ("layer" if self.name == "hidden" else f"{self.name}_layer",)
         return (*front, "sequence", *self.axes)
 
     def shape(self, sequences: int) -> tuple[int, ...]:
+        """Shape of the array with so many sequences.
+
+        Parameters
+        ----------
+        sequences
+            How many sequences.
+        """
         front = () if self.layers is None else (len(self.layers),)
         return (*front, sequences, *self.chunk)
 
     @property
     def chunks_per_shard(self) -> int:
+        """Number of chunks in a full shard."""
         return (1 if self.layers is None else len(self.layers)) * self.sequences_per_shard
 
     def may_have(self, num_bytes: int, sequences: int) -> bool:
-        """Whether a shard file of so many sequences can have so many bytes; encoded chunks vary in size."""
+        """Whether a shard file of so many sequences can have so many bytes; encoded chunks vary in size.
+
+        Parameters
+        ----------
+        num_bytes
+            Size of the file.
+        sequences
+            How many sequences it is said to hold.
+        """
         index = 16 * self.chunks_per_shard + 4
         chunks = (1 if self.layers is None else len(self.layers)) * sequences
         if self.codec:
@@ -79,6 +96,13 @@ class ArrayLayout:
 
     def chunk_number(self, layer: int | None, within: int) -> int:
         """Number of a chunk within its shard's index (row-major over layer and sequence).
+
+        Parameters
+        ----------
+        layer
+            The layer l itself, not its index; None for an array without layers.
+        within
+            Which sequence of the shard.
 
         Raises
         ------
@@ -92,7 +116,15 @@ class ArrayLayout:
         return self.layers.index(layer) * self.sequences_per_shard + within
 
     def file(self, split: str, index: int) -> str:
-        """Shard file, relative to the store."""
+        """Shard file, relative to the store.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        index
+            Which shard of the split.
+        """
         front = "" if self.layers is None else "0."
         return f"{split}/{self.name}/c.{front}{index}" + ".0" * len(self.chunk)
 
@@ -151,10 +183,23 @@ class StoreSpec:
         return plain({"schema_version": SCHEMA_VERSION, **own})
 
     def to_json(self) -> dict[str, Any]:
+        """The specification as it stands in journal and manifest."""
         return {**self._own, "identity": self.identity, "details": self.details}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "StoreSpec":
+        """Read what `to_json` gave.
+
+        Parameters
+        ----------
+        value
+            What `to_json` gave.
+
+        Raises
+        ------
+        ValueError
+            If another version of the schema wrote it.
+        """
         if (version := value.get("schema_version")) != SCHEMA_VERSION:
             raise ValueError(f"the store has schema version {version}, this lftpipe reads {SCHEMA_VERSION}")
         fields = {name: value[name] for name in value if name != "schema_version"}
@@ -163,6 +208,7 @@ class StoreSpec:
 
     @property
     def decoded_dtype(self) -> str:
+        """What a reader gets: float32 of a float32 store, else float16."""
         return "float32" if self.dtype == "float32" else "float16"
 
     @property
@@ -190,12 +236,26 @@ class StoreSpec:
 
 
 def root_attributes(spec: StoreSpec) -> dict[str, Any]:
-    """The attributes of the root group, all but ``complete``."""
+    """The attributes of the root group, all but ``complete``.
+
+    Parameters
+    ----------
+    spec
+        What the store holds.
+    """
     return {**spec._own, **spec.identity, **spec.details}
 
 
 def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
-    """The Zarr metadata files of a store (relative path -> JSON text), made by zarr-python itself."""
+    """The Zarr metadata files of a store (relative path -> JSON text), made by zarr-python itself.
+
+    Parameters
+    ----------
+    spec
+        What the store holds.
+    complete
+        What the root's attribute `complete` says.
+    """
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore

@@ -92,7 +92,13 @@ def parse_spec(value: Any) -> StoreSpec:
 
 
 def num_shards(spec: StoreSpec) -> int:
-    """Shards of all splits together, of each array."""
+    """Shards of all splits together, of each array.
+
+    Parameters
+    ----------
+    spec
+        What the store holds.
+    """
     return sum(-(-count // spec.sequences_per_shard) for count in spec.sequences.values())
 
 
@@ -126,7 +132,13 @@ def parse_records(value: Any, names: re.Pattern[str] = _SHARD) -> Records:
 
 
 def parse_metadata(value: Any) -> Records:
-    """What is known of the Zarr metadata files."""
+    """What is known of the Zarr metadata files.
+
+    Parameters
+    ----------
+    value
+        What a manifest holds.
+    """
     return parse_records(value, _METADATA)
 
 

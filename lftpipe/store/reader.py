@@ -30,7 +30,7 @@ class Store:
     identity : dict
         Where the states come from.
     layers, attention_layers : tuple of int
-        Which states and attention contexts are stored.
+        Which states and attention outputs are stored.
     context, width : int
         Positions of a sequence, features of a state.
     dtype : str
@@ -50,6 +50,11 @@ class Store:
     @classmethod
     def open(cls, path: Path) -> "Store":
         """Open a store for reading; only its manifest is read.
+
+        Parameters
+        ----------
+        path
+            The store's folder.
 
         Raises
         ------
@@ -81,6 +86,7 @@ class Store:
 
     @property
     def identity(self) -> dict[str, Any]:
+        """Where the states come from."""
         return self.spec.identity
 
     @functools.cached_property
@@ -93,26 +99,37 @@ class Store:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """Which states are stored."""
         return self.spec.layers
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
+        """Of which layers attention outputs are stored."""
         return self.spec.attention_layers
 
     @property
     def context(self) -> int:
+        """Positions of a sequence."""
         return self.spec.context
 
     @property
     def width(self) -> int:
+        """Features of a state."""
         return self.spec.width
 
     @property
     def dtype(self) -> str:
+        """How states are stored: float16, float32 or int8."""
         return self.spec.dtype
 
     def num_sequences(self, split: str) -> int:
-        """Sequences of a split."""
+        """Sequences of a split.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        """
         try:
             return self.spec.sequences[split]
         except KeyError:
@@ -122,17 +139,40 @@ class Store:
             ) from None
 
     def tokens(self, split: str, sequences: Indices | None = None) -> Int32[np.ndarray, "sequence position"]:
-        """Token ids of these sequences, or of all."""
+        """Token ids of these sequences, or of all.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        sequences
+            Indices within the split; left out, all of them.
+        """
         return self._rows("tokens", split, None, sequences, None)
 
     def document(
         self, split: str, sequences: Indices | None = None
     ) -> Int32[np.ndarray, "sequence position"]:
-        """Which document each token came from, of these sequences, or of all."""
+        """Which document each token came from, of these sequences, or of all.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        sequences
+            Indices within the split; left out, all of them.
+        """
         return self._rows("document", split, None, sequences, None)
 
     def logits(self, split: str, sequences: Indices | None = None) -> Logits:
         """The teacher's largest logits of these sequences, or of all.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        sequences
+            Indices within the split; left out, all of them.
 
         Raises
         ------
@@ -151,14 +191,18 @@ class Store:
         array: str = "hidden",
         out: np.ndarray | None = None,
     ) -> Float[np.ndarray, "sequence position feature"]:
-        """States (or attention contexts) of one layer.
+        """States (or attention outputs) of one layer.
 
         Parameters
         ----------
+        split
+            `train` or `validation`.
         layer
             The layer l itself, not its index.
         sequences
             Indices in any order, repeated or not.
+        array
+            `hidden` for states, `attention` for attention outputs.
         out
             Array to read into, C-contiguous, of float32 or the storage dtype; a new one of the storage dtype
             (float16 for int8) if left out. Int8 is decoded to float32 three times as fast as to float16.
@@ -195,8 +239,14 @@ class Store:
 
         Parameters
         ----------
+        split
+            `train` or `validation`.
         layers, attention_layers
-            Which states, and which attention contexts, each batch holds.
+            Which states, and which attention outputs, each batch holds.
+        batch_size
+            Sequences of a batch.
+        seed
+            Decides the order of each epoch.
         start_step
             Step of the first batch: a resumed run gets the batches of an unbroken one.
         num_sequences
@@ -207,6 +257,10 @@ class Store:
         prefetch
             Batches kept ready; their memory is reused, so that a batch is valid until the next one is asked
             for. 0 reads without a thread.
+        with_tokens
+            Whether batches hold token ids and document numbers.
+        with_logits
+            Whether batches hold the teacher's largest logits.
         dtype
             Of the states: the storage dtype, or ``"float32"``.
         allocate

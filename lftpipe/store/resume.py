@@ -142,6 +142,15 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
 def refuse_changes(path: Path, old: StoreSpec, new: StoreSpec) -> None:
     """A store never mixes settings, and never shrinks.
 
+    Parameters
+    ----------
+    path
+        The store's folder.
+    old
+        What the store was meant to hold.
+    new
+        What it is meant to hold now.
+
     Raises
     ------
     StoreError
@@ -163,7 +172,13 @@ def refuse_changes(path: Path, old: StoreSpec, new: StoreSpec) -> None:
 
 
 def clear(path: Path) -> None:
-    """Delete the store; never a folder that is not one."""
+    """Delete the store; never a folder that is not one.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    """
     names = _names(path)
     if not names:
         return
@@ -178,7 +193,13 @@ def clear(path: Path) -> None:
 
 
 def abandon(path: Path) -> None:
-    """Delete a store that was begun for nothing; one that was ever finished stays."""
+    """Delete a store that was begun for nothing; one that was ever finished stays.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    """
     if not (path / MANIFEST).exists():
         clear(path)
         (path / LOCK).unlink(missing_ok=True)

@@ -22,11 +22,25 @@ class Sealed(NamedTuple):
     records: Records
 
     def partial(self, store: Path, file: str) -> Path:
-        """Where one of its files is."""
+        """Where one of its files is.
+
+        Parameters
+        ----------
+        store
+            The store's folder.
+        file
+            One of `records`.
+        """
         return partial_file(store / file, self.attempt)
 
     def is_there(self, store: Path) -> bool:
-        """Whether all of its files are as long as they were written."""
+        """Whether all of its files are as long as they were written.
+
+        Parameters
+        ----------
+        store
+            The store's folder.
+        """
         try:
             sizes = {file: self.partial(store, file).stat().st_size for file in self.records}
         except FileNotFoundError:
@@ -34,17 +48,30 @@ class Sealed(NamedTuple):
         return sizes == {file: record.bytes for file, record in self.records.items()}
 
     def name(self, store: Path) -> set[Path]:
-        """Give the files their names; the folders that must be synced for it to last."""
+        """Give the files their names; the folders that must be synced for it to last.
+
+        Parameters
+        ----------
+        store
+            The store's folder.
+        """
         for file in self.records:
             self.partial(store, file).replace(store / file)
         return {(store / file).parent for file in self.records}
 
     def discard(self, store: Path) -> None:
-        """Leave nothing of it behind."""
+        """Leave nothing of it behind.
+
+        Parameters
+        ----------
+        store
+            The store's folder.
+        """
         for file in self.records:
             self.partial(store, file).unlink(missing_ok=True)
 
     def to_json(self) -> dict[str, Any]:
+        """The shard as JSON-plain values, for another process."""
         rows = self.key.sequences
         return {
             "key": [self.key.split, self.key.index, rows.start, rows.stop],
@@ -54,26 +81,51 @@ class Sealed(NamedTuple):
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Sealed":
+        """Read what `to_json` gave.
+
+        Parameters
+        ----------
+        value
+            What `to_json` gave.
+        """
         split, index, start, stop = value["key"]
         records = parse_records(value["records"])
         return cls(ShardKey(split, index, range(start, stop)), value["attempt"], records)
 
 
 def final_of(partial: Path) -> Path:
-    """The name that a `.partial` file was to get."""
+    """The name that a `.partial` file was to get.
+
+    Parameters
+    ----------
+    partial
+        The file.
+    """
     match = _PARTIAL.fullmatch(partial.name)
     assert match is not None, partial
     return partial.with_name(match["final"])
 
 
 def attempt_of(partial: Path) -> str:
-    """The attempt that wrote a `.partial` file; empty if it is not known."""
+    """The attempt that wrote a `.partial` file; empty if it is not known.
+
+    Parameters
+    ----------
+    partial
+        The file.
+    """
     match = _PARTIAL.fullmatch(partial.name)
     assert match is not None, partial
     return match["attempt"] or ""
 
 
 def sync_folders(folders: set[Path]) -> None:
-    """Make the new names in some folders last."""
+    """Make the new names in some folders last.
+
+    Parameters
+    ----------
+    folders
+        The folders.
+    """
     for folder in sorted(folders):
         sync_folder(folder)

@@ -53,7 +53,15 @@ def _tail(last_crc: bytes, index: bytes) -> str:
 
 
 def partial_file(path: Path, attempt: str) -> Path:
-    """Where a shard grows until it is whole: a file of this attempt alone."""
+    """Where a shard grows until it is whole: a file of this attempt alone.
+
+    Parameters
+    ----------
+    path
+        The shard's final name.
+    attempt
+        Which attempt writes it.
+    """
     return path.with_name(f"{path.name}.{attempt}.partial")
 
 
@@ -75,7 +83,15 @@ class Room(NamedTuple):
     """Bytes from chunk to chunk."""
 
     def values(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The chunks as an array of `(num_chunks, *shape)` to be filled."""
+        """The chunks as an array of `(num_chunks, *shape)` to be filled.
+
+        Parameters
+        ----------
+        dtype
+            Of the chunks' values.
+        shape
+            Of one chunk.
+        """
         end = self.start + self.num_chunks * self.stride
         rows = self.pages[self.start : end].reshape(self.num_chunks, self.stride)
         return rows[:, :-_CRC_BYTES].view(dtype).reshape(self.num_chunks, *shape)
@@ -109,7 +125,15 @@ class ChunkWriter:
         self._fd, self._direct = _create(self.path)
 
     def room(self, count: int, chunk_bytes: int) -> Room:
-        """Memory for some chunks of so many bytes; rooms must be filled in the order they are taken."""
+        """Memory for some chunks of so many bytes; rooms must be filled in the order they are taken.
+
+        Parameters
+        ----------
+        count
+            How many chunks.
+        chunk_bytes
+            Bytes of each, without its crc32c.
+        """
         stride = chunk_bytes + _CRC_BYTES
         if self._taken + count * stride > len(self._pages):
             self._taken = self._planned % mmap.PAGESIZE  # what the pages before do not write
@@ -120,23 +144,53 @@ class ChunkWriter:
         return room
 
     def fill(self, room: Room, within: int, chunk: int) -> None:
-        """The room's chunk `within` is there: sum it up as `chunk` of the file, and write what is full."""
+        """The room's chunk `within` is there: sum it up as `chunk` of the file, and write what is full.
+
+        Parameters
+        ----------
+        room
+            Where the chunk lies.
+        within
+            Which chunk of the room.
+        chunk
+            Its number in the file's index.
+        """
         if self._index[chunk, 0] != _MISSING:
             raise ValueError(f"chunk {chunk} of {self.path} is put twice")
         self._index[chunk] = self._offset, room.stride
         self._sum(room, within)
 
     def put(self, chunk: int, data: np.ndarray | bytes) -> None:
-        """Append one encoded chunk: a C-contiguous array or bytes. The order of chunks is free."""
+        """Append one encoded chunk: a C-contiguous array or bytes. The order of chunks is free.
+
+        Parameters
+        ----------
+        chunk
+            Its number in the file's index.
+        data
+            Its bytes.
+        """
         self.fill(self._copy(data), 0, chunk)
 
     def missing(self, chunks: range) -> int | None:
-        """The first of these chunks that was not put."""
+        """The first of these chunks that was not put.
+
+        Parameters
+        ----------
+        chunks
+            Numbers in the file's index.
+        """
         absent = self._index[chunks.start : chunks.stop : chunks.step, 0] == _MISSING
         return chunks[int(absent.argmax())] if absent.any() else None
 
     def seal(self, sequences: int) -> Record:
-        """Write the index and wait until all is on the disk."""
+        """Write the index and wait until all is on the disk.
+
+        Parameters
+        ----------
+        sequences
+            How many sequences the shard holds; it goes into the record.
+        """
         last_crc = self._filling[max(self._filled - _CRC_BYTES, 0) : self._filled].tobytes()
         self._sum(self._copy(self._index.tobytes()), 0)
         index = self._filling[self._filled - self._index.nbytes - _CRC_BYTES : self._filled].tobytes()
@@ -263,7 +317,15 @@ class ChunkReader:
         self._index: list[list[int]] = np.frombuffer(stored, "<u8", 2 * num_chunks).reshape(-1, 2).tolist()
 
     def read(self, chunk: int, out: np.ndarray | None = None) -> np.ndarray:
-        """One encoded chunk, into a C-contiguous array of just its size or a new array of bytes."""
+        """One encoded chunk, into a C-contiguous array of just its size or a new array of bytes.
+
+        Parameters
+        ----------
+        chunk
+            Its number in the file's index.
+        out
+            C-contiguous array to read into; a new array of bytes if left out.
+        """
         start, length = self._index[chunk]
         if start == _MISSING:
             raise DamagedShardError(f"chunk {chunk} is missing in {self.path}")
@@ -277,7 +339,13 @@ class ChunkReader:
         return out
 
     def check(self, chunks: Iterable[int]) -> None:
-        """Read these chunks, which must be all there are, and see that no byte of the file is left over."""
+        """Read these chunks, which must be all there are, and see that no byte of the file is left over.
+
+        Parameters
+        ----------
+        chunks
+            Numbers in the file's index.
+        """
         rest = self.size - _CRC_BYTES - 16 * len(self._index)
         for chunk in chunks:
             rest -= self.read(chunk).nbytes + _CRC_BYTES

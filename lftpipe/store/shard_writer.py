@@ -95,6 +95,11 @@ class ShardWriter:
     def write(self, slot: Slot) -> None:
         """Check, encode and append a slot that was filled.
 
+        Parameters
+        ----------
+        slot
+            What `slot` gave, filled.
+
         Raises
         ------
         StoreError
@@ -121,6 +126,12 @@ class ShardWriter:
 
         Parameters
         ----------
+        array
+            ``"hidden"``, ``"attention"`` or one of the logits' arrays.
+        layer
+            The layer l itself, not its index; None for logits.
+        first
+            Which of ``key.sequences`` the block begins with.
         block
             Float16 or float32, (sequence, position, feature); ids are int32. numpy rounds float32 to
             float16 more slowly than the disk writes.

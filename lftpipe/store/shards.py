@@ -71,6 +71,13 @@ class Shards:
     def check_first(self, layout: ArrayLayout, split: str) -> None:
         """Open the first shard: a manifest alone is no reason to ask for memory.
 
+        Parameters
+        ----------
+        layout
+            Which array.
+        split
+            `train` or `validation`.
+
         Raises
         ------
         StoreError

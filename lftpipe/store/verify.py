@@ -39,6 +39,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether every byte is as it was written."""
         return not self.damaged
 
     @property
@@ -57,6 +58,11 @@ def verify_store(path: Path) -> Report:
     """Compare every byte of a complete store with the digests of the manifest.
 
     A store that is growing is checked too: a shard that was replaced meanwhile is compared with the journal.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
 
     Raises
     ------

@@ -62,6 +62,10 @@ class StoreWriter:
 
         Parameters
         ----------
+        path
+            The store's folder.
+        spec
+            What the store will hold.
         resume
             Whether an existing store may be gone on with.
         force
@@ -120,6 +124,8 @@ class StoreWriter:
 
         Parameters
         ----------
+        key
+            One of `pending`.
         arrays
             Left out, all that the teacher computes.
         """
@@ -135,6 +141,11 @@ class StoreWriter:
 
         One that the store has already, and one whose files are not there as they were written, are refused:
         they change no byte, and nothing of them remains.
+
+        Parameters
+        ----------
+        *sealed
+            What `produce_shard` left.
 
         Returns
         -------
@@ -178,6 +189,12 @@ class StoreWriter:
 
         Parameters
         ----------
+        split
+            `train` or `validation`.
+        tokens
+            Token ids.
+        document
+            Which document each token came from.
         first
             Index of the first sequence given; all before it, back to the last multiple of
             `sequences_per_shard`, must be stored. It ends at such a multiple or with the split.
@@ -201,8 +218,8 @@ class StoreWriter:
         ----------
         sequences
             How many each split has, where that was not known before: never fewer than are stored.
-        details
-            None takes one away.
+        **details
+            Details by name; JSON-plain values.
         """
         changed = {key: value for key, value in {**self.spec.details, **details}.items() if value is not None}
         spec = replace(self.spec, details=changed, sequences=sequences or self.spec.sequences)
@@ -262,7 +279,15 @@ class StoreWriter:
         return [array for array in self.spec.arrays.values() if array.computed]
 
     def stored(self, key: ShardKey, array: ArrayLayout) -> int:
-        """How many sequences of this shard are on disk."""
+        """How many sequences of this shard are on disk.
+
+        Parameters
+        ----------
+        key
+            The shard.
+        array
+            One of its arrays.
+        """
         record = self._records.get(array.file(key.split, key.index))
         return record.sequences if record else 0
 
@@ -287,7 +312,13 @@ class StoreWriter:
                 write_metadata(self.path, metadata(self.spec, complete=False))
 
     def forget(self, files: set[str]) -> None:
-        """Count these shard files as not written."""
+        """Count these shard files as not written.
+
+        Parameters
+        ----------
+        files
+            Shard files, relative to the store.
+        """
         assert self._journal is not None, "nothing is pending in a complete store"
         lost = {file: Record(0, 0, "") for file in files}
         with self._commits:

@@ -25,18 +25,46 @@ class Int8Codec(ArrayBytesCodec):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Int8Codec":
+        """The codec of an array's metadata.
+
+        Parameters
+        ----------
+        data
+            The codec's entry in the metadata.
+        """
         if data["name"] != NAME or data.get("configuration"):
             raise ValueError(f"not a configuration of {NAME}: {data}")
         return cls()
 
     def to_dict(self) -> dict[str, Any]:
+        """How an array's metadata names the codec."""
         return {"name": NAME}
 
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:
+        """Refuse arrays that the codec does not fit.
+
+        Parameters
+        ----------
+        shape
+            Of the array.
+        dtype
+            Of the array.
+        chunk_grid
+            Of the array; any will do.
+        """
         if dtype.to_native_dtype() != np.float16 or len(shape) < 2:
             raise ValueError(f"{NAME} codes float16 with axes (..., position, feature), not {dtype} {shape}")
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
+        """Refuse: the size depends on the values.
+
+        Parameters
+        ----------
+        input_byte_length
+            Bytes of a chunk's values.
+        chunk_spec
+            What zarr knows of the chunk.
+        """
         raise NotImplementedError("the size depends on the values")
 
     def _encode_sync(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:

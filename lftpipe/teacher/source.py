@@ -52,6 +52,7 @@ class Teacher:
 
     @property
     def width(self) -> int:
+        """Features of a state."""
         return self.config.hidden_size
 
     @property
