@@ -1,3 +1,57 @@
-"""lftpipe: train Latent Flow Transformers from a cache of the teacher's hidden states."""
+"""lftpipe: train Latent Flow Transformers from a cache of the teacher's hidden states.
+
+Everything in `__all__` is public; what lies in the rooms below may change. Names are loaded when they are first
+used: `import lftpipe` loads no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lftpipe.api import (
+        evaluate,
+        export,
+        extract,
+        generate,
+        info,
+        load_student,
+        open_store,
+        recouple,
+        report,
+        sweep,
+        toy,
+        train,
+        verify,
+    )
+    from lftpipe.errors import LftpipeError
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "LftpipeError",
+    "__version__",
+    "evaluate",
+    "export",
+    "extract",
+    "generate",
+    "info",
+    "load_student",
+    "open_store",
+    "recouple",
+    "report",
+    "sweep",
+    "toy",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "lftpipe.errors" if name == "LftpipeError" else "lftpipe.api"
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,183 @@
+"""The public Python API: stores and students to open, and each stage as a function. `import lftpipe` loads it on use.
+
+>>> import lftpipe
+>>> result = lftpipe.recouple(workspace="data", batches=2)              # doctest: +SKIP
+>>> result["layers"]                                                    # doctest: +SKIP
+[0, 1, 2, 3]
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+from lftpipe.config import settings
+from lftpipe.config.settings import Common
+
+if TYPE_CHECKING:
+    from lftpipe.store import Store
+
+Options = ParamSpec("Options")
+
+
+class Result(Mapping[str, Any]):
+    """What a stage found or made: a mapping with the keys that `--json` prints, shown as a table in notebooks.
+
+    Parameters
+    ----------
+    stage
+        The name of the command.
+    values
+        What the stage returned.
+    summary
+        From the values to what the command line shows of them.
+    """
+
+    def __init__(self, stage: str, values: Mapping[str, Any], summary: Callable[[Any], Any]) -> None:
+        self.stage = stage
+        self._values = values
+        self._summary = summary
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        """What the command line prints, as text."""
+        from rich.console import Console
+
+        console = Console(width=140, record=True, file=_Nowhere(), highlight=False, markup=False)
+        console.print(self._summary(self._values))
+        return console.export_text().rstrip()
+
+    def _repr_html_(self) -> str:
+        rows = self._values.get("rows")
+        if not isinstance(rows, list) or not rows:
+            return f"<pre>{escape(repr(self))}</pre>"
+        from lftpipe.report.tables import COLUMNS, cell
+
+        names = {key: name for key, name in COLUMNS.items() if any(key in row for row in rows)}
+        names = names or {key: key for key in rows[0]}
+        head = "".join(f"<th>{escape(name)}</th>" for name in names.values())
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell(row.get(key)))}</td>" for key in names) + "</tr>" for row in rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+class _Nowhere:
+    """A file that keeps nothing: the console records what it prints."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def _stage(kind: Callable[Options, Common], place: str) -> Callable[Options, Result]:
+    """A stage as a function whose keywords are the options of its command."""
+    module, name = place.split(":")
+
+    def run(*arguments: Options.args, **options: Options.kwargs) -> Result:
+        stage = importlib.import_module(module)
+        values = getattr(stage, name)(kind(*arguments, **options))
+        values = values.to_json() if hasattr(values, "to_json") else values
+        return Result(name, values, stage.summary)
+
+    run.__name__ = run.__qualname__ = name
+    run.__doc__ = f"""`lftpipe {name}` as a function; its keywords are the command's options.
+
+    Parameters
+    ----------
+    **options
+        The fields of `lftpipe.config.settings.{getattr(kind, "__name__", "")}`, documented there and by
+        `lftpipe {name} --help`.
+
+    Returns
+    -------
+    Result
+        The keys that `--json` prints.
+
+    Raises
+    ------
+    LftpipeError
+        In every case in which the command ends with an error line.
+    """
+    return run
+
+
+extract = _stage(settings.ExtractSettings, "lftpipe.stages.extract:extract")
+recouple = _stage(settings.RecoupleSettings, "lftpipe.stages.recouple:recouple")
+train = _stage(settings.TrainSettings, "lftpipe.stages.train:train")
+evaluate = _stage(settings.EvaluateSettings, "lftpipe.stages.evaluate:evaluate")
+sweep = _stage(settings.SweepSettings, "lftpipe.stages.sweep:sweep")
+toy = _stage(settings.ToySettings, "lftpipe.stages.toy:toy")
+export = _stage(settings.ExportSettings, "lftpipe.stages.export:export")
+generate = _stage(settings.GenerateSettings, "lftpipe.stages.generate:generate")
+info = _stage(settings.InfoSettings, "lftpipe.stages.info:info")
+verify = _stage(settings.VerifySettings, "lftpipe.stages.verify:verify")
+report = _stage(settings.ReportSettings, "lftpipe.stages.report:report")
+
+
+def open_store(path: str | Path) -> "Store":
+    """Open a finished store.
+
+    Parameters
+    ----------
+    path
+        The folder, `<workspace>/<teacher>/states.zarr`.
+
+    Returns
+    -------
+    Store
+        `read` gives arrays, `batches` shuffled training batches, `to_xarray` a lazy data set.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, or it is incomplete or damaged.
+    """
+    from lftpipe.store import Store
+
+    return Store.open(Path(path))
+
+
+def load_student(path: str | Path, *, k: int | None = None, solver: str | None = None) -> Any:
+    """A student as a transformers model, in float32 and ready to generate.
+
+    Parameters
+    ----------
+    path
+        The folder of a run, or one that `lftpipe export` wrote.
+    k, solver
+        Steps and solver of its flows; default: those of training or export.
+
+    Returns
+    -------
+    PreTrainedModel
+        Of the teacher's own class, with a flow layer in place of each block.
+
+    Raises
+    ------
+    LftpipeError
+        If there is no such student, or it is damaged, or its teacher changed.
+    """
+    from lftpipe import runs
+    from lftpipe.student.assemble import build_student, load_model, teacher_of_run
+
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        run = runs.open_run(folder)
+        teacher = teacher_of_run(run, settings.TrainSettings().workspace)
+        return build_student(teacher, [run], steps=k, solver=solver)
+    model = load_model(folder)
+    if k is not None or solver is not None:
+        model.set_steps(k or model.config.steps, solver)
+    return model
