@@ -60,13 +60,14 @@ class Result(Mapping[str, Any]):
         rows = self._values.get("rows")
         if not isinstance(rows, list) or not rows:
             return f"<pre>{escape(repr(self))}</pre>"
-        from lftpipe.report.tables import COLUMNS, cell
+        from lftpipe.reporting.tables import COLUMNS, cell
 
         names = {key: name for key, name in COLUMNS.items() if any(key in row for row in rows)}
         names = names or {key: key for key in rows[0]}
         head = "".join(f"<th>{escape(name)}</th>" for name in names.values())
         body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell(row.get(key)))}</td>" for key in names) + "</tr>" for row in rows
+            "<tr>" + "".join(f"<td>{escape(cell(row.get(key)))}</td>" for key in names) + "</tr>"
+            for row in rows
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

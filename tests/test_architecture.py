@@ -74,13 +74,13 @@ ROOMS: dict[str, tuple[str, str]] = {
         "artefacts batch config device errors flow progress runs store teacher",
         "transformers zarr",
     ),
-    "report": (
+    "reporting": (
         "artefacts evaluation.correlation outputs recoupling.ranking errors",
         "torch transformers zarr",
     ),
     "stages": (
         "artefacts config corpus device errors evaluation extraction files flow outputs progress recoupling "
-        "report runs store student teacher training workspace",
+        "reporting runs store student teacher training workspace",
         "",
     ),
     "interrupt": ("", "torch numpy transformers zarr pydantic typer"),
@@ -97,15 +97,21 @@ STRICTER: dict[str, tuple[str, str]] = {
     "evaluation.correlation": ("", "torch transformers zarr"),
     "stages.train": ("config device errors recoupling runs store teacher training workspace", "transformers"),
     "stages.recouple": (
-        "artefacts config device errors outputs recoupling report store workspace",
+        "artefacts config device errors outputs recoupling reporting store workspace",
         "transformers",
     ),
-    "stages.report": ("artefacts config errors outputs report workspace", "torch transformers"),
+    "stages.report": ("artefacts config errors outputs reporting runs store workspace", "torch transformers"),
 }
 
 
 def room_of(path: Path) -> str:
     return path.relative_to(ROOT / "lftpipe").with_suffix("").parts[0]
+
+
+def test_no_two_files_of_tests_have_the_same_name():
+    """Pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
 
 
 def test_every_file_is_in_a_room():

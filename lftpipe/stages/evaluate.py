@@ -24,7 +24,7 @@ from lftpipe.evaluation.predictors import (
 )
 from lftpipe.evaluation.scoring import score
 from lftpipe.outputs import COMMENT, making
-from lftpipe.report.tables import COLUMNS, cell, results_page
+from lftpipe.reporting.tables import COLUMNS, cell, results_page
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded
 from lftpipe.teacher.source import Teacher

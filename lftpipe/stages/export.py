@@ -16,7 +16,7 @@ from lftpipe.config.settings import ExportSettings
 from lftpipe.device import prepare_processor
 from lftpipe.errors import LftpipeError, RunError, SettingsError
 from lftpipe.outputs import making_folder, refuse_foreign_files
-from lftpipe.report.tables import escaped, markdown_lines, markdown_table
+from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table
 from lftpipe.runs import Run
 from lftpipe.student.assemble import build_student, teacher_of_run
 from lftpipe.student.plain import unroll

@@ -13,8 +13,8 @@ from lftpipe.errors import SettingsError
 from lftpipe.outputs import making
 from lftpipe.recoupling import ranking
 from lftpipe.recoupling.artefact import FILE_NAME, MARKS, make_map, map_layers
-from lftpipe.report.heatmap import draw_recoupling
-from lftpipe.report.pages import recoupling_page
+from lftpipe.reporting.heatmap import draw_recoupling
+from lftpipe.reporting.pages import recoupling_page
 from lftpipe.store import Store
 from lftpipe.workspace import find_store, require_json_name
 

@@ -10,8 +10,8 @@ from lftpipe.artefacts.run import metrics_digest
 from lftpipe.config.settings import ReportSettings
 from lftpipe.errors import RunError, StoreError
 from lftpipe.outputs import COMMENT, MARK, Staging, making
-from lftpipe.report.plots import draw_adaptive, draw_steps_curve, draw_training
-from lftpipe.report.tables import escaped, results_page
+from lftpipe.reporting.plots import draw_adaptive, draw_steps_curve, draw_training
+from lftpipe.reporting.tables import escaped, results_page
 from lftpipe.workspace import find_store
 
 #: By what a page is known; the last is that of older versions.

@@ -23,8 +23,8 @@ from lftpipe.outputs import making
 from lftpipe.recoupling import ranking
 from lftpipe.recoupling.artefact import open_map
 from lftpipe.recoupling.probe import draw_parts, probe_residual
-from lftpipe.report.plots import draw_sweep
-from lftpipe.report.sweep import AGAINST, OUTCOMES, correlation_table, markdown
+from lftpipe.reporting.plots import draw_sweep
+from lftpipe.reporting.sweep import AGAINST, OUTCOMES, correlation_table, markdown
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded
 from lftpipe.teacher.source import Teacher

@@ -16,7 +16,7 @@ from lftpipe.flow.objective import ErrorScale, Loss, flow_matching, flow_walking
 from lftpipe.flow.path import LinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver, equal_times
 from lftpipe.outputs import making
-from lftpipe.report.plots import save
+from lftpipe.reporting.plots import save
 from lftpipe.workspace import require_json_name
 
 #: Panels: title, steps of walking (0: none), weight of standard flow matching.

@@ -13,7 +13,7 @@ from lftpipe.config.settings import EvaluateSettings, TrainSettings
 from lftpipe.corpus.packing import positions
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.evaluation.metrics import LogitMetrics, Reference
-from lftpipe.report.plots import draw_adaptive
+from lftpipe.reporting.plots import draw_adaptive
 from lftpipe.stages.evaluate import evaluate, summary
 from lftpipe.stages.train import train
 from lftpipe.store import Store

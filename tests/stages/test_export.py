@@ -188,7 +188,7 @@ def test_the_card_says_what_it_is(neox_run: runs.Run, tmp_path: Path) -> None:
 
 
 def test_the_card_takes_its_rows_from_the_table(neox_run: runs.Run, tmp_path: Path) -> None:
-    from lftpipe.report.tables import COLUMNS
+    from lftpipe.reporting.tables import COLUMNS
 
     teacher = dict.fromkeys([*COLUMNS, "weights_digest"]) | {"method": "teacher", "ppl": 9.02}
     ours = teacher | {"method": "fw", "run": "flow", "k": 3, "solver": "euler", "ppl": 11.86}

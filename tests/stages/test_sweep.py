@@ -19,7 +19,7 @@ from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.recoupling.artefact import choose_block
 from lftpipe.recoupling.probe import draw_parts, probe_residual
 from lftpipe.recoupling.ranking import PREDICTORS
-from lftpipe.report.plots import PREDICTOR_LABELS
+from lftpipe.reporting.plots import PREDICTOR_LABELS
 from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.recouple import recouple
 from lftpipe.stages.sweep import summary, sweep

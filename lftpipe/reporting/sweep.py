@@ -4,7 +4,7 @@ from lftpipe.artefacts.sweep import Correlation, Sweep
 from lftpipe.evaluation import correlation
 from lftpipe.outputs import COMMENT
 from lftpipe.recoupling import ranking
-from lftpipe.report.tables import cell, escaped, markdown_lines
+from lftpipe.reporting.tables import cell, escaped, markdown_lines
 
 #: What a run reached; a block's is the mean over its runs.
 OUTCOMES = ("kl", "nmse", "nmse_without_first", "ppl")

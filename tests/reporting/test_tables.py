@@ -3,7 +3,7 @@
 from typing import Any
 
 from lftpipe.artefacts.results import Score
-from lftpipe.report.tables import markdown_table, means_over_seeds, means_section
+from lftpipe.reporting.tables import markdown_table, means_over_seeds, means_section
 
 
 def row(run: str | None, **values: Any) -> Score:

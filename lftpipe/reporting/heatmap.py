@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lftpipe.artefacts.recoupling import RecouplingMap
-from lftpipe.report.plots import literal, save
+from lftpipe.reporting.plots import literal, save
 
 #: Perceptually uniform and made for all kinds of colour vision.
 COLOUR_MAP = "cividis"

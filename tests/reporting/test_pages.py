@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from report_data import a_map, results
 
-from lftpipe.report.pages import Found, recoupling_page, report_page
+from lftpipe.reporting.pages import Found, recoupling_page, report_page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

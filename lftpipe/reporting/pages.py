@@ -1,6 +1,6 @@
 """Self-contained HTML pages: one file, no outside reference, works from `file://`. No torch.
 
-A page is a body, data as JSON, and the scripts of `lftpipe/report/page/` that draw the data. What comes from
+A page is a body, data as JSON, and the scripts of `lftpipe/reporting/page/` that draw the data. What comes from
 outside (names of models, corpora and runs, prompts, texts) goes into the data, which scripts show as text, or
 through `html.escape`.
 """
@@ -16,8 +16,8 @@ from typing import Any
 from matplotlib import colormaps
 
 import lftpipe
-from lftpipe.report.heatmap import COLOUR_MAP
-from lftpipe.report.tables import COLUMNS
+from lftpipe.reporting.heatmap import COLOUR_MAP
+from lftpipe.reporting.tables import COLUMNS
 
 #: Colours of the map's scale.
 COLOUR_STEPS = 32
@@ -151,7 +151,7 @@ def page(title: str, body: str, data: dict[str, Any], scripts: tuple[str, ...]) 
     data
         For the scripts; numbers that are not finite become null.
     scripts
-        Files of `lftpipe/report/page/`, in order.
+        Files of `lftpipe/reporting/page/`, in order.
     """
     embedded = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
     return _fill(
@@ -169,7 +169,7 @@ def page(title: str, body: str, data: dict[str, Any], scripts: tuple[str, ...]) 
 
 
 def _part(name: str) -> str:
-    return (resources.files("lftpipe.report") / "page" / name).read_text("utf-8")
+    return (resources.files("lftpipe.reporting") / "page" / name).read_text("utf-8")
 
 
 def _fill(template: str, parts: dict[str, str]) -> str:
