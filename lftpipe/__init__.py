@@ -1,7 +1,7 @@
 """lftpipe: train Latent Flow Transformers from a cache of the teacher's hidden states.
 
-Everything in `__all__` is public; what lies in the rooms below may change. Names are loaded when they are first
-used: `import lftpipe` loads no torch.
+Everything in `__all__` is public; what lies in the rooms below may change. Names are loaded when they are
+first used: `import lftpipe` loads no torch.
 """
 
 import importlib

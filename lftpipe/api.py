@@ -1,4 +1,4 @@
-"""The public Python API: stores and students to open, and each stage as a function. `import lftpipe` loads it on use.
+"""The public Python API: stores and students to open, and each stage as a function.
 
 >>> import lftpipe
 >>> result = lftpipe.recouple(workspace="data", batches=2)              # doctest: +SKIP
@@ -22,7 +22,7 @@ Options = ParamSpec("Options")
 
 
 class Result(Mapping[str, Any]):
-    """What a stage found or made: a mapping with the keys that `--json` prints, shown as a table in notebooks.
+    """What a stage found or made: a mapping with the keys that `--json` prints; a table in notebooks.
 
     Parameters
     ----------

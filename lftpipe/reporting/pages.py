@@ -1,14 +1,14 @@
 """Self-contained HTML pages: one file, no outside reference, works from `file://`. No torch.
 
-A page is a body, data as JSON, and the scripts of `lftpipe/reporting/page/` that draw the data. What comes from
-outside (names of models, corpora and runs, prompts, texts) goes into the data, which scripts show as text, or
-through `html.escape`.
+A page is a body, data as JSON, and the scripts of `lftpipe/reporting/page/` that draw the data. What comes
+from outside (names of models, corpora and runs, prompts, texts) goes into the data, which scripts show as
+text, or through `html.escape`.
 """
 
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from typing import Any
@@ -16,7 +16,12 @@ from typing import Any
 from matplotlib import colormaps
 
 import lftpipe
+from lftpipe.artefacts.recoupling import RecouplingMap
+from lftpipe.artefacts.results import Score
+from lftpipe.artefacts.sweep import Sweep
+from lftpipe.reporting.collect import Found
 from lftpipe.reporting.heatmap import COLOUR_MAP
+from lftpipe.reporting.plots import PREDICTOR_LABELS
 from lftpipe.reporting.tables import COLUMNS
 
 #: Colours of the map's scale.
@@ -29,47 +34,6 @@ MAP_KEYS = (
     "influence",
 )
 
-#: Figures of the map that a sweep holds against the KL reached.
-PREDICTOR_NAMES = {
-    "ratio": "recoupling ratio R",
-    "relative_gap": "relative gap",
-    "relative_displacement": "relative displacement",
-    "influence": "influence",
-    "probe_residual": "linear probe's residual",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """Everything that lies beside a store and goes on its page.
-
-    Parameters
-    ----------
-    results
-        The content of `results.json`.
-    curves
-        Lines of `metrics.jsonl` by run.
-    damaged
-        What could not be read of them, in words.
-    recoupling, sweep
-        The content of `recoupling.json` and `sweep.json`, None where there is none.
-    samples
-        Texts that `lftpipe generate --compare --keep` left with runs.
-    runs
-        Of each run its `name`, `facts` in a line, and `settings` as TOML.
-    commands
-        The commands that make everything on the page again.
-    """
-
-    results: dict[str, Any]
-    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    damaged: list[str] = field(default_factory=list)
-    recoupling: dict[str, Any] | None = None
-    sweep: dict[str, Any] | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    runs: list[dict[str, str]] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
-
 
 def report_page(found: Found) -> str:
     """The page of a store: headline, Table 1, trade-offs, curves, map, sweep, texts, commands.
@@ -80,51 +44,56 @@ def report_page(found: Found) -> str:
         What lies beside the store.
     """
     results = found.results
-    sweep = None
-    if found.sweep is not None:
-        names = [[key, name] for key, name in PREDICTOR_NAMES.items() if key in found.sweep["rows"][0]]
-        sweep = found.sweep | {"predictors": names}
+    rows = [row.to_json() for row in results.rows]
     data = {
-        "teacher": results["teacher"],
-        "rows": results["rows"],
-        "columns": [
-            [key, name] for key, name in COLUMNS.items() if any(key in row for row in results["rows"])
-        ],
-        "adaptive": results.get("adaptive", []),
-        "curves": found.curves,
-        "damaged": found.damaged,
-        "map": None if found.recoupling is None else map_data(found.recoupling, _best_block(results["rows"])),
-        "sweep": sweep,
+        "teacher": results.teacher,
+        "rows": rows,
+        "columns": [[key, name] for key, name in COLUMNS.items() if any(key in row for row in rows)],
+        "adaptive": [row.to_json() for row in results.adaptive or ()],
+        "curves": found.lines,
+        "damaged": found.damage,
+        "map": None if found.recoupling is None else map_data(found.recoupling, _best_block(results.rows)),
+        "sweep": None if found.sweep is None else _sweep_data(found.sweep),
         "samples": found.samples,
         "runs": found.runs,
         "commands": found.commands,
     }
     body = _fill(_part("report.html"), {"map": _part("map.html")})
-    about = f"{results['validation_tokens']:,} validation tokens; store {results['store_fingerprint']}"
+    about = f"{results.validation_tokens:,} validation tokens; store {results.store_fingerprint}"
     body = body.replace('id="about"></p>', f'id="about">{escape(about)}</p>')
     scripts = ("base.js", "chart.js", "table.js", "results.js", "extras.js", "map.js", "contents.js")
-    return page(f"Students of {results['teacher']}", body, data, scripts)
+    return page(f"Students of {results.teacher}", body, data, scripts)
 
 
-def recoupling_page(recoupling: dict[str, Any]) -> str:
+def _sweep_data(sweep: Sweep) -> dict[str, Any]:
+    """The sweep, and the figures that all its blocks have."""
+    names = [
+        [key, name]
+        for key, name in PREDICTOR_LABELS.items()
+        if all(getattr(row, key) is not None for row in sweep.rows)
+    ]
+    return sweep.to_json() | {"predictors": names}
+
+
+def recoupling_page(recoupling: RecouplingMap) -> str:
     """The page of a map alone.
 
     Parameters
     ----------
     recoupling
-        The content of `recoupling.json`.
+        What `lftpipe recouple` found.
     """
-    title = f"Recoupling map of {recoupling['teacher'] or 'a teacher'}"
+    title = f"Recoupling map of {recoupling.teacher or 'a teacher'}"
     return page(title, _part("map.html"), {"map": map_data(recoupling)}, ("base.js", "map.js", "contents.js"))
 
 
-def map_data(recoupling: dict[str, Any], shown: tuple[int, int] | None = None) -> dict[str, Any]:
+def map_data(recoupling: RecouplingMap, shown: tuple[int, int] | None = None) -> dict[str, Any]:
     """What the script of the map draws: the map, its colours, and the pair that it shows at first.
 
     Parameters
     ----------
     recoupling
-        The content of `recoupling.json`.
+        What `lftpipe recouple` found.
     shown
         A block `(m, n)`; left out, or not on the map, the first pair is shown.
     """
@@ -132,10 +101,11 @@ def map_data(recoupling: dict[str, Any], shown: tuple[int, int] | None = None) -
         [round(255 * part) for part in colormaps[COLOUR_MAP](step / (COLOUR_STEPS - 1))[:3]]
         for step in range(COLOUR_STEPS)
     ]
-    layers = recoupling["layers"]
+    layers = recoupling.layers
     on_map = shown is not None and all(layer in layers for layer in shown)
     first = [layers.index(layer) for layer in shown] if shown and on_map else [0, 1]
-    kept = {key: recoupling[key] for key in MAP_KEYS if key in recoupling}
+    found = recoupling.to_json()
+    kept = {key: found[key] for key in MAP_KEYS if found.get(key) is not None}
     return kept | {"colours": colours, "shown": first}
 
 
@@ -186,9 +156,10 @@ def _finite(value: Any) -> Any:
     return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def _best_block(rows: list[dict[str, Any]]) -> tuple[int, int] | None:
+def _best_block(rows: Sequence[Score]) -> tuple[int, int] | None:
     """The block of the student with the lowest KL; None of one with several blocks."""
-    students = [row for row in rows if row["run"] and row["kl"] is not None]
-    block = min(students, key=lambda row: row["kl"], default={"block": ""})["block"]
-    match = re.fullmatch(r"(\d+):(\d+)", block)
+    best = min(
+        (row for row in rows if row.run and row.kl is not None), key=lambda row: row.kl or 0, default=None
+    )
+    match = re.fullmatch(r"(\d+):(\d+)", best.block or "") if best else None
     return (int(match[1]), int(match[2])) if match else None

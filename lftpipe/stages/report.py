@@ -1,15 +1,13 @@
-"""`lftpipe report`: the map, the table and the curves that lie beside a store, on one page. No torch."""
+"""`lftpipe report`: everything that lies beside a store, as one HTML page and as Markdown. No torch."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lftpipe.artefacts.metrics import Metrics, read_metrics
-from lftpipe.artefacts.results import Results
-from lftpipe.artefacts.run import metrics_digest
 from lftpipe.config.settings import ReportSettings
 from lftpipe.errors import RunError, StoreError
 from lftpipe.outputs import COMMENT, MARK, Staging, making
+from lftpipe.reporting.collect import Found, collect
+from lftpipe.reporting.pages import report_page
 from lftpipe.reporting.plots import draw_adaptive, draw_steps_curve, draw_training
 from lftpipe.reporting.tables import escaped, results_page
 from lftpipe.workspace import find_store
@@ -21,37 +19,8 @@ MARKS = (MARK, b" validation tokens; store ")
 PICTURES = ("steps.png", "adaptive.png", "training.png")
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Metrics of the runs that were evaluated, by name."""
-
-    by_run: dict[str, Metrics]
-
-    @classmethod
-    def of(cls, result: Results, runs: Path) -> "Curves":
-        """Of those in the table whose folders are beside it."""
-        names = sorted({row.run for row in result.rows if row.run})
-        folders = {name: runs / name for name in names if (runs / name).is_dir()}
-        return cls(
-            {
-                name: read_metrics(each / "metrics.jsonl", metrics_digest(each))
-                for name, each in folders.items()
-            }
-        )
-
-    @property
-    def damage(self) -> list[str]:
-        """What to say of each damaged file."""
-        return [metrics.damage for metrics in self.by_run.values() if metrics.damage]
-
-    @property
-    def drawn(self) -> dict[str, list[dict[str, Any]]]:
-        """The lines of those that have some."""
-        return {name: metrics.rows for name, metrics in self.by_run.items() if metrics.rows}
-
-
 def report(settings: ReportSettings) -> dict[str, Any]:
-    """Write one Markdown page, with pictures, of all that was found beside a store.
+    """Write one self-contained HTML page, and the same as Markdown with pictures, of what is beside a store.
 
     Parameters
     ----------
@@ -61,7 +30,7 @@ def report(settings: ReportSettings) -> dict[str, Any]:
     Returns
     -------
     dict
-        The page's path, the pictures it shows, and `damaged`: what could not be read of the runs' metrics.
+        The pages' paths, the pictures, and `damaged`: what could not be read.
 
     Raises
     ------
@@ -75,38 +44,41 @@ def report(settings: ReportSettings) -> dict[str, Any]:
     table = here / "results.json"
     if not table.exists():
         raise StoreError(f"{here} without results.json", "an evaluation", "run `lftpipe evaluate` first")
-    result = Results.from_json(table)
-    curves = Curves.of(result, here / "runs")
-    others = [out.with_name(name) for name in PICTURES]
+    found = collect(here)
+    page = out.with_suffix(".html")
+    others = [page, *(out.with_name(name) for name in PICTURES)]
     with making(out, others, marks=MARKS, force=settings.force) as staging:
-        pictures = _draw(result, curves, out, staging)
+        pictures = _draw(found, out, staging)
         if (here / "recoupling.png").exists():
             pictures["Recoupling ratio over all pairs of states (figure 6)"] = here / "recoupling.png"
-        staging.path(out).write_text(_page(result, curves, pictures, out))
+        staging.path(page).write_text(report_page(found), encoding="utf-8")
+        staging.path(out).write_text(_page(found, pictures, out), encoding="utf-8")
     shown = [str(path) for path in pictures.values()]
-    return {"report": str(out), "pictures": shown, "damaged": curves.damage}
+    return {"report": str(page), "markdown": str(out), "pictures": shown, "damaged": found.damage}
 
 
-def _draw(result: Results, curves: Curves, out: Path, staging: Staging) -> dict[str, Path]:
+def _draw(found: Found, out: Path, staging: Staging) -> dict[str, Path]:
     """Draw what there is to draw; captions and final places."""
+    result = found.results
     steps, adaptive, training = (out.with_name(name) for name in PICTURES)
     pictures = {"KL_x and NMSE against the number of steps (figure 5)": steps}
     draw_steps_curve(result.rows, staging.path(steps))
     if result.adaptive:
         draw_adaptive(result.rows, result.adaptive, staging.path(adaptive))
         pictures["KL against mean NFE, steps fixed and chosen token by token"] = adaptive
-    if curves.drawn:
+    if found.lines:
         skips = [row for row in result.rows if row.run is None and row.nmse is not None]
-        draw_training(curves.drawn, skips, staging.path(training))
+        draw_training(found.lines, skips, staging.path(training))
         pictures["NMSE against training tokens (figure 4)"] = training
     return pictures
 
 
-def _page(result: Results, curves: Curves, pictures: dict[str, Path], out: Path) -> str:
+def _page(found: Found, pictures: dict[str, Path], out: Path) -> str:
+    result = found.results
     introduction = f"{result.validation_tokens:,} validation tokens; store {result.store_fingerprint}."
     page = results_page(result, result.teacher, introduction)
-    if curves.damage:
-        page += ["## Damaged", "", *(f"- {escaped(each)}" for each in curves.damage), ""]
+    if found.damage:
+        page += ["## Damaged", "", *(f"- {escaped(each)}" for each in found.damage), ""]
     for caption, path in pictures.items():
         page += [f"## {caption}", "", f"![{caption}]({_relative(path, out)})", ""]
     return "\n".join([*page, COMMENT]) + "\n"
@@ -119,5 +91,5 @@ def _relative(path: Path, page: Path) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """Where the page is, and what is damaged."""
-    lines = [f"{result['report']}: one page with {len(result['pictures'])} pictures"]
+    lines = [f"{result['report']}: open it in a browser; {result['markdown']} has the same in Markdown"]
     return "\n".join([*lines, *(f"  {each}" for each in result["damaged"])])

@@ -1,7 +1,7 @@
-"""A student's classes as one file of Python, so that transformers loads an export where lftpipe is not installed.
+"""A student's classes as one file of Python: transformers loads an export where lftpipe is not installed.
 
 The file is made of the very modules that lftpipe runs, in the order of their imports: their own imports of
-lftpipe are left out, and jaxtyping's shapes become plain tensors. It is not written by hand, so it cannot drift.
+lftpipe are left out, and jaxtyping's shapes become plain tensors. Nobody writes it, so it cannot drift.
 """
 
 import ast

@@ -1,14 +1,18 @@
 """The HTML pages: what is in them, and what a browser makes of them."""
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 
 import pytest
-from report_data import a_map, results
+from fake_maps import make_map
+from report_data import results
 
-from lftpipe.reporting.pages import Found, recoupling_page, report_page
+from lftpipe.artefacts.metrics import Metrics
+from lftpipe.reporting.collect import Found
+from lftpipe.reporting.pages import recoupling_page, report_page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -25,7 +29,8 @@ def data_of(page):
 def whole(**changes):
     """A page with all sections."""
     curves = {
-        f"walk-seed{s}": [{"tokens": 64 * i, "loss": 1 / i, "nmse": 2 / i} for i in (1, 2, 3)] for s in (0, 1)
+        f"walk-seed{s}": Metrics([{"tokens": 64 * i, "loss": 1 / i, "nmse": 2 / i} for i in (1, 2, 3)])
+        for s in (0, 1)
     }
     sample = {
         "prompt": "once",
@@ -37,11 +42,12 @@ def whole(**changes):
     given = {
         "results": results(),
         "curves": curves,
-        "recoupling": a_map(5),
+        "recoupling": make_map(5),
         "samples": [sample | {"common_tokens": 1}],
+        "commands": ["lftpipe extract --model tiny"],
+        **{"sweep": None, "runs": [], "damage": []},
     }
-    commands = ["lftpipe extract --model tiny"]
-    return report_page(Found(**given | {"commands": commands} | changes))
+    return report_page(Found(**given | changes))
 
 
 def in_browser(page, script, folder):
@@ -59,25 +65,25 @@ def in_browser(page, script, folder):
     return done.stdout
 
 
-@pytest.mark.parametrize("page", [whole(), recoupling_page(a_map(5))], ids=["report", "map"])
+@pytest.mark.parametrize("page", [whole(), recoupling_page(make_map(5))], ids=["report", "map"])
 def test_a_page_is_self_contained(page):
     assert not re.search(OUTSIDE, page)
     assert "{{" not in page
 
 
 def test_a_page_holds_the_numbers():
-    recoupling = a_map(5)
+    recoupling = make_map(5)
     data = data_of(whole(recoupling=recoupling))
-    assert data["rows"] == results()["rows"]
-    assert data["map"]["ratio"] == recoupling["ratio"]
+    assert data["rows"] == [row.to_json() for row in results().rows]
+    assert data["map"]["ratio"] == recoupling.ratio
     assert data["map"]["shown"] == [1, 3], "the best student's block"
     assert len(data["map"]["colours"]) == 32
 
 
 def test_numbers_that_are_not_finite_leave_valid_json():
     found = results()
-    found["rows"][2]["kl"] = float("nan")
-    assert data_of(whole(results=found))["rows"][2]["kl"] is None
+    rows = [dataclasses.replace(found.rows[2], kl=float("nan")), *found.rows]
+    assert data_of(whole(results=dataclasses.replace(found, rows=rows)))["rows"][0]["kl"] is None
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ def test_a_name_cannot_break_out_of_a_page(evil):
         "samples": [sample | {"common_tokens": 1}],
         "commands": [evil],
     }
-    for page in (whole(**found), recoupling_page(a_map(3, teacher=evil, store_fingerprint=evil))):
+    for page in (whole(**found), recoupling_page(make_map(3, teacher=evil, store_fingerprint=evil))):
         assert evil not in page
         assert page.count("</script>") == 2
 
@@ -135,7 +141,7 @@ def test_charts_are_read_by_pointer_and_keyboard(tmp_path):
 
 @needs_browser
 def test_the_map_shows_what_is_hovered(tmp_path):
-    recoupling = a_map(5)
+    recoupling = make_map(5)
     hover = """const map = document.getElementById("map"), box = map.getBoundingClientRect();
       const point = {clientX: box.left + 46 + 4.5 * 34, clientY: box.top + 2.5 * 34};
       map.dispatchEvent(new PointerEvent("pointermove", point));
@@ -144,4 +150,4 @@ def test_the_map_shows_what_is_hovered(tmp_path):
     shown = in_browser(recoupling_page(recoupling), hover, tmp_path)
     assert "<title>true</title>" in shown
     assert "block 2:4, 2 layers" in shown
-    assert f'<td class="text">R</td><td>{recoupling["ratio"][2][4]:.4g}</td>' in shown
+    assert f'<td class="text">R</td><td>{recoupling.ratio[2][4]:.4g}</td>' in shown

@@ -1,0 +1,204 @@
+"""What lies beside a store, gathered for its page: results, curves, map, sweep, texts, commands."""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lftpipe.artefacts.base import read_json
+from lftpipe.artefacts.metrics import Metrics, read_metrics
+from lftpipe.artefacts.recoupling import RecouplingMap
+from lftpipe.artefacts.results import Results
+from lftpipe.artefacts.run import metrics_digest
+from lftpipe.artefacts.sweep import Sweep
+from lftpipe.errors import LftpipeError
+
+#: What `lftpipe generate --compare --keep` leaves with a run: a JSON object a line.
+SAMPLES = "samples.jsonl"
+
+#: Keys of such a line, and their types.
+_SAMPLE = {
+    **dict.fromkeys(("run", "prompt", "teacher", "teacher_text", "student_text"), str),
+    "common_tokens": int,
+}
+
+#: Samples of a run that a page shows, from the last.
+MOST_SAMPLES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Everything that lies beside a store and goes on its page.
+
+    Parameters
+    ----------
+    results
+        Table 1.
+    curves
+        Metrics of the runs in it, by name.
+    recoupling, sweep
+        The map and the sweep, None where there is none that can be read.
+    samples
+        Texts of teacher and student side by side.
+    runs
+        Of each run its `name`, `facts` in a line, and `settings` as TOML.
+    commands
+        The commands that make everything on the page again.
+    damage
+        What could not be read, in words.
+    """
+
+    results: Results
+    curves: dict[str, Metrics]
+    recoupling: RecouplingMap | None
+    sweep: Sweep | None
+    samples: list[dict[str, Any]]
+    runs: list[dict[str, str]]
+    commands: list[str]
+    damage: list[str]
+
+    @property
+    def lines(self) -> dict[str, list[dict[str, Any]]]:
+        """Lines of metrics by run, of the runs that have some."""
+        return {name: metrics.rows for name, metrics in self.curves.items() if metrics.rows}
+
+
+def collect(here: Path) -> Found:
+    """Gather what is there; all but the table may be missing, and what is damaged is said.
+
+    Parameters
+    ----------
+    here
+        The folder of an experiment: of `results.json`, `runs/` and the store.
+
+    Raises
+    ------
+    LftpipeError
+        If the table of results cannot be read.
+    """
+    results = Results.from_json(here / "results.json")
+    names = sorted({row.run for row in results.rows if row.run})
+    folders = {name: here / "runs" / name for name in names if (here / "runs" / name).is_dir()}
+    curves = {
+        name: read_metrics(each / "metrics.jsonl", metrics_digest(each)) for name, each in folders.items()
+    }
+    damage = [metrics.damage for metrics in curves.values() if metrics.damage]
+    recoupling = _read(RecouplingMap, here / "recoupling.json", damage)
+    sweep = _read(Sweep, here / "sweep.json", damage)
+    return Found(
+        results=results,
+        curves=curves,
+        recoupling=recoupling,
+        sweep=sweep,
+        samples=[sample for each in folders.values() for sample in _samples(each / SAMPLES, damage)],
+        runs=[_facts(name, each) for name, each in folders.items()],
+        commands=_commands(here, results, folders, recoupling),
+        damage=damage,
+    )
+
+
+def _read(kind: Any, path: Path, damage: list[str]) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return kind.from_json(path)
+    except LftpipeError as error:
+        damage.append(error.given)
+        return None
+
+
+def _samples(path: Path, damage: list[str]) -> list[dict[str, Any]]:
+    """The last samples of a run; a line that is none is left out and said."""
+    found = []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and all(
+                isinstance(row.get(key), kind) for key, kind in _SAMPLE.items()
+            )
+        except (ValueError, RecursionError):
+            whole = False
+        if whole:
+            found.append({key: row[key] for key in _SAMPLE})
+        else:
+            damage.append(f"{path}: line {number} is damaged, left out")
+    return found[-MOST_SAMPLES:]
+
+
+def _facts(name: str, folder: Path) -> dict[str, str]:
+    """A run's digests and versions in a line, and its settings as they stand in its folder."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except (OSError, ValueError):
+        manifest = {}
+    versions = manifest.get("versions")
+    shown = ", ".join(f"{key} {each}" for key, each in versions.items()) if isinstance(versions, dict) else ""
+    settings = folder / "settings.toml"
+    return {
+        "name": name,
+        "facts": "; ".join(
+            (
+                f"weights {manifest.get('weights_digest', '?')}",
+                f"store {manifest.get('store_fingerprint', '?')}",
+                shown or "versions unknown",
+            )
+        ),
+        "settings": settings.read_text(errors="replace") if settings.is_file() else "",
+    }
+
+
+def _commands(
+    here: Path, results: Results, folders: dict[str, Path], recoupling: RecouplingMap | None
+) -> list[str]:
+    """Commands as one types them, from what stores and files say of how they were made."""
+    store = Path(results.store)
+    commands = [_extract_command(store)] if (store / "zarr.json").is_file() else []
+    if recoupling is not None:
+        commands.append(_command("recouple", recoupling.settings))
+    for name, folder in folders.items():
+        recipe = shlex.quote(str(folder / "settings.toml"))
+        commands.append(f"lftpipe train --recipe {recipe} --run {shlex.quote(name + '-again')}")
+    commands.append(_command("evaluate", results.settings))
+    return [*commands, f"lftpipe report --store {shlex.quote(str(store))} --force"]
+
+
+def _extract_command(store: Path) -> str:
+    try:
+        made = read_json(store / "zarr.json")["attributes"]
+        teacher, sequences, layers = made["teacher"], made["sequences"], made["layers"]
+        whole = layers == list(range(teacher["layers"] + 1))
+        options = {
+            "model": teacher["model"],
+            "revision": teacher["revision"],
+            "corpus": made["corpus"],
+            "layers": "all" if whole else ",".join(map(str, layers)),
+            "context": made["context"],
+            "tokens": sequences["train"] * made["context"],
+            "validation_tokens": sequences["validation"] * made["context"],
+            "logits": made.get("logits"),
+            "dtype": made["dtype"],
+            "compute_dtype": made["compute_dtype"],
+            "attention": bool(made["attention_layers"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"# {store} does not say how it was made"
+    return _command("extract", options)
+
+
+def _command(name: str, options: dict[str, Any]) -> str:
+    """A command with its options; what only says where files go is left out."""
+    words = ["lftpipe", name]
+    for key, value in options.items():
+        option = "--" + key.replace("_", "-")
+        if key in ("workspace", "out", "force", "threads", "runs") or value is None:
+            continue
+        if isinstance(value, bool):
+            if key == "attention" and not value:
+                words.append("--no-attention")
+            elif value and key != "attention":
+                words.append(option)
+        else:
+            words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return shlex.join(words)
