@@ -52,6 +52,7 @@ class Chain:
         self._checkpoint = Checkpoint(joint)
         self._logs: list[Log] = []
         self._look_every = look_every(first.device)
+        self._saved = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -116,9 +117,9 @@ class Chain:
         waited
             Seconds until the batch was there.
         """
-        started = time.monotonic()
+        started, look = time.monotonic(), self._is_time_to_look()
         try:
-            rates = take_step(self.runs, self.bridges, batch, look=self._is_time_to_look())
+            rates = take_step(self.runs, self.bridges, batch, look=look)
         except DivergenceError as error:
             self.error = error
             return
@@ -132,13 +133,20 @@ class Chain:
         )
         if found or self._is_time(self.settings.log_every):
             self._write(batch, rates, found)
-        if self.step % self.settings.checkpoint_every == 0 and not self.finished:
+        if look and self._is_time_to_save() and not self.finished:
             for log in self._logs:
                 log.flush()
             self._checkpoint.save()
+            self._saved = time.monotonic()
 
     def _is_time(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.num_steps
+
+    def _is_time_to_save(self) -> bool:
+        """By steps, or by the clock of the process that writes; the others don't ask theirs."""
+        steps, seconds = self.settings.checkpoint_every, 60 * self.settings.checkpoint_minutes
+        by_clock = seconds > 0 and time.monotonic() - self._saved >= seconds
+        return by_clock or (steps > 0 and self.step % steps == 0)
 
     def _is_time_to_look(self) -> bool:
         """Whether the next step's weights may be logged, judged or saved, or nobody has looked for long."""

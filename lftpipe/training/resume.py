@@ -23,6 +23,7 @@ _MAY_DIFFER = {
     "store",
     "log_every",
     "checkpoint_every",
+    "checkpoint_minutes",
     "run",
     "rank_by",
     "variants",

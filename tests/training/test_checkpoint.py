@@ -94,6 +94,23 @@ def test_a_killed_run_leaves_the_checkpoint_that_was_being_written(settings, mon
     torch.testing.assert_close(weights_of(broken.run), weights_of(settings.run), rtol=0, atol=0)
 
 
+def test_the_clock_alone_decides_where_no_steps_are_given(settings, monkeypatch):
+    """Every step takes longer than the time between checkpoints here, and none does in the second run."""
+    by_clock = change(settings, checkpoint_every=0, checkpoint_minutes=1e-9)
+    with monkeypatch.context() as patch:
+        stop_before(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            train(by_clock)
+    (state,) = torch.load(Path(settings.run) / runs.CHECKPOINT, weights_only=True)
+    assert state["step"] == 7
+    rarely = change(settings, checkpoint_every=0, checkpoint_minutes=1e9, run=settings.run + "-rarely")
+    with monkeypatch.context() as patch:
+        stop_before(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            train(rarely)
+    assert not (Path(str(rarely.run)) / runs.CHECKPOINT).exists()
+
+
 def test_a_run_may_go_on_with_other_threads_but_not_with_another_seed(settings, monkeypatch):
     with monkeypatch.context() as patch:
         stop_before(patch, 7)

@@ -110,15 +110,18 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
     """Continue an interrupted run."""
     log_every: Count = 20
     """Steps between lines of `metrics.jsonl`."""
-    checkpoint_every: Count = 200
-    """Steps between checkpoints."""
+    checkpoint_minutes: NonNegative = 5.0
+    """Minutes between checkpoints, which are written in the background; 0: by `--checkpoint-every` alone."""
+    checkpoint_every: CountOrZero = 0
+    """Steps between further checkpoints; 0: by the clock alone."""
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "block objective tokens run seed from_teacher device store workspace resume force",
         "The block": "replace rank_by joint init",
         "The objective": "walk_steps solver loss alpha condition walk_times loss_scale",
         "The steps": "batch_tokens optimizer learning_rate warmup weight_decay clip ema",
-        "Watching the run": "hold_back evaluate_every patience log_every checkpoint_every tensorboard",
+        "Watching the run": "hold_back evaluate_every patience log_every checkpoint_minutes checkpoint_every "
+        "tensorboard",
     }
 
 
