@@ -15,14 +15,12 @@ OPEN = {
     "config",
     "evaluation",
     "extraction",
-    "flow",
     "recoupling",
     "report",
     "runs",
     "stages",
     "student",
     "teacher",
-    "training",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -46,7 +46,13 @@ class LinearPath:
     x_1: States
 
     def sample(self, t: Times) -> PathSample:
-        """The point at one time per sequence, `t`."""
+        """The point at one time per sequence.
+
+        Parameters
+        ----------
+        t
+            The times.
+        """
         return PathSample(t, torch.lerp(self.x_0, self.x_1, over(t, self.x_0)), self.x_1 - self.x_0)
 
 
@@ -66,7 +72,13 @@ class PiecewiseLinearPath:
     states: Float[Tensor, "state sequence position feature"]
 
     def sample(self, t: Times) -> PathSample:
-        """The point at one time per sequence, `t`."""
+        """The point at one time per sequence.
+
+        Parameters
+        ----------
+        t
+            The times.
+        """
         num_lines = self.states.shape[0] - 1
         scaled = t * num_lines
         index = scaled.floor().clamp(0, num_lines - 1).long()

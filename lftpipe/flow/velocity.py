@@ -170,7 +170,13 @@ class Velocity(nn.Module):
         source: States | None = None,
         step_size: Times | None = None,
     ) -> States:
-        """The velocity `u(x, t)`; the parameters are those of `branches`."""
+        """The velocity `u(x, t)`.
+
+        Parameters
+        ----------
+        x, t, context, modulations, source, step_size
+            As for `branches`.
+        """
         if self.layer.whole:
             return self._whole(x, t, context, modulations, source=source, step_size=step_size)
         attention, mlp = self.branches(x, t, context, modulations, source=source, step_size=step_size)

@@ -21,7 +21,13 @@ Wanted = tuple[Path, TrainSettings, tuple[int, int]]
 
 
 def variants_of(settings: TrainSettings) -> list[TrainSettings]:
-    """One settings for each `[train.variants.NAME]` of a recipe, or the settings themselves."""
+    """One settings for each `[train.variants.NAME]` of a recipe, or the settings themselves.
+
+    Parameters
+    ----------
+    settings
+        As they were given.
+    """
     if not settings.variants:
         return [settings]
     chosen = settings.run.split(",") if settings.run else list(settings.variants)
@@ -37,6 +43,15 @@ def variants_of(settings: TrainSettings) -> list[TrainSettings]:
 
 def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> TrainSettings:
     """Settings with all that was left open chosen, and checked against the store.
+
+    Parameters
+    ----------
+    settings
+        As they were given.
+    store
+        What the run is trained on.
+    block
+        Whose layers it stands for.
 
     Raises
     ------
@@ -125,7 +140,15 @@ def _ranges(layers: tuple[int, ...]) -> str:
 
 
 def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
-    """What a run is called that was given no name: after block, objective and seed."""
+    """What a run is called that was given no name: after block, objective and seed.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+    block
+        Whose layers it stands for.
+    """
     objective = settings.objective
     if objective in ("fw", "hybrid"):
         objective += str(settings.walk_steps) + ("" if settings.solver == "midpoint" else "-euler")
