@@ -58,7 +58,7 @@ def test_what_is_saved_is_the_moment_of_saving_and_training_does_not_wait(run, m
 
 
 def test_an_error_of_the_disk_is_heard(run, monkeypatch):
-    def write(path, data):
+    def write(path, data, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_atomic", write)
@@ -70,7 +70,7 @@ def test_an_error_of_the_disk_is_heard(run, monkeypatch):
 
 
 def test_a_full_disk_ends_training(settings, monkeypatch):
-    def write(path, data):
+    def write(path, data, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_atomic", write)
@@ -101,7 +101,7 @@ def test_the_clock_alone_decides_where_no_steps_are_given(settings, monkeypatch)
         stop_before(patch, 7)
         with pytest.raises(KeyboardInterrupt):
             train(by_clock)
-    (state,) = torch.load(Path(settings.run) / runs.CHECKPOINT, weights_only=True)
+    (state,) = read_checkpoint(Path(settings.run) / runs.CHECKPOINT, None)
     assert state["step"] == 7
     rarely = change(settings, checkpoint_every=0, checkpoint_minutes=1e9, run=settings.run + "-rarely")
     with monkeypatch.context() as patch:
