@@ -26,7 +26,7 @@ from lftpipe.evaluation.scoring import score
 from lftpipe.outputs import COMMENT, making
 from lftpipe.reporting.tables import COLUMNS, cell, results_page
 from lftpipe.store import Store
-from lftpipe.teacher.recorded import open_recorded
+from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
 from lftpipe.workspace import find_runs, find_store, require_json_name
 
@@ -85,7 +85,7 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
         _check_run(run, store)
     if settings.adaptive:
         _check_adaptive(opened, settings)
-    teacher = open_recorded(store.identity["teacher"], settings.workspace, store.path)
+    teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
     scores = score(
         _predictors(opened, settings, teacher),
         store,

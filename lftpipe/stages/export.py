@@ -144,7 +144,7 @@ def _write(model: Any, teacher: Teacher, card: str, result: dict[str, Any], fold
         (folder / "README.md").write_text(card)
         files = sorted({SOURCE, *(entry.name for entry in folder.iterdir())})
         of_result = {key: result[key] for key in ("form", "blocks", "runs", "k", "solver")}
-        recorded: Any = teacher.identity()
+        recorded: Any = teacher.identity() | {"tokenizer_digest": teacher.tokenizer_digest}
         source = ExportSource(**of_result, teacher=recorded, lftpipe=lftpipe.__version__, files=files)
         source.write(folder / SOURCE)
         task.advance(1)

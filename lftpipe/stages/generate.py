@@ -134,7 +134,7 @@ def _open(settings: GenerateSettings, name: str) -> Writer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise RunError(
                 f"{folder} without a usable tokenizer", "tokenizer.json", "export it again"

@@ -26,7 +26,7 @@ from lftpipe.recoupling.probe import draw_parts, probe_residual
 from lftpipe.reporting.plots import draw_sweep
 from lftpipe.reporting.sweep import AGAINST, OUTCOMES, correlation_table, markdown
 from lftpipe.store import Store
-from lftpipe.teacher.recorded import open_recorded
+from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.resolve import resolved, run_name
 from lftpipe.training.resume import changed_settings
@@ -83,7 +83,7 @@ def _swept(settings: SweepSettings, store_path: Path, folder: Path) -> tuple[int
             "at least one",
             "extract with --validation-tokens",
         )
-    teacher = open_recorded(store.identity["teacher"], settings.workspace, store.path)
+    teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
     lengths = _lengths(settings.lengths, teacher.num_layers)
     made_with = RecoupleSettings(workspace=settings.workspace, store=store_path, threads=settings.threads)
     found = open_map(store_path, store, made_with)

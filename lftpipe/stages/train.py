@@ -8,7 +8,7 @@ from lftpipe.config.layers import parse_block
 from lftpipe.config.settings import TrainSettings
 from lftpipe.device import prepare
 from lftpipe.store import Store
-from lftpipe.teacher.recorded import open_recorded
+from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
 from lftpipe.training.resolve import resolved, run_name, variants_of
@@ -34,7 +34,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     try:
         store_path = find_store(settings.workspace, settings.store)
         store = Store.open(store_path)
-        teacher = open_recorded(store.identity["teacher"], settings.workspace, store.path)
+        teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
         wanted = []
         for variant in variants_of(settings):
             blocks = [_block(each, variant, store_path, teacher) for each in variant.block.split(",")]

@@ -20,6 +20,7 @@ from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCaus
 from lftpipe.student.config import Block, Kind
 from lftpipe.student.derived import PREFIX, per_layer_lists, student_class
 from lftpipe.teacher import attention
+from lftpipe.teacher.checkpoint import Checkpoint
 from lftpipe.teacher.quiet import quiet_transformers
 from lftpipe.teacher.recorded import open_recorded
 from lftpipe.teacher.skeleton import materialise_buffers
@@ -256,6 +257,7 @@ def _load(folder: Path, wrong: tuple[str, ...]) -> Any:
         raise RunError(
             f"{folder} without safetensors", "model.safetensors (pickles are never loaded)", "export it again"
         )
+    Checkpoint(folder)  # refuses an index that leads elsewhere, and two sources
     try:
         with quiet_transformers():
             _register(folder)

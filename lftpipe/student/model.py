@@ -24,22 +24,10 @@ from lftpipe.flow.path import States, Times
 from lftpipe.flow.solver import Method, ODESolver
 from lftpipe.flow.velocity import Modulations, Velocity
 from lftpipe.student.config import Block, FlowLayout, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
+from lftpipe.student.slot import Slot
 from lftpipe.teacher.family import AttentionContext, Branches, Family
 from lftpipe.teacher.gpt_neox import GPT_NEOX
 from lftpipe.teacher.llama import LLAMA
-
-
-class _Slot:
-    """One place of a KV cache, whatever index the attention that writes to it believes to have."""
-
-    def __init__(self, cache: Any, index: int) -> None:
-        self._cache, self._index = cache, index
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
-        del layer_idx
-        return self._cache.update(keys, values, self._index, *rest, **named)
 
 
 class FlowLayer(GradientCheckpointingLayer):
@@ -165,7 +153,7 @@ class FlowLayer(GradientCheckpointingLayer):
         if cache is None:
             yield from itertools.repeat(context)
         for slot in self.slots:
-            yield replace(context, cache=_Slot(cache, slot))
+            yield replace(context, cache=Slot(cache, slot))
 
 
 class LatentFlow:

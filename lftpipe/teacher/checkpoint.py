@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 
@@ -22,12 +23,18 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.exists():
             names = _files_of(index)
+            if single.exists() and names != [single.name]:
+                raise TeacherError(
+                    f"{folder} with {single.name} and an index of other files",
+                    "one source of weights",
+                    f"remove {single.name} or {index.name}, whichever is not the model",
+                )
             self.files = [folder / name for name in names]
         else:
-            self.files = [folder / "model.safetensors"]
+            self.files = [single]
         missing = [file.name for file in self.files if not file.is_file()]
         if missing:
             raise TeacherError(
@@ -37,17 +44,19 @@ class Checkpoint:
             )
 
     @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Number of elements of every tensor, by name."""
-        sizes: dict[str, int] = {}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor in the files, by its name there."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
             with self._open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    count = 1
-                    for length in tensors.get_slice(name).get_shape():
-                        count *= length
-                    sizes[name] = count
-        return sizes
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        return shapes
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Number of elements of every tensor, by name."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
@@ -101,6 +110,15 @@ class Checkpoint:
 
 def _files_of(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if wrong := [
+            name for name in names if Path(name).name != name or Path(name).suffix != ".safetensors"
+        ]:
+            raise TeacherError(
+                f"{index} that names {wrong[0]}",
+                "safetensors files of the same folder (pickles are never loaded)",
+                "save the model with transformers' save_pretrained",
+            )
+        return names
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TeacherError(f"damaged {index}", "the index of a checkpoint", "fetch it again") from error

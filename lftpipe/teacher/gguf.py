@@ -46,7 +46,11 @@ def convert(gguf: Path, folder: Path, accept: Callable[[Any, str], object]) -> P
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    where = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+        "trust_remote_code": False,
+    }
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(**where)

@@ -11,6 +11,12 @@ from lftpipe.teacher.source import Teacher, open_teacher
 PARTS = ("weights", "config", "tokenizer")
 
 
+def record_of(identity: dict[str, Any]) -> dict[str, Any]:
+    """What a store's identity records of its teacher, with the tokenizer's digest that stands beside it."""
+    known = {"tokenizer_digest": identity["tokenizer_digest"]} if "tokenizer_digest" in identity else {}
+    return identity["teacher"] | known
+
+
 def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teacher:
     """The teacher that something was made with.
 

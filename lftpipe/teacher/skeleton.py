@@ -16,6 +16,10 @@ from lftpipe.teacher import attention
 IMPLEMENTATIONS = (attention.NAME, "sdpa", "eager")
 
 
+#: Values of a buffer that is made from the config alone.
+LARGEST_BUFFER = 2**28
+
+
 def build(config: Any, implementation: str = attention.NAME, device: str = "meta") -> Any:
     """The language model of a config, as transformers builds it, without weights.
 
@@ -107,6 +111,12 @@ def materialise_buffers(root: Any, module: nn.Module) -> None:
     for part in module.modules():
         empty = {name: each for name, each in part._buffers.items() if each is not None and each.is_meta}
         for name, buffer in empty.items():
+            if buffer.numel() > LARGEST_BUFFER:
+                raise TeacherError(
+                    f"a {root.config.model_type} model with a buffer of {buffer.numel():,} values",
+                    f"at most {LARGEST_BUFFER:,}",
+                    "mend config.json: its positions are too many",
+                )
             part._buffers[name] = torch.zeros_like(buffer, device="cpu")
         if empty:
             with torch.random.fork_rng(devices=[]):

@@ -11,6 +11,7 @@ from lftpipe.errors import TeacherError
 from lftpipe.teacher import attention
 from lftpipe.teacher.checkpoint import Checkpoint
 from lftpipe.teacher.family import Family
+from lftpipe.teacher.fits import check_layer, check_sizes
 from lftpipe.teacher.gguf import convert
 from lftpipe.teacher.gpt_neox import GPT_NEOX
 from lftpipe.teacher.kinds import check_kind
@@ -136,6 +137,8 @@ def open_teacher(model: str, workspace: Path, *, revision: str | None = None) ->
             "check the spelling and the path",
         )
     config = _config(folder, model)
+    check_kind(config, model)
+    check_sizes(config, Checkpoint(folder))
     family = family_of(config, model)
     return Teacher(name, model, folder, commit, config, family, _checkpoint(folder, family, config))
 
@@ -169,7 +172,9 @@ def family_of(config: Any, model: str) -> Family:
 
 def _checkpoint(folder: Path, family: Family, config: Any) -> Checkpoint:
     if not family.derived:
-        return Checkpoint(folder)
+        checkpoint = Checkpoint(folder)
+        check_layer(config, family, checkpoint)
+        return checkpoint
     return NamedCheckpoint(folder, structure_of(config).model)
 
 

@@ -18,6 +18,7 @@ from lftpipe.flow.objective import ErrorScale
 from lftpipe.flow.velocity import Velocity
 from lftpipe.store import Store
 from lftpipe.teacher.parts import load_layer, load_norm
+from lftpipe.teacher.recorded import record_of
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
 from lftpipe.training.logit_terms import FrozenTails
@@ -287,7 +288,7 @@ def manifest_of(
         "store_fingerprint": store.fingerprint,
         "store_origin": store.origin,
         "store": str(store.path.resolve()),
-        "teacher": store.identity["teacher"],
+        "teacher": record_of(store.identity),
         "block": list(block),
         "objective": settings.objective,
         "loss": None if settings.objective == "linear" else loss_text(settings),
