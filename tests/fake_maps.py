@@ -35,7 +35,7 @@ def make_map(layers: int | list[int], tokens: int = 32, **changes: Any) -> Recou
         "layers": layers,
         **dict.fromkeys((*FIGURES, "influence"), square),
         "partners": upper(size, lambda m, n: rng.permutation(tokens).tolist()),
-        "samples": [[(0, token) for token in range(tokens)]],
+        "samples": [[[0, token] for token in range(tokens)]],
         "teacher": "tiny",
         "num_layers": layers[-1],
         "approximate": False,

@@ -72,7 +72,7 @@ class RecouplingMap(Artefact):
     """One minus the mean cosine; maps of older versions have none."""
     partners: list[list[list[int] | None]]
     """Of the first batch: `partners[m][n][i]` is where token `i` goes."""
-    samples: list[list[tuple[int, int]]]
+    samples: list[list[list[int]]]
     """Of each batch, `[sequence, position]` of `train`."""
     teacher: str | None
     num_layers: int
@@ -121,6 +121,8 @@ class RecouplingMap(Artefact):
             if matrix is not None:
                 _check_square(name, matrix, size, optional=name == "ratio_stderr")
         _check_square("partners", self.partners, size, optional=False)
+        pairs = (len(pair) == 2 and min(pair) >= 0 for batch in self.samples for pair in batch)
+        require(all(pairs), "samples are not pairs of sequence and position")
         tokens = self.settings["tokens"]
         for row in self.partners:
             for plan in row:
