@@ -197,10 +197,9 @@ def _function(name: str) -> Callable[..., None]:
 
 
 def _print(summary: Any) -> None:
-    from rich.console import Console
+    from lftpipe.terminal import plain_console
 
-    # No markup: paths may have brackets in them.
-    Console(soft_wrap=isinstance(summary, str), highlight=False, markup=False).print(summary)
+    plain_console(soft_wrap=isinstance(summary, str)).print(summary)
 
 
 def main() -> None:

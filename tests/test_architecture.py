@@ -80,13 +80,14 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "stages": (
         "artefacts config corpus device errors evaluation extraction files flow outputs progress recoupling "
-        "reporting runs store student teacher training workspace",
+        "reporting runs store student teacher terminal training workspace",
         "",
     ),
     "interrupt": ("", "torch numpy transformers zarr pydantic typer"),
+    "terminal": ("", "torch numpy transformers zarr pydantic"),
     "guard": ("errors interrupt progress", "torch numpy transformers zarr pydantic"),
     "options": ("config errors", "torch numpy transformers zarr"),
-    "cli": ("config errors guard interrupt options progress", "torch numpy transformers zarr"),
+    "cli": ("config errors guard interrupt options progress terminal", "torch numpy transformers zarr"),
 }
 
 #: Modules that know less than their rooms do.
@@ -97,7 +98,7 @@ STRICTER: dict[str, tuple[str, str]] = {
     "evaluation.correlation": ("", "torch transformers zarr"),
     "stages.train": ("config device errors recoupling runs store teacher training workspace", "transformers"),
     "stages.recouple": (
-        "artefacts config device errors outputs recoupling reporting store workspace",
+        "artefacts config device errors outputs recoupling reporting store terminal workspace",
         "transformers",
     ),
     "stages.report": ("artefacts config errors outputs reporting runs store workspace", "torch transformers"),

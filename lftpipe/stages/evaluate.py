@@ -6,9 +6,6 @@ Of the teacher only the layers from the blocks' first on, the final norm and the
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from lftpipe import runs
 from lftpipe.artefacts.results import AdaptiveScore, Results
 from lftpipe.config.layers import check_apart
@@ -28,12 +25,16 @@ from lftpipe.reporting.tables import COLUMNS, cell, results_page
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
+from lftpipe.terminal import Column, FittedTable
 from lftpipe.workspace import find_runs, find_store, require_json_name
 
 #: Batches that every row is timed on.
 TIMED_BATCHES = 3
 
 METRICS = ("kl_latent", "nmse", "nmse_without_first", "kl", "ppl", "ppl_ratio", "agreement")
+
+#: Columns that a narrow terminal shows too.
+NEEDED = ("method", "k", "nmse", "kl", "ppl")
 
 #: Headings for a terminal, where they differ from the page's.
 SHORT = {"nmse_without_first": "w/o 1st", "ppl_ratio": "ratio", "agreement": "agree"}
@@ -180,28 +181,28 @@ def markdown(result: Results) -> str:
     return "\n".join([*lines, COMMENT]) + "\n"
 
 
-def summary(result: dict[str, Any]) -> Table:
+def summary(result: dict[str, Any]) -> FittedTable:
     """The table for a terminal."""
-    title = f"{result['teacher']}: {result['validation_tokens']:,} validation tokens"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = ("method", "block", "k", "solver", "nfe", *METRICS)
-    for key in shown:
-        left = key in ("method", "block", "solver")
-        # In a narrow terminal names are folded, never numbers.
-        table.add_column(
-            SHORT.get(key, COLUMNS[key]),
-            justify="left" if left else "right",
-            overflow="fold",
-            no_wrap=key != "method",
-            min_width=10 if key == "method" else 7 if key in METRICS else None,
-        )
-    for row in result["rows"]:
-        named = row | {"method": row["run"] or row["method"]}
-        table.add_row(*(cell(named[key]) for key in shown))
-    for row in result.get("adaptive", []):
-        named = row | {"method": f"{row['run']} below {row['threshold']:g}", "k": f"<= {row['k']}"}
-        table.add_row(*(cell(named[key]) for key in shown))
+    rows = [row | {"method": row["run"] or row["method"]} for row in result["rows"]]
+    rows += [
+        row | {"method": f"{row['run']} below {row['threshold']:g}", "k": f"<= {row['k']}"}
+        for row in result.get("adaptive", [])
+    ]
     out = Path(result["out"])
     draw = "" if out.name != "results.json" else f"\nnext: lftpipe report --store {result['store']}"
-    table.caption = f"written to {out} and {out.with_suffix('.md')}{draw}"
-    return table
+    return FittedTable(
+        [
+            Column(
+                SHORT.get(key, COLUMNS[key]),
+                "left" if key in ("method", "block", "solver") else "right",
+                folds=key == "method",
+                needed=key in NEEDED,
+            )
+            for key in shown
+        ],
+        [[cell(row[key]) for key in shown] for row in rows],
+        title=f"{result['teacher']}: {result['validation_tokens']:,} validation tokens",
+        caption=f"written to {out} and {out.with_suffix('.md')}{draw}",
+        complete=f"{out.with_suffix('.md').name} has them",
+    )

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
-from rich.table import Table
 
 from lftpipe import progress, runs
 from lftpipe.artefacts.base import read_json
@@ -15,6 +14,7 @@ from lftpipe.config.settings import InfoSettings
 from lftpipe.corpus.packing import SPLITS
 from lftpipe.errors import SettingsError
 from lftpipe.store import Store
+from lftpipe.terminal import Column, FittedTable
 from lftpipe.workspace import find_run, find_store
 
 #: Training sequences, spread over the store, that the statistics are taken from.
@@ -112,46 +112,47 @@ def _statistics(store: Store, layer: int) -> dict[str, Any]:
     }
 
 
-def summary(result: dict[str, Any]) -> Group | Table:
+def summary(result: dict[str, Any]) -> Group | FittedTable:
     """Tables for a terminal."""
-    table = Table(title=result["path"], show_header=False)
     if result["kind"] == "run":
-        for key, value in result.items():
-            if key not in ("kind", "path"):
-                table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
-        return table
+        return _facts(
+            result["path"],
+            [
+                (key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+                for key, value in result.items()
+                if key not in ("kind", "path")
+            ],
+        )
     identity, details = result["identity"], result["details"]
     teacher, digest = identity["teacher"], details["corpus_digest"]
     tokens = ", ".join(f"{count:,} {split}" for split, count in result["tokens"].items())
-    table.add_row(
-        "teacher", f"{teacher['name']} ({teacher['family']}, weights {teacher['weights_digest'][:12]})"
-    )
-    table.add_row("corpus", f"{identity['corpus']} (train {digest['train'][:12]})")
-    table.add_row("tokens", f"{tokens}, in sequences of {result['context']}")
-    table.add_row("states", f"{len(result['layers'])} x {result['width']} features, {result['dtype']}")
-    table.add_row("attention contexts", str(len(result["attention_layers"])))
-    table.add_row("logits", f"the largest {result['logits']}" if result["logits"] else "none")
     size = progress.human_bytes(result["bytes"])
-    table.add_row("size", f"{size}, 1 : {result['compression']:.2f} to float16")
-    table.add_row("computed in", identity["compute_dtype"])
+    facts = [
+        ("teacher", f"{teacher['name']} ({teacher['family']}, weights {teacher['weights_digest'][:12]})"),
+        ("corpus", f"{identity['corpus']} (train {digest['train'][:12]})"),
+        ("tokens", f"{tokens}, in sequences of {result['context']}"),
+        ("states", f"{len(result['layers'])} x {result['width']} features, {result['dtype']}"),
+        ("attention outputs", str(len(result["attention_layers"]))),
+        ("logits", f"the largest {result['logits']}" if result["logits"] else "none"),
+        ("size", f"{size}, 1 : {result['compression']:.2f} to float16"),
+        ("computed in", identity["compute_dtype"]),
+    ]
     error = result["compute_error"]
     if error:
         nmse = error["hidden"]["nmse"]
         worst = result["layers"][int(np.argmax(nmse))]
-        table.add_row(
-            "its error",
-            f"NMSE to float32 {np.mean(nmse):.2g}, at most {max(nmse):.2g} (state {worst}), "
-            f"over {error['tokens']:,} tokens",
+        facts.append(
+            (
+                "its error",
+                f"NMSE to float32 {np.mean(nmse):.2g}, at most {max(nmse):.2g} (state {worst}), "
+                f"over {error['tokens']:,} tokens",
+            )
         )
-    table.add_row("made by", ", ".join(f"{name} {version}" for name, version in details["versions"].items()))
-    table.add_row("fingerprint", result["fingerprint"])
-    layers = Table(
-        "state", "RMS", "RMS w/o position 0", "largest", "position", "channel", title="activations"
-    )
-    if error:
-        layers.add_column("compute error")
-    for index, row in enumerate(result["statistics"]):
-        layers.add_row(
+    facts.append(("made by", ", ".join(f"{name} {version}" for name, version in details["versions"].items())))
+    facts.append(("fingerprint", result["fingerprint"]))
+    names = ["state", "RMS", "RMS w/o position 0", "largest", "position", "channel"]
+    rows = [
+        [
             str(row["layer"]),
             f"{row['rms']:.3g}",
             f"{row['rms_without_first']:.3g}",
@@ -159,5 +160,16 @@ def summary(result: dict[str, Any]) -> Group | Table:
             str(row["position"]),
             str(row["channel"]),
             *([f"{error['hidden']['nmse'][index]:.2g}"] if error else []),
-        )
-    return Group(table, layers)
+        ]
+        for index, row in enumerate(result["statistics"])
+    ]
+    columns = [
+        Column(name, needed=name in ("state", "RMS", "largest"))
+        for name in ([*names, "compute error"] if error else names)
+    ]
+    return Group(_facts(result["path"], facts), FittedTable(columns, rows, title="\nactivations"))
+
+
+def _facts(title: str, facts: list[tuple[str, str]]) -> FittedTable:
+    """Names and values under each other; long values are folded."""
+    return FittedTable([Column("", "left"), Column("", "left", folds=True)], facts, title=title)

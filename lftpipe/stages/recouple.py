@@ -3,9 +3,6 @@
 import time
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-
 from lftpipe.artefacts.recoupling import RecouplingMap
 from lftpipe.config.layers import parse_block
 from lftpipe.config.settings import RecoupleSettings
@@ -16,6 +13,7 @@ from lftpipe.recoupling.artefact import FILE_NAME, MARKS, make_map, map_layers
 from lftpipe.reporting.heatmap import draw_recoupling
 from lftpipe.reporting.pages import recoupling_page
 from lftpipe.store import Store
+from lftpipe.terminal import Column, FittedTable
 from lftpipe.workspace import find_store, require_json_name
 
 #: Fractions of the layers for which the summary recommends blocks.
@@ -82,12 +80,10 @@ def _default_shown(result: RecouplingMap) -> list[tuple[int, int]]:
     return [first] if best == first else [first, best]
 
 
-def summary(result: dict[str, Any]) -> RenderableType:
+def summary(result: dict[str, Any]) -> FittedTable:
     """The best blocks for common fractions of the layers, and where the map is."""
     recoupling = RecouplingMap.from_plain(result)
-    table = Table(title=None, box=None, header_style="bold", pad_edge=False)
-    for name in ("replace", "block", "R", "raw", "gap", "displacement", "next best"):
-        table.add_column(name, justify="left" if name in ("block", "next best") else "right")
+    rows = []
     lengths = {entry.length: entry.blocks for entry in recoupling.ranking}
     wanted = {ranking.block_length(recoupling.num_layers, fraction) for fraction in FRACTIONS}
     for length in sorted(wanted & lengths.keys()) or sorted(lengths)[:4]:
@@ -97,14 +93,16 @@ def summary(result: dict[str, Any]) -> RenderableType:
             for name in ("ratio", "ratio_stderr", "ratio_raw", "relative_gap", "relative_displacement")
         }
         error = "" if figures["ratio_stderr"] is None else f" ± {figures['ratio_stderr']:.3f}"
-        table.add_row(
-            f"{length / recoupling.num_layers:.0%}",
-            f"{m}:{n}",
-            f"{figures['ratio']:.3f}{error}",
-            f"{figures['ratio_raw']:.3f}",
-            f"{figures['relative_gap']:.4f}",
-            f"{figures['relative_displacement']:.3f}",
-            ", ".join(f"{other[0]}:{other[1]}" for other in others[:3]),
+        rows.append(
+            [
+                f"{length / recoupling.num_layers:.0%}",
+                f"{m}:{n}",
+                f"{figures['ratio']:.3f}{error}",
+                f"{figures['ratio_raw']:.3f}",
+                f"{figures['relative_gap']:.4f}",
+                f"{figures['relative_displacement']:.3f}",
+                ", ".join(f"{other[0]}:{other[1]}" for other in others[:3]),
+            ]
         )
     size, used = len(recoupling.layers), recoupling.settings
     kind = "APPROXIMATE (Sinkhorn, blurred) " if recoupling.approximate else ""
@@ -119,4 +117,14 @@ def summary(result: dict[str, Any]) -> RenderableType:
         f"{result['out']} and {', '.join(result['pictures'])}, {result['seconds']:.1f} s\n"
         f"next: lftpipe train --from-cache --store {result['store']}"
     )
-    return Group(head, table, tail)
+    names = ("replace", "block", "R", "raw", "gap", "displacement", "next best")
+    columns = [
+        Column(
+            name,
+            "left" if name in ("block", "next best") else "right",
+            folds=name == "next best",
+            needed=name in ("replace", "block", "R"),
+        )
+        for name in names
+    ]
+    return FittedTable(columns, rows, title=head, caption=tail)

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 import lftpipe
 from lftpipe import progress, runs
@@ -28,6 +26,7 @@ from lftpipe.reporting.sweep import AGAINST, OUTCOMES, correlation_table, markdo
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
+from lftpipe.terminal import Column, FittedTable
 from lftpipe.training.resolve import resolved, run_name
 from lftpipe.training.resume import changed_settings
 from lftpipe.training.together import train_runs
@@ -281,17 +280,16 @@ def _choices(found: RecouplingMap, rows: list[SweptBlock], lengths: list[int]) -
     return choices
 
 
-def summary(result: dict[str, Any]) -> Table:
+def summary(result: dict[str, Any]) -> FittedTable:
     """The correlations with KL for a terminal."""
     heading, rows = correlation_table(Sweep.from_plain(result), "kl")
-    title = f"{result['teacher']}: Spearman's coefficient with the KL reached, {len(result['rows'])} blocks"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in heading:
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
     out = Path(result["out"])
-    table.caption = (
-        f"{result['trained']} runs trained; {out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}"
+    return FittedTable(
+        [Column(name, "left", needed=index < 2) for index, name in enumerate(heading)],
+        rows,
+        title=f"{result['teacher']}: Spearman's coefficient with the KL reached, "
+        f"{len(result['rows'])} blocks",
+        caption=f"{result['trained']} runs trained; "
+        f"{out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}",
+        complete=f"{out.with_suffix('.md').name} has them",
     )
-    return table

@@ -1,0 +1,143 @@
+"""The command as a process: interrupts at any moment, several ranks, terminals of ASCII, no memory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lftpipe.guard import line_of
+
+#: A stage that takes the place of `lftpipe train`'s, in the process that is started.
+PROGRAM = """
+import sys, types
+{before}
+def train(settings):
+    {body}
+sys.modules["lftpipe.stages.train"] = types.SimpleNamespace(train=train, summary=str)
+from lftpipe.__main__ import main
+main()
+"""
+
+
+def start(body: str, before: str = "", **environment: str) -> subprocess.Popen[str]:
+    code = PROGRAM.format(body=body, before=before)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "train"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+#: An import that says that it began, and lasts.
+SLOW = """
+import importlib.abc
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "{name}":
+            import time
+            print("begun", flush=True)
+            time.sleep(30)
+sys.meta_path.insert(0, Slow())
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["typer", "lftpipe.cli", "lftpipe.config.settings", "pydantic", "rich.console"]
+)
+def test_an_interrupt_while_python_imports_is_one_line(name):
+    process = start("pass", SLOW.replace("{name}", name))
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert err.startswith("error: given: an interrupt / expected: ") and err.count("\n") == 1
+
+
+def test_an_interrupt_while_a_stage_is_imported_is_one_line(tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lftpipe", "verify", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": ""},
+    )
+    time.sleep(0.4)  # somewhere in its imports, or in Python's own start
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    if process.returncode == 130:
+        assert err.count("\n") == 1 and "Traceback" not in err
+    else:  # Python itself had not begun, or all was over
+        assert process.returncode in (1, -signal.SIGINT)
+
+
+def test_an_interrupt_in_a_stage_is_raised_there():
+    body = """
+    try:
+        print("begun", flush=True)
+        import time; time.sleep(30)
+    finally:
+        print("cleaned up", flush=True)"""
+    process = start(body)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "cleaned up\n")
+    assert "do: the same command with --resume goes on" in err and err.count("\n") == 1
+
+
+REFUSAL = 'from lftpipe.errors import RunError; raise RunError("a", "b", "c")'
+
+
+def test_of_several_ranks_that_refuse_the_first_says_why():
+    first, other = start(REFUSAL, RANK="0", WORLD_SIZE="2"), start(REFUSAL, RANK="1", WORLD_SIZE="2")
+    assert first.communicate(timeout=30)[1] == "error: given: a / expected: b / do: c\n"
+    other.terminate()  # as torchrun does once a process has failed
+    assert other.communicate(timeout=30)[1] == ""
+
+
+def test_a_rank_that_fails_alone_says_so_in_the_end():
+    other = start(REFUSAL, "import lftpipe.guard; lftpipe.guard.GRACE = 0.1", RANK="1", WORLD_SIZE="2")
+    assert other.communicate(timeout=30)[1] == "process 1: error: given: a / expected: b / do: c\n"
+    assert other.returncode == 1
+
+
+def test_a_terminal_of_ascii_shows_what_it_can():
+    process = start(r'return {"run": "gr\xf6\xdfe\u20131"}', PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    assert r"gr\xf6\xdfe\u20131" in out
+    failing = start(
+        'from lftpipe.errors import RunError; raise RunError("ö", "b", "c")', PYTHONIOENCODING="ascii"
+    )
+    assert failing.communicate(timeout=30)[1] == "error: given: \\xf6 / expected: b / do: c\n"
+
+
+class OutOfMemoryError(RuntimeError):
+    """By the name of torch's."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 8.00 TiB for an array"),
+        OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
+    ],
+)
+def test_too_little_memory_is_no_defect(error):
+    assert "expected: enough memory / do: lower --batch-tokens" in line_of(error)
+    assert "defect" not in line_of(error)
+
+
+def test_what_nobody_foresaw_is_a_defect_and_a_full_disk_is_none():
+    assert "expected: no such thing, a defect of lftpipe" in line_of(ZeroDivisionError("x"))
+    assert "No space left on device at /x" in line_of(OSError(28, "No space left on device", "/x"))
+    assert "do: choose a shorter name" in line_of(OSError(36, "File name too long", "/x"))
