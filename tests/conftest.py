@@ -186,3 +186,9 @@ def stores(
     """A float16 store of all states of each family. Their folders are shared: write runs elsewhere."""
     workspace = tmp_path_factory.mktemp("workspace")
     return {name: extracted(workspace, teachers[name], text_folder) for name in ("neox", "llama")}
+
+
+@pytest.fixture(scope="session")
+def store_with_logits(tmp_path_factory, teachers, text_folder) -> Path:
+    """A store of the GPT-NeoX teacher with eight logits at each position."""
+    return extracted(tmp_path_factory.mktemp("logits"), teachers["neox"], text_folder, logits=8)

@@ -47,6 +47,11 @@ def weights_of(run: str | Path | None) -> dict[str, torch.Tensor]:
     return load_file(Path(str(run)) / runs.WEIGHTS)
 
 
+def assert_same_weights(one: str | Path, other: str | Path, **tolerance: float) -> None:
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(weights_of(one), weights_of(other), **tolerance)
+
+
 def teacher_of(store: Store, workspace: Path = Path("unused")) -> Teacher:
     """The teacher that a store was made with."""
     return open_recorded(store.identity["teacher"], workspace, store.path)

@@ -1,0 +1,87 @@
+"""A model of the Hub: known by its commit, and errors that say what to do."""
+
+import importlib
+import shutil
+from typing import Any
+
+import pytest
+from teachers import WORKSPACE
+
+from lftpipe.errors import TeacherError
+from lftpipe.teacher.source import open_teacher
+
+# The Hub, with its client faked
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Put an answer in the place of the Hub's."""
+    import huggingface_hub
+
+    def install(answer):
+        calls = []
+
+        def snapshot_download(hub_id, *, revision, allow_patterns):
+            calls.append((hub_id, revision))
+            assert not any("bin" in pattern for pattern in allow_patterns)
+            if isinstance(answer, BaseException):
+                raise answer
+            return str(answer)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("model", ["pythia-410m", "EleutherAI/pythia-410m"])
+def test_a_hub_model_is_known_by_its_commit(hub, neox_teacher, tmp_path, model):
+    shutil.copytree(neox_teacher.folder, tmp_path / "0123abcd")
+    calls = hub(tmp_path / "0123abcd")
+    teacher = open_teacher(model, WORKSPACE, revision="step1000")
+    assert calls == [("EleutherAI/pythia-410m", "step1000")]
+    assert (teacher.revision, teacher.model) == ("0123abcd", model)
+    assert teacher.name == model.replace("/", "--")
+    assert teacher.corpus == ("pile" if model == "pythia-410m" else None)
+
+
+class NetworkError(Exception):
+    """Of a client library that derives its errors from nothing in particular."""
+
+
+def hub_errors() -> dict[str, tuple[Exception, str]]:
+    errors: Any = importlib.import_module("huggingface_hub.errors")
+    response = errors.Response(
+        404, request=errors.Response.__init__.__globals__["Request"]("GET", "https://hub")
+    )
+    return {
+        "offline": (
+            errors.LocalEntryNotFoundError("no network"),
+            "expected: the Hugging Face Hub within reach",
+        ),
+        "timeout": (NetworkError("late"), "expected: the Hugging Face Hub within reach"),
+        "refused": (ConnectionError("refused"), "expected: the Hugging Face Hub within reach"),
+        "missing": (
+            errors.RepositoryNotFoundError("?", response=response),
+            "expected: a public model on the Hugging",
+        ),
+        "revision": (
+            errors.RevisionNotFoundError("?", response=response),
+            "revision step7 .* / do: check --revision",
+        ),
+        "name": (errors.HFValidationError("?"), "expected: a public model on the Hugging Face Hub"),
+    }
+
+
+def test_a_full_disk_is_not_blamed_on_the_hub(hub):
+    hub(OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left on device"):
+        open_teacher("org/model", WORKSPACE)
+
+
+@pytest.mark.parametrize("case", hub_errors())
+def test_a_hub_that_cannot_answer_is_one_line_with_the_cure(hub, case):
+    error, message = hub_errors()[case]
+    hub(error)
+    with pytest.raises(TeacherError, match=message):
+        open_teacher("org/model", WORKSPACE, revision="step7")

@@ -1,0 +1,181 @@
+"""Several runs from the same batches, several flow layers in one student, several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import extracted
+from training_runs import assert_same_weights, change, log_of, short_run, stop_before, weights_of
+
+from lftpipe import runs
+from lftpipe.config.recipe import from_recipe
+from lftpipe.config.settings import TrainSettings
+from lftpipe.errors import DivergenceError, RunError, SettingsError
+from lftpipe.stages.train import train
+
+
+@pytest.fixture
+def settings(store_with_logits, tmp_path) -> TrainSettings:
+    return short_run(store_with_logits, tmp_path, walk_steps=2)
+
+
+# Several runs
+
+
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        "[train]\nwalk_steps = 2\n[train.variants.a]\nobjective = 'regression'\n"
+        "[train.variants.b]\nsolver = 'euler'\nloss = 'fw@0.5/sfm'\n"
+        "[train.variants.c]\nobjective = 'linear'\n"
+    )
+    return path
+
+
+def test_variants_trained_from_the_same_batches_equal_runs_on_their_own(
+    settings, tmp_path, store_with_logits
+):
+    given = {
+        key: getattr(settings, key)
+        for key in ("store", "block", "tokens", "batch_tokens", "compute_dtype", "log_every")
+    }
+    together = train(from_recipe(TrainSettings, recipe(tmp_path), "train", given))
+    assert [Path(result["run"]).name for result in together["runs"]] == [
+        "a-1-3-seed0",
+        "b-1-3-seed0",
+        "c-1-3-seed0",
+    ]
+    folder = settings.store.parent / "runs"
+    for name, changes in (
+        ("a", {"objective": "regression", "solver": "midpoint"}),
+        ("b", {"loss": "fw@0.5/sfm"}),
+        ("c", {"objective": "linear"}),
+    ):
+        train(change(settings, run=str(tmp_path / name), **changes))
+        assert_same_weights(folder / f"{name}-1-3-seed0", tmp_path / name)
+    again = train(from_recipe(TrainSettings, recipe(tmp_path), "train", given | {"run": "a,c"}))
+    assert [result["already_finished"] for result in again["runs"]] == [True, True]
+
+
+def test_a_variant_that_is_not_there_or_misspelt_is_refused(settings, tmp_path):
+    with pytest.raises(SettingsError, match=r"--run d / expected: one of the recipe's variants: a, b, c"):
+        train(from_recipe(TrainSettings, recipe(tmp_path), "train", {"run": "d", "store": settings.store}))
+    path = recipe(tmp_path)
+    path.write_text(path.read_text().replace("objective", "objctive"))
+    with pytest.raises(SettingsError, match=r"'objctive' in \[train\.variants\.a\] of .* / expected: one of"):
+        from_recipe(TrainSettings, path, "train", {})
+    path.write_text("[train.variants.a]\nseed = 1\n[train.variants.b]\nseed = 2\n")
+    with pytest.raises(
+        SettingsError, match=r"seed = 2 for b-1-3-seed0, 1 for another run / expected: the same"
+    ):
+        train(from_recipe(TrainSettings, path, "train", {"store": settings.store, "block": "1:3"}))
+
+
+def test_a_variant_out_of_range_is_refused(settings, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[train.variants.a]\nema = 3.0\n")
+    with pytest.raises(SettingsError, match=r"ema = 3.0 in \[train.*variants.* / expected: at most 1"):
+        train(from_recipe(TrainSettings, path, "train", {"store": settings.store, "block": "1:3"}))
+
+
+def test_a_variant_that_diverges_leaves_the_others_alone(settings, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        "[train.variants.wild]\nlearning_rate = 1e30\nclip = 0\n[train.variants.tame]\nseed = 0\n"
+    )
+    given = {
+        key: getattr(settings, key) for key in ("store", "block", "tokens", "batch_tokens", "compute_dtype")
+    }
+    with pytest.raises(DivergenceError, match=r"of .*wild-1-3-seed0 / expected: finite ones"):
+        train(from_recipe(TrainSettings, path, "train", given))
+    assert runs.open_run(settings.store.parent / "runs" / "tame-1-3-seed0").train_tokens == settings.tokens
+
+
+def test_several_blocks_give_a_run_each(settings):
+    result = train(change(settings, block="0:2,2:3"))
+    assert [each["block"] for each in result["runs"]] == [[0, 2], [2, 3]]
+    assert all(runs.open_run(Path(each["run"])).train_tokens == settings.tokens for each in result["runs"])
+
+
+def test_jointly_the_second_flow_layer_learns_from_where_the_first_ends(settings, tmp_path):
+    apart = train(change(settings, block="0:1,2:3", run=str(tmp_path / "apart")))["runs"]
+    joint = train(change(settings, block="0:1,2:3", joint=True, run=str(tmp_path / "joint")))["runs"]
+    # At the first step both second layers are the teacher's; only their inputs differ.
+    first, second = ([log_of(each["run"])[0]["loss"] for each in both] for both in (apart, joint))
+    assert first[0] == second[0] and first[1] < second[1]
+
+
+def test_a_killed_joint_run_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
+    joint = change(settings, block="0:1,2:3", joint=True)
+    unbroken = train(joint)["runs"]
+    broken = change(joint, run=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch:
+        stop_before(patch, 8)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    resumed = train(change(broken, resume=True))["runs"]
+    for one, other in zip(resumed, unbroken, strict=True):
+        assert_same_weights(one["run"], other["run"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block": "0:2,1:3", "joint": True}, r"--joint with blocks 0:2, 1:3 / expected: blocks in order"),
+        ({"block": "1:3,1:3"}, r"several runs of the same name"),
+        ({"block": "0:1,2:3", "joint": True, "objective": "linear"}, r"--joint with --objective linear"),
+        ({"device": "nonsense"}, r"--device nonsense / expected: cpu, cuda, cuda:N or mps"),
+        ({"objective": "regression", "loss": "fw"}, r"--loss fw with --objective regression"),
+        ({"objective": "hybrid", "loss": "fw"}, r"--loss with --objective hybrid / expected: one of the two"),
+        ({"patience": 3, "evaluate_every": 1}, r"--patience without --hold-back"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(settings, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        train(change(settings, **changes))
+
+
+def test_terms_that_the_store_cannot_serve_are_refused(settings, teachers, text_folder, tmp_path):
+    bare = extracted(tmp_path, teachers["neox"], text_folder, attention=False)
+    with pytest.raises(SettingsError, match=r"without the attention context of layer 1 .* with --attention"):
+        train(change(settings, store=bare, loss="branches"))
+    with pytest.raises(SettingsError, match=r"without logits .* extract with --logits 64"):
+        train(change(settings, store=bare, loss="top-logits"))
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("loss_scale", ["token", "none"])
+def test_two_processes_have_the_loss_of_one_at_the_same_batch(settings, tmp_path, loss_scale):
+    arguments = [
+        *("train", "--store", str(settings.store), "--block", "1:3", "--tokens", str(settings.tokens)),
+        *("--batch-tokens", str(settings.batch_tokens), "--compute-dtype", "float32", "--solver", "euler"),
+        *("--walk-steps", "2", "--log-every", "1", "--loss-scale", loss_scale, "--threads", "1"),
+        *("--optimizer", "adamw", "--learning-rate", "0.001"),  # Muon rounds to bfloat16: they would part
+    ]
+    alone = change(settings, loss_scale=loss_scale, threads=1, optimizer="adamw", learning_rate=1e-3)
+    train(alone)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "--", "lftpipe", *arguments, "--run", str(tmp_path / "two")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("next: lftpipe evaluate") == 1  # one of the two speaks
+    ours, theirs = ([row["loss"] for row in log_of(run)] for run in (settings.run, tmp_path / "two"))
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    two, one = weights_of(tmp_path / "two"), weights_of(settings.run)
+    # Keys' biases have no gradient but rounding, which AdamW scales to whole steps.
+    for weights in (two, one):
+        weights["layer.layer.attention.query_key_value.bias"].view(4, 3, -1)[:, 1] = 0
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(settings, monkeypatch):
+    monkeypatch.setattr("lftpipe.training.processes.count", lambda: 3)
+    with pytest.raises(RunError, match=r"a batch of 4 sequences for 3 processes / expected: a multiple"):
+        train(settings)
