@@ -1,8 +1,7 @@
 """The map over a store: drawn as recorded, equal to a plain loop with POT, and honest about bad input."""
 
-import dataclasses
 import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,53 +9,13 @@ import ot
 import pytest
 from rich.console import Console
 from scipy.spatial.distance import cdist
+from walk_store import CONTEXT, short_map, write_store
 
-from lftpipe.artefacts.recoupling import RecouplingMap
-from lftpipe.config.settings import RecoupleSettings, TrainSettings
-from lftpipe.errors import SettingsError, StoreError
 from lftpipe.recoupling import map as pairs
-from lftpipe.recoupling.artefact import choose_block
 from lftpipe.recoupling.coupling import directions, recoupled, standardised, tie_groups
 from lftpipe.recoupling.sampling import draw_samples
-from lftpipe.stages.recouple import recouple, summary
-from lftpipe.store import Store, StoreSpec, StoreWriter
-
-LAYERS, CONTEXT, WIDTH, VOCABULARY = 4, 16, 24, 30
-
-
-def walk(tokens: np.ndarray) -> np.ndarray:
-    """`(layer, sequence, position, feature)`: embeddings (with ties), then ever smaller random steps."""
-    rng = np.random.default_rng(0)
-    states = [rng.normal(size=(VOCABULARY, WIDTH))[tokens]]
-    for layer in range(LAYERS):
-        states.append(states[-1] + rng.normal(size=states[0].shape) / (layer + 0.5))
-    states[3][:, 0, 5] += 20_000
-    states[4][:, 0, 5] += 20_500
-    return np.stack(states).astype(np.float32)
-
-
-def write_store(path: Path, sequences=24, layers=tuple(range(LAYERS + 1))) -> Store:
-    tokens = np.random.default_rng(1).integers(0, VOCABULARY, (sequences, CONTEXT)).astype(np.int32)
-    document = np.repeat(np.arange(sequences * 2, dtype=np.int32), CONTEXT // 2).reshape(tokens.shape)
-    spec = StoreSpec(
-        identity={"teacher": {"name": "walk", "layers": LAYERS}},
-        layers=layers,
-        attention_layers=(),
-        context=CONTEXT,
-        width=WIDTH,
-        dtype="float16",
-        sequences_per_shard=8,
-        sequences={"train": sequences},
-    )
-    states = walk(tokens)
-    with StoreWriter.open(path, spec) as writer:
-        writer.put_tokens("train", tokens, document)
-        for key in writer.pending():
-            with writer.shard(key) as shard:
-                for layer in layers:
-                    shard.put("hidden", layer, 0, states[layer, key.sequences.start : key.sequences.stop])
-        writer.finish()
-    return Store.open(path)
+from lftpipe.stages.recouple import summary
+from lftpipe.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +26,7 @@ def store(tmp_path_factory) -> Store:
 @pytest.fixture
 def run(store, tmp_path):
     """`recouple` with few tokens, into a new file."""
-
-    def call(**changes):
-        given = {
-            "store": store.path,
-            "tokens": 24,
-            "batches": 3,
-            "sequences": 6,
-            "out": tmp_path / "map.json",
-        }
-        return recouple(RecoupleSettings(**(given | changes)))
-
-    return call
+    return partial(short_map, store, tmp_path / "map.json")
 
 
 def plain_loop(store: Store, result: dict, prepare=None, metric: Any = "euclidean") -> dict[str, np.ndarray]:
@@ -234,60 +182,6 @@ def test_one_batch_has_no_standard_error(run):
     assert run(batches=1)["ratio_stderr"][0][1] is None
 
 
-def test_more_tokens_than_the_store_has(run):
-    with pytest.raises(SettingsError, match=r"3 of --tokens 200, 600 samples.*384 positions.*lower --tokens"):
-        run(tokens=200)
-    with pytest.raises(SettingsError, match=r"384 positions, fewer without first ones"):
-        run(tokens=128, skip_first=True)
-
-
-def test_layers_that_the_store_lacks(run, tmp_path):
-    few = write_store(tmp_path / "few.zarr", layers=(0, 2, 4))
-    with pytest.raises(SettingsError, match=r"lacks 1, 3 .*states among 0, 2, 4"):
-        run(store=few.path, layers="0:4")
-    assert run(store=few.path)["layers"] == [0, 2, 4]
-
-
-def test_one_state_is_no_pair(run):
-    with pytest.raises(SettingsError, match=r"one state, 2 .*at least two"):
-        run(layers="2")
-
-
-def test_a_pair_to_show_must_be_on_the_map(run):
-    with pytest.raises(SettingsError, match=r"--show 1:3 .*two of the states 0, 1, 2"):
-        run(layers="0:3", show="1:3")
-    with pytest.raises(SettingsError, match=r"block '1-2'.*m:n, as in 6:12"):
-        run(show="1-2")
-
-
-def test_a_map_is_not_overwritten_unasked(run):
-    run()
-    with pytest.raises(SettingsError, match=r"map.json, which exists .*--force"):
-        run()
-    run(force=True)
-
-
-def test_values_that_are_not_finite_are_named(run, monkeypatch):
-    read = Store.read
-
-    def damaged(self, split, layer, sequences, **options):
-        states = read(self, split, layer, sequences, **options)
-        if layer == 2:
-            states[..., 7] = np.nan
-        return states
-
-    monkeypatch.setattr(Store, "read", damaged)
-    with pytest.raises(
-        StoreError, match=r"state 2 that is not finite at sequence \d+, position \d+, channel 7"
-    ):
-        run()
-
-
-def test_too_large_for_exact_transport(run):
-    with pytest.raises(SettingsError, match=r"--tokens 4097 .*at most 4096 .*--approximate"):
-        run(tokens=4097)
-
-
 def test_the_approximate_map_is_marked_and_near(run, tmp_path):
     exact, rough = run(), run(approximate=True, out=tmp_path / "rough.json")
     assert rough["approximate"] and not exact["approximate"]
@@ -316,25 +210,3 @@ def test_the_summary_recommends_blocks_for_common_shares(run):
     best = result["ranking"][1]["blocks"][0]
     assert f"50% {best[0]}:{best[1]}" in " ".join(text.split())
     assert "map.html" in text
-
-
-def test_auto_makes_the_map_and_takes_its_best_block(tmp_path):
-    path = tmp_path / "walk" / "states.zarr"
-    write_store(path, sequences=160)
-    settings = TrainSettings(store=path, replace=0.5)
-    m, n = choose_block(path, settings)
-    made = json.loads((path.parent / "recoupling.json").read_text())
-    assert made["settings"]["tokens"] == 256
-    assert [m, n] == made["ranking"][1]["blocks"][0]
-    assert choose_block(path, settings) == (m, n)
-
-
-def test_auto_refuses_the_map_of_another_store(run, store):
-    path = store.path.parent / "recoupling.json"
-    run(out=path)
-    dataclasses.replace(RecouplingMap.from_json(path), store_fingerprint="0" * 32).write(path)
-    try:
-        with pytest.raises(SettingsError, match=r"recoupling.json, made from another.*recouple --force"):
-            choose_block(store.path, TrainSettings(store=store.path))
-    finally:
-        path.unlink()
