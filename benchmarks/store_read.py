@@ -124,10 +124,15 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
             start = time.perf_counter()
             run()
             seconds[name].append((time.perf_counter() - start) / steps)
+    tell(seconds, out.nbytes)
+
+
+def tell(seconds: dict[str, list[float]], num_bytes: int) -> None:
+    """Print each median without the first round, which warms up."""
     middle = {name: float(np.median(times[1:])) for name, times in seconds.items()}
     for name, took in middle.items():
         ratio = middle["numpy.memmap"] / took
-        print(f"{name:24} {out.nbytes / took / 1e6:8.0f} MB/s   {ratio:5.2f} of numpy.memmap")
+        print(f"{name:24} {num_bytes / took / 1e6:8.0f} MB/s   {ratio:5.2f} of numpy.memmap")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,13 @@ def skip_costs(model: GPTNeoXForCausalLM, tokens: np.ndarray) -> list[float]:
     return costs
 
 
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Fraction of the peak learning rate: a linear warm-up, then a cosine down to a hundredth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
 def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
     """Train from the last checkpoint, if there is one, to `--stop-after`."""
     work: Path = arguments.work
@@ -154,13 +161,6 @@ def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
     opts = optimizers(model, arguments.learning_rate)
     steps = arguments.tokens // (arguments.batch * CONTEXT)
     print(f"{len(data['train']) * CONTEXT:,} training tokens, {steps} steps", flush=True)
-
-    def share(step: int) -> float:
-        if step < arguments.warmup:
-            return (step + 1) / arguments.warmup
-        return 0.01 + 0.99 * 0.5 * (
-            1 + math.cos(math.pi * (step - arguments.warmup) / (steps - arguments.warmup))
-        )
 
     checkpoint = work / "checkpoint.pt"
     step = 0
@@ -185,7 +185,7 @@ def train(arguments: argparse.Namespace) -> GPTNeoXForCausalLM:
         batch = data["train"][order[index : index + arguments.batch]].astype(np.int64)
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = arguments.learning_rate * share(step)
+                group["lr"] = arguments.learning_rate * schedule(step, steps, arguments.warmup)
         # Attention is a third of a step's time at this width: most of training sees half sequences.
         if step < arguments.short * steps:
             batch = batch.reshape(-1, CONTEXT // 2)
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help=f"sequences of {CONTEXT} tokens")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--short", type=float, default=0.75, help="share of steps on half sequences")
+    parser.add_argument("--short", type=float, default=0.75, help="fraction of steps on half sequences")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
