@@ -13,6 +13,7 @@ from torch import Tensor
 from lftpipe.errors import RunError
 from lftpipe.student.assemble import fill
 from lftpipe.student.config import Block
+from lftpipe.student.folding import fold_branch, obstacle
 from lftpipe.student.model import FlowLayer
 from lftpipe.teacher.family import Family
 
@@ -61,6 +62,12 @@ def check_foldable(student: Any) -> None:
                 "one that sees x_t alone: no ordinary layer sees an earlier state",
                 "use --form latent-flow, or train with --condition none",
             )
+        if (reason := obstacle(_flow_layers(student)[block].velocity.layer)) is not None:
+            raise RunError(
+                f"{name} of {reason}",
+                "two branches, each with a weight before and after it that takes scale and gate",
+                "use --form latent-flow",
+            )
         if block.shift and not _flow_layers(student)[block].velocity.layer.has_norm_bias:
             raise RunError(
                 f"{name} with a shift of the normed states",
@@ -75,7 +82,7 @@ def unroll(student: Any) -> Any:
     Returns
     -------
     PreTrainedModel
-        `GPTNeoXForCausalLM` or `LlamaForCausalLM`; kept layers share the student's tensors.
+        Of the teacher's own class; kept layers share the student's tensors.
 
     Raises
     ------
@@ -97,13 +104,25 @@ def unroll(student: Any) -> Any:
     plain = student.config.to_dict()
     for key in ("model_type", "architectures", "teacher_layers", "blocks", "solver", "steps", "dtype"):
         plain.pop(key, None)
+    plain |= _lists_of(student, plain.pop("teacher_lists", None) or {})
     config = kind.config_class(**(plain | {"num_hidden_layers": count}))
-    for old, new in OLD_ROTARY_NAMES[family.name].items():
+    for old, new in OLD_ROTARY_NAMES.get(family.name, {}).items():
         setattr(config, old, config.rope_parameters[new])
     config._attn_implementation = student.config._attn_implementation
     with torch.device("meta"):
         model = kind(config)
     return fill(model, tensors, student.generation_config)
+
+
+def _lists_of(student: Any, of_teacher: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """What the config says of each layer, for the layers of the plain form."""
+    origins: list[int] = []
+    for place, layer in zip(student.config.places(), student.student_layers, strict=True):
+        if isinstance(place, int):
+            origins.append(place)
+        else:
+            origins += [place.start] * len(_steps(layer))
+    return {name: [values[origin] for origin in origins] for name, values in of_teacher.items()}
 
 
 def _causal_class(student: Any) -> Any:
@@ -130,24 +149,8 @@ def _steps(flow: FlowLayer) -> list[dict[str, Tensor]]:
         scale_a, gate_a, scale_m, gate_m, *shifts = values
         shift_a, shift_m = shifts or (None, None)
         step = {name: value.clone() for name, value in content.items()}  # files hold no shared tensors
-        form = velocity.layer.form
-        _fold_norm(step, form.attention.norm, scale_a, shift_a)
-        _fold_norm(step, form.mlp.norm, scale_m, shift_m)
-        _fold_output(step, form.attention.output, (1 + gate_a) / flow.steps)
-        _fold_output(step, form.mlp.output, (1 + gate_m) / flow.steps)
+        form, layer = velocity.layer.form, velocity.layer.layer
+        fold_branch(step, layer, form.attention, scale_a, (1 + gate_a) / flow.steps, shift_a)
+        fold_branch(step, layer, form.mlp, scale_m, (1 + gate_m) / flow.steps, shift_m)
         folded.append(step)
     return folded
-
-
-def _fold_norm(step: dict[str, Tensor], name: str, scale: Tensor, shift: Tensor | None) -> None:
-    """`(1 + scale) * norm(x) + shift`."""
-    step[f"{name}.weight"] = (1 + scale) * step[f"{name}.weight"]
-    if (bias := step.get(f"{name}.bias")) is not None:
-        step[f"{name}.bias"] = (1 + scale) * bias + (0 if shift is None else shift)
-
-
-def _fold_output(step: dict[str, Tensor], name: str, gate: Tensor) -> None:
-    """`gate * output(x)`: rows and bias."""
-    step[f"{name}.weight"] = gate[:, None] * step[f"{name}.weight"]
-    if (bias := step.get(f"{name}.bias")) is not None:
-        step[f"{name}.bias"] = gate * bias

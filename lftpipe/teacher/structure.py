@@ -25,12 +25,19 @@ class Logits(nn.Module):
     """What a language model makes of normed states: its head, with any scale, soft-cap or bias.
 
     The model's own forward pass runs around a base model that only hands the states on.
+
+    Parameters
+    ----------
+    model
+        Without weights; changed.
+    base
+        Path to its part that the layers are in.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, base: str) -> None:
         super().__init__()
         self.handed = _Handed()
-        setattr(model, model.base_model_prefix, self.handed)
+        model.set_submodule(base, self.handed)
         self.model = model
 
     def forward(self, states: Tensor) -> Tensor:
@@ -150,7 +157,8 @@ class Structure:
 
     def head(self) -> Logits:
         """From normed states to logits, on the meta device."""
-        return Logits(skeleton.build(self.config, self.implementation))
+        around = self.path.rpartition(".")[0]
+        return Logits(skeleton.build(self.config, self.implementation), around)
 
     def name_of(self, module: nn.Module | None) -> str:
         """A module's path in the model."""

@@ -11,8 +11,10 @@ from tiny_students import save_run, tokens
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lftpipe import runs
+from lftpipe.errors import RunError
 from lftpipe.flow.solver import ODESolver
 from lftpipe.student.assemble import build_student, load_model
+from lftpipe.student.plain import unroll
 from lftpipe.teacher.family import attention_context
 from lftpipe.teacher.parts import Tail, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
@@ -80,3 +82,23 @@ def test_a_saved_student_is_loaded_as_it_was(case: Case, tmp_path: Path) -> None
     ids = tokens(COUNT)
     torch.testing.assert_close(back(ids).logits, student(ids).logits, **CLOSE)
     assert torch.equal(written(back), written(student))
+
+
+#: Families whose flows fold exactly into their own ordinary layers, with one step of Euler's.
+FOLDING = [name for name in DECODERS if name not in ("mixtral", "mamba2")]
+
+
+@torch.inference_mode()
+def test_one_step_unrolls_to_the_family_itself_where_it_folds(case: Case) -> None:
+    student = build_student(case.teacher, [case.run], steps=1, solver="euler")
+    if case.name not in FOLDING:
+        with pytest.raises(RunError, match="use --form latent-flow"):
+            unroll(student)
+        return
+    plain = unroll(student)
+    assert plain.config.model_type == case.name
+    assert plain.config.num_hidden_layers == LAYERS - 1
+    ids = tokens(COUNT)
+    torch.testing.assert_close(plain(ids).logits, student(ids).logits, **CLOSE)
+    with pytest.raises(RunError, match="k = 1"):
+        unroll(build_student(case.teacher, [case.run], steps=2, solver="euler"))

@@ -1,0 +1,258 @@
+"""What works for which model type of the installed transformers, tried on a tiny random model of each.
+
+python benchmarks/families.py --out docs/families-table.md
+python benchmarks/families.py --only qwen2,mamba2        # prints a line for each
+"""
+
+import argparse
+import json
+import re
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_configs import VOCABULARY, tiny_configs
+from transformers import AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lftpipe import runs
+from lftpipe.errors import LftpipeError
+from lftpipe.flow.velocity import Velocity
+from lftpipe.student.assemble import build_student
+from lftpipe.student.plain import unroll
+from lftpipe.teacher.family import attention_context
+from lftpipe.teacher.kinds import check_attention
+from lftpipe.teacher.parts import Tail, load_layer, load_rotary
+from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.trunk import Trunk
+
+#: Seconds after which a model counts as failed.
+PATIENCE = 120
+
+CONTEXT = 12
+
+
+@dataclass
+class Line:
+    """What worked for one model type."""
+
+    model_type: str
+    states: bool = False
+    attention: bool = False
+    flow: str = ""
+    """`branches` or `whole`, once a flow layer was trained."""
+    student: bool = False
+    plain: bool = False
+    gguf: bool = False
+    """Whether transformers reads its GGUF files, so that they can be named as teachers."""
+    why: str = ""
+    """What stopped it, at the first thing that did not work."""
+
+
+def try_family(model_type: str, folder: Path) -> Line:
+    """Build, extract, train, generate and unroll one family.
+
+    Parameters
+    ----------
+    model_type
+        Of transformers.
+    folder
+        Empty, for its files.
+    """
+    line = Line(model_type, gguf=model_type in GGUF_SUPPORTED_ARCHITECTURES)
+    try:
+        model = _tiny(model_type)
+        model.save_pretrained(folder / "teacher")
+        teacher = open_teacher(str(folder / "teacher"), folder)
+        tokens = torch.randint(1, VOCABULARY, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
+        states = _states(teacher, tokens)
+        line.states = True
+        with torch.no_grad():
+            logits = model(tokens).logits
+        check_attention(model_type, teacher.family, teacher.config, tuple(range(teacher.num_layers)))
+        line.attention = True
+    except Exception as error:
+        line.why = _reason(error)
+        if not line.states:
+            return line
+    try:
+        run = _train(teacher, states, logits, folder / "run")
+        line.flow = "whole" if load_layer(teacher, 1).whole else "branches"
+        student = build_student(teacher, [run], steps=2, solver="euler")
+        with torch.inference_mode():
+            student(tokens)
+            made = student.generate(
+                tokens[:1], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        line.student = made.shape == (1, CONTEXT + 3)
+        student = build_student(teacher, [run], steps=1, solver="euler")
+        with torch.inference_mode():
+            line.plain = bool((unroll(student)(tokens).logits - student(tokens).logits).abs().max() < 1e-3)
+    except Exception as error:
+        line.why = line.why if line.flow and line.why else _reason(error)
+    return line
+
+
+def _tiny(model_type: str) -> Any:
+    """A model with random weights that runs."""
+    error: Exception | None = None
+    for config in tiny_configs(CONFIG_MAPPING[model_type]):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    noise = torch.randn(weight.shape, generator=generator)
+                    weight.copy_(1 + 0.1 * noise if "norm" in name and weight.ndim == 1 else 0.1 * noise)
+                if not model.eval()(torch.arange(1, 5)[None]).logits.isfinite().all():
+                    raise ValueError("logits that are not finite")
+            return model
+        except Exception as raised:
+            error = error or raised
+    raise ValueError(f"no tiny model of it runs: {error}")
+
+
+def _states(teacher: Teacher, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
+    states: dict[int, torch.Tensor] = {}
+    trunk = Trunk(teacher, teacher.num_layers, torch.float32)
+    trunk.run(
+        tokens, torch.arange(CONTEXT).expand(2, -1), hidden=lambda at, x: states.update({at: x.clone()})
+    )
+    assert all(state.isfinite().all() for state in states.values()), "states that are not finite"
+    assert sorted(states) == list(range(teacher.num_layers + 1)), "states are missing"
+    return states
+
+
+def _train(teacher: Teacher, states: dict[int, torch.Tensor], logits: torch.Tensor, folder: Path) -> runs.Run:
+    """A few steps on block 1:3, once the tail is known to give the model's own logits."""
+    context = attention_context(load_rotary(teacher), torch.arange(CONTEXT).expand(2, -1))
+    states = {layer: state.clone() for layer, state in states.items()}
+    tail = Tail(teacher, 0)
+    for start in (0, 1, teacher.num_layers):
+        with torch.no_grad():
+            off = (tail(states[start], context, start=start) - logits).abs().max()
+        assert off <= 1e-3 * logits.abs().max() + 1e-4, "the tail does not give the model's own logits"
+    flow = Velocity(load_layer(teacher, 1), teacher.width).requires_grad_(True)
+    optimizer, losses = torch.optim.Adam(flow.parameters(), 1e-3), []
+    for _ in range(8):
+        change = flow(states[1], torch.zeros(2), context)
+        loss = (states[1] + change - states[3]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0], "training does not lower the loss"
+    velocity = {"time": True, "shift": flow.shift}
+    manifest = {
+        "store_fingerprint": "0" * 32,
+        "teacher": teacher.identity(),
+        "block": [1, 3],
+        "objective": "fw",
+        "solver": "euler",
+        "walk_steps": 2,
+        "seed": 0,
+        "train_tokens": 8 * CONTEXT,
+        "velocity": velocity,
+    }
+    folder.mkdir()
+    runs.save_run(folder, flow, manifest)
+    return runs.open_run(folder)
+
+
+def _reason(error: Exception) -> str:
+    text = f"{error.given}; {error.expected}" if isinstance(error, LftpipeError) else str(error)
+    text = re.sub(r"model \S*/teacher,? ?", "", text.strip() or type(error).__name__)
+    return re.sub(r"\s+", " ", text)[:160]
+
+
+def _with_patience(function: Callable[[], Line], model_type: str) -> Line:
+    def late(*_: object) -> None:
+        raise TimeoutError(f"took more than {PATIENCE} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(PATIENCE)
+    try:
+        return function()
+    except Exception as error:
+        return Line(model_type, why=_reason(error))
+    finally:
+        signal.alarm(0)
+
+
+def table(lines: list[Line]) -> str:
+    """The lines as Markdown, with their sums."""
+    sums = {
+        name: sum(bool(getattr(line, name)) for line in lines)
+        for name in ("states", "attention", "flow", "student", "plain", "gguf")
+    }
+    rows = [
+        "<!-- made by `python benchmarks/families.py`; do not edit -->",
+        "",
+        f"transformers {transformers.__version__}: {len(lines)} model types with a `*ForCausalLM` class. "
+        f"{sums['states']} extract and map, {sums['attention']} of them with attention outputs; "
+        f"{sums['flow']} train a flow layer, {sums['student']} generate with it, "
+        f"{sums['plain']} unroll to a plain checkpoint.",
+        "",
+        "| model type | states | attention outputs | flow | student | plain | GGUF | why not |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        marks = [
+            "yes" if mark is True else mark or "-"
+            for mark in (line.states, line.attention, line.flow, line.student, line.plain, line.gguf)
+        ]
+        rows.append(f"| {line.model_type} | {' | '.join(marks)} | {line.why.replace('|', '/')} |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    """Try all model types, or some, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", help="model types, with commas between them")
+    parser.add_argument(
+        "--log", type=Path, help="a JSON line for each; those that are there are not tried again"
+    )
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    types = sorted(
+        {
+            name
+            for name, kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+            if "CausalLM" in str(kind) or name == "gpt2"
+        }
+    )
+    if arguments.only:
+        types = arguments.only.split(",")
+    known: dict[str, Line] = {}
+    if arguments.log and arguments.log.exists():
+        known = {
+            line["model_type"]: Line(**line)
+            for line in map(json.loads, arguments.log.read_text().splitlines())
+        }
+    for model_type in types:
+        if model_type not in known:
+            with tempfile.TemporaryDirectory() as folder:
+                known[model_type] = _with_patience(
+                    lambda at=folder, kind=model_type: try_family(kind, Path(at)), model_type
+                )
+            text = json.dumps(asdict(known[model_type]))
+            print(text, flush=True)
+            if arguments.log:
+                with arguments.log.open("a") as log:
+                    log.write(text + "\n")
+    if arguments.out:
+        arguments.out.write_text(table([known[name] for name in types]))
+
+
+if __name__ == "__main__":
+    main()
