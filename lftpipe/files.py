@@ -121,7 +121,7 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
     value
         A JSON-plain object without the key ``digest``.
     """
-    write_atomic(path, _sealed(value))
+    write_atomic(path, sealed(value))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -139,18 +139,42 @@ def read_sealed(path: Path) -> dict[str, Any]:
     ValueError
         If a single byte of it is not as it was written.
     """
-    data = path.read_bytes()
+    return unsealed(path.read_bytes(), str(path))
+
+
+def unsealed(data: bytes, name: str) -> dict[str, Any]:
+    """What was sealed, without its digest.
+
+    Parameters
+    ----------
+    data
+        What `sealed` gave.
+    name
+        Of the file, for the error.
+
+    Raises
+    ------
+    ValueError
+        If a single byte of it is not as it was written.
+    """
     try:
         value = json.loads(data)
         del value["digest"]
-        if _sealed(value) == data:
+        if sealed(value) == data:
             return value
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise ValueError(f"{path} is damaged: its digest does not match its content")
+    raise ValueError(f"{name} is damaged: its digest does not match its content")
 
 
-def _sealed(value: dict[str, Any]) -> bytes:
+def sealed(value: dict[str, Any]) -> bytes:
+    """The JSON text of an object, with a digest of it under ``digest``.
+
+    Parameters
+    ----------
+    value
+        A JSON-plain object without the key ``digest``.
+    """
     text = json.dumps({**value, "digest": fingerprint(value)}, indent=1, sort_keys=True, ensure_ascii=False)
     return text.encode() + b"\n"
 

@@ -1,15 +1,20 @@
 """The last steps of a store: is everything as it was written, and the metadata that says so."""
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lftpipe.errors import StoreError
-from lftpipe.files import file_digest, write_atomic
+from lftpipe.objects import Storage, storage_of
 from lftpipe.store.journal import on_disk
 from lftpipe.store.parsing import Records
 
 if TYPE_CHECKING:
     from lftpipe.store.writer import StoreWriter
+
+#: Local files read at the same time: a digest lets other threads run.
+_READERS = 4
 
 
 def refuse_incomplete(writer: "StoreWriter", records: Records, checked: Records) -> None:
@@ -49,22 +54,45 @@ def refuse_incomplete(writer: "StoreWriter", records: Records, checked: Records)
 def _changed_files(path: Path, records: Records, checked: Records) -> set[str]:
     """Shard files that are not as they were recorded; those that are checked are not read again."""
     inherited = dict(records.items() - checked.items())
-    bad = {file for file, record in inherited.items() if file_digest(path / file) != record.digest}
+    bad = {file for file, found in digests(storage_of(path), inherited) if found != records[file].digest}
     return bad | (records.keys() - on_disk(path, records).keys())
 
 
-def write_metadata(path: Path, files: dict[str, bytes]) -> None:
+def digests(storage: Storage, files: Iterable[str]) -> Iterator[tuple[str, str | Exception]]:
+    """The digest of each file, or why it has none; some are read at the same time.
+
+    Parameters
+    ----------
+    storage
+        Of the store.
+    files
+        Their names in it.
+    """
+
+    def read(file: str) -> tuple[str, str | Exception]:
+        try:
+            return file, storage.digest(file)
+        except OSError as error:
+            return file, error
+
+    with ThreadPoolExecutor(max(storage.concurrency, _READERS)) as pool:
+        yield from pool.map(read, files)
+
+
+def write_metadata(storage: Storage, files: dict[str, bytes]) -> None:
     """Write the Zarr metadata, the root's last: it says whether the store is complete.
 
     Parameters
     ----------
-    path
-        The store's folder.
+    storage
+        Of the store.
     files
         By path relative to the store, the JSON text.
     """
     for name in sorted(files, key=lambda name: -name.count("/")):
-        target = path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists() or target.read_bytes() != files[name]:
-            write_atomic(target, files[name])
+        try:
+            same = storage.read(name) == files[name]
+        except FileNotFoundError:
+            same = False
+        if not same:
+            storage.write(name, files[name])

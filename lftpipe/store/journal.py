@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from lftpipe.errors import StoreError
-from lftpipe.files import canonical, file_digest, fingerprint, read_sealed, write_atomic, write_sealed
+from lftpipe.files import canonical, file_digest, fingerprint, read_sealed, sealed, unsealed, write_sealed
+from lftpipe.objects import Storage, storage_of
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, PLAN, StoreSpec
 from lftpipe.store.parsing import (
     Records,
@@ -49,7 +50,7 @@ class Manifest(NamedTuple):
             The store's folder.
         """
         try:
-            value = read_sealed(path / MANIFEST)
+            value = unsealed(storage_of(path).read(MANIFEST), str(path / MANIFEST))
         except FileNotFoundError:
             return None
         try:
@@ -85,7 +86,7 @@ class Manifest(NamedTuple):
             "metadata": metadata,
             "fingerprint": _fingerprint(spec, shards),
         }
-        write_sealed(path / MANIFEST, value)
+        storage_of(path).write(MANIFEST, sealed(value))
 
 
 def _fingerprint(spec: StoreSpec, shards: Records) -> str:
@@ -97,10 +98,10 @@ def _fingerprint(spec: StoreSpec, shards: Records) -> str:
 class Journal:
     """An append-only file of lines ``digest json``: the specification first, then what was committed."""
 
-    def __init__(self, path: Path, spec: StoreSpec, records: Records) -> None:
+    def __init__(self, storage: Storage, spec: StoreSpec, records: Records) -> None:
         """Begin anew with what is known so far, which also drops the torn last line of a killed process."""
-        write_atomic(path / JOURNAL, _line(spec.to_json()) + _line(records))
-        self._fd = os.open(path / JOURNAL, os.O_WRONLY | os.O_APPEND)
+        storage.begin_log(_line(spec.to_json()) + _line(records))
+        self._storage = storage
 
     def append(self, records: Records) -> None:
         """Add the records of one commit and wait until they are on the disk.
@@ -110,18 +111,11 @@ class Journal:
         records
             Records of the shards that are being committed.
         """
-        line, end = _line(records), os.fstat(self._fd).st_size
-        try:
-            if os.write(self._fd, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._fd)
-        except OSError:
-            os.ftruncate(self._fd, end)
-            raise
+        self._storage.append_log(_line(records))
 
     def close(self) -> None:
-        """Close the file; what was appended stays."""
-        os.close(self._fd)
+        """Close the log; what was appended stays."""
+        self._storage.close()
 
     @staticmethod
     def exists(path: Path) -> bool:
@@ -132,7 +126,7 @@ class Journal:
         path
             The store's folder.
         """
-        return (path / JOURNAL).exists()
+        return storage_of(path).read_log() is not None
 
     @staticmethod
     def read(path: Path) -> tuple[StoreSpec, Records] | None:
@@ -149,10 +143,9 @@ class Journal:
             If its first line is damaged, or a whole line says what no store can mean. Other damaged lines
             count as work not done.
         """
-        try:
-            header, *lines = (path / JOURNAL).read_bytes().split(b"\n")
-        except FileNotFoundError:
+        if (log := storage_of(path).read_log()) is None:
             return None
+        header, *lines = log.split(b"\n")
         try:
             spec, records = parse_spec(_content(header)), {}
             for line in lines:
@@ -183,6 +176,7 @@ def settle(path: Path, records: Records) -> None:
     records
         What the journal knows.
     """
+    storage = storage_of(path)
     for partial in sorted(path.rglob("*.partial")):
         final = final_of(partial)
         record = records.get(str(final.relative_to(path)))
@@ -190,6 +184,14 @@ def settle(path: Path, records: Records) -> None:
             partial.replace(final)
         else:
             partial.unlink()
+    if storage.remote:  # whole ones that had no time to be sent away
+        left = [str(file.relative_to(path)) for file in path.glob("*/*/c.*")]
+        known = [
+            file for file in left if file in records and file_digest(path / file) == records[file].digest
+        ]
+        storage.take(path, known)
+        for file in set(left) - set(known):
+            (path / file).unlink()
 
 
 def read_plan(path: Path) -> dict[str, Any] | None:
@@ -241,14 +243,8 @@ def on_disk(path: Path, records: Records) -> Records:
     records
         What should be there.
     """
-
-    def present(file: str, size: int) -> bool:
-        try:
-            return (path / file).stat().st_size == size
-        except FileNotFoundError:
-            return False
-
-    return {file: record for file, record in records.items() if present(file, record.bytes)}
+    sizes = storage_of(path).sizes(records)
+    return {file: record for file, record in records.items() if sizes.get(file) == record.bytes}
 
 
 def progress(path: Path) -> tuple[int, int] | None:

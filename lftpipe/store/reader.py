@@ -10,6 +10,7 @@ from jaxtyping import Float, Int32
 
 from lftpipe.errors import StoreError
 from lftpipe.files import fingerprint
+from lftpipe.objects import local_path
 from lftpipe.store.batches import Batch, Buffer, Logits, batch_sequences, read_ahead
 from lftpipe.store.expected import Expected, expected_shards
 from lftpipe.store.journal import Manifest, progress
@@ -61,6 +62,7 @@ class Store:
         StoreError
             If it is missing, incomplete or its manifest is damaged.
         """
+        path = local_path(path)
         try:
             manifest = Manifest.read(path)
             done = progress(path) if manifest is None else None

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lftpipe.errors import StoreError
-from lftpipe.files import differences, file_digest
-from lftpipe.store.journal import Journal, Manifest, on_disk, settle
+from lftpipe.files import differences
+from lftpipe.objects import Storage, storage_of
+from lftpipe.store.journal import Journal, Manifest, clear_leftovers, on_disk, settle
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, StoreSpec, root_attributes
 from lftpipe.store.parsing import Records
 from lftpipe.store.shard import ChunkReader, DamagedShardError, Record
@@ -91,7 +92,7 @@ def _existing(
         raise StoreError(
             str(error), "a store as it was written", "repair it (--repair) or begin anew (--force)"
         ) from None
-    if manifest is None and journal is None and (foreign := _names(path)):
+    if manifest is None and journal is None and (foreign := _names(storage_of(path))):
         if salvage and "zarr.json" in foreign:
             return None, _salvage(path, spec)
         if "zarr.json" in foreign:
@@ -104,8 +105,9 @@ def _existing(
 
 def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
     """What the Zarr metadata says and the shards' own checksums confirm."""
+    storage = storage_of(path)
     try:
-        attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
+        attributes = json.loads(storage.read("zarr.json"))["attributes"]
         given = root_attributes(spec)
         own = given.keys() - spec.details.keys() | {"complete", "logits"}
         details = {key: value for key, value in attributes.items() if key not in own}
@@ -123,9 +125,9 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
     records: Records = {}
     for key in old.shard_keys():
         for array in old.arrays.values():
-            file = path / array.file(key.split, key.index)
+            file = array.file(key.split, key.index)
             with suppress(DamagedShardError, FileNotFoundError):
-                shard = ChunkReader(file, array.chunks_per_shard)
+                shard = ChunkReader(storage, file, array.chunks_per_shard)
                 shard.check(
                     [
                         array.chunk_number(layer, i)
@@ -133,9 +135,7 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
                         for i in range(len(key.sequences))
                     ]
                 )
-                records[array.file(key.split, key.index)] = Record(
-                    len(key.sequences), shard.size, file_digest(file), shard.tail
-                )
+                records[file] = Record(len(key.sequences), shard.size, storage.digest(file), shard.tail)
     return old, records
 
 
@@ -179,17 +179,21 @@ def clear(path: Path) -> None:
     path
         The store's folder.
     """
-    names = _names(path)
-    if not names:
+    storage = storage_of(path)
+    names, begun = _names(storage), storage.read_log() is not None
+    if not names and not begun:
         return
-    if not names & {MANIFEST, JOURNAL}:
+    if MANIFEST not in names and not begun:
         raise StoreError(
             f"{path} holds {min(names)} and no store", "a store to replace", "delete it yourself"
         )
-    (path / JOURNAL).write_bytes(b"")  # goes last: until then this is a store, and an unusable one
-    for name in sorted(names | {JOURNAL}, key=lambda name: (name == JOURNAL, name != MANIFEST)):
-        target = path / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    storage.begin_log(b"")  # goes last: until then this is a store, and an unusable one
+    for name in sorted(names, key=lambda name: name != MANIFEST):
+        storage.delete(name)
+    storage.remove_log()
+    storage.close()
+    if storage.remote:
+        clear_leftovers(path)
 
 
 def abandon(path: Path) -> None:
@@ -200,10 +204,9 @@ def abandon(path: Path) -> None:
     path
         The store's folder.
     """
-    if not (path / MANIFEST).exists():
+    if MANIFEST not in storage_of(path).names():
         clear(path)
-        (path / LOCK).unlink(missing_ok=True)
-        path.rmdir()
+        shutil.rmtree(path)
 
 
 def _changed(path: Path, changed: list[str]) -> StoreError:
@@ -214,6 +217,10 @@ def _changed(path: Path, changed: list[str]) -> StoreError:
     )
 
 
-def _names(path: Path) -> set[str]:
-    """What is in the folder, but for what a writer that was killed at its very first write leaves."""
-    return {entry.name for entry in path.iterdir()} - {LOCK, f"{JOURNAL}.partial"}
+def _names(storage: Storage) -> set[str]:
+    """What is there beside the log, but for what a writer that was killed at its very first write leaves."""
+    return {
+        name
+        for name in storage.names() - {LOCK, JOURNAL, f"{JOURNAL}.partial"}
+        if not name.startswith("journal.0")
+    }

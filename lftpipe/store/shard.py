@@ -10,7 +10,6 @@ import errno
 import fcntl
 import mmap
 import os
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,8 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 import xxhash
+
+from lftpipe.objects import Storage
 
 _MISSING = 2**64 - 1
 _CRC_BYTES = 4
@@ -282,8 +283,10 @@ class ChunkReader:
 
     Parameters
     ----------
+    storage
+        Where it lies.
     path
-        The file.
+        Its name there.
     num_chunks
         How many chunks its index has room for.
     expected
@@ -299,20 +302,20 @@ class ChunkReader:
         If it is not the file expected.
     """
 
-    def __init__(self, path: Path, num_chunks: int, expected: tuple[int, str] | None = None) -> None:
-        self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._fd)
-        self.size = os.fstat(self._fd).st_size
+    def __init__(
+        self, storage: Storage, path: str, num_chunks: int, expected: tuple[int, str] | None = None
+    ) -> None:
+        self.path = f"{storage.where}/{path}"
         index_bytes = 16 * num_chunks
-        offset = self.size - index_bytes - 2 * _CRC_BYTES  # the last chunk's checksum is read too
-        stored = os.pread(self._fd, index_bytes + 2 * _CRC_BYTES, offset) if offset >= 0 else b""
+        # The last chunk's checksum is read too.
+        self._file = storage.open(path, index_bytes + 2 * _CRC_BYTES, expected[0] if expected else None)
+        self.size, stored = self._file.size, self._file.end
         last_crc, stored = stored[:_CRC_BYTES], stored[_CRC_BYTES:]
         if len(stored) != index_bytes + _CRC_BYTES or _crc(stored[:index_bytes]) != stored[index_bytes:]:
-            raise DamagedShardError(f"the index of {path} is damaged")
+            raise DamagedShardError(f"the index of {self.path} is damaged")
         self.tail = _tail(last_crc, stored)
         if expected and (expected[0] != self.size or expected[1] not in ("", self.tail)):
-            raise OtherShardError(f"{path} is not the shard that was written here")
+            raise OtherShardError(f"{self.path} is not the shard that was written here")
         self._sound = bytearray(num_chunks)
         self._index: list[list[int]] = np.frombuffer(stored, "<u8", 2 * num_chunks).reshape(-1, 2).tolist()
 
@@ -332,7 +335,7 @@ class ChunkReader:
         if out is None:
             out = np.empty(max(length - _CRC_BYTES, 0), np.uint8)
         crc = bytearray(_CRC_BYTES)
-        whole = length == out.nbytes + _CRC_BYTES and os.preadv(self._fd, [out.data, crc], start) == length
+        whole = length == out.nbytes + _CRC_BYTES and self._file.read_into([out.data, crc], start) == length
         if not whole or not (self._sound[chunk] or _crc(out) == crc):
             raise DamagedShardError(f"chunk {chunk} of {self.path} is damaged")
         self._sound[chunk] = True

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lftpipe.errors import StoreError
+from lftpipe.objects import storage_of
 from lftpipe.store.codec import encode
 from lftpipe.store.journal import disk_errors
 from lftpipe.store.layout import ArrayLayout, ShardKey, StoreSpec
@@ -148,12 +149,14 @@ class ShardWriter:
         kept = self.key.sequences.start - self._origin
         with disk_errors(self._store):
             for name, array in self._arrays.items():
+                if not (folder := (self._store / self._files[name]).parent).is_dir():
+                    folder.mkdir(parents=True)  # where a store is made that will not lie here
                 self._chunks[name] = ChunkWriter(
                     self._store / self._files[name], array.chunks_per_shard, self._free, self._attempt
                 )
         for name, array in self._arrays.items() if kept else ():
             try:
-                old = ChunkReader(self._store / self._files[name], array.chunks_per_shard)
+                old = ChunkReader(storage_of(self._store), self._files[name], array.chunks_per_shard)
                 for layer in array.layers or (None,):
                     for chunk in range(*(array.chunk_number(layer, within) for within in (0, kept))):
                         self._chunks[name].put(chunk, old.read(chunk))

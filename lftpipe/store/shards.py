@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lftpipe.errors import StoreError
+from lftpipe.objects import storage_of
 from lftpipe.store.codec import decode, widen
 from lftpipe.store.expected import Expected
 from lftpipe.store.journal import newest_record
@@ -32,7 +33,8 @@ class Shards:
 
     def __init__(self, path: Path, spec: StoreSpec, expected: dict[tuple[str, str], Expected]) -> None:
         self.expected = expected
-        self._path, self._step, self._layouts = path, spec.sequences_per_shard, spec.arrays
+        self._path, self._storage = path, storage_of(path)
+        self._step, self._layouts = spec.sequences_per_shard, spec.arrays
         # The cache's own lock is the interpreter's, so that a fork at any moment is safe.
         self._opened = functools.lru_cache(_OPEN_FILES)(self._open)
 
@@ -61,12 +63,24 @@ class Shards:
             If bytes are not as they were written.
         """
         for row, sequence in zip(out, sequences, strict=True):
-            index, within = divmod(int(sequence), self._step)
+            self._read_one(layout, split, layer, int(sequence), row)
+
+    def _read_one(
+        self, layout: ArrayLayout, split: str, layer: int | None, sequence: int, row: np.ndarray
+    ) -> None:
+        index, within = divmod(sequence, self._step)
+        chunk = layout.chunk_number(layer, within)
+        try:
             try:
-                shard = self._opened(layout.name, split, index)
-                _read_chunk(layout, shard, layout.chunk_number(layer, within), row)
-            except (DamagedShardError, FileNotFoundError) as error:
-                raise _damaged(layout, split, index, error) from None
+                _read_chunk(layout, self._opened(layout.name, split, index), chunk, row)
+            except DamagedShardError:
+                if not self._storage.remote:
+                    raise
+                # A local file that was replaced stays open; an object that was replaced is opened again.
+                _read_chunk(layout, self._open(layout.name, split, index), chunk, row)
+                self._opened.cache_clear()
+        except (DamagedShardError, FileNotFoundError) as error:
+            raise _damaged(layout, split, index, error) from None
 
     def check_first(self, layout: ArrayLayout, split: str) -> None:
         """Open the first shard: a manifest alone is no reason to ask for memory.
@@ -93,13 +107,13 @@ class Shards:
         file = layout.file(split, index)
         try:
             return ChunkReader(
-                self._path / file, layout.chunks_per_shard, self.expected[array, split].of(index)
+                self._storage, file, layout.chunks_per_shard, self.expected[array, split].of(index)
             )
         except OtherShardError:
             # Only a store that grew meanwhile may have another: one that begins with the same chunks.
             if (newer := newest_record(self._path, file)) is None:
                 raise
-            return ChunkReader(self._path / file, layout.chunks_per_shard, (newer.bytes, newer.tail))
+            return ChunkReader(self._storage, file, layout.chunks_per_shard, (newer.bytes, newer.tail))
 
 
 def _damaged(layout: ArrayLayout, split: str, index: int, error: Exception) -> StoreError:

@@ -54,7 +54,7 @@ def _compare(
 ) -> None:
     if not len(given):
         return
-    reader = ChunkReader(writer.path / array.file(key.split, key.index), array.chunks_per_shard)
+    reader = ChunkReader(writer.storage, array.file(key.split, key.index), array.chunks_per_shard)
     stored = np.empty(array.chunk, array.dtype)
     for chunk, row in enumerate(given, start=within):
         if not np.array_equal(reader.read(chunk, stored), row):

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lftpipe.errors import StoreError
-from lftpipe.files import file_digest
+from lftpipe.objects import local_path, storage_of
+from lftpipe.store.finish import digests
 from lftpipe.store.journal import Journal, Manifest
 from lftpipe.store.layout import MANIFEST, ShardKey
 from lftpipe.store.parsing import Records
@@ -69,6 +70,8 @@ def verify_store(path: Path) -> Report:
     StoreError
         If there is no store, or it is incomplete.
     """
+    path = local_path(path)
+    storage = storage_of(path)
     try:
         manifest = Manifest.read(path)
     except ValueError as error:
@@ -77,7 +80,7 @@ def verify_store(path: Path) -> Report:
         try:
             Store.open(path)
         except StoreError:
-            if Journal.exists(path) or not (path / "zarr.json").exists():
+            if Journal.exists(path) or "zarr.json" not in storage.names():
                 raise
         return Report(path, (Damage(MANIFEST, "missing"),), 1, 0)
     try:
@@ -91,24 +94,24 @@ def verify_store(path: Path) -> Report:
     }
     damaged = []
     files = manifest.metadata | manifest.shards
-    for file, record in files.items():
-        if problem := _problem(path / file, record, newer.get(file, record)):
+    sizes = storage.sizes(files)
+    for file, digest in digests(storage, files):
+        record = files[file]
+        if problem := _problem(sizes.get(file), digest, record, newer.get(file, record)):
             array, key = places.get(file, (None, None))
             damaged.append(_damage(file, problem, array, key))
     return Report(path, tuple(damaged), len(files) + 1, sum(record.bytes for record in files.values()))
 
 
-def _problem(path: Path, *allowed: Record) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size not in {record.bytes for record in allowed}:
-            return f"{size} bytes instead of {allowed[0].bytes}"
-        if file_digest(path) not in {record.digest for record in allowed}:
-            return "bytes differ from those written"
-    except FileNotFoundError:
+def _problem(size: int | None, digest: str | Exception, *allowed: Record) -> str | None:
+    if size is None or isinstance(digest, FileNotFoundError):
         return "missing"
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
+    if isinstance(digest, OSError):
+        return f"unreadable: {digest.strerror}"
+    if size not in {record.bytes for record in allowed}:
+        return f"{size} bytes instead of {allowed[0].bytes}"
+    if digest not in {record.digest for record in allowed}:
+        return "bytes differ from those written"
     return None
 
 

@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from lftpipe.files import sync_folder
+from lftpipe.objects import local_path, storage_of
 from lftpipe.store import journal as books
 from lftpipe.store import resume as opening
 from lftpipe.store.finish import refuse_incomplete, write_metadata
 from lftpipe.store.journal import Journal, Manifest
-from lftpipe.store.layout import JOURNAL, MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
+from lftpipe.store.layout import MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
 from lftpipe.store.parsing import Records
 from lftpipe.store.sealed import Sealed, sync_folders
 from lftpipe.store.shard import Record
@@ -40,6 +41,7 @@ class StoreWriter:
     def __init__(self, path: Path, spec: StoreSpec, lock: int) -> None:
         """Use `open`."""
         self.path, self.spec, self.complete, self.epoch = path, spec, False, 0
+        self.storage = storage_of(path)
         self._lock = lock
         self._journal: Journal | None = None
         self._records: Records = {}  # all shards that count as done
@@ -82,6 +84,7 @@ class StoreWriter:
             If another process writes it, its identity differs, it holds more than asked for, or ``path``
             cannot be written or holds something else.
         """
+        path = local_path(path)
         with books.disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self = cls(path, spec, books.take_lock(path))
@@ -174,6 +177,7 @@ class StoreWriter:
                     each.discard(self.path)
                 raise
             sync_folders({folder for each in taken.values() for folder in each.name(self.path)})
+            self.storage.take(self.path, records)
             self._records.update(records)
             self._checked.update(records)
         return len(taken)
@@ -229,7 +233,7 @@ class StoreWriter:
         with books.disk_errors(self.path), self._commits:
             self.spec = spec
             self._journal.close()
-            self._journal = Journal(self.path, self.spec, self._records)
+            self._journal = Journal(self.storage, self.spec, self._records)
 
     def begin_epoch(self, plan: dict[str, Any]) -> None:
         """Freeze what is to be computed into `plan.json`; what was begun before under another plan is void.
@@ -266,11 +270,11 @@ class StoreWriter:
         with books.disk_errors(self.path):
             refuse_incomplete(self, self._records, self._checked)
             files = metadata(self.spec, complete=True)
-            write_metadata(self.path, files)
+            write_metadata(self.storage, files)
             books.clear_leftovers(self.path)
             described = {name: books.describe(data) for name, data in files.items()}
             Manifest.write(self.path, self.spec, dict(sorted(self._records.items())), described)
-            (self.path / JOURNAL).unlink(missing_ok=True)
+            self.storage.remove_log()
             sync_folder(self.path)
         self.complete = True
 
@@ -306,10 +310,10 @@ class StoreWriter:
         self.spec, self.complete = found.spec, found.complete
         self._records, self._checked = found.records, found.checked
         if not self.complete:
-            self._journal = Journal(self.path, self.spec, self._records)
+            self._journal = Journal(self.storage, self.spec, self._records)
             if not found.finished:
-                (self.path / MANIFEST).unlink(missing_ok=True)  # a damaged one
-                write_metadata(self.path, metadata(self.spec, complete=False))
+                self.storage.delete(MANIFEST)  # a damaged one
+                write_metadata(self.storage, metadata(self.spec, complete=False))
 
     def forget(self, files: set[str]) -> None:
         """Count these shard files as not written.

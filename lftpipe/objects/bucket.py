@@ -1,0 +1,379 @@
+"""A prefix of a bucket behind the interface: `s3://`, `gs://` and `az://`, through obstore."""
+
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from typing_extensions import override
+
+from lftpipe.errors import StoreError
+from lftpipe.objects.cache import RangeCache
+from lftpipe.objects.storage import Opened, Storage
+
+#: Bytes of one part of a multipart put; S3 takes at most 10,000 parts.
+PART_BYTES = 16 * 2**20
+#: Ranges asked for, and objects put, at the same time.
+CONCURRENCY = 16
+_SEGMENT = re.compile(r"journal\.(\d{12})\.jsonl")
+
+
+class BucketStorage(Storage):
+    """Objects below a URL.
+
+    An object is put whole or not at all. The log is numbered objects made by create-if-absent: a process that
+    begins it takes the next number, and whoever wrote before fails at its next line.
+
+    Parameters
+    ----------
+    url
+        `s3://bucket/prefix` and the like. Credentials and endpoints come from the environment, as in every
+        other program: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_...
+    cache
+        Keeps ranges that were read.
+    """
+
+    def __init__(self, url: str, cache: RangeCache | None = None) -> None:
+        self.where, self.remote, self.concurrency = url.rstrip("/"), True, CONCURRENCY
+        self._cache = cache
+        self._connected: tuple[int, Any] | None = None
+        self._segment = -1  # the last one that this process made
+        self._log = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["BucketStorage"], tuple[str, RangeCache | None]]:
+        return BucketStorage, (self.where, self._cache)
+
+    @property
+    def client(self) -> Any:
+        """obstore's; each process has its own, as its threads do not survive a fork."""
+        if self._connected is None or self._connected[0] != os.getpid():
+            self._connected = os.getpid(), _connect(self.where)
+        return self._connected[1]
+
+    @override
+    def open(self, name: str, end_bytes: int, size: int | None = None) -> Opened:
+        return _ObjectFile(self, name, end_bytes, self.size(name) if size is None else size)
+
+    def size(self, name: str) -> int:
+        """Bytes of an object."""
+        import obstore
+
+        with _refusals(self.where):
+            return obstore.head(self.client, name)["size"]
+
+    @override
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        with _refusals(self.where):
+            return obstore.get(self.client, name).bytes().to_bytes()
+
+    def read_range(self, name: str, start: int, length: int, key: str = "") -> Any:
+        """Some bytes of an object.
+
+        Parameters
+        ----------
+        name, start, length
+            Which bytes; fewer come at its end.
+        key
+            Names this content of the object for the cache; "" leaves the cache alone.
+        """
+        import obstore
+
+        place = f"{self.where}/{name} {key} {start} {length}"
+        if key and self._cache and (kept := self._cache.get(place)) is not None:
+            return kept
+        with _refusals(self.where):
+            data = memoryview(obstore.get_range(self.client, name, start=start, length=length))
+        if key and self._cache:
+            self._cache.put(place, data)
+        return data
+
+    @override
+    def write(self, name: str, data: bytes) -> None:
+        import obstore
+
+        with _refusals(self.where):
+            obstore.put(self.client, name, data, use_multipart=False)
+
+    @override
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        wanted = set(names)
+        return {name: size for name, size in self.entries() if name in wanted} if wanted else {}
+
+    def entries(self, prefix: str | None = None) -> Iterator[tuple[str, int]]:
+        """Every object below a prefix, and its size."""
+        import obstore
+
+        with _refusals(self.where):
+            for batch in obstore.list(self.client, prefix, chunk_size=1000):
+                yield from ((each["path"], each["size"]) for each in batch)
+
+    @override
+    def digest(self, name: str) -> str:
+        import obstore
+
+        digest = xxhash.xxh3_128()
+        with _refusals(self.where):
+            for part in obstore.get(self.client, name).stream(min_chunk_size=2**20):
+                digest.update(memoryview(part))
+        return digest.hexdigest()
+
+    @override
+    def names(self) -> set[str]:
+        import obstore
+
+        with _refusals(self.where):
+            found = obstore.list_with_delimiter(self.client)
+        paths = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
+        return {path.rstrip("/") for path in paths}
+
+    @override
+    def delete(self, name: str) -> None:
+        import obstore
+
+        paths = [path for path, _ in self.entries(name)] or [name]
+        with _refusals(self.where):
+            for first in range(0, len(paths), 1000):
+                obstore.delete(self.client, paths[first : first + 1000])
+
+    @override
+    def total_bytes(self) -> int:
+        return sum(size for _, size in self.entries())
+
+    def put(self, name: str, file: Path) -> None:
+        """Put a file whose content is fixed, in parts if it is large."""
+        import obstore
+
+        with _refusals(self.where):
+            obstore.put(self.client, name, file, chunk_size=PART_BYTES, max_concurrency=4)
+
+    def upload(self, name: str, file: Path) -> str:
+        """Put a small file that may change meanwhile; returns the tag of what was put."""
+        import obstore
+
+        with _refusals(self.where):
+            return obstore.put(self.client, name, file.read_bytes()).get("e_tag") or ""
+
+    def folder(self, prefix: str) -> tuple[list[str], list[tuple[str, str]]]:
+        """Folders, and files with their tags, right below a prefix."""
+        import obstore
+
+        with _refusals(self.where):
+            found = obstore.list_with_delimiter(self.client, prefix or None)
+        files = [(each["path"], each.get("e_tag") or "") for each in found["objects"]]
+        return [path.rstrip("/") for path in found["common_prefixes"]], files
+
+    @override
+    def take(self, folder: Path, names: Iterable[str]) -> None:
+        def move(name: str) -> None:
+            self.put(name, folder / name)
+            (folder / name).unlink()
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(move, names))
+
+    @override
+    def begin_log(self, data: bytes) -> None:
+        with self._log:
+            older = self._segments()
+            if self._segment >= 0 and max(older, default=-1) != self._segment:
+                raise self._taken_over()
+            self._create(max(older, default=-1) + 1, b"begin\n" + data)
+            self._remove(older)
+
+    @override
+    def append_log(self, line: bytes) -> None:
+        with self._log:
+            before = self._segment
+            self._create(before + 1, line)
+            # Whoever took over has removed them all, in ascending order; then even the next one may be free.
+            try:
+                self.size(self._name(before))
+            except FileNotFoundError:
+                self._remove([self._segment])
+                raise self._taken_over() from None
+
+    @override
+    def read_log(self) -> bytes | None:
+        lines: bytes | None = None
+        for number in self._segments():
+            try:
+                data = self.read(self._name(number))
+            except FileNotFoundError:  # it was begun anew just now
+                continue
+            first, _, rest = data.partition(b"\n")
+            lines = rest if first == b"begin" else (lines or b"") + data
+        return lines
+
+    @override
+    def remove_log(self) -> None:
+        self._remove(self._segments())
+
+    @override
+    def close(self) -> None:
+        pass  # a later log of the same writer goes on from its last object
+
+    def _segments(self) -> list[int]:
+        found = (_SEGMENT.fullmatch(name) for name in self.names())
+        return sorted(int(match[1]) for match in found if match)
+
+    def _name(self, number: int) -> str:
+        return f"journal.{number:012d}.jsonl"
+
+    def _create(self, number: int, data: bytes) -> None:
+        import obstore
+
+        try:
+            with _refusals(self.where):
+                obstore.put(self.client, self._name(number), data, mode="create")
+        except FileExistsError:
+            # A put whose answer was lost is tried again, and meets itself.
+            if self.read(self._name(number)) != data:
+                raise self._taken_over() from None
+        self._segment = number
+
+    def _remove(self, numbers: list[int]) -> None:
+        import obstore
+
+        for number in numbers:
+            with _refusals(self.where):
+                obstore.delete(self.client, self._name(number))
+
+    def _taken_over(self) -> StoreError:
+        return StoreError(
+            f"{self.where} is being written by another process",
+            "one writer at a time",
+            "wait for it or end it",
+        )
+
+
+class _ObjectFile(Opened):
+    """One object, as its end was when it was opened."""
+
+    def __init__(self, storage: BucketStorage, name: str, end_bytes: int, size: int) -> None:
+        import obstore
+
+        self._storage, self._name = storage, name
+        self.size, self.end = size, b""
+        with _refusals(storage.where):
+            try:
+                wanted = {"range": (max(size - end_bytes, 0), max(size, 1))}
+                answer = obstore.get(storage.client, name, options=wanted)
+                self.size, self.end = answer.meta["size"], answer.bytes().to_bytes()
+            except obstore.exceptions.BaseError:  # it is shorter than that, or cannot be had at all
+                self.size = storage.size(name)
+            if self.size != size:
+                start = max(self.size - end_bytes, 0)
+                self.end = bytes(storage.read_range(name, start, self.size - start)) if self.size else b""
+        self._key = xxhash.xxh3_64_hexdigest(self.end) + f" {self.size}"
+
+    def read_into(self, buffers: list[Any], start: int) -> int:
+        wanted = sum(memoryview(buffer).nbytes for buffer in buffers)
+        if start + wanted > self.size:
+            return 0
+        data = memoryview(self._storage.read_range(self._name, start, wanted, self._key))
+        for buffer in buffers:
+            view = memoryview(buffer).cast("B")
+            view[:] = data[: len(view)]
+            data = data[len(view) :]
+        return wanted
+
+
+def _connect(url: str) -> Any:
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
+    seconds = float(os.environ.get("LFTPIPE_RETRY_SECONDS", "60"))
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    try:
+        return from_url(
+            url,
+            client_options={
+                "connect_timeout": timedelta(seconds=min(seconds, 10)),
+                "timeout": timedelta(seconds=max(seconds, 30)),
+                "allow_http": endpoint.startswith("http://") or os.environ.get("AWS_ALLOW_HTTP") == "true",
+            },
+            retry_config={"max_retries": 8, "retry_timeout": timedelta(seconds=seconds)},
+        )
+    except (BaseError, ValueError) as error:
+        raise StoreError(
+            f"{url} ({_first_line(error)})", "a bucket's URL", "write it as s3://bucket/folder"
+        ) from None
+
+
+@contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """What a bucket refuses, in one line each."""
+    from obstore import exceptions as refused
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        text = str(error)
+        if "NoSuchBucket" in text or "ContainerNotFound" in text or "bucket does not exist" in text:
+            raise StoreError(f"{where}, whose bucket is not there", "a bucket", "make it first") from None
+        raise FileNotFoundError(f"{where} has no such object") from None
+    except refused.AlreadyExistsError as error:
+        raise FileExistsError(where) from error
+    except (refused.BaseError, OSError, TimeoutError) as error:
+        text = str(error)
+        words = (
+            "169.254.169.254",
+            "metadata.google",
+            "credential",
+            "Unauthenticated",
+            "PermissionDenied",
+            "403",
+        )
+        if isinstance(error, refused.UnauthenticatedError | refused.PermissionDeniedError) or any(
+            word in text for word in words
+        ):
+            raise StoreError(
+                f"{where}: no access ({_first_line(error)})",
+                "credentials for it in the environment",
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your cloud",
+            ) from None
+        raise StoreError(
+            f"{where} cannot be reached ({_first_line(error)})",
+            "an object store that answers",
+            "look at network and endpoint, then run the same command again: what is committed is kept",
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    """The first words of an error, without the servers' pages behind them."""
+    text = str(error).strip().partition("\n")[0]
+    return text if len(text) < 300 else f"{text[:300]}..."
+
+
+def connect(url: str, cache: RangeCache | None = None) -> Storage:
+    """The storage behind a URL.
+
+    Parameters
+    ----------
+    url
+        Of a bucket, or `hf://`.
+    cache
+        Keeps ranges that were read.
+
+    Raises
+    ------
+    StoreError
+        If obstore is not installed.
+    """
+    if url.startswith("hf://"):
+        from lftpipe.objects.hub import HubStorage
+
+        return HubStorage(url)
+    try:
+        import obstore  # noqa: F401
+    except ImportError:
+        raise StoreError(url, "obstore installed", 'run `pip install "lftpipe[objects]"`') from None
+    return BucketStorage(url, cache)
