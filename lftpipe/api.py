@@ -87,8 +87,10 @@ def _stage(kind: Callable[Options, Common], place: str) -> Callable[Options, Res
     module, name = place.split(":")
 
     def run(*arguments: Options.args, **options: Options.kwargs) -> Result:
+        from lftpipe.objects import mirror
+
         stage = importlib.import_module(module)
-        values = getattr(stage, name)(kind(*arguments, **options))
+        values = mirror.run(getattr(stage, name), kind(*arguments, **options))
         values = values.to_json() if hasattr(values, "to_json") else values
         return Result(name, values, stage.summary)
 

@@ -164,6 +164,7 @@ def command_of(name: str) -> Any:
 def _function(name: str) -> Callable[..., None]:
     from lftpipe.config import settings as settings_module
     from lftpipe.config.recipe import from_recipe
+    from lftpipe.objects import mirror
     from lftpipe.options import parameters, parse
 
     command = COMMANDS[name]
@@ -178,9 +179,9 @@ def _function(name: str) -> Callable[..., None]:
             stage = importlib.import_module(module)
             interrupt.raise_in_stage()
             if getattr(stage, "STREAMS", False) and not as_json:
-                result = getattr(stage, function)(settings, sys.stdout)
+                result = mirror.run(lambda here: getattr(stage, function)(here, sys.stdout), settings)
             else:
-                result = getattr(stage, function)(settings)
+                result = mirror.run(getattr(stage, function), settings)
             if not progress.speaks():
                 return
             if as_json:

@@ -62,7 +62,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "objects": ("errors files", "torch numpy transformers zarr"),
     "store": ("errors files objects", "torch transformers"),
     "batch": ("corpus device store teacher", "transformers zarr"),
-    "extraction": ("batch errors config corpus device progress store teacher workspace", "zarr"),
+    "extraction": ("batch errors config corpus device objects progress store teacher workspace", "zarr"),
     "recoupling": ("artefacts errors config corpus device flow outputs progress store", "transformers zarr"),
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
     "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
@@ -80,15 +80,15 @@ ROOMS: dict[str, tuple[str, str]] = {
         "torch transformers zarr",
     ),
     "stages": (
-        "artefacts config corpus device errors evaluation extraction files flow outputs progress recoupling "
-        "reporting runs store student teacher terminal training workspace",
+        "artefacts config corpus device errors evaluation extraction files flow objects outputs "
+        "progress recoupling reporting runs store student teacher terminal training workspace",
         "",
     ),
     "interrupt": ("", "torch numpy transformers zarr pydantic typer"),
     "terminal": ("", "torch numpy transformers zarr pydantic"),
     "guard": ("errors interrupt progress", "torch numpy transformers zarr pydantic"),
     "options": ("config errors", "torch numpy transformers zarr"),
-    "cli": ("config errors guard interrupt options progress terminal", "torch numpy transformers zarr"),
+    "cli": ("config errors guard interrupt objects options progress terminal", "torch numpy transformers zarr"),
 }
 
 #: Modules that know less than their rooms do.

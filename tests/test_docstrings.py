@@ -60,8 +60,10 @@ def documented(function: Function) -> list[str]:
 def gaps(path: Path) -> list[str]:
     found = []
     for name, function in functions(path):
-        overload = any("overload" in ast.unparse(each) for each in function.decorator_list)
-        if not overload and sorted(documented(function)) != sorted(parameters(function)):
+        # An override's parameters are documented where it is declared.
+        marks = [ast.unparse(each) for each in function.decorator_list]
+        elsewhere = any(name in mark for mark in marks for name in ("overload", "override"))
+        if not elsewhere and sorted(documented(function)) != sorted(parameters(function)):
             missing = sorted(set(parameters(function)) - set(documented(function)))
             extra = sorted(set(documented(function)) - set(parameters(function)))
             found.append(

@@ -16,6 +16,7 @@ from lftpipe.config.settings import ExtractSettings
 from lftpipe.corpus.readers import Corpus, open_corpus
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
+from lftpipe.objects import storage_of
 from lftpipe.store.codec import encoded_bytes
 from lftpipe.teacher.kinds import check_attention
 from lftpipe.teacher.logits import Head, compute_batch
@@ -142,7 +143,7 @@ def make_plan(settings: ExtractSettings) -> Plan:
     }
     return Plan(
         teacher=teacher,
-        corpus=open_corpus(name),
+        corpus=open_corpus(name, settings.max_document_bytes),
         path=settings.store or settings.workspace / teacher.name / STORE_NAME,
         layers=layers,
         attention_layers=attention,
@@ -168,6 +169,8 @@ def check_disk(plan: Plan) -> None:
     plan
         What is extracted.
     """
+    if storage_of(plan.path).remote:
+        return  # only what is being written lies on this machine's disk
     arrays = plan.array_bytes()
     # Tokens and documents wait in files of their own until they are written.
     needed = sum(arrays.values()) + arrays["tokens"] + arrays["document"]

@@ -5,8 +5,6 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from typing_extensions import override
 
 from lftpipe.errors import StoreError
 from lftpipe.objects.cache import RangeCache
+from lftpipe.objects.client import client_of, refusals
 from lftpipe.objects.storage import Opened, Storage
 
 #: Bytes of one part of a multipart put; S3 takes at most 10,000 parts.
@@ -53,7 +52,7 @@ class BucketStorage(Storage):
     def client(self) -> Any:
         """obstore's; each process has its own, as its threads do not survive a fork."""
         if self._connected is None or self._connected[0] != os.getpid():
-            self._connected = os.getpid(), _connect(self.where)
+            self._connected = os.getpid(), client_of(self.where)
         return self._connected[1]
 
     @override
@@ -64,14 +63,14 @@ class BucketStorage(Storage):
         """Bytes of an object."""
         import obstore
 
-        with _refusals(self.where):
+        with refusals(self.where):
             return obstore.head(self.client, name)["size"]
 
     @override
     def read(self, name: str) -> bytes:
         import obstore
 
-        with _refusals(self.where):
+        with refusals(self.where):
             return obstore.get(self.client, name).bytes().to_bytes()
 
     def read_range(self, name: str, start: int, length: int, key: str = "") -> Any:
@@ -89,7 +88,7 @@ class BucketStorage(Storage):
         place = f"{self.where}/{name} {key} {start} {length}"
         if key and self._cache and (kept := self._cache.get(place)) is not None:
             return kept
-        with _refusals(self.where):
+        with refusals(self.where):
             data = memoryview(obstore.get_range(self.client, name, start=start, length=length))
         if key and self._cache:
             self._cache.put(place, data)
@@ -99,7 +98,7 @@ class BucketStorage(Storage):
     def write(self, name: str, data: bytes) -> None:
         import obstore
 
-        with _refusals(self.where):
+        with refusals(self.where):
             obstore.put(self.client, name, data, use_multipart=False)
 
     @override
@@ -111,7 +110,7 @@ class BucketStorage(Storage):
         """Every object below a prefix, and its size."""
         import obstore
 
-        with _refusals(self.where):
+        with refusals(self.where):
             for batch in obstore.list(self.client, prefix, chunk_size=1000):
                 yield from ((each["path"], each["size"]) for each in batch)
 
@@ -120,7 +119,7 @@ class BucketStorage(Storage):
         import obstore
 
         digest = xxhash.xxh3_128()
-        with _refusals(self.where):
+        with refusals(self.where):
             for part in obstore.get(self.client, name).stream(min_chunk_size=2**20):
                 digest.update(memoryview(part))
         return digest.hexdigest()
@@ -129,7 +128,7 @@ class BucketStorage(Storage):
     def names(self) -> set[str]:
         import obstore
 
-        with _refusals(self.where):
+        with refusals(self.where):
             found = obstore.list_with_delimiter(self.client)
         paths = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
         return {path.rstrip("/") for path in paths}
@@ -139,7 +138,7 @@ class BucketStorage(Storage):
         import obstore
 
         paths = [path for path, _ in self.entries(name)] or [name]
-        with _refusals(self.where):
+        with refusals(self.where):
             for first in range(0, len(paths), 1000):
                 obstore.delete(self.client, paths[first : first + 1000])
 
@@ -151,21 +150,21 @@ class BucketStorage(Storage):
         """Put a file whose content is fixed, in parts if it is large."""
         import obstore
 
-        with _refusals(self.where):
+        with refusals(self.where):
             obstore.put(self.client, name, file, chunk_size=PART_BYTES, max_concurrency=4)
 
     def upload(self, name: str, file: Path) -> str:
         """Put a small file that may change meanwhile; returns the tag of what was put."""
         import obstore
 
-        with _refusals(self.where):
+        with refusals(self.where):
             return obstore.put(self.client, name, file.read_bytes()).get("e_tag") or ""
 
     def folder(self, prefix: str) -> tuple[list[str], list[tuple[str, str]]]:
         """Folders, and files with their tags, right below a prefix."""
         import obstore
 
-        with _refusals(self.where):
+        with refusals(self.where):
             found = obstore.list_with_delimiter(self.client, prefix or None)
         files = [(each["path"], each.get("e_tag") or "") for each in found["objects"]]
         return [path.rstrip("/") for path in found["common_prefixes"]], files
@@ -231,7 +230,7 @@ class BucketStorage(Storage):
         import obstore
 
         try:
-            with _refusals(self.where):
+            with refusals(self.where):
                 obstore.put(self.client, self._name(number), data, mode="create")
         except FileExistsError:
             # A put whose answer was lost is tried again, and meets itself.
@@ -243,7 +242,7 @@ class BucketStorage(Storage):
         import obstore
 
         for number in numbers:
-            with _refusals(self.where):
+            with refusals(self.where):
                 obstore.delete(self.client, self._name(number))
 
     def _taken_over(self) -> StoreError:
@@ -262,7 +261,7 @@ class _ObjectFile(Opened):
 
         self._storage, self._name = storage, name
         self.size, self.end = size, b""
-        with _refusals(storage.where):
+        with refusals(storage.where):
             try:
                 wanted = {"range": (max(size - end_bytes, 0), max(size, 1))}
                 answer = obstore.get(storage.client, name, options=wanted)
@@ -284,73 +283,6 @@ class _ObjectFile(Opened):
             view[:] = data[: len(view)]
             data = data[len(view) :]
         return wanted
-
-
-def _connect(url: str) -> Any:
-    from obstore.exceptions import BaseError
-    from obstore.store import from_url
-
-    seconds = float(os.environ.get("LFTPIPE_RETRY_SECONDS", "60"))
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-    try:
-        return from_url(
-            url,
-            client_options={
-                "connect_timeout": timedelta(seconds=min(seconds, 10)),
-                "timeout": timedelta(seconds=max(seconds, 30)),
-                "allow_http": endpoint.startswith("http://") or os.environ.get("AWS_ALLOW_HTTP") == "true",
-            },
-            retry_config={"max_retries": 8, "retry_timeout": timedelta(seconds=seconds)},
-        )
-    except (BaseError, ValueError) as error:
-        raise StoreError(
-            f"{url} ({_first_line(error)})", "a bucket's URL", "write it as s3://bucket/folder"
-        ) from None
-
-
-@contextmanager
-def _refusals(where: str) -> Iterator[None]:
-    """What a bucket refuses, in one line each."""
-    from obstore import exceptions as refused
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        text = str(error)
-        if "NoSuchBucket" in text or "ContainerNotFound" in text or "bucket does not exist" in text:
-            raise StoreError(f"{where}, whose bucket is not there", "a bucket", "make it first") from None
-        raise FileNotFoundError(f"{where} has no such object") from None
-    except refused.AlreadyExistsError as error:
-        raise FileExistsError(where) from error
-    except (refused.BaseError, OSError, TimeoutError) as error:
-        text = str(error)
-        words = (
-            "169.254.169.254",
-            "metadata.google",
-            "credential",
-            "Unauthenticated",
-            "PermissionDenied",
-            "403",
-        )
-        if isinstance(error, refused.UnauthenticatedError | refused.PermissionDeniedError) or any(
-            word in text for word in words
-        ):
-            raise StoreError(
-                f"{where}: no access ({_first_line(error)})",
-                "credentials for it in the environment",
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your cloud",
-            ) from None
-        raise StoreError(
-            f"{where} cannot be reached ({_first_line(error)})",
-            "an object store that answers",
-            "look at network and endpoint, then run the same command again: what is committed is kept",
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    """The first words of an error, without the servers' pages behind them."""
-    text = str(error).strip().partition("\n")[0]
-    return text if len(text) < 300 else f"{text[:300]}..."
 
 
 def connect(url: str, cache: RangeCache | None = None) -> Storage:

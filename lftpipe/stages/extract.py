@@ -14,6 +14,7 @@ from lftpipe.extraction.bf16_error import measured_trunk
 from lftpipe.extraction.forward import Tokens, forward
 from lftpipe.extraction.plan import Plan, check_disk, dry_run, make_plan
 from lftpipe.extraction.tokens import fitted, pack, packing_of, spec_of
+from lftpipe.objects import storage_of
 from lftpipe.store import StoreWriter, verify_store
 from lftpipe.teacher.source import load_tokenizer
 from lftpipe.teacher.trunk import Trunk
@@ -72,7 +73,7 @@ def _run(plan: Plan, packing: Packing, tokens: Tokens, settings: ExtractSettings
         "attention_layers": list(plan.attention_layers),
         "logits": plan.logits,
         "compute_dtype": dtype_name(plan.compute_dtype),
-        "bytes": sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file()),
+        "bytes": storage_of(plan.path).total_bytes(),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(computed / max(seconds, 1e-9), 1),
     }

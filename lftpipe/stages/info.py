@@ -13,6 +13,7 @@ from lftpipe.artefacts.metrics import read_metrics
 from lftpipe.config.settings import InfoSettings
 from lftpipe.corpus.packing import SPLITS
 from lftpipe.errors import SettingsError
+from lftpipe.objects import storage_of
 from lftpipe.store import Store
 from lftpipe.terminal import Column, FittedTable
 from lftpipe.workspace import find_run, find_store
@@ -57,9 +58,8 @@ def _of_run(path: Path) -> dict[str, Any]:
 
 
 def _of_store(store: Store) -> dict[str, Any]:
-    files = [file for file in store.path.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
-    coded = sum(file.stat().st_size for file in files if file.parent.name in ("hidden", "attention"))
+    size = storage_of(store.path).total_bytes()
+    coded = store.array_bytes("hidden") + store.array_bytes("attention")
     states = sum(store.num_sequences(split) for split in SPLITS) * store.context * store.width
     states *= len(store.layers) + len(store.attention_layers)
     return {

@@ -86,6 +86,17 @@ class Store:
     def __reduce__(self) -> tuple[type["Store"], tuple[Any, ...]]:
         return Store, (self.path, self.spec, self.fingerprint, self._shards.expected)
 
+    def array_bytes(self, array: str) -> int:
+        """Bytes of an array's shards, of all splits; 0 if there is no such array.
+
+        Parameters
+        ----------
+        array
+            Its name.
+        """
+        expected = self._shards.expected
+        return sum(int(each.sizes.sum()) for (name, _), each in expected.items() if name == array)
+
     @property
     def identity(self) -> dict[str, Any]:
         """Where the states come from."""

@@ -32,6 +32,8 @@ class ExtractSettings(OfStore, OnDevice, Writing):
     corpus: Text | None = None
     """The text: a registered name, a file, a folder, or `hf:<dataset>[:<config>[:<split>]]`; default: the
     teacher's own corpus."""
+    max_document_bytes: Annotated[int, Field(ge=1, le=2**31)] = 64 * 2**20
+    """Refuse a corpus with a larger document."""
     layers: Text = "all"
     """States to store: `all`, a list such as `6,18`, or a half-open range such as `0:13`."""
     context: Annotated[int, Field(ge=2, le=2**24)] = 512
