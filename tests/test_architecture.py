@@ -88,7 +88,10 @@ ROOMS: dict[str, tuple[str, str]] = {
     "terminal": ("", "torch numpy transformers zarr pydantic"),
     "guard": ("errors interrupt progress", "torch numpy transformers zarr pydantic"),
     "options": ("config errors", "torch numpy transformers zarr"),
-    "cli": ("config errors guard interrupt objects options progress terminal", "torch numpy transformers zarr"),
+    "cli": (
+        "config errors guard interrupt objects options progress terminal",
+        "torch numpy transformers zarr",
+    ),
 }
 
 #: Modules that know less than their rooms do.

@@ -1,8 +1,6 @@
 """A prefix of a bucket behind the interface: `s3://`, `gs://` and `az://`, through obstore."""
 
 import os
-import re
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,16 +12,16 @@ from typing_extensions import override
 from lftpipe.errors import StoreError
 from lftpipe.objects.cache import RangeCache
 from lftpipe.objects.client import client_of, refusals
+from lftpipe.objects.segments import SegmentLog
 from lftpipe.objects.storage import Opened, Storage
 
 #: Bytes of one part of a multipart put; S3 takes at most 10,000 parts.
 PART_BYTES = 16 * 2**20
 #: Ranges asked for, and objects put, at the same time.
 CONCURRENCY = 16
-_SEGMENT = re.compile(r"journal\.(\d{12})\.jsonl")
 
 
-class BucketStorage(Storage):
+class BucketStorage(SegmentLog):
     """Objects below a URL.
 
     An object is put whole or not at all. The log is numbered objects made by create-if-absent: a process that
@@ -42,8 +40,7 @@ class BucketStorage(Storage):
         self.where, self.remote, self.concurrency = url.rstrip("/"), True, CONCURRENCY
         self._cache = cache
         self._connected: tuple[int, Any] | None = None
-        self._segment = -1  # the last one that this process made
-        self._log = threading.Lock()
+        self.begin_segments()
 
     def __reduce__(self) -> tuple[type["BucketStorage"], tuple[str, RangeCache | None]]:
         return BucketStorage, (self.where, self._cache)
@@ -60,7 +57,13 @@ class BucketStorage(Storage):
         return _ObjectFile(self, name, end_bytes, self.size(name) if size is None else size)
 
     def size(self, name: str) -> int:
-        """Bytes of an object."""
+        """Bytes of an object.
+
+        Parameters
+        ----------
+        name
+            Of the object.
+        """
         import obstore
 
         with refusals(self.where):
@@ -107,7 +110,13 @@ class BucketStorage(Storage):
         return {name: size for name, size in self.entries() if name in wanted} if wanted else {}
 
     def entries(self, prefix: str | None = None) -> Iterator[tuple[str, int]]:
-        """Every object below a prefix, and its size."""
+        """Every object below a prefix, and its size.
+
+        Parameters
+        ----------
+        prefix
+            Whole names of folders; None for all.
+        """
         import obstore
 
         with refusals(self.where):
@@ -147,21 +156,43 @@ class BucketStorage(Storage):
         return sum(size for _, size in self.entries())
 
     def put(self, name: str, file: Path) -> None:
-        """Put a file whose content is fixed, in parts if it is large."""
+        """Put a file whose content is fixed, in parts if it is large.
+
+        Parameters
+        ----------
+        name
+            Of the object.
+        file
+            On this machine.
+        """
         import obstore
 
         with refusals(self.where):
             obstore.put(self.client, name, file, chunk_size=PART_BYTES, max_concurrency=4)
 
     def upload(self, name: str, file: Path) -> str:
-        """Put a small file that may change meanwhile; returns the tag of what was put."""
+        """Put a small file that may change meanwhile; returns the tag of what was put.
+
+        Parameters
+        ----------
+        name
+            Of the object.
+        file
+            On this machine.
+        """
         import obstore
 
         with refusals(self.where):
             return obstore.put(self.client, name, file.read_bytes()).get("e_tag") or ""
 
     def folder(self, prefix: str) -> tuple[list[str], list[tuple[str, str]]]:
-        """Folders, and files with their tags, right below a prefix."""
+        """Folders, and files with their tags, right below a prefix.
+
+        Parameters
+        ----------
+        prefix
+            Of a folder; empty for the top.
+        """
         import obstore
 
         with refusals(self.where):
@@ -177,80 +208,6 @@ class BucketStorage(Storage):
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(move, names))
-
-    @override
-    def begin_log(self, data: bytes) -> None:
-        with self._log:
-            older = self._segments()
-            if self._segment >= 0 and max(older, default=-1) != self._segment:
-                raise self._taken_over()
-            self._create(max(older, default=-1) + 1, b"begin\n" + data)
-            self._remove(older)
-
-    @override
-    def append_log(self, line: bytes) -> None:
-        with self._log:
-            before = self._segment
-            self._create(before + 1, line)
-            # Whoever took over has removed them all, in ascending order; then even the next one may be free.
-            try:
-                self.size(self._name(before))
-            except FileNotFoundError:
-                self._remove([self._segment])
-                raise self._taken_over() from None
-
-    @override
-    def read_log(self) -> bytes | None:
-        lines: bytes | None = None
-        for number in self._segments():
-            try:
-                data = self.read(self._name(number))
-            except FileNotFoundError:  # it was begun anew just now
-                continue
-            first, _, rest = data.partition(b"\n")
-            lines = rest if first == b"begin" else (lines or b"") + data
-        return lines
-
-    @override
-    def remove_log(self) -> None:
-        self._remove(self._segments())
-
-    @override
-    def close(self) -> None:
-        pass  # a later log of the same writer goes on from its last object
-
-    def _segments(self) -> list[int]:
-        found = (_SEGMENT.fullmatch(name) for name in self.names())
-        return sorted(int(match[1]) for match in found if match)
-
-    def _name(self, number: int) -> str:
-        return f"journal.{number:012d}.jsonl"
-
-    def _create(self, number: int, data: bytes) -> None:
-        import obstore
-
-        try:
-            with refusals(self.where):
-                obstore.put(self.client, self._name(number), data, mode="create")
-        except FileExistsError:
-            # A put whose answer was lost is tried again, and meets itself.
-            if self.read(self._name(number)) != data:
-                raise self._taken_over() from None
-        self._segment = number
-
-    def _remove(self, numbers: list[int]) -> None:
-        import obstore
-
-        for number in numbers:
-            with refusals(self.where):
-                obstore.delete(self.client, self._name(number))
-
-    def _taken_over(self) -> StoreError:
-        return StoreError(
-            f"{self.where} is being written by another process",
-            "one writer at a time",
-            "wait for it or end it",
-        )
 
 
 class _ObjectFile(Opened):

@@ -19,6 +19,9 @@ _NO_ACCESS = (
 )
 
 
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
+
+
 def client_of(url: str) -> Any:
     """Obstore's client for a URL.
 
@@ -74,14 +77,15 @@ def refusals(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        text = str(error)
-        if "NoSuchBucket" in text or "ContainerNotFound" in text or "bucket does not exist" in text:
-            raise StoreError(f"{where}, whose bucket is not there", "a bucket", "make it first") from None
+        if any(word in str(error) for word in _NO_BUCKET):
+            raise _no_bucket(where) from None
         raise FileNotFoundError(f"{where} has no such object") from None
     except refused.AlreadyExistsError as error:
         raise FileExistsError(where) from error
     except (refused.BaseError, OSError, TimeoutError) as error:
         text = str(error)
+        if any(word in text for word in _NO_BUCKET):
+            raise _no_bucket(where) from None
         if isinstance(error, refused.UnauthenticatedError | refused.PermissionDeniedError) or any(
             word in text for word in _NO_ACCESS
         ):
@@ -95,6 +99,10 @@ def refusals(where: str) -> Iterator[None]:
             "an object store that answers",
             "look at network and endpoint, then run the same command again: what is committed is kept",
         ) from None
+
+
+def _no_bucket(where: str) -> StoreError:
+    return StoreError(f"{where}, whose bucket is not there", "a bucket", "make it first")
 
 
 def _first_line(error: BaseException) -> str:

@@ -44,7 +44,17 @@ class HubStorage(Storage):
         return _HubFile(self, name, end_bytes)
 
     def read_range(self, name: str, start: int, stop: int | None) -> bytes:
-        """Some bytes of a file."""
+        """Some bytes of a file.
+
+        Parameters
+        ----------
+        name
+            Of the file, relative to the place.
+        start
+            Of the first byte.
+        stop
+            Behind the last byte; None for the end.
+        """
         try:
             return self.files.cat_file(f"{self._root}/{name}", start=start, end=stop)
         except FileNotFoundError:
@@ -57,7 +67,13 @@ class HubStorage(Storage):
         return self.read_range(name, 0, None)
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Bytes of a file.
+
+        Parameters
+        ----------
+        name
+            Of the file, relative to the place.
+        """
         try:
             return self.files.info(f"{self._root}/{name}")["size"]
         except FileNotFoundError:

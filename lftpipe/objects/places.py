@@ -25,7 +25,13 @@ _URL = re.compile(rf"({'|'.join(SCHEMES)}):/+(.+)")
 
 
 def url_of(path: Path | str) -> str | None:
-    """The URL that a path was given as; None if it is a path of this machine."""
+    """The URL that a path was given as; None if it is a path of this machine.
+
+    Parameters
+    ----------
+    path
+        As an option has it.
+    """
     match = _URL.fullmatch(str(path))
     return f"{match[1]}://{match[2].rstrip('/')}" if match else None
 
@@ -60,7 +66,13 @@ def mirror_of(url: str, cache: Path | None = None, cache_bytes: int = CACHE_BYTE
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What is known of the URL that a folder mirrors; None if it is no mirror."""
+    """What is known of the URL that a folder mirrors; None if it is no mirror.
+
+    Parameters
+    ----------
+    folder
+        Of this machine.
+    """
     try:
         found = json.loads((folder / MARKER).read_bytes())
         return found if isinstance(found.get("url"), str) and isinstance(found.get("files"), dict) else None
@@ -69,12 +81,26 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def write_marker(folder: Path, about: dict[str, Any]) -> None:
-    """Record what is known of the URL."""
+    """Record what is known of the URL.
+
+    Parameters
+    ----------
+    folder
+        The mirror.
+    about
+        What `read_marker` gives.
+    """
     write_atomic(folder / MARKER, json.dumps(about, indent=1).encode())
 
 
 def local_path(path: Path) -> Path:
-    """A path of this machine: a URL's is in the mirror of the folder that it lies in."""
+    """A path of this machine: a URL's is in the mirror of the folder that it lies in.
+
+    Parameters
+    ----------
+    path
+        Of this machine, or a URL.
+    """
     url = url_of(path)
     if url is None:
         return path

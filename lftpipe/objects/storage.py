@@ -26,7 +26,15 @@ class Opened(ABC):
 
     @abstractmethod
     def read_into(self, buffers: list[Any], start: int) -> int:
-        """Fill some buffers, one after the other; returns how many bytes there were."""
+        """Fill some buffers, one after the other; returns how many bytes there were.
+
+        Parameters
+        ----------
+        buffers
+            One after the other: writable, of bytes or more.
+        start
+            Where in the file.
+        """
 
 
 class Storage(ABC):
@@ -64,19 +72,45 @@ class Storage(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A whole file."""
+        """A whole file.
+
+        Parameters
+        ----------
+        name
+            Of the file, relative to the place.
+        """
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file: readers see the old one or the new one."""
+        """Write a small file: readers see the old one or the new one.
+
+        Parameters
+        ----------
+        name
+            Of the file, relative to the place.
+        data
+            Its whole new content.
+        """
 
     @abstractmethod
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """How large each of these files is; those that are missing are left out."""
+        """How large each of these files is; those that are missing are left out.
+
+        Parameters
+        ----------
+        names
+            Of files, relative to the place.
+        """
 
     @abstractmethod
     def digest(self, name: str) -> str:
-        """The xxh3-128 of a file."""
+        """The xxh3-128 of a file.
+
+        Parameters
+        ----------
+        name
+            Of the file, relative to the place.
+        """
 
     @abstractmethod
     def names(self) -> set[str]:
@@ -84,7 +118,13 @@ class Storage(ABC):
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Delete a file, or all that is in a folder; nothing if it is missing."""
+        """Delete a file, or all that is in a folder; nothing if it is missing.
+
+        Parameters
+        ----------
+        name
+            Of a file or folder.
+        """
 
     @abstractmethod
     def total_bytes(self) -> int:
@@ -92,11 +132,24 @@ class Storage(ABC):
 
     @abstractmethod
     def take(self, folder: Path, names: Iterable[str]) -> None:
-        """Files that are whole lie in a folder of this machine under their names: they belong here now."""
+        """Files that are whole lie in a folder of this machine under their names: they belong here now.
+
+        Parameters
+        ----------
+        folder
+            Where they lie.
+        names
+            Relative to it, and to the place.
+        """
 
     @abstractmethod
     def begin_log(self, data: bytes) -> None:
         """Begin the log anew with these lines.
+
+        Parameters
+        ----------
+        data
+            Lines.
 
         Raises
         ------
@@ -106,7 +159,13 @@ class Storage(ABC):
 
     @abstractmethod
     def append_log(self, line: bytes) -> None:
-        """Add a line to the log that was begun; it is there for good when this returns."""
+        """Add a line to the log that was begun; it is there for good when this returns.
+
+        Parameters
+        ----------
+        line
+            Ends with a line feed.
+        """
 
     @abstractmethod
     def read_log(self) -> bytes | None:

@@ -11,88 +11,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
 from lftpipe.errors import StoreError
-from lftpipe.files import canonical, file_digest, fingerprint, read_sealed, sealed, unsealed, write_sealed
+from lftpipe.files import canonical, file_digest, read_sealed, write_sealed
 from lftpipe.objects import Storage, storage_of
-from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, PLAN, StoreSpec
+from lftpipe.store.layout import JOURNAL, LOCK, PLAN, StoreSpec
 from lftpipe.store.parsing import (
     Records,
     check_committed,
-    check_shards,
     num_shards,
-    parse_metadata,
     parse_records,
     parse_spec,
 )
 from lftpipe.store.sealed import final_of
 from lftpipe.store.shard import Record
-
-
-class Manifest(NamedTuple):
-    """What a finished store is made of."""
-
-    spec: StoreSpec
-    shards: Records
-    metadata: Records  # the zarr.json files
-    fingerprint: str
-
-    @classmethod
-    def read(cls, path: Path) -> "Manifest | None":
-        """None if there is none; ValueError if it is damaged.
-
-        Parameters
-        ----------
-        path
-            The store's folder.
-        """
-        try:
-            value = unsealed(storage_of(path).read(MANIFEST), str(path / MANIFEST))
-        except FileNotFoundError:
-            return None
-        try:
-            spec, shards = parse_spec(value["spec"]), parse_records(value["shards"])
-            check_shards(spec, shards)
-            metadata, made = parse_metadata(value["metadata"]), value["fingerprint"]
-            if made != _fingerprint(spec, shards):
-                raise ValueError("its fingerprint is another store's")
-        except KeyError as error:
-            raise ValueError(f"{path / MANIFEST} is damaged: it has no {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{path / MANIFEST} is damaged: {error}") from None
-        return cls(spec, shards, metadata, made)
-
-    @classmethod
-    def write(cls, path: Path, spec: StoreSpec, shards: Records, metadata: Records) -> None:
-        """The fingerprint is over identity and shards: equal stores have equal ones, whenever made.
-
-        Parameters
-        ----------
-        path
-            The store's folder.
-        spec
-            What the store holds.
-        shards
-            Records of all shards.
-        metadata
-            Records of the zarr.json files.
-        """
-        value = {
-            "spec": spec.to_json(),
-            "shards": shards,
-            "metadata": metadata,
-            "fingerprint": _fingerprint(spec, shards),
-        }
-        storage_of(path).write(MANIFEST, sealed(value))
-
-
-def _fingerprint(spec: StoreSpec, shards: Records) -> str:
-    """Over all but details and tails, which stores made before there were any do not have."""
-    content = {name: value for name, value in spec.to_json().items() if name != "details"}
-    return fingerprint([content, {file: record[:3] for file, record in shards.items()}])
 
 
 class Journal:
@@ -268,32 +203,6 @@ def progress(path: Path) -> tuple[int, int] | None:
             whole = min(step, count - index * step)
             done += all(record and record.sequences >= whole for record in files)
     return done, num_shards(spec)
-
-
-def newest_record(path: Path, file: str) -> Record | None:
-    """What the journal, or else the manifest, says of a shard file now; None if neither knows it.
-
-    In this order: a store that grows has its manifest before it loses its journal.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    file
-        A shard file, relative to the store.
-    """
-    try:
-        for shards in (journal[1] if (journal := Journal.read(path)) else {}, _shards_of(path)):
-            if file in shards:
-                return shards[file]
-    except ValueError:
-        pass
-    return None
-
-
-def _shards_of(path: Path) -> Records:
-    manifest = Manifest.read(path)
-    return manifest.shards if manifest else {}
 
 
 def take_lock(path: Path) -> int:

@@ -13,8 +13,8 @@ from lftpipe.files import fingerprint
 from lftpipe.objects import local_path
 from lftpipe.store.batches import Batch, Buffer, Logits, batch_sequences, read_ahead
 from lftpipe.store.expected import Expected, expected_shards
-from lftpipe.store.journal import Manifest, progress
 from lftpipe.store.layout import LOGIT_ARRAYS, ArrayLayout, StoreSpec
+from lftpipe.store.manifest import finished_manifest
 from lftpipe.store.shards import Shards
 
 Indices = Sequence[int] | np.ndarray
@@ -63,39 +63,18 @@ class Store:
             If it is missing, incomplete or its manifest is damaged.
         """
         path = local_path(path)
-        try:
-            manifest = Manifest.read(path)
-            done = progress(path) if manifest is None else None
-        except ValueError as error:
-            raise StoreError(
-                str(error),
-                "a store as it was written",
-                "run `lftpipe verify`, then `lftpipe extract --repair`",
-            ) from None
-        if done is not None:
-            raise StoreError(
-                f"{path}: store holds {done[0]} of {done[1]} shards",
-                "a complete store",
-                "run `lftpipe extract --resume`",
-            )
-        if manifest is None:
-            raise StoreError(f"{path}: there is no store", "a complete store", "run `lftpipe extract`")
+        manifest = finished_manifest(path)
         expected = expected_shards(manifest.spec, manifest.shards)
         return cls(path, manifest.spec, manifest.fingerprint, expected)
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Any, ...]]:
         return Store, (self.path, self.spec, self.fingerprint, self._shards.expected)
 
-    def array_bytes(self, array: str) -> int:
-        """Bytes of an array's shards, of all splits; 0 if there is no such array.
-
-        Parameters
-        ----------
-        array
-            Its name.
-        """
-        expected = self._shards.expected
-        return sum(int(each.sizes.sum()) for (name, _), each in expected.items() if name == array)
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the shards of all states and attention outputs."""
+        shards = self._shards.expected.items()
+        return sum(int(each.sizes.sum()) for (array, _), each in shards if array in ("hidden", "attention"))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -297,9 +276,11 @@ class Store:
 
         def fill(step: int, buffer: Buffer) -> Batch:
             wanted = batch_sequences(count, batch_size, seed, step)[part]
-            for array, states in buffer.items():
-                for layer, out in states.items():
-                    self.read(split, layer, wanted, array=array, out=out)
+            self._shards.together(
+                functools.partial(self.read, split, layer, wanted, array=array, out=out)
+                for array, states in buffer.items()
+                for layer, out in states.items()
+            )
             rows = (self.tokens(split, wanted), self.document(split, wanted)) if with_tokens else (None, None)
             logits = self.logits(split, wanted) if with_logits else None
             return Batch(step, wanted, buffer["hidden"], *rows, logits, buffer["attention"])
@@ -325,21 +306,7 @@ class Store:
         out: np.ndarray | None,
     ) -> np.ndarray:
         layout, count = self._layout(array, layer), self.num_sequences(split)
-        wanted = range(count) if sequences is None else sequences
-        shape = (len(wanted), *layout.chunk)
-        if out is None:
-            if count:
-                self._shards.check_first(layout, split)
-            out = np.empty(shape, layout.dtype)
-        elif out.shape != shape or not out.flags.c_contiguous or out.dtype not in (layout.dtype, "float32"):
-            raise ValueError(
-                f"out is {out.dtype} {out.shape}, not a C-contiguous {layout.dtype} array of shape {shape}"
-            )
-        for sequence in wanted:
-            if not 0 <= sequence < count:
-                raise IndexError(f"sequence {sequence} of {count} in {split}")
-        self._shards.read(layout, split, layer, wanted, out)
-        return out
+        return self._shards.rows(layout, split, layer, count, sequences, out)
 
     def _need_logits(self) -> None:
         if not self.spec.logits:

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +17,8 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from lftpipe.objects import Storage
-
-_MISSING = 2**64 - 1
-_CRC_BYTES = 4
+MISSING = 2**64 - 1
+CRC_BYTES = 4
 
 #: Bytes gathered at least for one write past the page cache: many times what a disk's block and a page need.
 _GATHERED = 8 * 2**20
@@ -45,10 +42,17 @@ class OtherShardError(DamagedShardError):
     """A shard file is whole, but not the one that was written here."""
 
 
-def _tail(last_crc: bytes, index: bytes) -> str:
+def tail_of(last_crc: bytes, index: bytes) -> str:
     """Digest of the end of a shard: the crc32c of its last chunk, the index, the index's crc32c.
 
     Shards of one array have equal indices, but not equal last chunks. All of it is read with the index.
+
+    Parameters
+    ----------
+    last_crc
+        Of the last chunk.
+    index
+        With its own crc32c.
     """
     return xxhash.xxh3_64_hexdigest(last_crc + index)
 
@@ -66,8 +70,15 @@ def partial_file(path: Path, attempt: str) -> Path:
     return path.with_name(f"{path.name}.{attempt}.partial")
 
 
-def _crc(data: np.ndarray | bytes) -> bytes:
-    return google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
+def crc_of(data: np.ndarray | bytes) -> bytes:
+    """The crc32c of some bytes, as it is stored.
+
+    Parameters
+    ----------
+    data
+        The bytes.
+    """
+    return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
 
 
 class Room(NamedTuple):
@@ -95,7 +106,7 @@ class Room(NamedTuple):
         """
         end = self.start + self.num_chunks * self.stride
         rows = self.pages[self.start : end].reshape(self.num_chunks, self.stride)
-        return rows[:, :-_CRC_BYTES].view(dtype).reshape(self.num_chunks, *shape)
+        return rows[:, :-CRC_BYTES].view(dtype).reshape(self.num_chunks, *shape)
 
 
 class ChunkWriter:
@@ -118,7 +129,7 @@ class ChunkWriter:
         self, path: Path, num_chunks: int, free: list[np.ndarray] | None = None, attempt: str = "a"
     ) -> None:
         self.path = partial_file(path, attempt)
-        self._index = np.full((num_chunks, 2), _MISSING, "<u8")
+        self._index = np.full((num_chunks, 2), MISSING, "<u8")
         self._digest = xxhash.xxh3_128()
         self._free = [] if free is None else free
         self._pages, self._taken, self._planned = _NOTHING, 0, 0  # of the room to be taken next
@@ -135,7 +146,7 @@ class ChunkWriter:
         chunk_bytes
             Bytes of each, without its crc32c.
         """
-        stride = chunk_bytes + _CRC_BYTES
+        stride = chunk_bytes + CRC_BYTES
         if self._taken + count * stride > len(self._pages):
             self._taken = self._planned % mmap.PAGESIZE  # what the pages before do not write
             self._pages = _pages(self._taken + count * stride, self._free)
@@ -156,7 +167,7 @@ class ChunkWriter:
         chunk
             Its number in the file's index.
         """
-        if self._index[chunk, 0] != _MISSING:
+        if self._index[chunk, 0] != MISSING:
             raise ValueError(f"chunk {chunk} of {self.path} is put twice")
         self._index[chunk] = self._offset, room.stride
         self._sum(room, within)
@@ -181,7 +192,7 @@ class ChunkWriter:
         chunks
             Numbers in the file's index.
         """
-        absent = self._index[chunks.start : chunks.stop : chunks.step, 0] == _MISSING
+        absent = self._index[chunks.start : chunks.stop : chunks.step, 0] == MISSING
         return chunks[int(absent.argmax())] if absent.any() else None
 
     def seal(self, sequences: int) -> Record:
@@ -192,9 +203,9 @@ class ChunkWriter:
         sequences
             How many sequences the shard holds; it goes into the record.
         """
-        last_crc = self._filling[max(self._filled - _CRC_BYTES, 0) : self._filled].tobytes()
+        last_crc = self._filling[max(self._filled - CRC_BYTES, 0) : self._filled].tobytes()
         self._sum(self._copy(self._index.tobytes()), 0)
-        index = self._filling[self._filled - self._index.nbytes - _CRC_BYTES : self._filled].tobytes()
+        index = self._filling[self._filled - self._index.nbytes - CRC_BYTES : self._filled].tobytes()
         whole = self._filled - self._filled % mmap.PAGESIZE  # the file need not end with a whole page
         self._write(self._filling[:whole])
         self._through_page_cache()
@@ -202,7 +213,7 @@ class ChunkWriter:
         os.fsync(self._fd)
         self._close()
         self._free.append(self._filling)
-        return Record(sequences, self._offset, self._digest.hexdigest(), _tail(last_crc, index))
+        return Record(sequences, self._offset, self._digest.hexdigest(), tail_of(last_crc, index))
 
     def discard(self) -> None:
         """Leave nothing behind."""
@@ -225,7 +236,7 @@ class ChunkWriter:
             self._filling = room.pages
         self._filled = room.start + (within + 1) * room.stride
         chunk = room.pages[self._filled - room.stride : self._filled]
-        chunk[-_CRC_BYTES:] = np.frombuffer(_crc(chunk[:-_CRC_BYTES]), np.uint8)
+        chunk[-CRC_BYTES:] = np.frombuffer(crc_of(chunk[:-CRC_BYTES]), np.uint8)
         self._digest.update(chunk.data)
         self._offset += room.stride
 
@@ -272,85 +283,3 @@ def _create(path: Path) -> tuple[int, bool]:
             if error.errno != errno.EINVAL:
                 raise
     return os.open(path, flags, 0o666), False
-
-
-class ChunkReader:
-    """One open shard file and its index.
-
-    It holds on to the file it opened, even when a longer one takes that name, and moves no file position:
-    threads and forked processes may share it. A chunk's checksum is compared when it is first read: it
-    takes as long as the reading does from a warm cache.
-
-    Parameters
-    ----------
-    storage
-        Where it lies.
-    path
-        Its name there.
-    num_chunks
-        How many chunks its index has room for.
-    expected
-        Size and tail of the file that was written; a tail of "" is not compared.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    DamagedShardError
-        If the index is not as it was written.
-    OtherShardError
-        If it is not the file expected.
-    """
-
-    def __init__(
-        self, storage: Storage, path: str, num_chunks: int, expected: tuple[int, str] | None = None
-    ) -> None:
-        self.path = f"{storage.where}/{path}"
-        index_bytes = 16 * num_chunks
-        # The last chunk's checksum is read too.
-        self._file = storage.open(path, index_bytes + 2 * _CRC_BYTES, expected[0] if expected else None)
-        self.size, stored = self._file.size, self._file.end
-        last_crc, stored = stored[:_CRC_BYTES], stored[_CRC_BYTES:]
-        if len(stored) != index_bytes + _CRC_BYTES or _crc(stored[:index_bytes]) != stored[index_bytes:]:
-            raise DamagedShardError(f"the index of {self.path} is damaged")
-        self.tail = _tail(last_crc, stored)
-        if expected and (expected[0] != self.size or expected[1] not in ("", self.tail)):
-            raise OtherShardError(f"{self.path} is not the shard that was written here")
-        self._sound = bytearray(num_chunks)
-        self._index: list[list[int]] = np.frombuffer(stored, "<u8", 2 * num_chunks).reshape(-1, 2).tolist()
-
-    def read(self, chunk: int, out: np.ndarray | None = None) -> np.ndarray:
-        """One encoded chunk, into a C-contiguous array of just its size or a new array of bytes.
-
-        Parameters
-        ----------
-        chunk
-            Its number in the file's index.
-        out
-            C-contiguous array to read into; a new array of bytes if left out.
-        """
-        start, length = self._index[chunk]
-        if start == _MISSING:
-            raise DamagedShardError(f"chunk {chunk} is missing in {self.path}")
-        if out is None:
-            out = np.empty(max(length - _CRC_BYTES, 0), np.uint8)
-        crc = bytearray(_CRC_BYTES)
-        whole = length == out.nbytes + _CRC_BYTES and self._file.read_into([out.data, crc], start) == length
-        if not whole or not (self._sound[chunk] or _crc(out) == crc):
-            raise DamagedShardError(f"chunk {chunk} of {self.path} is damaged")
-        self._sound[chunk] = True
-        return out
-
-    def check(self, chunks: Iterable[int]) -> None:
-        """Read these chunks, which must be all there are, and see that no byte of the file is left over.
-
-        Parameters
-        ----------
-        chunks
-            Numbers in the file's index.
-        """
-        rest = self.size - _CRC_BYTES - 16 * len(self._index)
-        for chunk in chunks:
-            rest -= self.read(chunk).nbytes + _CRC_BYTES
-        if rest:
-            raise DamagedShardError(f"{self.path} has {rest} bytes too many")

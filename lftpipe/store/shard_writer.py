@@ -11,12 +11,13 @@ from jaxtyping import Shaped
 
 from lftpipe.errors import StoreError
 from lftpipe.objects import storage_of
+from lftpipe.store.chunk_reader import ChunkReader
 from lftpipe.store.codec import encode
 from lftpipe.store.journal import disk_errors
 from lftpipe.store.layout import ArrayLayout, ShardKey, StoreSpec
 from lftpipe.store.lossless import compress
 from lftpipe.store.sealed import Sealed
-from lftpipe.store.shard import ChunkReader, ChunkWriter, DamagedShardError, Room
+from lftpipe.store.shard import ChunkWriter, DamagedShardError, Room
 
 # dtype -> signed and unsigned type of its bits, and those of infinity and -infinity: where no value's bits
 # reach the first as a signed number, nor the second as an unsigned one, all are finite.

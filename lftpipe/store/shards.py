@@ -1,19 +1,22 @@
 """The shard files of a finished store, opened when they are first needed, each compared with the manifest."""
 
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from lftpipe.errors import StoreError
 from lftpipe.objects import storage_of
+from lftpipe.store.chunk_reader import ChunkReader
 from lftpipe.store.codec import decode, widen
 from lftpipe.store.expected import Expected
-from lftpipe.store.journal import newest_record
 from lftpipe.store.layout import ArrayLayout, StoreSpec
 from lftpipe.store.lossless import decompress
-from lftpipe.store.shard import ChunkReader, DamagedShardError, OtherShardError
+from lftpipe.store.manifest import newest_record
+from lftpipe.store.shard import DamagedShardError, OtherShardError
 
 _OPEN_FILES = 256  # far below the usual limit of 1024 a process
 
@@ -34,6 +37,7 @@ class Shards:
     def __init__(self, path: Path, spec: StoreSpec, expected: dict[tuple[str, str], Expected]) -> None:
         self.expected = expected
         self._path, self._storage = path, storage_of(path)
+        self._threads: tuple[int, tuple[ThreadPoolExecutor, ThreadPoolExecutor]] | None = None
         self._step, self._layouts = spec.sequences_per_shard, spec.arrays
         # The cache's own lock is the interpreter's, so that a fork at any moment is safe.
         self._opened = functools.lru_cache(_OPEN_FILES)(self._open)
@@ -62,8 +66,74 @@ class Shards:
         StoreError
             If bytes are not as they were written.
         """
-        for row, sequence in zip(out, sequences, strict=True):
+
+        def one(sequence: int, row: np.ndarray) -> None:
             self._read_one(layout, split, layer, int(sequence), row)
+
+        if self._storage.concurrency == 1:
+            for sequence, row in zip(sequences, out, strict=True):
+                one(sequence, row)
+        else:
+            list(self._pools()[0].map(one, sequences, out))
+
+    def rows(
+        self,
+        layout: ArrayLayout,
+        split: str,
+        layer: int | None,
+        count: int,
+        sequences: Sequence[int] | np.ndarray | None,
+        out: np.ndarray | None,
+    ) -> np.ndarray:
+        """Read some sequences, or all, into an array that is given or made.
+
+        Parameters
+        ----------
+        layout, split, layer
+            Which array; the layer is None where the array has none.
+        count
+            Sequences of the split.
+        sequences
+            Indices in any order; None for all.
+        out
+            C-contiguous; None for a new one.
+        """
+        wanted = range(count) if sequences is None else sequences
+        shape = (len(wanted), *layout.chunk)
+        if out is None:
+            if count:
+                self.check_first(layout, split)
+            out = np.empty(shape, layout.dtype)
+        elif out.shape != shape or not out.flags.c_contiguous or out.dtype not in (layout.dtype, "float32"):
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}, not a C-contiguous {layout.dtype} array of shape {shape}"
+            )
+        for sequence in wanted:
+            if not 0 <= sequence < count:
+                raise IndexError(f"sequence {sequence} of {count} in {split}")
+        self.read(layout, split, layer, wanted, out)
+        return out
+
+    def together(self, reads: Iterable[Callable[[], object]]) -> None:
+        """Do some reads: at the same time where that is worth it.
+
+        Parameters
+        ----------
+        reads
+            Calls of methods that use this object.
+        """
+        if self._storage.concurrency == 1:
+            for read in reads:
+                read()
+        else:
+            list(self._pools()[1].map(lambda read: read(), reads))
+
+    def _pools(self) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
+        """For chunks, and for what waits for chunks; each process has its own."""
+        if self._threads is None or self._threads[0] != os.getpid():
+            made = ThreadPoolExecutor(self._storage.concurrency), ThreadPoolExecutor(8)
+            self._threads = os.getpid(), made
+        return self._threads[1]
 
     def _read_one(
         self, layout: ArrayLayout, split: str, layer: int | None, sequence: int, row: np.ndarray

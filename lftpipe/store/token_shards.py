@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lftpipe.errors import StoreError
+from lftpipe.store.chunk_reader import ChunkReader
 from lftpipe.store.layout import ArrayLayout, ShardKey
-from lftpipe.store.shard import ChunkReader, DamagedShardError
+from lftpipe.store.shard import DamagedShardError
 
 if TYPE_CHECKING:
     from lftpipe.store.writer import StoreWriter

@@ -6,8 +6,9 @@ from pathlib import Path
 from lftpipe.errors import StoreError
 from lftpipe.objects import local_path, storage_of
 from lftpipe.store.finish import digests
-from lftpipe.store.journal import Journal, Manifest
+from lftpipe.store.journal import Journal
 from lftpipe.store.layout import MANIFEST, ShardKey
+from lftpipe.store.manifest import Manifest
 from lftpipe.store.parsing import Records
 from lftpipe.store.reader import Store
 from lftpipe.store.shard import Record

@@ -17,8 +17,8 @@ from lftpipe.objects import local_path, storage_of
 from lftpipe.store import journal as books
 from lftpipe.store import resume as opening
 from lftpipe.store.finish import refuse_incomplete, write_metadata
-from lftpipe.store.journal import Journal, Manifest
 from lftpipe.store.layout import MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
+from lftpipe.store.manifest import Manifest
 from lftpipe.store.parsing import Records
 from lftpipe.store.sealed import Sealed, sync_folders
 from lftpipe.store.shard import Record
@@ -43,7 +43,7 @@ class StoreWriter:
         self.path, self.spec, self.complete, self.epoch = path, spec, False, 0
         self.storage = storage_of(path)
         self._lock = lock
-        self._journal: Journal | None = None
+        self._journal: books.Journal | None = None
         self._records: Records = {}  # all shards that count as done
         self._checked: Records = {}  # those whose bytes this process wrote, or an earlier `finish` read
         self._commits = threading.Lock()
@@ -233,7 +233,7 @@ class StoreWriter:
         with books.disk_errors(self.path), self._commits:
             self.spec = spec
             self._journal.close()
-            self._journal = Journal(self.storage, self.spec, self._records)
+            self._journal = books.Journal(self.storage, self.spec, self._records)
 
     def begin_epoch(self, plan: dict[str, Any]) -> None:
         """Freeze what is to be computed into `plan.json`; what was begun before under another plan is void.
@@ -310,7 +310,7 @@ class StoreWriter:
         self.spec, self.complete = found.spec, found.complete
         self._records, self._checked = found.records, found.checked
         if not self.complete:
-            self._journal = Journal(self.storage, self.spec, self._records)
+            self._journal = books.Journal(self.storage, self.spec, self._records)
             if not found.finished:
                 self.storage.delete(MANIFEST)  # a damaged one
                 write_metadata(self.storage, metadata(self.spec, complete=False))

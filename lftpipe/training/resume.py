@@ -21,6 +21,8 @@ _MAY_DIFFER = {
     "force",
     "workspace",
     "store",
+    "cache",
+    "cache_bytes",
     "log_every",
     "checkpoint_every",
     "checkpoint_minutes",

@@ -106,8 +106,7 @@ class OfStore(Common):
     store: File | None = None
     """The store; default: the only one in the workspace."""
     cache: File | None = None
-    """Folder that keeps what is read from a store at a URL, and the small files beside it; default: the user's
-    cache folder, which keeps the small files alone."""
+    """Folder that keeps what is read from a store at a URL; default: nothing is kept."""
     cache_bytes: Annotated[int, Field(ge=0, le=2**60)] = 16 * 2**30
     """Bytes that --cache keeps at most; the longest unused are dropped first."""
 

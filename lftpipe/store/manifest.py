@@ -1,0 +1,132 @@
+"""The manifest: what a finished store is made of."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lftpipe.errors import StoreError
+from lftpipe.files import fingerprint, sealed, unsealed
+from lftpipe.objects import storage_of
+from lftpipe.store.journal import Journal, progress
+from lftpipe.store.layout import MANIFEST, StoreSpec
+from lftpipe.store.parsing import Records, check_shards, parse_metadata, parse_records, parse_spec
+from lftpipe.store.shard import Record
+
+
+class Manifest(NamedTuple):
+    """What a finished store is made of."""
+
+    spec: StoreSpec
+    shards: Records
+    metadata: Records  # the zarr.json files
+    fingerprint: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest | None":
+        """None if there is none; ValueError if it is damaged.
+
+        Parameters
+        ----------
+        path
+            The store's folder.
+        """
+        try:
+            value = unsealed(storage_of(path).read(MANIFEST), str(path / MANIFEST))
+        except FileNotFoundError:
+            return None
+        try:
+            spec, shards = parse_spec(value["spec"]), parse_records(value["shards"])
+            check_shards(spec, shards)
+            metadata, made = parse_metadata(value["metadata"]), value["fingerprint"]
+            if made != _fingerprint(spec, shards):
+                raise ValueError("its fingerprint is another store's")
+        except KeyError as error:
+            raise ValueError(f"{path / MANIFEST} is damaged: it has no {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path / MANIFEST} is damaged: {error}") from None
+        return cls(spec, shards, metadata, made)
+
+    @classmethod
+    def write(cls, path: Path, spec: StoreSpec, shards: Records, metadata: Records) -> None:
+        """The fingerprint is over identity and shards: equal stores have equal ones, whenever made.
+
+        Parameters
+        ----------
+        path
+            The store's folder.
+        spec
+            What the store holds.
+        shards
+            Records of all shards.
+        metadata
+            Records of the zarr.json files.
+        """
+        value = {
+            "spec": spec.to_json(),
+            "shards": shards,
+            "metadata": metadata,
+            "fingerprint": _fingerprint(spec, shards),
+        }
+        storage_of(path).write(MANIFEST, sealed(value))
+
+
+def _fingerprint(spec: StoreSpec, shards: Records) -> str:
+    """Over all but details and tails, which stores made before there were any do not have."""
+    content = {name: value for name, value in spec.to_json().items() if name != "details"}
+    return fingerprint([content, {file: record[:3] for file, record in shards.items()}])
+
+
+def finished_manifest(path: Path) -> Manifest:
+    """The manifest of a store that can be read.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+
+    Raises
+    ------
+    StoreError
+        If the store is missing, incomplete or its manifest is damaged.
+    """
+    try:
+        manifest = Manifest.read(path)
+        done = progress(path) if manifest is None else None
+    except ValueError as error:
+        raise StoreError(
+            str(error), "a store as it was written", "run `lftpipe verify`, then `lftpipe extract --repair`"
+        ) from None
+    if done is not None:
+        raise StoreError(
+            f"{path}: store holds {done[0]} of {done[1]} shards",
+            "a complete store",
+            "run `lftpipe extract --resume`",
+        )
+    if manifest is None:
+        raise StoreError(f"{path}: there is no store", "a complete store", "run `lftpipe extract`")
+    return manifest
+
+
+def newest_record(path: Path, file: str) -> Record | None:
+    """What the journal, or else the manifest, says of a shard file now; None if neither knows it.
+
+    In this order: a store that grows has its manifest before it loses its journal.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    file
+        A shard file, relative to the store.
+    """
+    try:
+        for shards in (journal[1] if (journal := Journal.read(path)) else {}, _shards_of(path)):
+            if file in shards:
+                return shards[file]
+    except ValueError:
+        pass
+    return None
+
+
+def _shards_of(path: Path) -> Records:
+    manifest = Manifest.read(path)
+    return manifest.shards if manifest else {}
