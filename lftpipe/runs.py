@@ -45,7 +45,17 @@ class Run(RunManifest):
 
 
 def write_settings(run: Path, settings: dict[str, Any], store_fingerprint: str) -> None:
-    """The run's resolved settings as a recipe that makes it again, and the store they go with."""
+    """The run's resolved settings as a recipe that makes it again, and the store they go with.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    settings
+        All of them, resolved.
+    store_fingerprint
+        Of the store that the run reads.
+    """
     run.mkdir(parents=True, exist_ok=True)
     recipe = {"train": settings, RECORD_TABLE: {"fingerprint": store_fingerprint}}
     write_atomic(run / SETTINGS, tomli_w.dumps(recipe).encode())
@@ -53,6 +63,11 @@ def write_settings(run: Path, settings: dict[str, Any], store_fingerprint: str) 
 
 def read_settings(run: Path) -> tuple[dict[str, Any], str]:
     """What `write_settings` wrote.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
 
     Raises
     ------
@@ -69,13 +84,31 @@ def read_settings(run: Path) -> tuple[dict[str, Any], str]:
 
 
 def note_divergence(run: Path, step: int, learning_rate: float) -> None:
-    """Record where a run diverged: it may be resumed with other settings of its steps then."""
+    """Record where a run diverged: it may be resumed with other settings of its steps then.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    step
+        Where it diverged.
+    learning_rate
+        What it diverged with.
+    """
     note = {"step": step, "learning_rate": learning_rate}
     write_atomic(run / DIVERGED, (json.dumps(note) + "\n").encode())
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
-    """Cut the lines of steps that will be done again, and one that a kill cut short."""
+    """Cut the lines of steps that will be done again, and one that a kill cut short.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    step
+        The last step to keep.
+    """
     metrics = run / METRICS
     if metrics.exists():
         lines = metrics.read_bytes().decode(errors="replace").splitlines()
@@ -114,6 +147,11 @@ def save_run(path: Path, flow: nn.Module, manifest: dict[str, Any]) -> None:
 
 def open_run(path: Path) -> Run:
     """Read a finished run's manifest, and check that its weights are the ones it was written with.
+
+    Parameters
+    ----------
+    path
+        The run's folder.
 
     Raises
     ------
@@ -156,6 +194,13 @@ def build_flow(teacher: Teacher, velocity: dict[str, bool], index: int = 0) -> n
 
 def load_flow(run: Run, teacher: Teacher) -> nn.Module:
     """The trained flow layer of a run.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    teacher
+        The teacher.
 
     Raises
     ------

@@ -11,13 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Rooms that are not done yet.
 OPEN = {
-    "cli",
-    "config",
-    "evaluation",
     "extraction",
-    "recoupling",
-    "report",
-    "runs",
     "stages",
     "student",
     "teacher",

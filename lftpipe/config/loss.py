@@ -36,6 +36,11 @@ class Stage:
 def parse_loss(text: str) -> tuple[Stage, ...]:
     """Stages of a `--loss`; those without a share divide what the others leave.
 
+    Parameters
+    ----------
+    text
+        What `--loss` says.
+
     Raises
     ------
     SettingsError
@@ -74,7 +79,15 @@ def _positive(number: str, text: str) -> float:
 
 
 def stage_starts(stages: tuple[Stage, ...], num_steps: int) -> tuple[int, ...]:
-    """The first step of each stage, and the number of steps at the end."""
+    """The first step of each stage, and the number of steps at the end.
+
+    Parameters
+    ----------
+    stages
+        The stages of the loss.
+    num_steps
+        Steps of the run.
+    """
     starts, done = [0], 0.0
     for stage in stages:
         done += stage.share

@@ -82,7 +82,13 @@ def _given(found: Mapping[str, Any], name: str, where: str | None) -> str:
 
 
 def as_option(name: str) -> str:
-    """A field's name as it is typed: `learning_rate` to `--learning-rate`."""
+    """A field's name as it is typed: `learning_rate` to `--learning-rate`.
+
+    Parameters
+    ----------
+    name
+        A field of settings.
+    """
     return "--" + name.replace("_", "-")
 
 

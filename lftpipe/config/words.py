@@ -30,7 +30,13 @@ def refused(expected: str, do: str) -> PydanticCustomError:
 
 
 def check_text(text: str) -> str:
-    """Refuse characters that no terminal and no file name shows."""
+    """Refuse characters that no terminal and no file name shows.
+
+    Parameters
+    ----------
+    text
+        What was given.
+    """
     if not _on_one_line(text) or len(text) > _LONGEST_TEXT:
         raise refused("one line of text, without control characters", "correct it")
     return text
@@ -42,14 +48,26 @@ def _on_one_line(text: str) -> bool:
 
 
 def check_unicode(text: str) -> str:
-    """Refuse bytes that are no UTF-8, which Python keeps as lone surrogates."""
+    """Refuse bytes that are no UTF-8, which Python keeps as lone surrogates.
+
+    Parameters
+    ----------
+    text
+        What was given.
+    """
     if any(unicodedata.category(each) == "Cs" for each in text):
         raise refused("a text in UTF-8", "correct it")
     return text
 
 
 def check_path(path: Path) -> Path:
-    """Refuse what no file system can hold, or what could not be printed on one line."""
+    """Refuse what no file system can hold, or what could not be printed on one line.
+
+    Parameters
+    ----------
+    path
+        What was given.
+    """
     text = str(path)
     if not _on_one_line(text):
         raise refused("a path in UTF-8 without control characters", "rename that file or folder")
@@ -60,14 +78,26 @@ def check_path(path: Path) -> Path:
 
 
 def check_temperature(temperature: float) -> float:
-    """Refuse a temperature that would divide logits beyond every float."""
+    """Refuse a temperature that would divide logits beyond every float.
+
+    Parameters
+    ----------
+    temperature
+        What was given.
+    """
     if 0 < temperature < _LOWEST_TEMPERATURE:
         raise refused(f"0, or at least {_LOWEST_TEMPERATURE:g}", "pass 0 for the most likely token")
     return temperature
 
 
 def check_names(tables: dict[str, Any]) -> dict[str, Any]:
-    """Refuse names of a recipe's variants that cannot be part of a folder's name."""
+    """Refuse names of a recipe's variants that cannot be part of a folder's name.
+
+    Parameters
+    ----------
+    tables
+        By name, the settings of each variant.
+    """
     for name in tables:
         if not re.fullmatch(r"[\w.+-]{1,100}", name) or set(name) <= {"."}:
             raise refused("names of letters, digits and -_.+", f"rename {name[:40]!r}")

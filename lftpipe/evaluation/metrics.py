@@ -24,7 +24,17 @@ class StateMetrics:
         x_1: Float[Tensor, "sequence position feature"],
         first: Bool[Tensor, "sequence position"],
     ) -> None:
-        """Add a batch; `first` marks each piece's first position, where massive activations sit."""
+        """Add a batch; `first` marks each segment's first position, where massive activations sit.
+
+        Parameters
+        ----------
+        predicted
+            Predicted states.
+        x_1
+            The teacher's states.
+        first
+            Which positions are the first of their segment.
+        """
         error = (predicted - x_1).float().square().sum(-1).double()
         energy = x_1.float().square().sum(-1).double()
         self.error += error.sum().item()
@@ -41,6 +51,7 @@ class StateMetrics:
 
     @property
     def nmse_without_first(self) -> float:
+        """NMSE over all positions but each segment's first."""
         return (self.error - self.error_first) / (self.energy - self.energy_first)
 
     @property
@@ -60,7 +71,13 @@ class Reference:
 
     @staticmethod
     def of(logits: Float[Tensor, "sequence position vocabulary"]) -> "Reference":
-        """Of the teacher's logits."""
+        """Of the teacher's logits.
+
+        Parameters
+        ----------
+        logits
+            The teacher's logits.
+        """
         log = logits.float().log_softmax(-1)
         probability = log.exp()
         return Reference(logits, probability, (probability * log).sum(-1), logits.argmax(-1))
@@ -88,7 +105,19 @@ class LogitMetrics:
         tokens: Int[Tensor, "sequence position"],
         first: Bool[Tensor, "sequence position"],
     ) -> None:
-        """Add a batch. A token that starts a piece is no target: nothing before it was seen."""
+        """Add a batch. A token that starts a segment is no target: nothing before it was seen.
+
+        Parameters
+        ----------
+        student
+            Logits of the student.
+        teacher
+            The teacher's, prepared.
+        tokens
+            Token ids.
+        first
+            Which positions are the first of their segment.
+        """
         student = student.float()
         # KL = sum p log p - sum p log q with log q = logits - logsumexp: two passes over the vocabulary.
         normaliser = student.logsumexp(-1)
@@ -120,6 +149,14 @@ class LogitMetrics:
 def kl_divergence(
     p_logits: Float[Tensor, "*batch feature"], q_logits: Float[Tensor, "*batch feature"]
 ) -> Float[Tensor, "*batch"]:
-    """KL(softmax p || softmax q) over the last axis, in nats."""
+    """KL(softmax p || softmax q) over the last axis, in nats.
+
+    Parameters
+    ----------
+    p_logits
+        Logits of the distribution that counts.
+    q_logits
+        Logits of the other.
+    """
     p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

@@ -31,12 +31,24 @@ class Origin:
 
     @classmethod
     def of(cls, run: runs.Run) -> "Origin":
-        """A run's own."""
+        """A run's own.
+
+        Parameters
+        ----------
+        run
+            A finished run.
+        """
         return cls(run.path.name, run.objective, run.seed, run.train_tokens, run.weights_digest)
 
     @classmethod
     def joined(cls, origins: list["Origin"]) -> "Origin":
-        """Of a student of several flow layers."""
+        """Of a student of several flow layers.
+
+        Parameters
+        ----------
+        origins
+            One for each run.
+        """
         return cls(
             run=" + ".join(each.run for each in origins),
             objective=" + ".join(dict.fromkeys(each.objective for each in origins)),
@@ -62,7 +74,13 @@ class Evaluations:
         return self.total / self.num_tokens if self.num_tokens else math.nan
 
     def mean_with_keys(self, most: int) -> float:
-        """`mean`, and the keys and values that a finished token makes until the last step."""
+        """`mean`, and the keys and values that a finished token makes until the last step.
+
+        Parameters
+        ----------
+        most
+            Steps of the longest walk.
+        """
         return self.mean + self.keys_fraction * (most - self.mean)
 
 
@@ -121,12 +139,26 @@ class Predictor:
 
 
 def teacher_predictor(teacher: Teacher) -> Predictor:
-    """The teacher itself."""
+    """The teacher itself.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    """
     return Predictor("teacher", _keep, count_parameters(teacher))
 
 
 def skip_predictor(teacher: Teacher, block: Block) -> Predictor:
-    """The teacher without a block: the block's input stands in for its output."""
+    """The teacher without a block: the block's input stands in for its output.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    block
+        The layers that are left out.
+    """
     m, n = block
     name = f"skip layer {m}" if n == m + 1 else f"skip layers {m}-{n - 1}"
     return Predictor(name, _keep, _size_without(teacher, block), block)

@@ -41,7 +41,13 @@ class Measured:
     ms_per_token: float = math.inf
 
     def score(self, teacher_ppl: float | None) -> Score:
-        """As a line of the table; what is not finite has no number."""
+        """As a line of the table; what is not finite has no number.
+
+        Parameters
+        ----------
+        teacher_ppl
+            The teacher's perplexity on the same tokens.
+        """
         predictor, steps, origin = self.predictor, self.predictor.steps, self.predictor.origin
         given: dict[str, Any] = {
             "method": predictor.method,

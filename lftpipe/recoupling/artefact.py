@@ -115,6 +115,13 @@ def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> Rec
 def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
     """The block of `train --block auto`, from the map beside the store, which is made if there is none.
 
+    Parameters
+    ----------
+    store_path
+        The store's folder.
+    settings
+        The options of `train`.
+
     Raises
     ------
     SettingsError
@@ -131,6 +138,13 @@ def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
 
 def map_layers(settings: RecoupleSettings, store: Store) -> tuple[int, ...]:
     """The states to compare, ascending.
+
+    Parameters
+    ----------
+    settings
+        The options of `recouple`.
+    store
+        The store.
 
     Raises
     ------

@@ -41,6 +41,8 @@ def assign(
 
     Parameters
     ----------
+    cost
+        Square matrix of costs.
     spare
         Memory to work in.
     """

@@ -56,6 +56,7 @@ class Cloud:
 
     @property
     def has_ties(self) -> bool:
+        """Whether any two points are identical."""
         return int(self.groups.max()) + 1 < len(self.groups)
 
 
@@ -89,7 +90,13 @@ class Coupling:
 
 
 def standardised(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndarray, "sample feature"]:
-    """Points with mean 0 and standard deviation 1 in each channel; a constant channel becomes 0."""
+    """Points with mean 0 and standard deviation 1 in each channel; a constant channel becomes 0.
+
+    Parameters
+    ----------
+    points
+        One point for each token.
+    """
     points = points.astype(np.float64)
     points = points - points.mean(0)
     spread = points.std(0)
@@ -97,7 +104,13 @@ def standardised(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndar
 
 
 def directions(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndarray, "sample feature"]:
-    """Points divided by their lengths; a zero point stays where it is, half-way between all directions."""
+    """Points divided by their lengths; a zero point stays where it is, half-way between all directions.
+
+    Parameters
+    ----------
+    points
+        One point for each token.
+    """
     points = points.astype(np.float64)
     length = np.sqrt(np.einsum("sf,sf->s", points, points))
     return points / np.where(length > 0, length, 1)[:, None]
@@ -106,13 +119,27 @@ def directions(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndarra
 def peaks(
     points: Float[np.ndarray, "sample feature"], copy: Float32[np.ndarray, "sample feature"]
 ) -> Float32[np.ndarray, " feature"]:
-    """Each channel's largest magnitude; leaves the points in `copy`, since float16 is slow to compute in."""
+    """Each channel's largest magnitude; leaves the points in `copy`, since float16 is slow to compute in.
+
+    Parameters
+    ----------
+    points
+        One point for each token.
+    copy
+        Float32 memory to use, of the points' shape.
+    """
     copy[:] = points
     return np.maximum(copy.max(0), -copy.min(0))
 
 
 def heavy_channels(peaks: Sequence[Float[np.ndarray, " feature"]]) -> Int64[np.ndarray, " heavy"]:
-    """The channels with the largest `peaks` in any of the clouds."""
+    """The channels with the largest `peaks` in any of the clouds.
+
+    Parameters
+    ----------
+    peaks
+        The largest magnitude of each channel.
+    """
     return np.sort(np.argsort(np.max(peaks, axis=0))[-HEAVY_CHANNELS:]).astype(np.int64)
 
 
@@ -126,6 +153,12 @@ def make_cloud(
 
     Parameters
     ----------
+    points
+        One point for each token.
+    heavy
+        Channels to multiply in float64.
+    groups
+        Which points are identical, by number.
     light
         A copy of the points, to be kept: its heavy channels are set to zero.
     """
@@ -139,7 +172,13 @@ def make_cloud(
 
 
 def tie_groups(points: Float[np.ndarray, "sample feature"]) -> Int64[np.ndarray, " sample"]:
-    """Number the distinct points: identical ones (0 and -0 too) have the same number."""
+    """Number the distinct points: identical ones (0 and -0 too) have the same number.
+
+    Parameters
+    ----------
+    points
+        One point for each token.
+    """
     few = points[:, :8] + 0  # -0 + 0 = 0
     if len({row.tobytes() for row in few}) == len(points):
         return np.arange(len(points))
@@ -149,7 +188,15 @@ def tie_groups(points: Float[np.ndarray, "sample feature"]) -> Int64[np.ndarray,
 
 
 def squared_displacement(x_0: Cloud, x_1: Cloud) -> Float64[np.ndarray, " sample"]:
-    """`|x_1 - x_0|^2` of each pair, by differences: no cancellation."""
+    """`|x_1 - x_0|^2` of each pair, by differences: no cancellation.
+
+    Parameters
+    ----------
+    x_0
+        Points of the first cloud.
+    x_1
+        Points of the second, in the same order.
+    """
     return _squared_lengths(x_1.light - x_0.light, x_1.heavy - x_0.heavy)
 
 
@@ -160,7 +207,15 @@ def _squared_lengths(
 
 
 def relative_displacement(x_1: Cloud, displacement: Float64[np.ndarray, " sample"]) -> float:
-    """`sum |x_1 - x_0|^2 / sum |x_1|^2`, 0 if all of `x_1` are 0."""
+    """`sum |x_1 - x_0|^2 / sum |x_1|^2`, 0 if all of `x_1` are 0.
+
+    Parameters
+    ----------
+    x_1
+        One point for each token.
+    displacement
+        Squared distance of each point to its partner.
+    """
     energy = float(x_1.squared_norm.sum())
     return float(displacement.sum()) / energy if energy else 0.0
 
@@ -169,6 +224,15 @@ def cost_matrix(x_0: Cloud, x_1: Cloud, metric: Metric) -> Float64[np.ndarray, "
     """Cost of every point of `x_0` against every point of `x_1`.
 
     For `cosine` the clouds must be `directions`: the cost is then half the squared distance.
+
+    Parameters
+    ----------
+    x_0
+        Points of the first cloud.
+    x_1
+        Points of the second, in the same order.
+    metric
+        `euclidean`, `sqeuclidean` or `cosine`.
     """
     cost = np.empty((len(x_0.light), len(x_1.light)))
     _costs(x_0, x_1, metric, x_0.light @ x_1.light.T, cost)
@@ -239,6 +303,15 @@ def recoupled(
     the given pairs do. Exchanges within groups can bring `min(F, D)` of them to coincide, and a blind choice
     `F D / (sizes of both groups)`. Both depend on the costs alone, not on which optimum a solver happens
     to return.
+
+    Parameters
+    ----------
+    partner
+        For each point of the first cloud, its partner in the second by the plan.
+    groups_0
+        Which points of the first cloud are identical, by number.
+    groups_1
+        The same of the second.
     """
     count = len(partner)
     stride = int(groups_1.max()) + 1
@@ -251,7 +324,17 @@ def recoupled(
 
 
 def couple(x_0: Cloud, x_1: Cloud, metric: Metric) -> Coupling:
-    """The exact optimal plan between paired clouds (equation 6) and its recoupling ratio (equation 7)."""
+    """The exact optimal plan between paired clouds (equation 6) and its recoupling ratio (equation 7).
+
+    Parameters
+    ----------
+    x_0
+        Points of the first cloud.
+    x_1
+        Points of the second, in the same order.
+    metric
+        `euclidean`, `sqeuclidean` or `cosine`.
+    """
     return couple_products([x_0], x_1, metric, (x_0.light @ x_1.light.T)[None])[0]
 
 
@@ -261,7 +344,19 @@ def couple_products(
     metric: Metric,
     products: Float32[np.ndarray, "cloud sample sample"],
 ) -> list[Coupling]:
-    """`couple` several clouds with one, given the products of their light parts, which are overwritten."""
+    """`couple` several clouds with one, given the products of their light parts, which are overwritten.
+
+    Parameters
+    ----------
+    x_0s
+        Clouds of the starts.
+    x_1
+        Cloud of the end.
+    metric
+        `euclidean`, `sqeuclidean` or `cosine`.
+    products
+        Their inner products.
+    """
     cost, spare = (np.empty(products.shape[1:]) for _ in range(2))
     couplings = []
     for x_0, product in zip(x_0s, products, strict=True):

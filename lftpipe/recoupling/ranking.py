@@ -26,7 +26,17 @@ Block = tuple[int, int]
 
 
 def value(recoupling: RecouplingMap, name: str, block: Block) -> float | None:
-    """One number of a pair of states from a map, None if the map has none."""
+    """One number of a pair of states from a map, None if the map has none.
+
+    Parameters
+    ----------
+    recoupling
+        A map.
+    name
+        Which figure of it.
+    block
+        Start and end.
+    """
     layers = recoupling.layers
     matrix = getattr(recoupling, name)
     return None if matrix is None else matrix[layers.index(block[0])][layers.index(block[1])]
@@ -43,6 +53,15 @@ def _key(recoupling: RecouplingMap, block: Block, by: Predictor) -> tuple[float 
 
 def rank_blocks(recoupling: RecouplingMap, length: int, by: Predictor = "ratio") -> list[Block]:
     """All blocks `m:n` of `length` layers whose two states are on the map, the best first.
+
+    Parameters
+    ----------
+    recoupling
+        A map.
+    length
+        Layers of a block.
+    by
+        Which figure ranks.
 
     Raises
     ------
@@ -61,12 +80,31 @@ def rank_blocks(recoupling: RecouplingMap, length: int, by: Predictor = "ratio")
 
 
 def block_length(num_layers: int, replace: float) -> int:
-    """How many of the layers a share is: at least one."""
+    """How many of the layers a share is: at least one.
+
+    Parameters
+    ----------
+    num_layers
+        Layers of the teacher.
+    replace
+        Fraction of them.
+    """
     return min(max(1, round(replace * num_layers)), num_layers)
 
 
 def best_block(recoupling: RecouplingMap, num_layers: int, replace: float, by: Predictor = "ratio") -> Block:
     """The best block that replaces a share of the teacher's layers.
+
+    Parameters
+    ----------
+    recoupling
+        A map.
+    num_layers
+        Layers of the teacher.
+    replace
+        Fraction of the layers to replace.
+    by
+        Which figure ranks.
 
     Raises
     ------
@@ -85,7 +123,17 @@ def best_block(recoupling: RecouplingMap, num_layers: int, replace: float, by: P
 
 
 def ranking(recoupling: RecouplingMap, num_layers: int, by: Predictor = "ratio") -> list[Ranked]:
-    """Every length's blocks, the best first."""
+    """Every length's blocks, the best first.
+
+    Parameters
+    ----------
+    recoupling
+        A map.
+    num_layers
+        Layers of the teacher.
+    by
+        Which figure ranks.
+    """
     lengths = {length: rank_blocks(recoupling, length, by) for length in range(1, num_layers + 1)}
     return [
         Ranked(length=length, share=length / num_layers, blocks=blocks)

@@ -24,10 +24,18 @@ def draw_samples(
 
     Parameters
     ----------
+    store
+        The store.
+    tokens
+        Of a batch.
+    batches
+        How many batches.
     sequences
         How many sequences a batch draws from; more if it would otherwise take over half of their positions.
+    seed
+        Of the draw.
     skip_first
-        Leave out the first position of every document's piece, where massive activations sit.
+        Leave out the first position of each segment, where massive activations sit.
 
     Raises
     ------
@@ -77,6 +85,17 @@ def gather(
     pool: Executor,
 ) -> list[Float[np.ndarray, "batch token feature"]]:
     """States of the samples, a layer at a time, in the store's dtype; every sequence is read once a layer.
+
+    Parameters
+    ----------
+    store
+        The store.
+    layers
+        Which states.
+    samples
+        Of a batch, `[sequence, position]` of each token.
+    pool
+        Threads.
 
     Raises
     ------

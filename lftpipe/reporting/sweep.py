@@ -20,7 +20,15 @@ def _interval(entry: Correlation | None) -> str:
 
 
 def correlation_table(result: Sweep, against: str) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows: a predictor a row, all blocks and each length a column."""
+    """Heading and rows: a predictor a row, all blocks and each length a column.
+
+    Parameters
+    ----------
+    result
+        What `sweep` found.
+    against
+        Which outcome: `kl` or `nmse_without_first`.
+    """
     entries = {(e.predictor, e.length): e for e in result.correlations if e.against == against}
     columns = [None, *result.lengths]
     counts = {c: sum(c in (None, row.length) for row in result.rows) for c in columns}
@@ -54,7 +62,13 @@ def _choice_table(result: Sweep) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(result: Sweep) -> str:
-    """Correlations, choices and blocks as a Markdown page."""
+    """Correlations, choices and blocks as a Markdown page.
+
+    Parameters
+    ----------
+    result
+        What the stage found.
+    """
     used = result.settings
     columns = ("block", *ranking.PREDICTORS.values(), *OUTCOMES)
     introduction = (

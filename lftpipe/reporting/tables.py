@@ -49,13 +49,27 @@ ADAPTIVE_COLUMNS = {
 
 
 def markdown_lines(heading: Sequence[str], table: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table. Names can neither end a cell nor become HTML."""
+    """The lines of a Markdown table. Names can neither end a cell nor become HTML.
+
+    Parameters
+    ----------
+    heading
+        Names of the columns.
+    table
+        Cells, row by row.
+    """
     lines = ["| " + " | ".join(map(escaped, heading)) + " |", "|" + "---|" * len(heading)]
     return lines + ["| " + " | ".join(map(escaped, row)) + " |" for row in table]
 
 
 def escaped(text: str) -> str:
-    """A text as Markdown shows it literally, on one line, in a cell or outside."""
+    """A text as Markdown shows it literally, on one line, in a cell or outside.
+
+    Parameters
+    ----------
+    text
+        Text from outside.
+    """
     shown = " ".join(text.split())
     for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
         shown = shown.replace(character, written)
@@ -63,7 +77,15 @@ def escaped(text: str) -> str:
 
 
 def markdown_table(rows: Iterable[Any], columns: dict[str, str] = COLUMNS) -> list[str]:
-    """The lines of a Markdown table of some attributes of rows, under their headings."""
+    """The lines of a Markdown table of some attributes of rows, under their headings.
+
+    Parameters
+    ----------
+    rows
+        One for each line.
+    columns
+        Names of the columns, and how each shows a row.
+    """
     table = ([cell(getattr(row, key, None)) for key in columns] for row in rows)
     return markdown_lines(list(columns.values()), table)
 
@@ -95,7 +117,13 @@ class Mean(Score):
 
 
 def means_over_seeds(rows: Sequence[Score]) -> list[Mean]:
-    """Of the runs whose names end in `-seedS`, those of several seeds."""
+    """Of the runs whose names end in `-seedS`, those of several seeds.
+
+    Parameters
+    ----------
+    rows
+        Scores, one for each line.
+    """
     groups: dict[tuple[Any, ...], list[Score]] = {}
     for row in rows:
         if row.run and (named := re.fullmatch(r"(.+)-seed\d+", row.run)):
@@ -117,13 +145,25 @@ def _mean(name: str, group: list[Score]) -> Mean:
 
 
 def means_section(rows: Sequence[Score]) -> list[str]:
-    """The lines of the table of means over seeds; none if no two runs differ by their seed alone."""
+    """The lines of the table of means over seeds; none if no two runs differ by their seed alone.
+
+    Parameters
+    ----------
+    rows
+        Scores, one for each line.
+    """
     means = means_over_seeds(rows)
     return ["## Means over seeds", "", *markdown_table(means, MEAN_COLUMNS), ""] if means else []
 
 
 def adaptive_section(result: Results) -> list[str]:
-    """The lines that compare steps chosen token by token with fixed ones; none if nothing was measured."""
+    """The lines that compare steps chosen token by token with fixed ones; none if nothing was measured.
+
+    Parameters
+    ----------
+    result
+        What the stage found.
+    """
     if not result.adaptive:
         return []
     runs = {row.run for row in result.adaptive}
@@ -148,7 +188,17 @@ def _adaptive_cells(row: Score) -> list[str]:
 
 
 def results_page(result: Results, title: str, introduction: str) -> list[str]:
-    """The lines of a page with the table of results and what follows from it."""
+    """The lines of a page with the table of results and what follows from it.
+
+    Parameters
+    ----------
+    result
+        What `evaluate` found.
+    title
+        Of the page.
+    introduction
+        The paragraph above the table.
+    """
     return [
         f"# {escaped(title)}",
         "",
@@ -162,7 +212,13 @@ def results_page(result: Results, title: str, introduction: str) -> list[str]:
 
 
 def cell(value: Any) -> str:
-    """A number as it reads best; `-` where there is none."""
+    """A number as it reads best; `-` where there is none.
+
+    Parameters
+    ----------
+    value
+        A number, a text or None.
+    """
     if value is None:
         return "-"
     if isinstance(value, float):

@@ -60,6 +60,7 @@ class Log:
             self._file.flush()
 
     def close(self) -> None:
+        """Close the files."""
         if self._file:
             self._file.close()
         if self._board:

@@ -100,6 +100,7 @@ class TrainingRun:
 
     @property
     def finished(self) -> bool:
+        """Whether the run has taken all of its steps."""
         return self.step >= self.num_steps
 
     @property
