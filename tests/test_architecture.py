@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
     "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
     "training": (
-        "batch config device errors files flow outputs progress runs store teacher",
+        "batch config device errors files flow objects outputs progress runs store teacher",
         "transformers zarr",
     ),
     "student": ("artefacts config errors flow runs teacher", "zarr"),

@@ -59,7 +59,7 @@ def _of_run(path: Path) -> dict[str, Any]:
 
 def _of_store(store: Store) -> dict[str, Any]:
     size = storage_of(store.path).total_bytes()
-    coded = store.state_bytes
+    coded = store.shards.num_bytes("hidden", "attention")
     states = sum(store.num_sequences(split) for split in SPLITS) * store.context * store.width
     states *= len(store.layers) + len(store.attention_layers)
     return {

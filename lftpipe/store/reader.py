@@ -38,6 +38,8 @@ class Store:
         How they are stored: float16, float32 or int8.
     fingerprint : str
         Digest over identity and every byte of every shard.
+    shards : Shards
+        Its files, where they lie and how large they are.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Store:
         """Use `open`."""
         self.path, self.spec, self.fingerprint = path, spec, fingerprint
         self._arrays = spec.arrays
-        self._shards = Shards(path, spec, expected)
+        self.shards = Shards(path, spec, expected)
 
     @classmethod
     def open(cls, path: Path) -> "Store":
@@ -68,13 +70,7 @@ class Store:
         return cls(path, manifest.spec, manifest.fingerprint, expected)
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Any, ...]]:
-        return Store, (self.path, self.spec, self.fingerprint, self._shards.expected)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the shards of all states and attention outputs."""
-        shards = self._shards.expected.items()
-        return sum(int(each.sizes.sum()) for (array, _), each in shards if array in ("hidden", "attention"))
+        return Store, (self.path, self.spec, self.fingerprint, self.shards.expected)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -276,7 +272,7 @@ class Store:
 
         def fill(step: int, buffer: Buffer) -> Batch:
             wanted = batch_sequences(count, batch_size, seed, step)[part]
-            self._shards.together(
+            self.shards.together(
                 functools.partial(self.read, split, layer, wanted, array=array, out=out)
                 for array, states in buffer.items()
                 for layer, out in states.items()
@@ -287,7 +283,7 @@ class Store:
 
         for array, states in stored.items():
             if states:
-                self._shards.check_first(self._arrays[array], split)
+                self.shards.check_first(self._arrays[array], split)
         buffers = [
             {
                 array: {layer: allocate(shape, np.dtype(dtype or own)) for layer, own in states.items()}
@@ -306,7 +302,7 @@ class Store:
         out: np.ndarray | None,
     ) -> np.ndarray:
         layout, count = self._layout(array, layer), self.num_sequences(split)
-        return self._shards.rows(layout, split, layer, count, sequences, out)
+        return self.shards.rows(layout, split, layer, count, sequences, out)
 
     def _need_logits(self) -> None:
         if not self.spec.logits:

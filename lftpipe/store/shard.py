@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ MISSING = 2**64 - 1
 CRC_BYTES = 4
 
 #: Bytes gathered at least for one write past the page cache: many times what a disk's block and a page need.
-_GATHERED = 8 * 2**20
+#: A little more than 8 MiB: two slots of half of that have checksums too.
+_GATHERED = 8 * 2**20 + 2**16
 _NOTHING = np.empty(0, np.uint8)
 
 
@@ -264,9 +266,10 @@ class ChunkWriter:
 
 def _pages(num_bytes: int, free: list[np.ndarray]) -> np.ndarray:
     """Memory that begins on a page, as direct writes need it; huge pages take less time to hand over."""
-    while free:
-        if len(pages := free.pop()) >= num_bytes:
-            return pages
+    with suppress(IndexError):  # other threads take from it too
+        while True:
+            if len(pages := free.pop()) >= num_bytes:
+                return pages
     memory = mmap.mmap(-1, max(num_bytes, _GATHERED))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

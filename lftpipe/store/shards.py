@@ -42,6 +42,21 @@ class Shards:
         # The cache's own lock is the interpreter's, so that a fork at any moment is safe.
         self._opened = functools.lru_cache(_OPEN_FILES)(self._open)
 
+    @property
+    def where(self) -> str:
+        """The folder or URL."""
+        return self._storage.where
+
+    def num_bytes(self, *arrays: str) -> int:
+        """Bytes of all shards of some arrays.
+
+        Parameters
+        ----------
+        *arrays
+            Their names; one that the store does not have counts as none.
+        """
+        return sum(int(each.sizes.sum()) for (array, _), each in self.expected.items() if array in arrays)
+
     def read(
         self,
         layout: ArrayLayout,

@@ -16,6 +16,7 @@ from lftpipe.device import resolve_compute_dtype
 from lftpipe.errors import RunError
 from lftpipe.flow.objective import ErrorScale
 from lftpipe.flow.velocity import Velocity
+from lftpipe.objects import url_of
 from lftpipe.store import Store
 from lftpipe.teacher.parts import load_layer, load_norm
 from lftpipe.teacher.recorded import record_of
@@ -288,7 +289,7 @@ def manifest_of(
     return {
         "store_fingerprint": store.fingerprint,
         "store_origin": store.origin,
-        "store": str(store.path.resolve()),
+        "store": url_of(store.shards.where) or str(store.path.resolve()),
         "teacher": record_of(store.identity),
         "block": list(block),
         "objective": settings.objective,

@@ -1,8 +1,10 @@
 """What the writer refuses, keeps and does again."""
 
 import fcntl
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from fake_states import environment, files, fill, make_spec, states, tokens, wri
 
 from lftpipe.errors import StoreError
 from lftpipe.store import Store, StoreWriter
+from lftpipe.store.shard import _pages
 
 
 @pytest.fixture
@@ -271,3 +274,39 @@ def test_a_writer_leaves_no_file_open(path):
     write(path, make_spec())
     write(path, make_spec(sequences={"train": 13, "validation": 3}))
     assert not [name for name in opened() if name.startswith(str(path))]
+
+
+def test_two_slots_of_half_the_memory_are_written_at_once(path, monkeypatch):
+    """Each chunk of 4 MiB has a checksum too; a write of each alone would be half as large."""
+    spec = make_spec(context=2**11, width=2**10, sequences={"train": 4}, attention_layers=())
+    written: list[int] = []
+    real = os.write
+    with StoreWriter.open(path, spec) as writer:
+        block = np.ones((1, spec.context, spec.width), np.float16)
+        monkeypatch.setattr(os, "write", lambda fd, data: (written.append(len(data)), real(fd, data))[1])
+        with writer.shard(writer.pending()[0]) as shard:
+            for layer in spec.layers:
+                for first in range(4):
+                    shard.put("hidden", layer, first, block)
+    large = [size for size in written if size > 2**20]
+    assert len(large) <= 7  # twelve chunks
+    assert max(large) > 8 * 2**20 - 4096
+
+
+def test_memory_is_taken_from_one_list_by_several_threads():
+    free: list[np.ndarray] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(300):
+                free.append(_pages(100, free))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
