@@ -54,3 +54,19 @@ def test_every_test_that_a_page_names_exists():
     assert named
     missing = [each for each in named if f"def {each[1]}(" not in (ROOT / "tests" / each[0]).read_text()]
     assert missing == []
+
+
+def test_the_table_of_rooms_names_every_room():
+    table = (ROOT / "docs/design.md").read_text().split("## The rooms")[1].split("\n## ")[0]
+    rooms = {path.stem for path in (ROOT / "lftpipe").glob("*.py")} | {
+        path.name for path in (ROOT / "lftpipe").iterdir() if (path / "__init__.py").exists()
+    }
+    assert {
+        room for room in rooms - {"__init__", "__main__"} if not re.search(rf"`{room}(/|\.py)`", table)
+    } == set()
+
+
+def test_every_page_is_in_the_sites_navigation():
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    there = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert there - listed == set()
