@@ -47,8 +47,8 @@ def forward(plan: Plan, writer: StoreWriter, trunk: Trunk, tokens: Tokens) -> No
     ):
         for key in pending:
             background.begin_shard(key)
-            for first in range(0, len(key.sequences), plan.batch_sequences):
-                rows = key.sequences[first : first + plan.batch_sequences]
+            for first in range(0, len(key.sequences), plan.pass_sequences):
+                rows = key.sequences[first : first + plan.pass_sequences]
 
                 def put(array: str, layer: int | None, values: Tensor, first: int = first) -> None:
                     if layer is None or layer in kept[array]:

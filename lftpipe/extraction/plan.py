@@ -21,6 +21,7 @@ from lftpipe.store.codec import encoded_bytes
 from lftpipe.teacher.kinds import check_attention
 from lftpipe.teacher.logits import Head, compute_batch
 from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.streamed import StreamedTrunk
 from lftpipe.teacher.trunk import Trunk
 from lftpipe.workspace import STORE_NAME
 
@@ -52,10 +53,24 @@ class Plan:
     compression: str
     logits: int
     device: str
+    stream_layers: bool = False
+
+    @property
+    def pass_sequences(self) -> int:
+        """Sequences that the trunk is given at once: a whole shard where layers are streamed."""
+        return self.sequences_per_shard if self.stream_layers else self.batch_sequences
 
     def load_trunk(self) -> Trunk:
         """The layers below the deepest state wanted; logits need the last state."""
         deepest = self.teacher.num_layers if self.logits else max(self.layers)
+        if self.stream_layers:
+            return StreamedTrunk(
+                self.teacher,
+                deepest,
+                self.compute_dtype,
+                self.device,
+                batch_sequences=self.batch_sequences,
+            )
         return Trunk(self.teacher, deepest, self.compute_dtype, self.device)
 
     def load_head(self) -> Head | None:
@@ -158,6 +173,7 @@ def make_plan(settings: ExtractSettings) -> Plan:
         compression=settings.compress,
         logits=settings.logits,
         device=settings.device,
+        stream_layers=settings.stream_layers,
     )
 
 

@@ -201,6 +201,21 @@ class Branches(nn.Module):
         y = x if self.parallel else x + attention
         return x + attention + self.mlp(self.mlp_norm(y), context)
 
+    def own(
+        self, x: Float[Tensor, "sequence position feature"], context: AttentionContext
+    ) -> Float[Tensor, "sequence position feature"]:
+        """The layer's output by its own forward pass, whose sums are in the teacher's order."""
+        if context.layers is not None:
+            return _first(self.layer(x, **context.layers[self.index]))
+        return _first(
+            self.layer(
+                x,
+                attention_mask=context.mask,
+                position_ids=context.position_ids,
+                position_embeddings=context.rotary,
+            )
+        )
+
     def _branch(self, name: Literal["attention", "mlp"]) -> Branch:
         assert self.form is not None, "a whole layer has no branches"
         return getattr(self.form, name)

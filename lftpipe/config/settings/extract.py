@@ -55,6 +55,9 @@ class ExtractSettings(OfStore, OnDevice, Writing):
     The residual stream is always float32."""
     batch_tokens: Batch = 2048
     """Tokens in one forward pass of the teacher."""
+    stream_layers: bool = False
+    """Hold one layer of the teacher in memory at a time, read from its checkpoint for every shard: for
+    teachers larger than the memory. The store is the same."""
     dry_run: bool = False
     """Print the sizes and the estimated time, and write nothing."""
     resume: bool = True

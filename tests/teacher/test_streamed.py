@@ -1,0 +1,65 @@
+"""Layers streamed from the checkpoint give what a whole trunk gives, to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, extracted, randomise
+from decoders import config_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lftpipe.store import Store
+from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.streamed import StreamedTrunk
+from lftpipe.teacher.trunk import Trunk
+
+PLACES = torch.stack([torch.arange(16), torch.cat([torch.arange(7), torch.arange(9)]), torch.arange(16)])
+
+
+def captured(trunk: Trunk) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    tokens = torch.randint(VOCABULARY, PLACES.shape, generator=torch.Generator().manual_seed(0))
+    hidden: dict[int, Tensor] = {}
+    attention: dict[int, Tensor] = {}
+    trunk.run(
+        tokens,
+        PLACES,
+        hidden=lambda layer, state: hidden.update({layer: state.clone()}),
+        attention=lambda layer, state: attention.update({layer: state.clone()}),
+    )
+    return hidden, attention
+
+
+def compare(teacher: Teacher, dtype: torch.dtype) -> None:
+    whole = captured(Trunk(teacher, 3, dtype))
+    streamed = captured(StreamedTrunk(teacher, 3, dtype, batch_sequences=3))
+    for ours, theirs in zip(streamed, whole, strict=True):
+        assert ours.keys() <= theirs.keys()
+        for layer, state in ours.items():
+            assert torch.equal(state, theirs[layer].float()), layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_layers_are_the_trunks(teacher: Teacher, dtype: torch.dtype) -> None:
+    compare(teacher, dtype)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt2", "granite"])
+def test_so_it_is_for_derived_families(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+    randomise(model)
+    model.save_pretrained(tmp_path / name)
+    compare(open_teacher(str(tmp_path / name), tmp_path), torch.float32)
+
+
+def test_a_store_is_the_same_with_streamed_layers(
+    teachers: dict[str, Path], text_folder: Path, tmp_path: Path
+) -> None:
+    whole, streamed = (
+        Store.open(extracted(tmp_path / str(on), teachers["llama"], text_folder, stream_layers=on))
+        for on in (False, True)
+    )
+    assert streamed.fingerprint == whole.fingerprint
+    for layer in whole.layers:
+        rows = range(whole.num_sequences("train"))
+        assert (streamed.read("train", layer, rows) == whole.read("train", layer, rows)).all()
