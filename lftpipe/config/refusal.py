@@ -1,6 +1,7 @@
 """From pydantic's report to the one line that lftpipe prints: given, expected, do. No torch."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,6 +11,9 @@ from lftpipe.errors import SettingsError
 
 #: Characters of a value that a message shows.
 _SHOWN = 80
+
+#: Fields that stand behind a command without an option.
+_POSITIONAL = ("target", "runs")
 
 #: pydantic's kinds of error: what was expected.
 _KINDS = {
@@ -77,7 +81,8 @@ def _given(found: Mapping[str, Any], name: str, where: str | None) -> str:
     if isinstance(value, ArgsKwargs):  # the error is not one field's
         return where or "the settings"
     if where is None:
-        return f"{as_option(name)} {_short(str(value) if isinstance(value, str) else _text(value))}"
+        shown = _short(str(value) if isinstance(value, str | PurePath) else _text(value))
+        return shown if name in _POSITIONAL else f"{as_option(name)} {shown}"
     return f"{name} = {_short(_text(value))} in {where}"
 
 

@@ -13,6 +13,7 @@ from lftpipe.config.settings import (
     ExtractSettings,
     GenerateSettings,
     TrainSettings,
+    VerifySettings,
     to_json,
 )
 from lftpipe.errors import SettingsError
@@ -109,7 +110,7 @@ def test_every_panel_and_former_option_is_of_its_command(kind):
         (TrainSettings, {"device": "meta"}, "--device meta / expected: cpu, cuda, cuda:N or mps"),
         (TrainSettings, {"run": "a\nb"}, "expected: one line of text, without control characters"),
         (TrainSettings, {"run": "\udcff"}, "expected: one line of text, without control characters"),
-        (TrainSettings, {"store": Path("a\0b")}, "expected: a path in UTF-8 without control characters"),
+        (TrainSettings, {"store": Path("a\0b")}, "given: --store a.b / expected: a path in UTF-8 without control characters"),
         (TrainSettings, {"store": Path("b" * 256)}, "expected: names of at most 255 bytes"),
         (TrainSettings, {"store": Path("b/" * 3000)}, "do: choose a shorter path"),
         (TrainSettings, {"sede": 3}, "'sede' in the settings / expected: one of alpha, batch_tokens"),
@@ -118,6 +119,7 @@ def test_every_panel_and_former_option_is_of_its_command(kind):
         (ExtractSettings, {"context": 1}, "--context 1 / expected: at least 2"),
         (GenerateSettings, {"temperature": 1e-45}, "--temperature 1e-45 / expected: 0, or at least 0.001"),
         (GenerateSettings, {"temperature": math.nan}, "--temperature nan / expected: a finite number"),
+        (VerifySettings, {"target": Path("c" * 256)}, "given: c{79}… / expected: names of at most 255"),
         (GenerateSettings, {"prompt": "\udcff"}, "--prompt .* / expected: a text in UTF-8"),
     ],
 )
