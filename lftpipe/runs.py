@@ -163,7 +163,7 @@ def open_run(path: Path) -> Run:
     except FileNotFoundError as error:
         if (path / SETTINGS).is_file():
             raise RunError(
-                f"unfinished run {path}", "a finished one", "go on with it by `lftpipe train --resume`"
+                f"unfinished run {path}", "a finished one", "continue it with `lftpipe train --resume`"
             ) from error
         raise RunError(f"{path}", RunManifest.NAME, "train it again") from error
     run = Run(path=path, **{field.name: getattr(manifest, field.name) for field in fields(manifest)})

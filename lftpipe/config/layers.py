@@ -32,7 +32,7 @@ def parse_layers(text: str, num_states: int) -> tuple[int, ...]:
     elif re.fullmatch(r"\d+(,\d+)*", text):
         chosen = sorted({int(part) for part in text.split(",")})
     else:
-        raise SettingsError(f"layers {text!r}", "all, a list 6,18 or a range 0:13", "write it so")
+        raise SettingsError(f"layers {text!r}", "all, a list 6,18 or a range 0:13", "use that format")
     if chosen[-1] >= num_states:
         raise SettingsError(
             f"layers {text}",
@@ -59,7 +59,7 @@ def parse_block(text: str, num_layers: int) -> tuple[int, int]:
     """
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match:
-        raise SettingsError(f"block {text!r}", "m:n, as in 6:12", "write it so, or use auto")
+        raise SettingsError(f"block {text!r}", "m:n, as in 6:12", "use that format, or auto")
     m, n = int(match[1]), int(match[2])
     if m >= n:
         raise SettingsError(

@@ -6,6 +6,7 @@ fw@0.7/fw:0.1,logits    seven tenths of the steps on states alone, then logits w
 
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -16,10 +17,10 @@ TERMS = {
     "fw": "the end of a walk on x_1 (algorithm 2)",
     "sfm": "the velocity on the straight line's derivative (algorithm 1)",
     "trajectory": "the velocity on the derivative of the teacher's own path",
-    "branches": "each branch's velocity on its own share of x_1 - x_0",
+    "branches": "each branch's velocity on its own part of x_1 - x_0",
     "regression": "x_0 plus the layer's output on x_1",
     "logits": "the student's next-token distribution on the teacher's, through the frozen tail",
-    "top-logits": "the same on the teacher's largest logits, from the store",
+    "top-logits": "the same on the teacher's top-K logits, from the store",
 }
 
 
@@ -27,14 +28,14 @@ TERMS = {
 class Stage:
     """A part of training with one weighted sum of terms."""
 
-    share: float
+    fraction: float
     """Of all steps."""
     weights: dict[str, float]
     """By term."""
 
 
 def parse_loss(text: str) -> tuple[Stage, ...]:
-    """Stages of a `--loss`; those without a share divide what the others leave.
+    """Stages of a `--loss`; those without a fraction divide what the others leave.
 
     Parameters
     ----------
@@ -44,37 +45,43 @@ def parse_loss(text: str) -> tuple[Stage, ...]:
     Raises
     ------
     SettingsError
-        If a term is unknown or named twice, a weight is not positive, or the shares do not add up to 1.
+        If a term is unknown or named twice, a weight is not positive, or the fractions do not add up to 1.
     """
     parts = [_parse_stage(part.strip(), text) for part in text.split("/")]
-    given = [share for share, _ in parts if share is not None]
+    given = [fraction for fraction, _ in parts if fraction is not None]
     left = 1 - sum(given)
     open_parts = len(parts) - len(given)
     if left < -1e-9 or (open_parts and left <= 1e-9) or (not open_parts and left > 1e-9):
         raise SettingsError(
-            f"--loss {text}, whose shares add up to {sum(given):g}", "1 over all stages", "correct the shares"
+            f"--loss {text}, whose fractions add up to {sum(given):g}",
+            "1 over all stages",
+            "correct the fractions",
         )
-    return tuple(Stage(left / open_parts if share is None else share, weights) for share, weights in parts)
+    return tuple(
+        Stage(left / open_parts if fraction is None else fraction, weights) for fraction, weights in parts
+    )
 
 
 def _parse_stage(part: str, text: str) -> tuple[float | None, dict[str, float]]:
-    sum_, at, share = part.partition("@")
+    sum_, at, fraction = part.partition("@")
     weights: dict[str, float] = {}
     for term in sum_.split(","):
         name, colon, weight = term.strip().partition(":")
         if name not in TERMS:
             raise SettingsError(
-                f"{name!r} in --loss {text}", f"one of {', '.join(TERMS)}", "write fw, or fw:1,logits:0.1"
+                f"{name!r} in --loss {text}", f"one of {', '.join(TERMS)}", "pass fw, or fw:1,logits:0.1"
             )
         if name in weights:
             raise SettingsError(f"{name} twice in --loss {text}", "each term once", "add up its weights")
         weights[name] = _positive(weight, text) if colon else 1.0
-    return (_positive(share, text) if at else None), weights
+    return (_positive(fraction, text) if at else None), weights
 
 
 def _positive(number: str, text: str) -> float:
-    if not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", number) or float(number) <= 0:
-        raise SettingsError(f"{number!r} in --loss {text}", "a positive number", "write it as in fw:0.5@0.7")
+    if not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", number) or not 0 < float(number) < math.inf:
+        raise SettingsError(
+            f"{number!r} in --loss {text}", "a positive number", "use the format of fw:0.5@0.7"
+        )
     return float(number)
 
 
@@ -90,6 +97,6 @@ def stage_starts(stages: tuple[Stage, ...], num_steps: int) -> tuple[int, ...]:
     """
     starts, done = [0], 0.0
     for stage in stages:
-        done += stage.share
+        done += stage.fraction
         starts.append(round(done * num_steps))
     return (*starts[:-1], num_steps)

@@ -98,7 +98,7 @@ def file_documents(path: Path, name: str, max_document_bytes: int) -> Iterator[D
         else:
             yield from _text_documents(path, name, max_document_bytes, cut=kind == ".txt")
     except (OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError) as error:  # damaged, or vanished
-        raise CorpusError(f"corpus file {shown(path)}", "a readable file", f"mend it ({error})") from error
+        raise CorpusError(f"corpus file {shown(path)}", "a readable file", f"check it ({error})") from error
 
 
 def _open_zstd(path: Path) -> Any:
@@ -199,7 +199,7 @@ def _jsonl_documents(path: Path, name: str, most: int) -> Iterator[Document]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise CorpusError(where, "one JSON object a line", "mend that line") from error
+                raise CorpusError(where, "one JSON object a line", "correct that line") from error
             yield Document(f"{name}:{number}", text_of(row, where, most))
 
 
@@ -224,10 +224,10 @@ def _parquet_documents(path: Path, name: str, most: int) -> Iterator[Document]:
                     yield Document(f"{name}:{number}", text_of({columns[0]: row.as_py()}, where, most))
                     number += 1
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{shown(path)}, row {number}", "UTF-8 text", "mend that row") from error
+        raise CorpusError(f"{shown(path)}, row {number}", "UTF-8 text", "correct that row") from error
     except pa.ArrowException as error:
         reason = str(error).strip().partition("\n")[0]
-        raise CorpusError(f"corpus file {shown(path)}", "a Parquet file", f"mend it ({reason})") from error
+        raise CorpusError(f"corpus file {shown(path)}", "a Parquet file", f"correct it ({reason})") from error
 
 
 def _check_size(path: Path, table: Any) -> None:

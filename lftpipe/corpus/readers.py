@@ -69,7 +69,9 @@ def open_corpus(name: str, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> Corp
     try:
         path = Path(resolved).expanduser().resolve()
     except (RuntimeError, ValueError, OSError) as error:  # a loop of links, an unknown ~user, a NUL
-        raise CorpusError(f"corpus {name!r}", "a path that leads somewhere", f"mend it ({error})") from None
+        raise CorpusError(
+            f"corpus {name!r}", "a path that leads somewhere", f"correct it ({error})"
+        ) from None
     if path.is_dir():
         return Corpus(shown(path), lambda: _folder_documents(path, max_document_bytes), local=True)
     if path.is_file():

@@ -43,7 +43,7 @@ def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) 
         If the store has too few tokens, or the settings ask for too large an exact problem.
     """
     if settings.tokens < 2:
-        raise SettingsError(f"--tokens {settings.tokens}", "at least 2, that could be recoupled", "raise it")
+        raise SettingsError(f"--tokens {settings.tokens}", "at least 2", "raise it")
     if settings.tokens > MOST_EXACT_TOKENS and not settings.approximate:
         raise SettingsError(
             f"--tokens {settings.tokens}",

@@ -124,13 +124,11 @@ def _check_run(run: runs.Run, store: Store) -> None:
 
 def _check_adaptive(opened: list[runs.Run], settings: EvaluateSettings) -> None:
     if max(settings.k) < 2:
-        raise SettingsError(
-            f"--adaptive with --k {max(settings.k)}", "a largest k of at least 2", "pass --k 1,2,3"
-        )
+        raise SettingsError(f"--adaptive with --k {max(settings.k)}", "a k of at least 2", "pass --k 1,2,3")
     timed = [run for run in opened if run.has_time]
     if not timed:
         raise SettingsError(
-            "--adaptive without a flow", "a run with steps, as fw and sfm train", "name such a run"
+            "--adaptive without a flow", "a run with steps, as fw and sfm train", "name one that has steps"
         )
     for run in timed:
         if (settings.solver or run.solver) != "euler":
@@ -165,7 +163,9 @@ def _predictors(opened: list[runs.Run], settings: EvaluateSettings, teacher: Tea
         in_order = sorted(each, key=lambda own: own[0].block or (0, 0))
         blocks = [own[0].block or (0, 0) for own in in_order]
         if len(blocks) < 2:
-            raise SettingsError("--together with one run", "several, of blocks apart", "name more runs")
+            raise SettingsError(
+                "--together with one run", "several runs whose blocks do not overlap", "name more runs"
+            )
         check_apart(blocks, "--together with runs of blocks")
         found += joined_predictors(in_order, teacher, settings.device)
     return found

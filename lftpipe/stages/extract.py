@@ -93,7 +93,7 @@ def summary(result: dict[str, Any]) -> str:
     """What was made, where, and what to type next."""
     size = progress.human_bytes(result["bytes"])
     tokens = " and ".join(f"{count:,} {split}" for split, count in result["tokens"].items())
-    layers = f"{len(result['layers'])} states and {len(result['attention_layers'])} attention contexts"
+    layers = f"{len(result['layers'])} states and {len(result['attention_layers'])} attention outputs"
     if result["logits"]:
         layers += f" and {result['logits']} logits"
     if result.get("dry_run"):

@@ -46,7 +46,7 @@ def refuse_incomplete(writer: "StoreWriter", records: Records, checked: Records)
         writer.forget(bad)
         raise StoreError(
             f"{', '.join(sorted(bad))} changed since they were written",
-            "files that nobody touches",
+            "files that no other program changes",
             "run `lftpipe extract --resume`: only these are written again",
         )
 

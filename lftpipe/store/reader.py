@@ -308,7 +308,7 @@ class Store:
         if not self.spec.logits:
             raise StoreError(
                 f"{self.path} holds no logits",
-                "a store with the teacher's largest logits",
+                "a store with the teacher's top-K logits",
                 "extract with --logits 64 into another --store",
             )
 

@@ -53,7 +53,7 @@ def find(path: Path, spec: StoreSpec, *, resume: bool, repair: Report | None, re
     if not old:
         return Found(spec, {}, {}, False, False)
     if not resume:
-        raise StoreError(f"{path} exists", "a new store", "go on with it (--resume) or begin anew (--force)")
+        raise StoreError(f"{path} exists", "a new store", "continue it (--resume) or start over (--force)")
     refuse_changes(path, old[0], spec)
     if old[0].details.get("asked") == spec.sequences and not recheck:
         spec = replace(spec, sequences=old[0].sequences)
@@ -92,7 +92,7 @@ def _existing(
         if salvage:
             return None, _salvage(path, spec)
         raise StoreError(
-            str(error), "a store as it was written", "repair it (--repair) or begin anew (--force)"
+            str(error), "an undamaged store", "repair it (--repair) or start over (--force)"
         ) from None
     if manifest is None and journal is None and (foreign := _names(storage_of(path))):
         if salvage and "zarr.json" in foreign:
@@ -120,7 +120,7 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(
-            f"manifest and metadata of {path} are both damaged", "one of them whole", "begin anew (--force)"
+            f"manifest and metadata of {path} are both damaged", "one of them whole", "start over (--force)"
         ) from None
     if changed := list(differences(attributes, given)):
         raise _changed(path, changed)
@@ -169,7 +169,7 @@ def refuse_changes(path: Path, old: StoreSpec, new: StoreSpec) -> None:
             raise StoreError(
                 f"{wanted} {split} sequences, of a store of {had}",
                 "as many or more",
-                "ask for more tokens, name another --store, or begin anew (--force)",
+                "ask for more tokens, name another --store, or start over (--force)",
             )
 
 
@@ -215,7 +215,7 @@ def _changed(path: Path, changed: list[str]) -> StoreError:
     return StoreError(
         f"{path} was made with other settings: {'; '.join(changed)}",
         "the settings it was made with",
-        "give those, name another --store, or begin anew (--force)",
+        "use those, name another --store, or start over (--force)",
     )
 
 

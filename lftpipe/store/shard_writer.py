@@ -162,9 +162,7 @@ class ShardWriter:
                     for chunk in range(*(array.chunk_number(layer, within) for within in (0, kept))):
                         self._chunks[name].put(chunk, old.read(chunk))
             except DamagedShardError as error:
-                raise StoreError(
-                    str(error), "a shard as it was written", "run `lftpipe extract --repair`"
-                ) from None
+                raise StoreError(str(error), "an undamaged shard", "run `lftpipe extract --repair`") from None
 
     def seal(self) -> Sealed:
         """Write the indices and wait for the disk; the files still have their temporary names."""

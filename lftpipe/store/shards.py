@@ -204,7 +204,7 @@ class Shards:
 def _damaged(layout: ArrayLayout, split: str, index: int, error: Exception) -> StoreError:
     return StoreError(
         f"{layout.name} of {split}, shard {index}: {error}",
-        "bytes as they were written",
+        "undamaged bytes",
         "run `lftpipe verify`, then `lftpipe extract --repair`",
     )
 

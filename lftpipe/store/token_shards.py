@@ -35,9 +35,7 @@ def put_tokens(writer: "StoreWriter", key: ShardKey, begin: int, parts: dict[str
             _compare(writer, array, key, parts[array.name][: max(origin + stored - begin, 0)], begin - origin)
     except (DamagedShardError, FileNotFoundError) as error:
         if writer.complete:
-            raise StoreError(
-                str(error), "a store as it was written", "run `lftpipe extract --repair`"
-            ) from None
+            raise StoreError(str(error), "an undamaged store", "run `lftpipe extract --repair`") from None
         writer.forget({array.file(key.split, key.index) for array in arrays})
         stored = 0
     if stored == len(key.sequences):
@@ -63,5 +61,5 @@ def _compare(
             raise StoreError(
                 f"{array.name} of {key.split} sequence {sequence} are not the stored ones",
                 "the corpus and the tokenizer the store was begun with",
-                "give those, name another --store, or begin anew (--force)",
+                "use those, name another --store, or start over (--force)",
             )

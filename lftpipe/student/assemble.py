@@ -60,7 +60,7 @@ def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
         raise RunError(
             f"{folder} without {SOURCE}, which names its teacher",
             "an exported folder, or a run",
-            "name such a one",
+            "name one of these",
         ) from error
     return open_recorded(dict(source.teacher), workspace, folder)
 
@@ -89,7 +89,9 @@ def build_student(
     opened = sorted(opened, key=lambda run: run.block)
     for run in opened:
         if run.teacher["weights_digest"] != teacher.checkpoint.digest:
-            raise RunError(f"{run.path}, of another teacher", "runs of one teacher", "name such runs")
+            raise RunError(
+                f"{run.path}, of another teacher", "runs of one teacher", "name runs of one teacher"
+            )
     timed = [run for run in opened if run.has_time]
     if not timed and ((steps or 1) > 1 or (solver or "euler") != "euler"):
         raise RunError(

@@ -64,7 +64,7 @@ class FlowLayout:
         for block in self.flow_blocks:
             if block.kind not in KINDS:
                 raise SettingsError(
-                    f"block of kind {block.kind!r}", f"one of {', '.join(KINDS)}", "mend config.json"
+                    f"block of kind {block.kind!r}", f"one of {', '.join(KINDS)}", "correct config.json"
                 )
         blocks = [(block.start, block.stop) for block in self.flow_blocks]
         check_apart(blocks, "a student with blocks", self.teacher_layers)

@@ -30,7 +30,7 @@ def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
         raise TeacherError(
             f"a single layer of {teacher.model}, a {teacher.config.model_type} model",
             f"layers that can be run alone, but {teacher.family.without_flow}",
-            "extract and recouple it; flow layers and the frozen tail it has none",
+            "extract and recouple work; flow layers and the frozen tail do not",
         )
     with torch.device("meta"):
         return Branches(teacher.family, teacher.config, index)

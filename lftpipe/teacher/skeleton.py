@@ -115,7 +115,7 @@ def materialise_buffers(root: Any, module: nn.Module) -> None:
                 raise TeacherError(
                     f"a {root.config.model_type} model with a buffer of {buffer.numel():,} values",
                     f"at most {LARGEST_BUFFER:,}",
-                    "mend config.json: its positions are too many",
+                    "correct config.json: its positions are too many",
                 )
             part._buffers[name] = torch.zeros_like(buffer, device="cpu")
         if empty:

@@ -256,5 +256,5 @@ def _config(folder: Path, model: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TeacherError(
-            f"model {model} ({reason})", "a config that transformers reads", "mend config.json"
+            f"model {model} ({reason})", "a config that transformers reads", "correct config.json"
         ) from error

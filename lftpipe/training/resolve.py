@@ -93,14 +93,14 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
     missing = [l for l in range(m, n) if l not in store.attention_layers]  # noqa: E741
     if "branches" in terms and missing and not settings.from_teacher:
         raise SettingsError(
-            f"a loss with branches on a store without the attention context of layer {missing[0]}",
-            f"contexts of layers {m} to {n - 1}",
+            f"a loss with branches on a store without the attention output of layer {missing[0]}",
+            f"attention outputs of layers {m} to {n - 1}",
             "extract with --attention",
         )
     if "top-logits" in terms and not store.spec.logits:
         raise SettingsError(
             "a loss with top-logits on a store without logits",
-            "a store with the teacher's largest logits",
+            "a store with the teacher's top-K logits",
             "extract with --logits 64, or use the term logits",
         )
     timeless = settings.objective == "regression"

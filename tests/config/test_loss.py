@@ -22,12 +22,12 @@ def random(seed: int, *shape: int) -> Tensor:
 
 def test_a_loss_is_a_weighted_sum_in_stages():
     (one,) = parse_loss("fw")
-    assert (one.share, one.weights) == (1.0, {"fw": 1.0})
+    assert (one.fraction, one.weights) == (1.0, {"fw": 1.0})
     first, second = parse_loss("fw@0.7 / fw:0.1, logits")
-    assert (first.share, first.weights) == (0.7, {"fw": 1.0})
-    assert second.share == pytest.approx(0.3)
+    assert (first.fraction, first.weights) == (0.7, {"fw": 1.0})
+    assert second.fraction == pytest.approx(0.3)
     assert second.weights == {"fw": 0.1, "logits": 1.0}
-    assert [stage.share for stage in parse_loss("sfm/fw@0.5/logits")] == [0.25, 0.5, 0.25]
+    assert [stage.fraction for stage in parse_loss("sfm/fw@0.5/logits")] == [0.25, 0.5, 0.25]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 500))
@@ -49,9 +49,11 @@ def test_stages_follow_each_other_and_end_with_the_last_step(parts, num_steps):
         ("fw:0", r"'0' in --loss fw:0 / expected: a positive number"),
         ("fw:-1", r"'-1' in --loss"),
         ("fw:nan", r"'nan' in --loss"),
-        ("fw@0.7/logits@0.7", r"whose shares add up to 1.4 / expected: 1"),
-        ("fw@0.5", r"whose shares add up to 0.5"),
-        ("fw@1/logits", r"whose shares add up to 1 "),
+        ("fw:1e999", r"'1e999' in --loss"),
+        ("fw:0.5@1e999", r"'1e999' in --loss"),
+        ("fw@0.7/logits@0.7", r"whose fractions add up to 1.4 / expected: 1"),
+        ("fw@0.5", r"whose fractions add up to 0.5"),
+        ("fw@1/logits", r"whose fractions add up to 1 "),
     ],
 )
 def test_what_is_no_loss_is_refused(text, message):

@@ -110,7 +110,11 @@ def test_every_panel_and_former_option_is_of_its_command(kind):
         (TrainSettings, {"device": "meta"}, "--device meta / expected: cpu, cuda, cuda:N or mps"),
         (TrainSettings, {"run": "a\nb"}, "expected: one line of text, without control characters"),
         (TrainSettings, {"run": "\udcff"}, "expected: one line of text, without control characters"),
-        (TrainSettings, {"store": Path("a\0b")}, "given: --store a.b / expected: a path in UTF-8 without control characters"),
+        (
+            TrainSettings,
+            {"store": Path("a\0b")},
+            "given: --store a.b / expected: a path in UTF-8 without control characters",
+        ),
         (TrainSettings, {"store": Path("b" * 256)}, "expected: names of at most 255 bytes"),
         (TrainSettings, {"store": Path("b/" * 3000)}, "do: choose a shorter path"),
         (TrainSettings, {"sede": 3}, "'sede' in the settings / expected: one of alpha, batch_tokens"),

@@ -126,8 +126,8 @@ def test_a_binary_table_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{'text': 1}", "line 2 / expected: one JSON object a line / do: mend that line"),
-        ('{"text": "cut', "line 2 / expected: one JSON object a line / do: mend that line"),
+        ("{'text': 1}", "line 2 / expected: one JSON object a line / do: correct that line"),
+        ('{"text": "cut', "line 2 / expected: one JSON object a line / do: correct that line"),
         ('"only a string"', "line 2 / expected: a text under text or content"),
         ('{"body": "x"}', "line 2 / expected: a text under text or content"),
         ('{"text": 3}', "line 2 / expected: a text under text or content"),

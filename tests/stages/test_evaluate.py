@@ -327,7 +327,7 @@ def test_steps_per_token_have_a_table_and_a_picture(adaptive, stores, tmp_path):
             {},
             r"--adaptive with the midpoint solver of run .* do: pass --solver euler",
         ),
-        ({"solver": "euler"}, {"k": (1,)}, r"--adaptive with --k 1 / expected: a largest k of at least 2"),
+        ({"solver": "euler"}, {"k": (1,)}, r"--adaptive with --k 1 / expected: a k of at least 2"),
         ({"objective": "regression"}, {}, "--adaptive without a flow / expected: a run with steps"),
     ],
 )

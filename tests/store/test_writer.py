@@ -188,7 +188,7 @@ def test_a_store_never_shrinks(path):
 def test_without_resume_an_existing_store_is_refused_and_force_replaces_it(path, tmp_path):
     write(path, make_spec())
     other = make_spec(identity={"teacher": "another"})
-    with pytest.raises(StoreError, match=r"exists .*\(--resume\) or begin anew \(--force"):
+    with pytest.raises(StoreError, match=r"exists .*\(--resume\) or start over \(--force"):
         StoreWriter.open(path, other, resume=False)
     write(path, other, force=True)
     write(tmp_path / "fresh", other)

@@ -95,7 +95,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_a_config_that_is_none_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(
-        TeacherError, match=r"expected: a config that transformers reads / do: mend config\.json"
+        TeacherError, match=r"expected: a config that transformers reads / do: correct config\.json"
     ):
         open_teacher(str(tmp_path), WORKSPACE)
 

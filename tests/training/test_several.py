@@ -140,7 +140,7 @@ def test_what_makes_no_sense_together_is_refused(settings, changes, message):
 
 def test_terms_that_the_store_cannot_serve_are_refused(settings, teachers, text_folder, tmp_path):
     bare = extracted(tmp_path, teachers["neox"], text_folder, attention=False)
-    with pytest.raises(SettingsError, match=r"without the attention context of layer 1 .* with --attention"):
+    with pytest.raises(SettingsError, match=r"without the attention output of layer 1 .* with --attention"):
         train(change(settings, store=bare, loss="branches"))
     with pytest.raises(SettingsError, match=r"without logits .* extract with --logits 64"):
         train(change(settings, store=bare, loss="top-logits"))
