@@ -93,7 +93,7 @@ def finished_manifest(path: Path) -> Manifest:
         done = progress(path) if manifest is None else None
     except ValueError as error:
         raise StoreError(
-            str(error), "a store as it was written", "run `lftpipe verify`, then `lftpipe extract --repair`"
+            str(error), "an undamaged store", "run `lftpipe verify`, then `lftpipe extract --repair`"
         ) from None
     if done is not None:
         raise StoreError(
