@@ -20,6 +20,7 @@ from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table
 from lftpipe.runs import Run
 from lftpipe.student.assemble import build_student, teacher_of_run
 from lftpipe.student.plain import unroll
+from lftpipe.student.portable import MODULE, auto_map, modelling_file
 from lftpipe.teacher.quiet import quiet_transformers
 from lftpipe.teacher.source import Teacher, load_tokenizer
 from lftpipe.workspace import find_run
@@ -139,6 +140,9 @@ def _largest_difference(model: Any, student: Any) -> float:
 def _write(model: Any, teacher: Teacher, card: str, result: dict[str, Any], folder: Path) -> int:
     """Write everything into a folder; the bytes written."""
     with progress.task(f"export to {result['out']}", 1, "models") as task, quiet_transformers():
+        if result["form"] == "latent-flow":
+            model.config.auto_map = auto_map(model)
+            (folder / f"{MODULE}.py").write_text(modelling_file(model), encoding="utf-8")
         model.save_pretrained(folder)
         load_tokenizer(teacher).save_pretrained(folder)
         (folder / "README.md").write_text(card)
@@ -226,14 +230,15 @@ def _trained(opened: Sequence[Run]) -> list[str]:
 def _usage(result: dict[str, Any]) -> list[str]:
     """How to load it."""
     plain = result["form"] == "plain"
+    trust = "" if plain else ", trust_remote_code=True"
     return [
         "## Use",
         "",
+        *([] if plain else [f"`{MODULE}.py` has the student's classes; lftpipe need not be installed.", ""]),
         "```python",
-        *([] if plain else ["import lftpipe.student  # registers the model type; pip install lftpipe"]),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         *([] if plain else [f"model.set_steps({result['k']})  # another number of steps, at run time"]),
         'tokens = tokenizer("Once", return_tensors="pt")',

@@ -6,8 +6,7 @@ lftpipe are left out, and jaxtyping's shapes become plain tensors. Nobody writes
 
 import ast
 from collections.abc import Iterator
-from importlib import resources
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import lftpipe
@@ -15,8 +14,13 @@ import lftpipe
 #: The module of the file, as `auto_map` names it.
 MODULE = "modeling_latent_flow"
 
-#: Where the classes are.
-ROOT = "lftpipe.student.model"
+#: Model types of students begin with it.
+PREFIX = "latent_flow_"
+
+HEAD = '''"""Latent Flow Transformer students (arXiv 2505.14513), made by lftpipe {version}.
+
+Needs torch and transformers alone. Apache-2.0; https://arxiv.org/abs/2505.14513 has the method.
+"""'''
 
 #: Stands in for jaxtyping: a shape is an annotation, of which the tensor's type is left.
 SHAPES = '''
@@ -31,13 +35,13 @@ Bool = Float = Int = Int32 = Shaped = _Shape
 '''
 
 
-def modelling_file(root: str = ROOT) -> str:
-    """The source of the file.
+def modelling_file(model: Any) -> str:
+    """The source of the file that has a student's classes.
 
     Parameters
     ----------
-    root
-        The module whose classes are wanted.
+    model
+        A student as a language model.
 
     Raises
     ------
@@ -45,28 +49,47 @@ def modelling_file(root: str = ROOT) -> str:
         If two modules have the same name at their top level, or one imports lftpipe in a way that cannot be
         left out.
     """
-    imports: dict[str, None] = {}
+    root = next(kind.__module__ for kind in type(model).__mro__ if kind.__module__.startswith("lftpipe."))
+    parts = [HEAD.format(version=lftpipe.__version__), *bundle(root)]
+    config, causal = type(model.config), type(model)
+    if causal.__name__ not in parts[-1]:  # its classes are made when they are needed
+        kind = config.model_type.removeprefix(PREFIX)
+        parts.append(f"{causal.__name__} = student_class({kind!r})")
+        parts.append(f"{config.__name__} = {causal.__name__}.config_class")
+    return "\n\n".join(parts) + "\n"
+
+
+def bundle(root: str) -> list[str]:
+    """The source of a module and of all that it needs of lftpipe: imports, then each module, the root last.
+
+    Parameters
+    ----------
+    root
+        The module's name.
+    """
+    imports: dict[str, None] = {"from types import SimpleNamespace": None}
     bodies: list[str] = []
     owners: dict[str, str] = {}
+    as_modules = _imported_as_modules(root)
     for module in _in_order(root):
-        tree = ast.parse(_source(module))
         kept: list[ast.stmt] = []
-        for node in tree.body:
+        for node in ast.parse(_source(module)).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 if not _is_left_out(node, module):
                     imports[ast.unparse(node)] = None
             elif not (_is_docstring(node) or _is_type_checking(node)):
                 kept.append(node)
-        for name in _names(kept):
+        names = list(_names(kept))
+        body = [ast.unparse(node) for node in kept]
+        if module in as_modules:
+            alias = module.rpartition(".")[2]
+            body.append(f"{alias} = SimpleNamespace({', '.join(f'{name}={name}' for name in names)})")
+            names.append(alias)
+        for name in names:
             if owners.setdefault(name, module) != module:
                 raise ValueError(f"{name} is in {owners[name]} and in {module}")
-        bodies.append(f"# --- {module}\n\n" + "\n\n".join(ast.unparse(node) for node in kept))
-    head = (
-        f'"""Latent Flow Transformer students (arXiv 2505.14513), made by lftpipe {lftpipe.__version__}.\n\n'
-        "Needs torch and transformers alone. Apache-2.0; https://arxiv.org/abs/2505.14513 has the method.\n"
-        '"""'
-    )
-    return "\n\n".join([head, "\n".join(imports), SHAPES.strip(), *bodies]) + "\n"
+        bodies.append(f"# --- {module}\n\n" + "\n\n".join(body))
+    return ["\n".join(imports), SHAPES.strip(), *bodies]
 
 
 def auto_map(model: Any) -> dict[str, str]:
@@ -81,18 +104,36 @@ def auto_map(model: Any) -> dict[str, str]:
     return {"AutoConfig": f"{MODULE}.{config}", "AutoModelForCausalLM": f"{MODULE}.{causal}"}
 
 
+def _file(module: str) -> Path:
+    return Path(lftpipe.__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
+
+
+def _needed(module: str) -> Iterator[tuple[str, bool]]:
+    """The modules of lftpipe that a module names at its top level, and whether it imports them as modules."""
+    for node in ast.parse(_source(module)).body:
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lftpipe"):
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            if all(_file(name).is_file() for name in inner):
+                yield from ((name, True) for name in inner)
+            else:
+                yield str(node.module), False
+
+
+def _imported_as_modules(root: str) -> set[str]:
+    """Modules that others name with a dot behind: `from lftpipe.teacher import skeleton`."""
+    return {name for module in _in_order(root) for name, whole in _needed(module) if whole}
+
+
 def _source(module: str) -> str:
-    package, _, name = module.rpartition(".")
-    return (resources.files(package) / str(PurePosixPath(f"{name}.py"))).read_text("utf-8")
+    return _file(module).read_text("utf-8")
 
 
 def _in_order(module: str, seen: dict[str, None] | None = None) -> list[str]:
     """The modules of lftpipe that a module needs when it is imported, each after those it needs itself."""
     seen = {} if seen is None else seen
     if module not in seen:
-        for node in ast.parse(_source(module)).body:
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lftpipe."):
-                _in_order(str(node.module), seen)
+        for name, _ in _needed(module):
+            _in_order(name, seen)
         seen[module] = None
     return list(seen)
 
@@ -102,7 +143,7 @@ def _is_left_out(node: ast.Import | ast.ImportFrom, module: str) -> bool:
         if node.module == "jaxtyping":
             return True
         if str(node.module).startswith("lftpipe"):
-            if node.module == "lftpipe" or any(alias.asname for alias in node.names):
+            if any(alias.asname for alias in node.names):
                 raise ValueError(f"{module}: {ast.unparse(node)} cannot be left out")
             return True
         return False
