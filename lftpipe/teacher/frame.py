@@ -16,7 +16,7 @@ from lftpipe.teacher import skeleton
 from lftpipe.teacher.family import Arguments, AttentionContext
 
 #: What a recorder returns beside the states, in the order in which it is tried: the model may unpack it.
-ARITIES = (0, 1, 2, 3)
+LAYER_ARITIES = (0, 1, 2, 3)
 
 
 class Recorder(nn.Module):
@@ -170,7 +170,7 @@ class Frame(nn.Module):
 
     def _find_arity(self) -> None:
         error: Exception | None = None
-        for arity in ARITIES:
+        for arity in LAYER_ARITIES:
             for recorder in self.recorders:
                 recorder.arity = arity
             try:
