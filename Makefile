@@ -26,7 +26,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check lint coverage slow runtimes results sweep report pythia-tiny smollm2 qwen gemma \
+.PHONY: help setup demo test check lint coverage slow fuzz crash runtimes results sweep report pythia-tiny smollm2 qwen gemma \
         docs dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -120,6 +120,15 @@ coverage: setup
 
 slow: setup
 	$(BIN)/pytest -m slow
+
+# Every reader on damaged and edited files: read right, or refused in one line. CASES of each reader.
+CASES      ?= 500
+fuzz: setup
+	LFTPIPE_FUZZ_CASES=$(CASES) $(BIN)/pytest -s -m slow tests/fuzz
+
+# Every command that writes, killed at every disk operation and run again.
+crash: setup
+	$(BIN)/pytest -s -m "slow or not slow" tests/stages/test_crash.py tests/store/test_crash.py tests/test_outputs.py
 
 # Exports in other runtimes, lm_eval and llama.cpp, and the table of what runs where.
 runtimes: setup

@@ -69,7 +69,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     with making(out, [page], marks=MARKS, force=settings.force) as staging:
         result = _results(settings, store_path)
         result.write(staging.path(out))
-        staging.path(page).write_text(markdown(result))
+        staging.path(page).write_text(markdown(result), encoding="utf-8")
     return result.to_json() | {"out": str(out)}
 
 

@@ -145,7 +145,7 @@ def _write(model: Any, teacher: Teacher, card: str, result: dict[str, Any], fold
             (folder / f"{MODULE}.py").write_text(modelling_file(model), encoding="utf-8")
         model.save_pretrained(folder)
         load_tokenizer(teacher).save_pretrained(folder)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         files = sorted({SOURCE, *(entry.name for entry in folder.iterdir())})
         of_result = {key: result[key] for key in ("form", "blocks", "runs", "k", "solver")}
         recorded: Any = teacher.identity() | {"tokenizer_digest": teacher.tokenizer_digest}

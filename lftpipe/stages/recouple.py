@@ -49,7 +49,7 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
         shown = _shown(settings, layers, store.layers)
         result = make_map(settings, store, layers)
         draw_recoupling(result, shown or _default_shown(result), staging.path(picture))
-        staging.path(page).write_text(recoupling_page(result))
+        staging.path(page).write_text(recoupling_page(result), encoding="utf-8")
         result.write(staging.path(out))
     return result.to_json() | {
         "store": str(path),

@@ -68,7 +68,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     with making(out, [page, picture], marks=MARKS, force=settings.force, cure=cure) as staging:
         trained, result = _swept(settings, store_path, out.with_suffix(""))
         draw_sweep(result, staging.path(picture))
-        staging.path(page).write_text(markdown(result))
+        staging.path(page).write_text(markdown(result), encoding="utf-8")
         result.write(staging.path(out))
     return result.to_json() | {"out": str(out), "trained": trained}
 
