@@ -9,6 +9,8 @@ class LftpipeError(Exception):
     """Base of all errors that the command line prints as one line, with exit status 1."""
 
     def __init__(self, given: str, expected: str, do: str) -> None:
+        # A name or a library's reason may have line ends in it.
+        given, expected, do = (" ".join(part.split()) for part in (given, expected, do))
         super().__init__(f"given: {given} / expected: {expected} / do: {do}")
         self.given = given
         self.expected = expected
