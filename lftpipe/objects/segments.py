@@ -3,6 +3,7 @@
 import re
 import threading
 from abc import abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from typing_extensions import override
@@ -63,12 +64,16 @@ class SegmentLog(Storage):
 
     @override
     def read_log(self) -> bytes | None:
-        lines: bytes | None = None
-        for number in self._segments():
+        def segment(number: int) -> bytes:
             try:
-                data = self.read(self._name(number))
-            except FileNotFoundError:  # it was begun anew just now
-                continue
+                return self.read(self._name(number))
+            except FileNotFoundError:  # the log was begun anew just now
+                return b""
+
+        lines: bytes | None = None
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            segments = list(pool.map(segment, self._segments()))
+        for data in filter(None, segments):
             first, _, rest = data.partition(b"\n")
             lines = rest if first == b"begin" else (lines or b"") + data
         return lines

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from fake_states import files, make_spec, write
 from object_server import Proxy, make_bucket, s3_server
 
@@ -18,7 +19,7 @@ from lftpipe.config.settings import (
     VerifySettings,
 )
 from lftpipe.errors import StoreError
-from lftpipe.objects import mirror, storage_of, url_of
+from lftpipe.objects import bucket, mirror, storage_of, url_of
 from lftpipe.objects.bucket import BucketStorage
 from lftpipe.objects.cache import RangeCache
 from lftpipe.objects.hub import HubStorage
@@ -165,6 +166,45 @@ def test_connections_that_are_cut_are_tried_again(server, monkeypatch, machine):
     for each in read:
         np.testing.assert_array_equal(each, want)
     assert proxy.refused > 3
+
+
+def test_a_large_object_is_put_in_parts(server, machine, monkeypatch):
+    monkeypatch.setattr(bucket, "PART_BYTES", 5 * 2**20)
+    storage = BucketStorage(make_bucket(server, "parts"))
+    data = np.random.default_rng(0).integers(0, 256, 12 * 2**20, np.uint8).tobytes()
+    (machine / "a").mkdir()
+    (machine / "a/large").write_bytes(data)
+    storage.take(machine, ["a/large"])
+    assert not (machine / "a/large").exists()
+    assert storage.read("a/large") == data
+    assert storage.digest("a/large") == xxhash.xxh3_128_hexdigest(data)
+    opened = storage.open("a/large", 100, 7)  # it should have had another size
+    assert (opened.size, opened.end) == (len(data), data[-100:])
+    for wrong in (len(data) + 1, 2 * len(data)):
+        assert storage.open("a/large", 100, wrong).end == data[-100:]
+
+
+def test_a_put_that_fails_for_good_is_one_line_and_loses_nothing(server, machine, monkeypatch):
+    path = Path(f"{make_bucket(server, 'failing')}/work/states.zarr")
+    real, asked = BucketStorage.put, []
+
+    def put(self, name: str, file: Path) -> None:
+        asked.append(name)
+        if len(asked) == 5:
+            raise StoreError(f"{self.where} cannot be reached", "an object store that answers", "wait")
+        real(self, name, file)
+
+    monkeypatch.setattr(BucketStorage, "put", put)
+    with pytest.raises(StoreError, match="cannot be reached"):
+        write(path, make_spec())
+    with pytest.raises(StoreError, match=r"store holds \d of 4 shards"):
+        Store.open(path)
+    write(path, make_spec())
+    write(machine / "there", make_spec())
+    storage = storage_of(path)
+    for name, data in files(machine / "there").items():
+        if name != "writer.lock":
+            assert storage.read(name) == data
 
 
 @pytest.fixture
