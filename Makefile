@@ -128,7 +128,7 @@ fuzz: setup
 
 # Every command that writes, killed at every disk operation and run again.
 crash: setup
-	$(BIN)/pytest -s -m "slow or not slow" tests/stages/test_crash.py tests/store/test_crash.py tests/test_outputs.py
+	$(BIN)/pytest -s -m "slow or not slow" tests/stages/test_crash.py tests/store/test_killed.py tests/test_outputs.py
 
 # Exports in other runtimes, lm_eval and llama.cpp, and the table of what runs where.
 runtimes: setup
