@@ -26,7 +26,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check lint coverage slow fuzz crash runtimes results sweep report pythia-tiny smollm2 qwen gemma \
+.PHONY: help setup demo test check lint coverage slow fuzz crash runtimes results sweep report pythia-tiny smollm2 qwen gemma families \
         docs dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -99,6 +99,10 @@ gemma: $(WORKSPACE)/gemma3-270m/teacher.gguf
 
 $(FETCHED): $(WORKSPACE)/%/teacher.gguf: | $(VENV)/.installed
 	$(BIN)/python pipelines/fetch.py $* --out $@
+
+# What works for which model type: the table in docs/families.md.
+families: setup
+	$(BIN)/python benchmarks/families.py --out docs/families.md
 
 # --- checks ---------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """What works for which model type of the installed transformers, tried on a tiny random model of each.
 
-python benchmarks/families.py --out docs/families-table.md
+python benchmarks/families.py --out docs/families.md
 python benchmarks/families.py --only qwen2,mamba2        # prints a line for each
 """
 
@@ -28,7 +28,7 @@ from lftpipe.flow.velocity import Velocity
 from lftpipe.student.assemble import build_student
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.family import attention_context
-from lftpipe.teacher.kinds import check_attention
+from lftpipe.teacher.kinds import check_attention, check_kind
 from lftpipe.teacher.parts import Tail, load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.trunk import Trunk
@@ -37,6 +37,9 @@ from lftpipe.teacher.trunk import Trunk
 PATIENCE = 120
 
 CONTEXT = 12
+
+#: What comes after it in a document is the table's.
+MARK = "<!-- made by `make families`; do not edit -->"
 
 
 @dataclass
@@ -75,7 +78,7 @@ def try_family(model_type: str, folder: Path) -> Line:
         states = _states(teacher, tokens)
         line.states = True
         with torch.no_grad():
-            logits = model(tokens).logits
+            logits = model(tokens, use_cache=False).logits
         check_attention(model_type, teacher.family, teacher.config, tuple(range(teacher.num_layers)))
         line.attention = True
     except Exception as error:
@@ -103,6 +106,9 @@ def try_family(model_type: str, folder: Path) -> Line:
 def _tiny(model_type: str) -> Any:
     """A model with random weights that runs."""
     error: Exception | None = None
+    default = CONFIG_MAPPING[model_type]()
+    if default.get_text_config(decoder=True) is not default:
+        check_kind(default, "")
     for config in tiny_configs(CONFIG_MAPPING[model_type]):
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -111,7 +117,7 @@ def _tiny(model_type: str) -> Any:
                 for name, weight in model.named_parameters():
                     noise = torch.randn(weight.shape, generator=generator)
                     weight.copy_(1 + 0.1 * noise if "norm" in name and weight.ndim == 1 else 0.1 * noise)
-                if not model.eval()(torch.arange(1, 5)[None]).logits.isfinite().all():
+                if not model.eval()(torch.arange(1, 5)[None], use_cache=False).logits.isfinite().all():
                     raise ValueError("logits that are not finite")
             return model
         except Exception as raised:
@@ -193,7 +199,7 @@ def table(lines: list[Line]) -> str:
         for name in ("states", "attention", "flow", "student", "plain", "gguf")
     }
     rows = [
-        "<!-- made by `python benchmarks/families.py`; do not edit -->",
+        MARK,
         "",
         f"transformers {transformers.__version__}: {len(lines)} model types with a `*ForCausalLM` class. "
         f"{sums['states']} extract and map, {sums['attention']} of them with attention outputs; "
@@ -251,7 +257,8 @@ def main() -> None:
                 with arguments.log.open("a") as log:
                     log.write(text + "\n")
     if arguments.out:
-        arguments.out.write_text(table([known[name] for name in types]))
+        prose = arguments.out.read_text().partition(MARK)[0] if arguments.out.exists() else ""
+        arguments.out.write_text(prose + table([known[name] for name in types]))
 
 
 if __name__ == "__main__":

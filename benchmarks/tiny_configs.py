@@ -43,6 +43,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"num_key_value_heads": 4},
     {"intermediate_size": 64},
     {"intermediate_size": 64, "num_heads": 8, "head_dim": 8},
+    {"head_dim": 4},
+    {"head_dim": 4, "num_key_value_heads": 4},
     {"head_dim": 16},
     {"head_dim": 32, "num_attention_heads": 1, "num_key_value_heads": 1},
     {"num_key_value_heads": 1},
@@ -70,15 +72,27 @@ def tiny_configs(kind: Any) -> Iterator[Any]:
         for name, value in default.items():
             if isinstance(value, list) and len(value) == count and "token" not in name:
                 values[name] = _some_of(value, layers)
-        for name in ("model_type", "transformers_version", "architectures", "dtype", "rope_parameters"):
+        for name in ("model_type", "transformers_version", "architectures", "dtype"):
             values.pop(name, None)
+        rotary = values.get("rope_parameters") or {}
+        if not any(isinstance(each, dict) for each in rotary.values()):  # one for each kind of layer
+            values.pop("rope_parameters", None)
+        values = {name: value for name, value in values.items() if not _is_config(value)}
         try:
             yield kind(**values)
         except Exception:  # of the config's own checks
             continue
 
 
+def _is_config(value: Any) -> bool:
+    return isinstance(value, dict) and "transformers_version" in value
+
+
 def _value(name: str, value: Any) -> Any:
+    if value is None and re.search(r"n_routed_experts", name):
+        return 4
+    if value is None and re.search(r"num_experts_per_tok|n_group$|topk_group", name):
+        return 1
     if isinstance(value, bool) or not isinstance(value, int) or value == 0:
         return 0 if value is None and re.search(r"^(pad|bos|eos)_token_id$", name) else value
     return next((to for pattern, to in RULES if re.search(pattern, name) and to is not None), value)

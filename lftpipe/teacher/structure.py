@@ -36,7 +36,7 @@ class Logits(nn.Module):
 
     def __init__(self, model: Any, base: str) -> None:
         super().__init__()
-        self.handed = _Handed()
+        self.handed = _Handed(model.get_submodule(base))
         model.set_submodule(base, self.handed)
         self.model = model
 
@@ -51,7 +51,16 @@ class Logits(nn.Module):
 class _Handed(nn.Module):
     """In the place of the base model: its output is what it was given beforehand."""
 
-    states: Tensor | None = None
+    def __init__(self, stands_for: nn.Module) -> None:
+        super().__init__()
+        self._stands_for = [stands_for]  # in a list, so that it is no part of this module
+        self.states: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stands_for"][0], name)  # models read a multiplier there, say
 
     def forward(self, *_: Any, **__: Any) -> "_Output":
         return _Output(self.states)
