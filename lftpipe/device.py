@@ -84,6 +84,18 @@ def resolve_compute_dtype(name: str, device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def device_kind(device: str) -> str:
+    """Where results are the same to the bit: `cpu`, or a GPU's model; a store is computed by one kind.
+
+    Parameters
+    ----------
+    device
+        As in `--device`.
+    """
+    kind = torch.device(device).type
+    return f"cuda {torch.cuda.get_device_name(device)}" if kind == "cuda" else kind
+
+
 def prepare(device: str, threads: int | None) -> None:
     """Check that there is such a device, and make the processor ready.
 

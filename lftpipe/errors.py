@@ -16,6 +16,9 @@ class LftpipeError(Exception):
         self.expected = expected
         self.do = do
 
+    def __reduce__(self) -> tuple[type["LftpipeError"], tuple[str, str, str]]:
+        return type(self), (self.given, self.expected, self.do)
+
 
 class CorpusError(LftpipeError):
     """The text is missing, unreadable, or too little."""
@@ -27,6 +30,10 @@ class TeacherError(LftpipeError):
 
 class StoreError(LftpipeError):
     """The store is missing, incomplete, damaged, busy, or of another identity."""
+
+
+class StoreBusyError(StoreError):
+    """Another process writes the store."""
 
 
 class SettingsError(LftpipeError):

@@ -62,7 +62,10 @@ ROOMS: dict[str, tuple[str, str]] = {
     "objects": ("errors files", "torch numpy transformers zarr"),
     "store": ("errors files objects", "torch transformers"),
     "batch": ("corpus device store teacher", "transformers zarr"),
-    "extraction": ("batch errors config corpus device objects progress store teacher workspace", "zarr"),
+    "extraction": (
+        "batch errors config corpus device files objects progress store teacher workspace",
+        "zarr",
+    ),
     "recoupling": ("artefacts errors config corpus device flow outputs progress store", "transformers zarr"),
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
     "runs": ("artefacts config errors files flow teacher", "transformers zarr"),

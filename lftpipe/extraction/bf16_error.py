@@ -2,24 +2,41 @@
 
 import math
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lftpipe.extraction.forward import Tokens, batch_of
-from lftpipe.extraction.plan import Plan
+from lftpipe.extraction.forward import batch_of
+from lftpipe.store import Store, StoreSpec
 from lftpipe.teacher.logits import compute_batch
 from lftpipe.teacher.trunk import Trunk
 
+Errors = dict[str, dict[str, list[float | None]]]
 
-def measured_trunk(plan: Plan, tokens: Tokens) -> tuple[Trunk, dict[str, Any]]:
-    """The plan's trunk, and the error of its states against those computed in float32.
 
-    The float32 trunk is gone before the other is loaded, and its states wait in a file without a name:
-    measuring takes no more memory than extracting does.
+def bf16_error(
+    path: Path, spec: StoreSpec, load_exact: Callable[[], Trunk], load: Callable[[], Trunk], device: str
+) -> dict[str, Any]:
+    """The error of a trunk's states against those computed in float32.
+
+    The float32 trunk is gone before the other is loaded, its layers come to the device one at a time, and its
+    states wait in a file without a name: measuring takes no more memory than extracting does.
+
+    Parameters
+    ----------
+    path, spec
+        The store in the making; its tokens are stored.
+    load_exact
+        Loads the float32 trunk, on the processor.
+    load
+        Loads the trunk that extracts.
+    device
+        Where both compute.
 
     Parameters
     ----------
@@ -30,19 +47,15 @@ def measured_trunk(plan: Plan, tokens: Tokens) -> tuple[Trunk, dict[str, Any]]:
 
     Returns
     -------
-    Trunk
-        Ready to extract with.
     dict
         `sequences`, `tokens`; of `hidden` and `attention` the lists `nmse` and `nmse_without_first`
         (position 0 left out), in the order of the stored layers. JSON-plain.
     """
-    rows = range(min(plan.batch_sequences, len(tokens["train"][0])))
-    batch = batch_of(tokens, "train", rows, torch.device(plan.device))
-    kept = {"hidden": plan.layers, "attention": plan.attention_layers}
-    errors: dict[str, dict[str, list[float | None]]] = {
-        array: {"nmse": [], "nmse_without_first": []} for array, layers in kept.items() if layers
-    }
-    with tempfile.TemporaryFile(dir=plan.path.parent) as scratch:
+    count = min(spec.identity["batch_sequences"], spec.sequences["train"])
+    batch = batch_of(Store.unfinished(path, spec), "train", range(count), torch.device(device))
+    kept = {"hidden": spec.layers, "attention": spec.attention_layers}
+    errors: Errors = {array: {"nmse": [], "nmse_without_first": []} for array in kept if kept[array]}
+    with tempfile.TemporaryFile(dir=path.parent) as scratch:
 
         def write(array: str, layer: int | None, state: Tensor) -> None:
             if layer in kept[array]:
@@ -55,13 +68,48 @@ def measured_trunk(plan: Plan, tokens: Tokens) -> tuple[Trunk, dict[str, Any]]:
                 for name, first in (("nmse", 0), ("nmse_without_first", 1)):
                     errors[array][name].append(_nmse(ours[:, first:], theirs[:, first:]))
 
-        exact = replace(plan, compute_dtype=torch.float32).load_trunk()
-        compute_batch(exact, None, batch.tokens, batch.position_ids, write)
+        with layer_by_layer(load_exact(), torch.device(device)) as exact:
+            compute_batch(exact, None, batch.tokens, batch.position_ids, write)
         del exact
         scratch.seek(0)
-        trunk = plan.load_trunk()
-        compute_batch(trunk, None, batch.tokens, batch.position_ids, compare)
-    return trunk, {"sequences": len(batch), "tokens": batch.tokens.numel(), **errors}
+        compute_batch(load(), None, batch.tokens, batch.position_ids, compare)
+    return {"sequences": len(batch), "tokens": batch.tokens.numel(), **errors}
+
+
+@contextmanager
+def layer_by_layer(trunk: Trunk, device: torch.device) -> Iterator[Trunk]:
+    """A trunk on the processor, to be run on a device that holds no more than one of its layers."""
+    if device == trunk.device:
+        yield trunk
+        return
+    layers, home = trunk.layers, trunk.device
+    inside = {id(part) for part in layers.modules()}
+    for part in trunk.model.modules():
+        if id(part) not in inside:
+            for held in (part._parameters, part._buffers):
+                for name, value in held.items():
+                    held[name] = None if value is None else _moved(value, device)
+
+    def enter(layer: nn.Module, _: Any) -> None:
+        layer.to(device)
+
+    def leave(layer: nn.Module, *_: Any) -> None:
+        layer.to(home)
+
+    hooks = [layer.register_forward_pre_hook(enter, prepend=True) for layer in layers]
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
+    trunk.device = device
+    try:
+        yield trunk
+    finally:
+        trunk.device = home
+        for hook in hooks:
+            hook.remove()
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    moved = value.to(device)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(value, nn.Parameter) else moved
 
 
 def _nmse(ours: np.ndarray, theirs: np.ndarray) -> float | None:
@@ -71,5 +119,5 @@ def _nmse(ours: np.ndarray, theirs: np.ndarray) -> float | None:
     """
     energy = float(np.square(theirs, dtype=np.float64).sum())
     error = float(np.square(ours - theirs, dtype=np.float64).sum())
-    share = error / energy if energy else error
-    return float(f"{share:.3g}") if math.isfinite(share) else None
+    fraction = error / energy if energy else error
+    return float(f"{fraction:.3g}") if math.isfinite(fraction) else None

@@ -17,6 +17,7 @@ from lftpipe.corpus.readers import Corpus, open_corpus
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.objects import storage_of
+from lftpipe.store import planned_spec
 from lftpipe.store.codec import encoded_bytes
 from lftpipe.teacher.kinds import check_attention
 from lftpipe.teacher.logits import Head, compute_batch
@@ -25,11 +26,21 @@ from lftpipe.teacher.streamed import StreamedTrunk
 from lftpipe.teacher.trunk import Trunk
 from lftpipe.workspace import STORE_NAME
 
-#: Aim for the bytes of one shard: large enough to write in one sweep, small enough to redo after a kill.
+#: Aim for the bytes of states in one shard of a small store: little is to be redone after a kill.
 SHARD_BYTES = 128 * 2**20
+
+#: And of a large one, which would have too many files.
+LARGE_SHARD_BYTES = 2**30
+
+#: Bytes of states from which a store is a large one.
+LARGE_STORE_BYTES = 16 * 2**30
 
 #: And at most so many sequences: a shard's index has a place for each, filled or not.
 SHARD_SEQUENCES = 256
+MOST_SHARD_SEQUENCES = 4096
+
+#: Of a store without states: tokens are small, and never worth a file for each sequence.
+SHARD_TOKENS = 2**21
 
 #: Room left free on the disk beside the store.
 DISK_MARGIN = 256 * 2**20
@@ -53,16 +64,13 @@ class Plan:
     compression: str
     logits: int
     device: str
+    batch_asked: int
+    """Sequences of a batch as asked for: more than `batch_sequences` where a shard holds no more."""
     stream_layers: bool = False
-
-    @property
-    def pass_sequences(self) -> int:
-        """Sequences that the trunk is given at once: a whole shard where layers are streamed."""
-        return self.sequences_per_shard if self.stream_layers else self.batch_sequences
 
     def load_trunk(self) -> Trunk:
         """The layers below the deepest state wanted; logits need the last state."""
-        deepest = self.teacher.num_layers if self.logits else max(self.layers)
+        deepest = self.teacher.num_layers if self.logits else max(self.layers, default=0)
         if self.stream_layers:
             return StreamedTrunk(
                 self.teacher,
@@ -146,35 +154,55 @@ def make_plan(settings: ExtractSettings) -> Plan:
             "--dtype float16 or float32: int8 codes hardly get smaller",
             "leave one of the two out",
         )
-    layers = parse_layers(settings.layers, teacher.num_layers + 1)
+    layers = () if settings.tokens_only else parse_layers(settings.layers, teacher.num_layers + 1)
     attention = tuple(l for l in layers if l < max(layers)) if settings.attention else ()  # noqa: E741
     check_attention(teacher.model, teacher.family, teacher.config, attention)
     state = state_bytes(settings.dtype, settings.context, teacher.width)
     batch = max(1, settings.batch_tokens // settings.context)
-    per_shard = min(max(1, int(SHARD_BYTES / (state * len(layers)))), SHARD_SEQUENCES)
     wanted = {
         "train": math.ceil(settings.tokens / settings.context),
         "validation": math.ceil(settings.validation_tokens / settings.context),
     }
+    path = settings.store or settings.workspace / teacher.name / STORE_NAME
+    per_shard = _sequences_per_shard(settings, path, state * len(layers), sum(wanted.values()), batch)
     return Plan(
         teacher=teacher,
         corpus=open_corpus(name, settings.max_document_bytes),
-        path=settings.store or settings.workspace / teacher.name / STORE_NAME,
+        path=path,
         layers=layers,
         attention_layers=attention,
         context=settings.context,
         wanted=wanted,
         batch_sequences=min(batch, per_shard),
-        # Whole batches to a shard: bf16 results depend on the batch, so a shard redone after a kill
-        # must be computed in the same batches.
-        sequences_per_shard=max(per_shard // batch * batch, min(batch, per_shard)),
+        sequences_per_shard=per_shard,
         compute_dtype=resolve_compute_dtype(settings.compute_dtype, settings.device),
         dtype=settings.dtype,
         compression=settings.compress,
         logits=settings.logits,
         device=settings.device,
         stream_layers=settings.stream_layers,
+        batch_asked=batch,
     )
+
+
+def _sequences_per_shard(
+    settings: ExtractSettings, path: Path, sequence_bytes: int, sequences: int, batch: int
+) -> int:
+    """Whole batches: bf16 results depend on the batch, so a shard redone must be computed in the same ones.
+
+    A store that is there keeps its own; else a large one gets larger shards than a small one.
+    """
+    if settings.shard_bytes is None and not settings.force and (old := planned_spec(path)):
+        return old.sequences_per_shard
+    if not sequence_bytes:
+        per_shard = max(1, SHARD_TOKENS // settings.context)
+    elif settings.shard_bytes is not None:
+        per_shard = min(max(1, settings.shard_bytes // sequence_bytes), MOST_SHARD_SEQUENCES)
+    elif sequence_bytes * sequences > LARGE_STORE_BYTES:
+        per_shard = min(max(1, LARGE_SHARD_BYTES // sequence_bytes), MOST_SHARD_SEQUENCES)
+    else:
+        per_shard = min(max(1, SHARD_BYTES // sequence_bytes), SHARD_SEQUENCES)
+    return max(per_shard // batch * batch, min(batch, per_shard))
 
 
 def check_disk(plan: Plan) -> None:
@@ -188,8 +216,7 @@ def check_disk(plan: Plan) -> None:
     if storage_of(plan.path).remote:
         return  # only what is being written lies on this machine's disk
     arrays = plan.array_bytes()
-    # Tokens and documents wait in files of their own until they are written.
-    needed = sum(arrays.values()) + arrays["tokens"] + arrays["document"]
+    needed = sum(arrays.values())
     there = (
         sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file())
         if plan.path.exists()
@@ -243,6 +270,8 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "bytes": sum(by_array.values()),
         "bytes_by_array": by_array,
         "free_bytes": shutil.disk_usage(parent).free,
+        "batch_sequences": plan.batch_sequences,
+        "batch_asked": plan.batch_asked,
         "probe_tokens_per_second": round(rate, 1),
         "seconds": round(sum(tokens.values()) / rate, 1),
     }

@@ -1,22 +1,18 @@
-"""A corpus to packed tokens of whole sequences, and the specification of the store that will hold them."""
+"""From a corpus to the tokens of a store, committed while the text is packed."""
 
-import os
-import tempfile
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import lftpipe
 from lftpipe import progress
 from lftpipe.corpus.packing import SPLITS, Packing
-from lftpipe.device import dtype_name
+from lftpipe.device import device_kind, dtype_name
 from lftpipe.errors import CorpusError, TeacherError
-from lftpipe.extraction.forward import Tokens
 from lftpipe.extraction.plan import Plan
-from lftpipe.store import StoreSpec
+from lftpipe.store import StoreSpec, StoreWriter
+from lftpipe.teacher.source import load_tokenizer
 
 #: More than a token has on average: with so many for each that is wanted, a corpus has enough text.
 CHARACTERS_OF_A_TOKEN = 8
@@ -25,16 +21,15 @@ CHARACTERS_OF_A_TOKEN = 8
 LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 
-def packing_of(plan: Plan, tokenizer: Any) -> Packing:
-    """The corpus as sequences of this tokenizer's tokens; nothing is read yet.
+def packing_of(plan: Plan) -> Packing:
+    """The corpus as sequences of the teacher's tokens; nothing is read yet.
 
     Parameters
     ----------
     plan
         What is extracted.
-    tokenizer
-        The teacher's fast tokenizer, of transformers.
     """
+    tokenizer = load_tokenizer(plan.teacher)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
 
@@ -44,15 +39,13 @@ def packing_of(plan: Plan, tokenizer: Any) -> Packing:
     return Packing(plan.corpus, encode, tokenizer.eos_token_id, plan.context, plan.wanted)
 
 
-def fitted(plan: Plan, packing: Packing) -> Plan:
+def fitted(plan: Plan) -> Plan:
     """The plan with no more sequences than the corpus has text for, if it is a short local one.
 
     Parameters
     ----------
     plan
         What is extracted.
-    packing
-        The corpus as sequences; it may be read once for this.
     """
     enough = CHARACTERS_OF_A_TOKEN * sum(plan.wanted.values()) * plan.context
     seen = 0
@@ -62,30 +55,39 @@ def fitted(plan: Plan, packing: Packing) -> Plan:
             break
     if seen >= enough or not plan.corpus.local:
         return plan
+    packing = packing_of(plan)
     packing.fit_to_small_corpus()
     for _ in packing:
         pass
     return replace(plan, wanted=packing.made)
 
 
-def pack(packing: Packing, plan: Plan) -> Tokens:
-    """Token ids and document numbers of each split, `(sequence, position)`, in files mapped to memory.
+def are_stored(writer: StoreWriter) -> bool:
+    """Whether all tokens are stored that are asked for, and the corpus was read to the end for them."""
+    return "corpus_digest" in writer.spec.details and writer.missing_tokens() is None
+
+
+def store_tokens(plan: Plan, writer: StoreWriter, packing: Packing) -> None:
+    """Pack the corpus, and commit the tokens shard by shard; those that are stored are compared.
 
     Parameters
     ----------
-    packing
-        The corpus as sequences.
     plan
-        What is extracted.
+        What is asked for.
+    writer
+        The store, begun for as many sequences as are asked for; it then knows how many there are.
+    packing
+        See `packing_of`.
+
+    Raises
+    ------
+    LftpipeError
+        If the text is too little, or other than that of the stored tokens.
     """
-    packing.fit_to_small_corpus()
-    plan.path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {
-        split: [_on_disk(plan.path.parent, (count, plan.context)) for _ in ("tokens", "document")]
-        for split, count in plan.wanted.items()
-    }
+    if not writer.complete:  # what it says of the corpus is no longer true until all is packed
+        writer.note(corpus_digest=None, corpus_documents=None, asked=None)
+    shards = {split: _Shard(writer, split, plan.context) for split in SPLITS}
     vocabulary = plan.teacher.config.vocab_size
-    made = dict.fromkeys(SPLITS, 0)
     total = sum(plan.wanted.values()) * plan.context
     with progress.task(f"tokenise {plan.corpus.name}", total, "tokens") as task:
         for sequence in packing:
@@ -95,42 +97,57 @@ def pack(packing: Packing, plan: Plan) -> Tokens:
                     f"tokens below {vocabulary}, the model's vocabulary",
                     "put the model's own tokenizer.json into its folder",
                 )
-            tokens, document = rows[sequence.split]
-            tokens[made[sequence.split]] = sequence.tokens
-            document[made[sequence.split]] = sequence.document
-            made[sequence.split] += 1
+            shards[sequence.split].add(sequence.tokens, sequence.document)
             task.advance(plan.context)
     for split in SPLITS:
-        if plan.wanted[split] and not made[split]:
+        if plan.wanted[split] and not packing.made[split]:
             raise CorpusError(
                 f"corpus {plan.corpus.name} with too little text for {split}",
                 f"at least one sequence of {plan.context} tokens of it, from other documents than the rest",
                 "give more documents, a shorter --context, or --validation-tokens 0",
             )
-    return {
-        split: (tokens[: made[split]], document[: made[split]]) for split, (tokens, document) in rows.items()
-    }
+    if not writer.complete:
+        # A corpus that ended early need not be read again by whoever asks for just as much.
+        asked = plan.wanted if packing.made != plan.wanted else None
+        writer.note(packing.made, asked=asked)
+    for shard in shards.values():
+        shard.put()
+    if not writer.complete:
+        writer.note(corpus_digest=packing.digest, corpus_documents=packing.num_documents)
 
 
-def _on_disk(folder: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Whole numbers mapped to a file without a name: no other run meets it, and nothing remains of it."""
-    if not shape[0]:
-        return np.zeros(shape, np.int32)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        # All of its room at once: a disk that fills up later would kill the process at a mere assignment.
-        os.posix_fallocate(file.fileno(), 0, 4 * shape[0] * shape[1])
-        return np.memmap(file, np.int32, "r+", shape=shape)
+class _Shard:
+    """The sequences of a split that fill a shard together."""
+
+    def __init__(self, writer: StoreWriter, split: str, context: int) -> None:
+        self._writer, self._split, self._first = writer, split, 0
+        shape = (writer.spec.sequences_per_shard, context)
+        self._rows = np.empty(shape, np.int32), np.empty(shape, np.int32)
+        self._filled = 0
+
+    def add(self, *rows: np.ndarray) -> None:
+        """Append a sequence's tokens and documents, and put the shard if it is full."""
+        for kept, row in zip(self._rows, rows, strict=True):
+            kept[self._filled] = row
+        self._filled += 1
+        if self._filled == len(self._rows[0]):
+            self.put()
+
+    def put(self) -> None:
+        """Commit what there is."""
+        if self._filled:
+            tokens, document = (rows[: self._filled] for rows in self._rows)
+            self._writer.put_tokens(self._split, tokens, document, self._first)
+        self._first, self._filled = self._first + self._filled, 0
 
 
-def spec_of(plan: Plan, packing: Packing) -> StoreSpec:
-    """What the store will hold: its identity, and the details that may change as it grows.
+def spec_of(plan: Plan) -> StoreSpec:
+    """What the store is to hold: its identity, as many sequences as are asked for, and who makes it.
 
     Parameters
     ----------
     plan
         What is extracted.
-    packing
-        The corpus, after `pack` has read it.
     """
     identity = {
         "teacher": plan.teacher.identity(),
@@ -141,15 +158,11 @@ def spec_of(plan: Plan, packing: Packing) -> StoreSpec:
         "compute_dtype": dtype_name(plan.compute_dtype),
         "batch_sequences": plan.batch_sequences,
     }
-    # What a grown store may add to: the writer compares the tokens themselves with those it holds.
-    details = {
-        "corpus_digest": packing.digest,
-        "corpus_documents": packing.num_documents,
-        "versions": {"lftpipe": lftpipe.__version__} | {name: version(name) for name in LIBRARIES},
-    }
+    if (kind := device_kind(plan.device)) != "cpu":  # what processors computed was never marked
+        identity["device"] = kind
     return StoreSpec(
         identity=identity,
-        details=details,
+        details={"versions": {"lftpipe": lftpipe.__version__} | {name: version(name) for name in LIBRARIES}},
         layers=plan.layers,
         attention_layers=plan.attention_layers,
         context=plan.context,
@@ -157,6 +170,6 @@ def spec_of(plan: Plan, packing: Packing) -> StoreSpec:
         dtype=plan.dtype,
         compression=plan.compression,
         sequences_per_shard=plan.sequences_per_shard,
-        sequences=packing.made,
+        sequences=plan.wanted,
         logits=plan.logits,
     )

@@ -3,21 +3,25 @@
 import time
 from typing import Any
 
-import torch
-
 from lftpipe import progress
 from lftpipe.config.settings import ExtractSettings
-from lftpipe.corpus.packing import SPLITS, Packing
+from lftpipe.corpus.packing import SPLITS
 from lftpipe.device import dtype_name, prepare
-from lftpipe.errors import StoreError
-from lftpipe.extraction.bf16_error import measured_trunk
-from lftpipe.extraction.forward import Tokens, forward
+from lftpipe.errors import LftpipeError, SettingsError, StoreError
+from lftpipe.extraction.compute import compute, freeze
+from lftpipe.extraction.parts import (
+    Part,
+    absorb_parts,
+    all_done,
+    complete_when_free,
+    compute_part,
+    open_when_free,
+    parse_part,
+)
 from lftpipe.extraction.plan import Plan, check_disk, dry_run, make_plan
-from lftpipe.extraction.tokens import fitted, pack, packing_of, spec_of
+from lftpipe.extraction.tokens import are_stored, fitted, packing_of, spec_of, store_tokens
 from lftpipe.objects import storage_of
-from lftpipe.store import StoreWriter, verify_store
-from lftpipe.teacher.source import load_tokenizer
-from lftpipe.teacher.trunk import Trunk
+from lftpipe.store import StoreSpec, StoreWriter, abandon, verify_store
 
 
 def extract(settings: ExtractSettings) -> dict[str, Any]:
@@ -33,60 +37,113 @@ def extract(settings: ExtractSettings) -> dict[str, Any]:
     LftpipeError
         If teacher, corpus, settings, disk or an older store do not allow it.
     """
+    check(settings)
     prepare(settings.device, settings.threads)
     plan = make_plan(settings)
-    tokenizer = load_tokenizer(plan.teacher)
-    packing = packing_of(plan, tokenizer)
     if settings.dry_run:
-        return dry_run(fitted(plan, packing))
+        return dry_run(fitted(plan))
+    started = time.monotonic()
+    if settings.part is not None:
+        return _part(plan, settings, parse_part(settings.part), started)
+    repair = verify_store(plan.path) if settings.repair else None
+    _check_disk(plan)
+    with StoreWriter.open(
+        plan.path,
+        spec_of(plan),
+        resume=settings.resume,
+        force=settings.force,
+        repair=repair,
+        recheck=settings.check_corpus,
+    ) as writer:
+        _tokens(plan, writer, settings)
+        if not writer.complete:
+            absorb_parts(writer)
+        computed = compute(plan, writer, settings)
+        writer.finish()
+    return _result(plan, writer.spec, computed, started)
+
+
+def check(settings: ExtractSettings) -> None:
+    """Refuse settings that contradict.
+
+    Raises
+    ------
+    SettingsError
+        Naming them.
+    """
+    spread = [f"--{name}" for name in ("part", "ray") if getattr(settings, name) is not None]
+    spread += ["--workers"] if settings.workers > 1 else []
+    if len(spread) > 1:
+        raise SettingsError(" with ".join(spread), "one way to spread the work", "leave one out")
+    if settings.part is not None and (settings.force or settings.repair):
+        raise SettingsError(
+            f"--part with --{'force' if settings.force else 'repair'}",
+            "one process that does that",
+            "run it once without --part first",
+        )
+    if settings.tokens_only and settings.logits:
+        raise SettingsError("--tokens-only with --logits", "one of the two", "leave out --logits")
+
+
+def _check_disk(plan: Plan) -> None:
     try:
         check_disk(plan)
     except StoreError:  # the text may end before the disk does, which is only then worth a look
-        check_disk(fitted(plan, packing))
-    return _run(plan, packing, pack(packing, plan), settings)
+        check_disk(fitted(plan))
 
 
-def _run(plan: Plan, packing: Packing, tokens: Tokens, settings: ExtractSettings) -> dict[str, Any]:
-    spec = spec_of(plan, packing)
-    started = time.monotonic()
-    repair = verify_store(plan.path) if settings.repair else None
-    with StoreWriter.open(
-        plan.path, spec, resume=settings.resume, force=settings.force, repair=repair
-    ) as writer:
-        for split in SPLITS:
-            writer.put_tokens(split, *tokens[split])  # compares those that the store holds already
-        pending = writer.pending()
-        computed = sum(len(key.sequences) for key in pending) * plan.context
-        if pending:
-            forward(plan, writer, _trunk(plan, writer, tokens), tokens)
-        if not writer.complete:
-            writer.finish()
+def _tokens(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> None:
+    """Store the tokens, unless they are stored: then they are trusted."""
+    if are_stored(writer) and not settings.check_corpus:
+        return
+    try:
+        packing = packing_of(plan)
+        packing.fit_to_small_corpus()
+        store_tokens(plan, writer, packing)
+    except LftpipeError:
+        if writer.fresh:
+            writer.close()
+            abandon(plan.path)
+        raise
+
+
+def _part(plan: Plan, settings: ExtractSettings, part: Part, started: float) -> dict[str, Any]:
+    """Compute one part; complete the store if all parts are there."""
+    found = open_when_free(plan, settings)
+    if isinstance(found, StoreWriter):
+        with found as writer:
+            _check_disk(plan)
+            _tokens(plan, writer, settings)
+            if writer.complete:
+                return _result(plan, writer.spec, 0, started)
+            found = freeze(plan, writer, settings)
+    computed = compute_part(plan, found, settings, part)
+    spec = found.spec
+    whole = all_done(found, part.count)
+    if whole:
+        spec = complete_when_free(plan, settings)
+    return _result(plan, spec, computed, started) | {"part": list(part), "complete": whole}
+
+
+def _result(plan: Plan, spec: StoreSpec, computed: int, started: float) -> dict[str, Any]:
     seconds = time.monotonic() - started
     return {
         "store": str(plan.path),
         "teacher": plan.teacher.name,
         "already_complete": not computed,
-        "tokens": {split: packing.made[split] * plan.context for split in SPLITS},
+        "tokens": {split: spec.sequences[split] * plan.context for split in SPLITS},
         "tokens_asked": {split: count * plan.context for split, count in plan.wanted.items()},
-        "documents": packing.num_documents,
+        "documents": spec.details["corpus_documents"],
         "layers": list(plan.layers),
         "attention_layers": list(plan.attention_layers),
         "logits": plan.logits,
         "compute_dtype": dtype_name(plan.compute_dtype),
+        "batch_sequences": plan.batch_sequences,
+        "batch_asked": plan.batch_asked,
         "bytes": storage_of(plan.path).total_bytes(),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(computed / max(seconds, 1e-9), 1),
     }
-
-
-def _trunk(plan: Plan, writer: StoreWriter, tokens: Tokens) -> Trunk:
-    """The teacher's trunk; what its compute dtype costs is measured once in a store's life, and noted."""
-    known = plan.compute_dtype == torch.float32 or "compute_error" in writer.spec.details
-    if known or not len(tokens["train"][0]):
-        return plan.load_trunk()
-    trunk, error = measured_trunk(plan, tokens)
-    writer.note(compute_error=error)
-    return trunk
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -96,24 +153,38 @@ def summary(result: dict[str, Any]) -> str:
     layers = f"{len(result['layers'])} states and {len(result['attention_layers'])} attention outputs"
     if result["logits"]:
         layers += f" and {result['logits']} logits"
+    if not result["layers"]:
+        layers = "no states"
+    lines = []
     if result.get("dry_run"):
         arrays = ", ".join(
             f"{name} {progress.human_bytes(n)}" for name, n in result["bytes_by_array"].items()
         )
         free = progress.human_bytes(result["free_bytes"])
-        return (
-            f"{result['store']} would hold {tokens} tokens x {layers}\n"
-            f"  {size} as {result['dtype']} ({arrays}); {free} are free\n"
+        lines += [
+            f"{result['store']} would hold {tokens} tokens x {layers}",
+            f"  {size} as {result['dtype']} ({arrays}); {free} are free",
             f"  about {result['seconds']:.0f} s at {result['probe_tokens_per_second']:,.0f} tokens/s "
-            f"({result['compute_dtype']})"
-        )
-    lines = [f"{result['store']} holds {tokens} tokens of {result['teacher']} x {layers}, {size}"]
-    if result["already_complete"]:
-        lines.append("  it was complete already: nothing was computed")
+            f"({result['compute_dtype']})",
+        ]
+    elif not result.get("complete", True):
+        index, count = result["part"]
+        lines.append(f"part {index} of {count} of {result['store']} is done; others are not yet")
     else:
-        lines.append(f"  {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tokens/s")
-    for split, asked in result["tokens_asked"].items():
-        if result["tokens"][split] < asked:
-            lines.append(f"  the corpus ended before the {asked:,} {split} tokens asked for")
-    lines.append(f"next: lftpipe recouple --store {result['store']}")
+        lines.append(f"{result['store']} holds {tokens} tokens of {result['teacher']} x {layers}, {size}")
+        if result["already_complete"]:
+            lines.append("  it was complete already: nothing was computed")
+        else:
+            lines.append(f"  {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tokens/s")
+        for split, asked in result["tokens_asked"].items():
+            if result["tokens"][split] < asked:
+                lines.append(f"  the corpus ended before the {asked:,} {split} tokens asked for")
+    if result["layers"] and result["batch_sequences"] < result["batch_asked"]:
+        lines.append(
+            f"  a batch has {result['batch_sequences']} sequences, not {result['batch_asked']}: a shard "
+            "holds no more; a new store with a larger --shard-bytes does"
+        )
+    if not result.get("dry_run") and result.get("complete", True):
+        step = "recouple" if result["layers"] else "train --from-teacher --block M:N"
+        lines.append(f"next: lftpipe {step} --store {result['store']}")
     return "\n".join(lines)

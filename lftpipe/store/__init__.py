@@ -1,8 +1,12 @@
 """The cache of a teacher's states: a Zarr store never wrong, and read at the speed of a memory map."""
 
 from lftpipe.store.batches import Batch, Logits, batch_sequences
+from lftpipe.store.journal import read_plan, stored_records
 from lftpipe.store.layout import ShardKey, StoreSpec
+from lftpipe.store.manifest import planned_spec
+from lftpipe.store.parts import PartJournal, read_parts
 from lftpipe.store.reader import Store
+from lftpipe.store.resume import abandon
 from lftpipe.store.sealed import Sealed
 from lftpipe.store.shard_writer import ShardWriter, Slot, produce_shard
 from lftpipe.store.verify import Damage, Report, verify_store
@@ -12,6 +16,7 @@ __all__ = [
     "Batch",
     "Damage",
     "Logits",
+    "PartJournal",
     "Report",
     "Sealed",
     "ShardKey",
@@ -20,7 +25,12 @@ __all__ = [
     "Store",
     "StoreSpec",
     "StoreWriter",
+    "abandon",
     "batch_sequences",
+    "planned_spec",
     "produce_shard",
+    "read_parts",
+    "read_plan",
+    "stored_records",
     "verify_store",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from lftpipe.errors import StoreError
+from lftpipe.errors import StoreBusyError, StoreError
 from lftpipe.files import canonical, file_digest, read_sealed, write_sealed
 from lftpipe.objects import Storage, storage_of
 from lftpipe.store.layout import JOURNAL, LOCK, PLAN, StoreSpec
@@ -26,7 +26,7 @@ from lftpipe.store.parsing import (
     parse_records,
     parse_spec,
 )
-from lftpipe.store.sealed import final_of
+from lftpipe.store.sealed import attempt_of, final_of
 from lftpipe.store.shard import Record
 
 
@@ -35,7 +35,7 @@ class Journal:
 
     def __init__(self, storage: Storage, spec: StoreSpec, records: Records) -> None:
         """Begin anew with what is known so far, which also drops the torn last line of a killed process."""
-        storage.begin_log(_line(spec.to_json()) + _line(records))
+        storage.begin_log(line_of(spec.to_json()) + line_of(records))
         self._storage = storage
 
     def append(self, records: Records) -> None:
@@ -46,7 +46,7 @@ class Journal:
         records
             Records of the shards that are being committed.
         """
-        self._storage.append_log(_line(records))
+        self._storage.append_log(line_of(records))
 
     def close(self) -> None:
         """Close the log; what was appended stays."""
@@ -82,23 +82,41 @@ class Journal:
             return None
         header, *lines = log.split(b"\n")
         try:
-            spec, records = parse_spec(_content(header)), {}
+            spec, records = parse_spec(content_of(header)), {}
             for line in lines:
-                records.update(parse_records(_content(line) or {}))
+                records.update(parse_records(content_of(line) or {}))
             check_committed(spec, records)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path / JOURNAL} is damaged: {error}") from None
         return spec, records
 
 
-def _line(value: object) -> bytes:
+def line_of(value: object) -> bytes:
+    """A journal's line: a digest, and the JSON text that it is of.
+
+    Parameters
+    ----------
+    value
+        JSON-plain.
+    """
     text = canonical(value)
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 
-def _content(line: bytes) -> Any:
+def content_of(line: bytes) -> Any:
+    """What `line_of` wrote; None if it is damaged.
+
+    Parameters
+    ----------
+    line
+        Without its end.
+    """
     digest, _, text = line.partition(b" ")
     return json.loads(text) if digest == xxhash.xxh3_64_hexdigest(text).encode() else None
+
+
+#: How the names of attempts begin that are made by `PartJournal`'s owners.
+PART = "p"
 
 
 def settle(path: Path, records: Records) -> None:
@@ -117,7 +135,7 @@ def settle(path: Path, records: Records) -> None:
         record = records.get(str(final.relative_to(path)))
         if record and partial.stat().st_size == record.bytes and file_digest(partial) == record.digest:
             partial.replace(final)
-        else:
+        elif not attempt_of(partial).startswith(PART):  # parts are taken, or removed at the end
             partial.unlink()
     if storage.remote:  # whole ones that had no time to be sent away
         left = [str(file.relative_to(path)) for file in path.glob("*/*/c.*")]
@@ -127,6 +145,21 @@ def settle(path: Path, records: Records) -> None:
         storage.take(path, known)
         for file in set(left) - set(known):
             (path / file).unlink()
+
+
+def stored_records(path: Path) -> dict[str, int]:
+    """Sequences in every shard file of a store in the making, as its journal says it; for who has no lock.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    """
+    try:
+        journal = Journal.read(path)
+    except ValueError:
+        journal = None
+    return {file: record.sequences for file, record in journal[1].items()} if journal else {}
 
 
 def read_plan(path: Path) -> dict[str, Any] | None:
@@ -154,6 +187,24 @@ def write_plan(path: Path, plan: dict[str, Any]) -> None:
         JSON-plain values.
     """
     write_sealed(path / PLAN, plan)
+
+
+def remove_partials(path: Path, attempts: str, kept: set[str] | None = None) -> None:
+    """Remove the unfinished files of some attempts.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    attempts
+        How their names begin.
+    kept
+        Attempts of such a name whose files stay.
+    """
+    for partial in path.rglob("*.partial"):
+        attempt = attempt_of(partial)
+        if attempt.startswith(attempts) and attempt not in (kept or ()):
+            partial.unlink(missing_ok=True)
 
 
 def clear_leftovers(path: Path) -> None:
@@ -218,7 +269,7 @@ def take_lock(path: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise StoreError(
+        raise StoreBusyError(
             f"{path} is being written by another process", "one writer at a time", "wait for it or end it"
         ) from None
     return lock

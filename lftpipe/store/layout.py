@@ -139,7 +139,7 @@ class StoreSpec:
     """
 
     identity: dict[str, Any]
-    layers: tuple[int, ...]  # of `hidden`: index -> l
+    layers: tuple[int, ...]  # of `hidden`: index -> l; () = tokens alone
     attention_layers: tuple[int, ...]  # of `attention`; () = no such array
     context: int  # positions
     width: int  # features
@@ -156,8 +156,8 @@ class StoreSpec:
         for name in ("layers", "attention_layers"):
             if len(set(layers := getattr(self, name))) < len(layers):
                 raise ValueError(f"{name} repeats a layer: {layers}")
-        if not self.layers:
-            raise ValueError("layers is empty: a store holds at least one state")
+        if not self.layers and (self.attention_layers or self.logits):
+            raise ValueError("layers is empty: a store without states holds tokens alone")
         for name in ("context", "width", "sequences_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -69,6 +69,23 @@ class Manifest(NamedTuple):
         storage_of(path).write(MANIFEST, sealed(value))
 
 
+def planned_spec(path: Path) -> StoreSpec | None:
+    """What a store, finished or not, was last meant to hold; None if there is none, or it is damaged.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    """
+    try:
+        if journal := Journal.read(path):
+            return journal[0]
+        manifest = Manifest.read(path)
+    except ValueError:
+        return None
+    return manifest.spec if manifest else None
+
+
 def _fingerprint(spec: StoreSpec, shards: Records) -> str:
     """Over all but details and tails, which stores made before there were any do not have."""
     content = {name: value for name, value in spec.to_json().items() if name != "details"}

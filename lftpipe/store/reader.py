@@ -69,6 +69,17 @@ class Store:
         expected = expected_shards(manifest.spec, manifest.shards)
         return cls(path, manifest.spec, manifest.fingerprint, expected)
 
+    @classmethod
+    def unfinished(cls, path: Path, spec: StoreSpec) -> "Store":
+        """A store in the making, to whoever knows what of it is there: its tokens, to begin with.
+
+        Parameters
+        ----------
+        path, spec
+            The store, and what it is to hold.
+        """
+        return cls(path, spec, "", {})
+
     def __reduce__(self) -> tuple[type["Store"], tuple[Any, ...]]:
         return Store, (self.path, self.spec, self.fingerprint, self.shards.expected)
 

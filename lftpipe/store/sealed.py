@@ -76,7 +76,7 @@ class Sealed(NamedTuple):
         return {
             "key": [self.key.split, self.key.index, rows.start, rows.stop],
             "attempt": self.attempt,
-            "records": self.records,
+            "records": {file: list(record) for file, record in self.records.items()},
         }
 
     @classmethod

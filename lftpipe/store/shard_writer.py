@@ -62,6 +62,16 @@ class ShardWriter:
         self.sealed: Sealed | None = None
         self._chunks: dict[str, ChunkWriter] = {}
 
+    def dtype(self, array: str) -> str:
+        """Of an array, decoded.
+
+        Parameters
+        ----------
+        array
+            Its name.
+        """
+        return self._arrays[array].dtype
+
     def slot(self, array: str, layer: int | None, first: int, count: int) -> Slot:
         """Memory for some sequences of one layer, to be filled and given to `write`.
 

@@ -31,7 +31,7 @@ class Shards:
     spec
         What it holds.
     expected
-        By array and split, what the manifest says of each shard.
+        By array and split, what the manifest says of each shard; empty if there is none yet.
     """
 
     def __init__(self, path: Path, spec: StoreSpec, expected: dict[tuple[str, str], Expected]) -> None:
@@ -190,10 +190,9 @@ class Shards:
     def _open(self, array: str, split: str, index: int) -> ChunkReader:
         layout = self._layouts[array]
         file = layout.file(split, index)
+        expected = self.expected[array, split].of(index) if self.expected else None
         try:
-            return ChunkReader(
-                self._storage, file, layout.chunks_per_shard, self.expected[array, split].of(index)
-            )
+            return ChunkReader(self._storage, file, layout.chunks_per_shard, expected)
         except OtherShardError:
             # Only a store that grew meanwhile may have another: one that begins with the same chunks.
             if (newer := newest_record(self._path, file)) is None:

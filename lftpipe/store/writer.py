@@ -36,11 +36,13 @@ class StoreWriter:
         Whether everything the specification asks for is on disk and checked.
     epoch
         How many times it was opened to be computed: part of the names of what is produced.
+    fresh
+        Whether nothing of it was there.
     """
 
     def __init__(self, path: Path, spec: StoreSpec, lock: int) -> None:
         """Use `open`."""
-        self.path, self.spec, self.complete, self.epoch = path, spec, False, 0
+        self.path, self.spec, self.complete, self.epoch, self.fresh = path, spec, False, 0, True
         self.storage = storage_of(path)
         self._lock = lock
         self._journal: books.Journal | None = None
@@ -116,7 +118,7 @@ class StoreWriter:
         """The shards whose states are still to be computed, in order."""
         todo = []
         for key in self.spec.shard_keys():
-            stored = min(self.stored(key, array) for array in self._computed)
+            stored = min((self.stored(key, array) for array in self._computed), default=len(key.sequences))
             if stored < len(key.sequences):
                 todo.append(ShardKey(key.split, key.index, key.sequences[stored:]))
         return todo
@@ -247,6 +249,10 @@ class StoreWriter:
             self.epoch = (books.read_plan(self.path) or {"epoch": 0})["epoch"] + 1
             books.write_plan(self.path, {**plan, "epoch": self.epoch})
 
+    def discard_attempts(self) -> None:
+        """Remove what the processes of this epoch left unfinished; they have ended."""
+        books.remove_partials(self.path, f"e{self.epoch}-")
+
     def missing_tokens(self) -> str | None:
         """The first shard whose tokens are not all stored, in words; None if there is none."""
         token_arrays = [array for array in self.spec.arrays.values() if not array.computed]
@@ -296,11 +302,9 @@ class StoreWriter:
         return record.sequences if record else 0
 
     def _wanted(self, sealed: Sealed) -> bool:
-        known = (self._records.get(file) for file in sealed.records)
-        news = any(
-            not old or old.sequences < new.sequences
-            for old, new in zip(known, sealed.records.values(), strict=True)
-        )
+        """Whether a file of it is news, and all are there."""
+        known = {file: old.sequences for file in sealed.records if (old := self._records.get(file))}
+        news = any(known.get(file, 0) < record.sequences for file, record in sealed.records.items())
         return news and sealed.is_there(self.path)
 
     def _begin(self, resume: bool, force: bool, repair: Report | None, recheck: bool) -> None:
@@ -309,6 +313,7 @@ class StoreWriter:
         found = opening.find(self.path, self.spec, resume=resume, repair=repair, recheck=recheck)
         self.spec, self.complete = found.spec, found.complete
         self._records, self._checked = found.records, found.checked
+        self.fresh = not (found.records or found.finished)
         if not self.complete:
             self._journal = books.Journal(self.storage, self.spec, self._records)
             if not found.finished:

@@ -74,6 +74,11 @@ class Trunk:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers that run."""
+        return self._layers
+
     @torch.inference_mode()
     def run(
         self,

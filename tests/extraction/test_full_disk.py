@@ -11,8 +11,13 @@ import pytest
 import torch
 from fake_states import environment, files, make_spec, states, tokens
 
-from lftpipe.extraction.forward import _Background
-from lftpipe.store import Store, StoreWriter, verify_store
+from lftpipe.extraction.background import Background, Open
+from lftpipe.store import Store, StoreWriter, produce_shard, verify_store
+
+
+def opening(writer: StoreWriter) -> Open:
+    return lambda key: produce_shard(writer.path, writer.spec, key, f"a{key.split}{key.index}")
+
 
 SPEC = make_spec(sequences={"train": 6, "validation": 3})
 
@@ -27,7 +32,7 @@ def extract(path: Path, fail_at: int) -> tuple[int, bool, str]:
 
             def run() -> None:
                 try:
-                    with _Background(writer) as background:
+                    with Background(opening(writer), writer.commit) as background:
                         for key in writer.pending():
                             background.begin_shard(key)
                             for array, layers in (
@@ -109,7 +114,7 @@ def test_an_error_of_the_caller_is_the_one_told(tmp_path):
     with (
         StoreWriter.open(tmp_path / "states.zarr", SPEC) as writer,
         pytest.raises(ValueError, match="the caller's"),
-        _Background(writer) as background,
+        Background(opening(writer), writer.commit) as background,
     ):
         background.begin_shard(writer.pending()[0])
         raise ValueError("the caller's")

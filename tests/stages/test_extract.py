@@ -115,7 +115,8 @@ def test_layers_chosen(settings, layers, hidden, attention):
 def test_again_does_nothing(settings, monkeypatch):
     first = extract(settings)
     before = contents(Path(first["store"]))
-    monkeypatch.setattr("lftpipe.extraction.plan.Trunk", None)  # the teacher cannot even be loaded
+    monkeypatch.setattr("lftpipe.extraction.produce.Trunk", None)  # the teacher cannot even be loaded
+    monkeypatch.setattr("lftpipe.stages.extract.packing_of", None)  # nor is the corpus read
     again = extract(settings)
     assert again["already_complete"] and not first["already_complete"]
     assert contents(Path(again["store"])) == before
@@ -172,11 +173,16 @@ def test_changed_weights_tokenizer_and_corpus_are_noticed(settings, tmp_path, te
     shutil.copy(teachers["neox"] / "tokenizer.json", model)
     for path in corpus.iterdir():
         path.write_text(path.read_text().upper())
+    assert extract(mine)["already_complete"]  # stored tokens are trusted
     with pytest.raises(StoreError, match="tokens"):
-        extract(mine)
+        extract(change(mine, check_corpus=True))
+    with pytest.raises(StoreError, match="tokens"):  # more of them are to be made of the same text
+        extract(change(mine, tokens=60 * CONTEXT))
     shutil.rmtree(corpus)
     shutil.copytree(text_folder, corpus)
-    assert extract(mine)["already_complete"]
+    grown = change(mine, tokens=60 * CONTEXT, check_corpus=True)
+    assert extract(grown)["tokens"]["train"] == 60 * CONTEXT
+    assert extract(grown)["already_complete"]
 
 
 def spawn(settings: ExtractSettings) -> subprocess.Popen[bytes]:
@@ -405,7 +411,7 @@ def test_logits_grow_and_are_repaired_like_states(settings, monkeypatch, dtype):
 
 
 def test_without_logits_no_head_is_loaded_and_a_store_says_so(settings, monkeypatch):
-    monkeypatch.setattr("lftpipe.extraction.plan.Head", None)
+    monkeypatch.setattr("lftpipe.extraction.produce.Head", None)
     store = Store.open(Path(extract(settings)["store"]))
     assert "logits" not in store.spec.to_json()  # as before there were any
     with pytest.raises(StoreError, match=r"holds no logits .* --logits 64"):
@@ -452,7 +458,7 @@ def test_the_error_of_bfloat16_is_measured_once_in_a_stores_life(settings, monke
     monkeypatch.setattr(ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(settings)
-    monkeypatch.setattr("lftpipe.stages.extract.measured_trunk", None)
+    monkeypatch.setattr("lftpipe.extraction.produce.bf16_error", None)
     path = Path(extract(settings)["store"])
     found = Store.open(path).spec.details["compute_error"]
     extract(change(settings, tokens=60 * CONTEXT))

@@ -64,11 +64,27 @@ class ExtractSettings(OfStore, OnDevice, Writing):
     """Continue an interrupted store, or extend a smaller one."""
     repair: bool = False
     """Recompute the shards that `lftpipe verify` finds damaged."""
+    check_corpus: bool = False
+    """Read the corpus again and compare it with the stored tokens, which are trusted otherwise."""
+    tokens_only: bool = False
+    """Store no states; `train --from-teacher` computes them."""
+    shard_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    """Bytes of states in one file; no batch is larger. Default: 1 GiB, but 128 MiB for stores of less than
+    16 GiB of states; an existing store keeps its own."""
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes of this machine that compute: each has a GPU with `--device cuda`, else its part of the
+    threads."""
+    part: Text | None = None
+    """Compute the I-th of N parts, such as `3/8`, without a driver; `env` reads RANK and WORLD_SIZE, or
+    SLURM_PROCID and SLURM_NTASKS. Whoever finds all parts there completes the store."""
+    ray: Text | None = None
+    """Compute as tasks of the Ray cluster at this address; without an address, of one on this machine."""
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "model corpus tokens layers store workspace device",
-        "What to store": "context validation_tokens attention logits dtype compress",
-        "New, continued or repaired": "dry_run resume force repair",
+        "What to store": "context validation_tokens attention logits dtype compress tokens_only",
+        "New, continued or repaired": "dry_run resume force repair check_corpus",
+        "Many processes": "workers part ray shard_bytes",
     }
     FORMER: ClassVar[dict[str, str]] = {
         "seed": "extraction draws no random numbers",
