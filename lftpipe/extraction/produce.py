@@ -81,9 +81,7 @@ class Producer:
         deepest = self.teacher.num_layers if spec.logits else max(spec.layers)
         if self.plan.stream_layers:
             batch = spec.identity["batch_sequences"]
-            return StreamedTrunk(
-                self.teacher, deepest, compute_dtype, self.device, batch_sequences=batch
-            )
+            return StreamedTrunk(self.teacher, deepest, compute_dtype, self.device, batch_sequences=batch)
         return Trunk(self.teacher, deepest, compute_dtype, device)
 
 
