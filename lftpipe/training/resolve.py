@@ -16,6 +16,9 @@ from lftpipe.training.optimizer import peak_rate
 #: Steps between evaluations where some of the training sequences are held back, if nothing is said.
 EVALUATE_EVERY = 100
 
+#: Tokens that one step may have even on a store of fewer.
+LARGEST_BATCH = 2**16
+
 #: A run to be trained: its folder, settings and block.
 Wanted = tuple[Path, TrainSettings, tuple[int, int]]
 
@@ -113,6 +116,13 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
     if store.num_sequences("train") == 0:
         raise StoreError(
             f"store {store.path} without training sequences", "at least one", "extract with more --tokens"
+        )
+    largest = max(LARGEST_BATCH, store.num_sequences("train") * store.context)
+    if settings.batch_tokens > largest:
+        raise SettingsError(
+            f"--batch-tokens {settings.batch_tokens}",
+            f"at most {largest}, what the store holds",
+            "lower --batch-tokens",
         )
     # All settled here is recorded with the run, and compared when it is resumed.
     return replace(

@@ -150,3 +150,10 @@ def test_a_damaged_run_is_refused(settings, tmp_path):
     (tmp_path / "run" / runs.MANIFEST).write_text("{}")
     with pytest.raises(RunError, match=r"expected: a finished run with a readable manifest\.json"):
         runs.open_run(tmp_path / "run")
+
+
+def test_a_batch_beyond_the_store_is_refused_before_it_takes_the_memory(settings):
+    with pytest.raises(
+        SettingsError, match=r"--batch-tokens 10000000 / expected: at most 65536, what the store holds"
+    ):
+        train(change(settings, batch_tokens=10_000_000))
