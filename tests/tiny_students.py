@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lftpipe import runs
+from lftpipe.config.settings import ExportSettings
 from lftpipe.files import seal
 from lftpipe.teacher.source import Teacher
 
@@ -50,3 +51,10 @@ def tokens(count: int, *, sequences: int = 1, seed: int = 0) -> Int[Tensor, "seq
     """Random tokens, never the end of text."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, 320, (sequences, count), generator=generator)
+
+
+def export_settings(run: runs.Run, tmp_path: Path, **options: Any) -> ExportSettings:
+    """`export` of a run into `tmp_path / "out"`."""
+    return ExportSettings(
+        workspace=tmp_path, **({"runs": (str(run.path),), "out": tmp_path / "out"} | options)
+    )

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_students import export_settings as settings
 from tiny_students import save_run, tokens
 from typer.testing import CliRunner
 
 from lftpipe import runs
 from lftpipe.cli import app
-from lftpipe.config.settings import ExportSettings
-from lftpipe.errors import LftpipeError, RunError, SettingsError, TeacherError
+from lftpipe.errors import RunError, TeacherError
 from lftpipe.stages.export import export, summary
 from lftpipe.student.assemble import build_student, load_model
 from lftpipe.student.plain import unroll
@@ -33,12 +33,6 @@ def neox_run(neox_teacher: Teacher, tmp_path: Path) -> runs.Run:
 @pytest.fixture
 def llama_teacher(teachers: dict[str, Path]) -> Teacher:
     return open_teacher(str(teachers["llama"]), Path("unused"))
-
-
-def settings(run: runs.Run, tmp_path: Path, **options: Any) -> ExportSettings:
-    return ExportSettings(
-        workspace=tmp_path, **({"runs": (str(run.path),), "out": tmp_path / "out"} | options)
-    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
@@ -211,102 +205,12 @@ def test_other_dtypes_are_written(neox_run: runs.Run, tmp_path: Path, dtype: str
         assert {file.get_tensor(name).dtype for name in file.keys()} == {getattr(torch, dtype)}  # noqa: SIM118
 
 
-def test_nothing_is_overwritten_without_force(neox_run: runs.Run, tmp_path: Path) -> None:
-    export(settings(neox_run, tmp_path, k=1))
-    with pytest.raises(RunError, match="which is there already"):
-        export(settings(neox_run, tmp_path, k=2))
-    export(settings(neox_run, tmp_path, k=2, force=True))
-    assert load_model(tmp_path / "out").config.steps == 2
-    assert not list(tmp_path.glob("out.*"))
-
-
-def test_force_spares_folders_that_are_no_exports(neox_run: runs.Run, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunError, match="no exported model"):
-        export(settings(neox_run, tmp_path, force=True))
-    assert (tmp_path / "out" / "thesis.txt").exists()
-
-
-def test_what_is_beside_an_export_is_not_touched(neox_run: runs.Run, tmp_path: Path) -> None:
-    for name in ("out.old", "out.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mine.txt").write_text("mine")
-    export(settings(neox_run, tmp_path, k=1))
-    export(settings(neox_run, tmp_path, k=2, force=True))
-    assert {entry.name for entry in tmp_path.iterdir()} == {"neox", "out", "out.old", "out.partial"}
-    assert (tmp_path / "out.old/mine.txt").exists() and (tmp_path / "out.partial/mine.txt").exists()
-
-
-def test_force_spares_files_that_were_put_into_an_export(neox_run: runs.Run, tmp_path: Path) -> None:
-    export(settings(neox_run, tmp_path, k=1))
-    (tmp_path / "out" / "notes.md").write_text("mine")
-    with pytest.raises(RunError, match=r"notes\.md, which is not part of what `lftpipe export` writes"):
-        export(settings(neox_run, tmp_path, k=2, force=True))
-    assert load_model(tmp_path / "out").config.steps == 1
-
-
-def test_an_export_of_an_older_version_can_be_replaced(neox_run: runs.Run, tmp_path: Path) -> None:
-    export(settings(neox_run, tmp_path, k=1))
-    source = json.loads((tmp_path / "out" / "lftpipe.json").read_text())
-    older = {key: value for key, value in source.items() if key not in ("files", "digest")}
-    (tmp_path / "out" / "lftpipe.json").write_text(json.dumps(older))
-    export(settings(neox_run, tmp_path, k=2, force=True))
-    assert load_model(tmp_path / "out").config.steps == 2
-
-
-def test_force_spares_the_teacher_even_one_that_was_exported(
-    neox_run: runs.Run, neox_teacher: Teacher, tmp_path: Path
-) -> None:
-    with pytest.raises(RunError, match="the student's own teacher"):
-        export(settings(neox_run, tmp_path, force=True, out=Path(neox_teacher.model)))
-    assert open_teacher(neox_teacher.model, tmp_path).checkpoint.digest == neox_teacher.checkpoint.digest
-
-
-def test_a_student_with_weights_that_are_not_finite_is_refused(neox_teacher: Teacher, tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run", neox_teacher, (1, 3), solver="euler")
-    flow = runs.load_flow(run, neox_teacher)
-    with torch.no_grad():
-        next(flow.parameters()).view(-1)[0] = torch.nan
-    kept = ("teacher", "block", "objective", "solver", "walk_steps", "seed", "train_tokens", "velocity")
-    manifest = {key: getattr(run, key) for key in (*kept, "store_fingerprint")}
-    runs.save_run(run.path, flow, manifest)
-    with pytest.raises(RunError, match="which is not finite"):
-        export(settings(run, tmp_path))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("key", "value"), [("block", [0, 3]), ("solver", "midpoint"), ("seed", 9)])
-def test_an_edited_manifest_is_refused(neox_run: runs.Run, tmp_path: Path, key: str, value: Any) -> None:
-    file = neox_run.path / runs.MANIFEST
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(RunError, match=r"manifest\.json: its digest does not match .* readable manifest"):
-        export(settings(neox_run, tmp_path))
-
-
 def test_a_name_breaks_neither_the_card_nor_its_table(neox_run: runs.Run, tmp_path: Path) -> None:
     evil = neox_run.path.with_name("a|b<img src=x>")
     neox_run.path.rename(evil)
     export(settings(neox_run, tmp_path, runs=(str(evil),)))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| a&#124;b&lt;img src=x&gt; | 1:3 |" in card
-
-
-def test_a_failed_export_leaves_the_old_one(
-    neox_run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export(settings(neox_run, tmp_path, k=1))
-
-    def full(_teacher: Teacher) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("lftpipe.stages.export.load_tokenizer", full)
-    with pytest.raises(OSError, match="no space"):
-        export(settings(neox_run, tmp_path, k=2, force=True))
-    assert load_model(tmp_path / "out").config.steps == 1
-    monkeypatch.undo()
-    export(settings(neox_run, tmp_path, k=2, force=True))
-    assert not (tmp_path / "out.partial").exists()
 
 
 def test_the_default_place_is_in_the_run(neox_run: runs.Run, tmp_path: Path) -> None:
@@ -337,28 +241,6 @@ def test_plain_exports_need_no_lftpipe(neox_run: runs.Run, neox_teacher: Teacher
     inputs = load_tokenizer(neox_teacher)("the state of a layer", return_tensors="pt")
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert [int(token) for token in written] == student.generate(inputs["input_ids"], **options)[0].tolist()
-
-
-@pytest.mark.parametrize(
-    ("options", "kind", "message"),
-    [
-        ({"runs": ()}, SettingsError, "without a run"),
-        ({"runs": ("nothing",)}, RunError, "no run nothing"),
-        ({"runs": ("no/thing",)}, RunError, "a finished run"),
-        ({"k": 0}, SettingsError, "k = 0"),
-    ],
-)
-def test_senseless_settings_are_refused(
-    neox_run: runs.Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, Any],
-    kind: type[LftpipeError],
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(kind, match=message):
-        export(settings(neox_run, tmp_path, **options))
 
 
 def test_runs_are_found_by_name(neox_run: runs.Run, neox_teacher: Teacher, tmp_path: Path) -> None:

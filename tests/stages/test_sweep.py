@@ -14,9 +14,8 @@ from scipy import stats
 
 from lftpipe import cli, runs
 from lftpipe.artefacts.recoupling import RecouplingMap
-from lftpipe.config.settings import EvaluateSettings, RecoupleSettings, SweepSettings, TrainSettings
+from lftpipe.config.settings import EvaluateSettings, RecoupleSettings, SweepSettings
 from lftpipe.errors import RunError, SettingsError, StoreError
-from lftpipe.recoupling.artefact import choose_block
 from lftpipe.recoupling.probe import draw_parts, probe_residual
 from lftpipe.recoupling.ranking import PREDICTORS
 from lftpipe.reporting.plots import PREDICTOR_LABELS
@@ -269,47 +268,6 @@ def test_a_store_without_validation_is_refused(tmp_path, teachers, text_folder):
     store = extracted(tmp_path, teachers["neox"], text_folder, validation_tokens=0)
     with pytest.raises(StoreError, match="without validation sequences"):
         sweep(settings_of(store, tmp_path))
-
-
-def test_the_probe_measures_on_sequences_that_it_was_not_fitted_on(store):
-    opened = Store.open(store)
-    fit_on, measure_on = draw_parts(opened, 20 * CONTEXT, seed=1)
-    assert (len(fit_on), len(measure_on)) == (20, 5)
-    assert not set(fit_on) & set(measure_on)
-    assert draw_parts(opened, 20 * CONTEXT, seed=1) == (fit_on, measure_on)
-    everything = draw_parts(opened, 10**9, seed=0)
-    assert (len(everything[0]), len(everything[1])) == (38, 9)
-
-
-def test_the_probe_finds_a_linear_block_linear(store):
-    """A state against itself is linear; a block of this teacher is not."""
-    opened = Store.open(store)
-    parts = draw_parts(opened, 16_384, seed=0)
-    assert probe_residual(opened, (2, 2), *parts) < 1e-9
-    assert probe_residual(opened, (0, 4), *parts) > probe_residual(opened, (3, 4), *parts) > 1e-6
-
-
-def test_one_sequence_is_too_little_for_a_probe(store, monkeypatch):
-    opened = Store.open(store)
-    monkeypatch.setattr(Store, "num_sequences", lambda self, split: 1)
-    with pytest.raises(StoreError, match="1 training sequences / expected: two at least"):
-        draw_parts(opened, 100, seed=0)
-
-
-def test_blocks_can_be_chosen_by_the_probe(tmp_path, store):
-    here = tmp_path / "neox" / "states.zarr"
-    shutil.copytree(store, here)
-    settings = RecoupleSettings(store=here, tokens=64, batches=2)
-    recouple(settings)
-    by_probe = TrainSettings(store=here, replace=0.25, rank_by="probe")
-    with pytest.raises(SettingsError, match=r"without probe_residual .* recouple --rank-by probe --force"):
-        choose_block(here, by_probe)
-    found = recouple(dataclasses.replace(settings, rank_by="probe", force=True))
-    residuals = {(m, m + 1): found["probe_residual"][m][m + 1] for m in range(4)}
-    assert choose_block(here, by_probe) == min(residuals, key=residuals.__getitem__)
-    assert found["ranking"][0]["blocks"] == [
-        list(block) for block in sorted(residuals, key=residuals.__getitem__)
-    ]
 
 
 def test_the_picture_draws_every_predictor():
