@@ -26,7 +26,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check lint coverage slow fuzz crash runtimes results sweep report pythia-tiny smollm2 qwen gemma families \
+.PHONY: help setup demo test check lint coverage slow fuzz crash runtimes lm-eval results sweep report pythia-tiny smollm2 qwen gemma families \
         docs dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -77,9 +77,9 @@ $(HERE)/sweep.json: $(MAP)
 report: $(TABLE)
 	$(LFTPIPE) report $(COMMON) --store $(STORE) --force
 
-# The paper's comparison on the embedded teacher: three objectives from one store, one table.
+# The paper's three objectives and our recipe on the embedded teacher, from one store, in one table.
 demo: setup
-	@for objective in regression sfm fw; do \
+	@for objective in regression sfm fw distil; do \
 	  $(MAKE) --no-print-directory $(HERE)/runs/$(subst :,-,$(BLOCK))-$$objective-seed$(SEED)/manifest.json \
 	    OBJECTIVE=$$objective || exit 1; \
 	done
@@ -161,6 +161,12 @@ dist-check: dist
 	  ../venv/bin/lftpipe verify && ../venv/bin/lftpipe info
 	test -f dist/check/venv/lib/python*/site-packages/lftpipe/py.typed
 	rm -rf dist/check
+
+# A run's student and its teacher on lm_eval's tasks: `make lm-eval RUN=NAME`, offline with TASKS=FOLDER of YAML files.
+lm-eval: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval
+	$(BIN)/python benchmarks/lm_eval_tasks.py $(RUN) --workspace $(WORKSPACE) \
+	  $(if $(TASKS),--tasks $(TASKS)) $(if $(LIMIT),--limit $(LIMIT))
 
 clean:
 	rm -rf $(VENV) dist

@@ -54,6 +54,12 @@ COMMANDS = {
         PIPELINE,
         "Learn a flow layer for a block, or for several blocks.",
     ),
+    "heal": Command(
+        "HealSettings",
+        "lftpipe.stages.heal:heal",
+        PIPELINE,
+        "Train a run's layer together with the layers around it.",
+    ),
     "evaluate": Command(
         "EvaluateSettings",
         "lftpipe.stages.evaluate:evaluate",

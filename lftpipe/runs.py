@@ -3,7 +3,7 @@
 import json
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from lftpipe.config.recipe import RECORD_TABLE
 from lftpipe.errors import RunError
 from lftpipe.files import file_digest, seal, write_atomic
 from lftpipe.flow.linear import LinearMap
+from lftpipe.flow.solver import EVALUATIONS, Method
+from lftpipe.flow.stack import LayerStack, NoLayer
 from lftpipe.flow.velocity import Velocity
+from lftpipe.teacher.checkpoint import Overlay
 from lftpipe.teacher.parts import empty_layer, fill_buffers
 from lftpipe.teacher.source import Teacher
 
@@ -43,8 +46,29 @@ class Run(RunManifest):
         """Whether the estimator is a flow, that can be run in any number of steps."""
         return self.velocity["time"]
 
+    @property
+    def label(self) -> str:
+        """What a table calls its method."""
+        return self.objective + (", healed" if self.healed else "")
 
-def write_settings(run: Path, settings: dict[str, Any], store_fingerprint: str) -> None:
+    @property
+    def starts_at(self) -> int:
+        """The first layer that is not the teacher's: the block's, or 0 where healing trained those before."""
+        told = self.healed
+        while told is not None:
+            if told["train"] == "student":
+                return 0
+            told = told.get("before")
+        return self.block[0]
+
+    def evaluations(self, method: Method, k: int) -> int:
+        """NFE: layers that are evaluated in place of the block, in `k` steps of this solver."""
+        if self.velocity.get("skip"):
+            return 0
+        return self.velocity.get("depth", 1) * self.velocity.get("loops", 1) * EVALUATIONS[method] * k
+
+
+def write_settings(run: Path, settings: dict[str, Any], store_fingerprint: str, table: str = "train") -> None:
     """The run's resolved settings as a recipe that makes it again, and the store they go with.
 
     Parameters
@@ -52,12 +76,14 @@ def write_settings(run: Path, settings: dict[str, Any], store_fingerprint: str) 
     run
         The run's folder.
     settings
-        All of them, resolved.
+        JSON-plain.
     store_fingerprint
-        Of the store that the run reads.
+        Of the store that it is trained on.
+    table
+        The command that made it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    recipe = {"train": settings, RECORD_TABLE: {"fingerprint": store_fingerprint}}
+    recipe = {table: settings, RECORD_TABLE: {"fingerprint": store_fingerprint}}
     write_atomic(run / SETTINGS, tomli_w.dumps(recipe).encode())
 
 
@@ -76,7 +102,7 @@ def read_settings(run: Path) -> tuple[dict[str, Any], str]:
     """
     try:
         recipe = tomllib.loads((run / SETTINGS).read_text())
-        return recipe["train"], recipe[RECORD_TABLE]["fingerprint"]
+        return recipe["heal" if "heal" in recipe else "train"], recipe[RECORD_TABLE]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"damaged {run / SETTINGS}", "the run's settings", "start again with --force"
@@ -124,7 +150,19 @@ def _step_of(line: str) -> int | float:
     return step if isinstance(step, int | float) else math.inf
 
 
-def save_run(path: Path, flow: nn.Module, manifest: dict[str, Any]) -> None:
+def _load_weights(run: Run) -> dict[str, Tensor]:
+    try:
+        return load_file(run.path / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(f"damaged {run.path / WEIGHTS}", "safetensors", "train the run again") from error
+
+
+def save_run(
+    path: Path,
+    flow: nn.Module | dict[str, Tensor],
+    manifest: dict[str, Any],
+    changed: dict[str, Tensor] | None = None,
+) -> None:
     """Write weights, then the sealed manifest that makes the run a finished one.
 
     Parameters
@@ -132,11 +170,15 @@ def save_run(path: Path, flow: nn.Module, manifest: dict[str, Any]) -> None:
     path
         The run's folder.
     flow
-        Whose weights are written.
+        Whose weights are written, or the weights.
     manifest
         What is said of the run, JSON-plain; the digests are added here.
+    changed
+        Tensors of the teacher that are others now, by their names in its checkpoint.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
+    weights = flow.state_dict() if isinstance(flow, nn.Module) else flow
+    weights = weights | {_OF_TEACHER + name: value for name, value in (changed or {}).items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     write_atomic(path / WEIGHTS, save(tensors))
     manifest = manifest | {"weights_digest": file_digest(path / WEIGHTS)}
     if (path / METRICS).exists():
@@ -174,7 +216,31 @@ def open_run(path: Path) -> Run:
     return run
 
 
-def build_flow(teacher: Teacher, velocity: dict[str, bool], index: int = 0) -> nn.Module:
+#: Before the names of a teacher's tensors that healing changed, in a run's weights.
+_OF_TEACHER = "teacher."
+
+
+def healed_teacher(run: Run, teacher: Teacher) -> Teacher:
+    """The teacher with the tensors that healing changed; of a run that was not healed, the teacher as it is.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    teacher
+        That it was trained for.
+    """
+    if run.healed is None:
+        return teacher
+    changed = {
+        name.removeprefix(_OF_TEACHER): value
+        for name, value in _load_weights(run).items()
+        if name.startswith(_OF_TEACHER)
+    }
+    return replace(teacher, checkpoint=Overlay(teacher.checkpoint, changed))
+
+
+def build_flow(teacher: Teacher, velocity: dict[str, Any], index: int = 0) -> nn.Module:
     """The module that a manifest's `velocity` describes, without weights.
 
     Parameters
@@ -188,8 +254,18 @@ def build_flow(teacher: Teacher, velocity: dict[str, bool], index: int = 0) -> n
     """
     if velocity.get("linear"):
         return LinearMap(teacher.width)
+    if velocity.get("skip"):
+        return NoLayer()
     with torch.device("meta"):
+        if is_stack(velocity):
+            layers = [empty_layer(teacher, index) for _ in range(velocity["depth"])]
+            return LayerStack(layers, velocity["loops"])
         return Velocity(empty_layer(teacher, index), teacher.width, **velocity)
+
+
+def is_stack(velocity: dict[str, Any]) -> bool:
+    """Whether a manifest's `velocity` describes ordinary layers in place of a flow."""
+    return "depth" in velocity
 
 
 def load_flow(run: Run, teacher: Teacher) -> nn.Module:
@@ -208,10 +284,8 @@ def load_flow(run: Run, teacher: Teacher) -> nn.Module:
         If the file is damaged, or a tensor is missing, extra, or of another shape.
     """
     flow = build_flow(teacher, run.velocity, run.block[0])
-    try:
-        tensors: dict[str, Tensor] = load_file(run.path / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"damaged {run.path / WEIGHTS}", "safetensors", "train the run again") from error
+    weights = _load_weights(run)
+    tensors = {name: value for name, value in weights.items() if not name.startswith(_OF_TEACHER)}
     try:
         flow.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

@@ -52,6 +52,8 @@ class Results(Artefact):
     teacher: str
     store: str
     store_fingerprint: str
+    corpus: str | None = None
+    """Where the validation tokens are from; None: the store's own corpus."""
     validation_tokens: int
     compute_dtype: str
     settings: dict[str, Any]

@@ -14,7 +14,7 @@ from lftpipe.errors import SettingsError
 
 S = TypeVar("S", bound=Common)
 
-RECIPE_TABLES = ("extract", "recouple", "train", "evaluate", "sweep", "toy")
+RECIPE_TABLES = ("extract", "recouple", "train", "heal", "evaluate", "sweep", "toy")
 
 #: What the settings.toml of a run records beside its settings; a recipe may hold it.
 RECORD_TABLE = "store"

@@ -7,12 +7,21 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lftpipe import runs
+from lftpipe.batch import Batch
 from lftpipe.flow.adaptive import sample_adaptively
 from lftpipe.flow.path import States
-from lftpipe.flow.solver import EVALUATIONS, Method, ODESolver, VelocityField
+from lftpipe.flow.solver import Method, ODESolver, VelocityField
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.family import AttentionContext
-from lftpipe.teacher.parts import Layers, count_layer_parameters, count_parameters, keys_share, load_bridges
+from lftpipe.teacher.parts import (
+    Layers,
+    Tail,
+    count_layer_parameters,
+    count_parameters,
+    keys_share,
+    load_bridges,
+    load_embedding,
+)
 from lftpipe.teacher.source import Teacher
 
 Predict = Callable[[States, AttentionContext], States]
@@ -124,6 +133,10 @@ class Predictor:
     steps: Steps | None = None
     origin: Origin | None = None
     parts: tuple[str, ...] = field(default=())
+    tail: Tail | None = None
+    """The layers after the block where they are no longer the teacher's: of a healed run."""
+    enter: Callable[[Batch], States] | None = None
+    """From a batch to the block's start, where the layers before it are no longer the teacher's."""
 
     @property
     def block_text(self) -> str | None:
@@ -172,6 +185,7 @@ def run_predictors(
     *,
     solver: Method | None = None,
     thresholds: tuple[float, ...] = (),
+    stored: tuple[int, ...] = (),
 ) -> list[Predictor]:
     """A run's predictors: one for each number of steps and threshold, or the only one if it has no time.
 
@@ -189,6 +203,8 @@ def run_predictors(
         Left out, that of training.
     thresholds
         Of predictors whose steps are chosen token by token, at most the largest of `step_counts`.
+    stored
+        States that batches hold: a run whose first layers were healed starts from `h[0]`, or from the tokens.
     """
     flow = runs.load_flow(run, teacher).to(device)
     size = _size_without(teacher, run.block) + sum(weight.numel() for weight in flow.parameters())
@@ -196,11 +212,15 @@ def run_predictors(
     if not run.has_time:
         method, step_counts, thresholds = "euler", (1,), ()
 
+    tail, enter = _healed(run, teacher, stored, device)
+
     def predictor(predict: Predict, steps: Steps) -> Predictor:
-        return Predictor(run.objective, predict, size, run.block, steps, Origin.of(run))
+        origin = Origin.of(run)
+        return Predictor(run.label, predict, size, run.block, steps, origin, tail=tail, enter=enter)
 
     found = [
-        predictor(_flowing(flow, method, k), Steps(k, method, EVALUATIONS[method] * k)) for k in step_counts
+        predictor(_flowing(flow, method, k), Steps(k, method, run.evaluations(method, k)))
+        for k in step_counts
     ]
     most = max(step_counts)
     for threshold in thresholds:
@@ -208,6 +228,26 @@ def run_predictors(
         chosen = Evaluations(threshold, keys_share(teacher))
         found.append(predictor(_choosing(flow, most, chosen), Steps(most, method, most, chosen)))
     return found
+
+
+def _healed(
+    run: runs.Run, teacher: Teacher, stored: tuple[int, ...], device: str
+) -> tuple[Tail | None, Callable[[Batch], States] | None]:
+    """What of a healed run stands in place of the teacher's layers, after the block and before it."""
+    if run.healed is None:
+        return None, None
+    own, (m, n) = runs.healed_teacher(run, teacher), run.block
+    tail = Tail(own, n).to(device)
+    if run.starts_at == m:
+        return tail, None
+    before = Layers(own, 0, m).to(device)
+    embedding = None if 0 in stored else load_embedding(teacher).to(device)
+
+    def enter(batch: Batch) -> States:
+        x = batch.states[0] if embedding is None else embedding(batch.tokens)
+        return before(x, batch.context)
+
+    return tail, enter
 
 
 def joined_predictors(each: list[list[Predictor]], teacher: Teacher, device: str) -> list[Predictor]:

@@ -119,11 +119,16 @@ def score(
     dtype = resolve_compute_dtype(compute_dtype, device)
     tail = Tail(teacher, start).to(device)
     cast_linear(tail, dtype)
+    for one in predictors:
+        if one.tail is not None:
+            cast_linear(one.tail, dtype)
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
     measured = [Measured(one) for one in predictors]
     of_teacher = LogitMetrics()
     ends = {_end(one, store) for one in predictors} | {max(store.layers)}
     starts = {one.block[0] for one in predictors if one.block}
+    if any(one.enter for one in predictors) and 0 in store.layers:
+        starts.add(0)
     reader = BatchReader(store, teacher, device)
     fields = BatchFields(tuple(sorted({start} | starts | ends)))
     total = store.num_sequences("validation") * store.context * len(predictors)
@@ -163,11 +168,13 @@ def _add(one: Measured, tail: Tail, batch: Batch, n: int, reference: Reference) 
     if block is None:
         one.logits.add(reference.logits, reference, batch.tokens, batch.first_of_segment)
         return
-    predicted = one.predictor.predict(batch.states[block[0]], batch.context).float()
+    enter, own = one.predictor.enter, one.predictor.tail or tail
+    x_0 = batch.states[block[0]] if enter is None else enter(batch)
+    predicted = one.predictor.predict(x_0, batch.context).float()
     if block[1] == n:
         one.state.add(predicted, batch.states[n], batch.first_of_segment)
     one.logits.add(
-        tail(predicted, batch.context, start=block[1]), reference, batch.tokens, batch.first_of_segment
+        own(predicted, batch.context, start=block[1]), reference, batch.tokens, batch.first_of_segment
     )
 
 
@@ -180,7 +187,8 @@ def _time(measured: list[Measured], tail: Tail, batch: Batch, start: int) -> Non
         began = time.perf_counter()
         m, n = one.predictor.block or (start, start)
         x = tail.states(x, batch.context, start=start, stop=m)
-        tail(one.predictor.predict(x, batch.context), batch.context, start=n)
+        own = one.predictor.tail or tail
+        own(one.predictor.predict(x, batch.context), batch.context, start=n)
         if x.is_cuda:
             torch.cuda.synchronize()
         milliseconds = 1000 * (time.perf_counter() - began) / batch.tokens.numel()

@@ -1,7 +1,9 @@
 """Losses on next-token distributions: KL(teacher || student), or a bound of it from the largest logits."""
 
+from collections.abc import Callable
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lftpipe.flow.objective import Loss
@@ -53,3 +55,60 @@ def _rest(log_kept: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
     """What is left of 1; at least a hair, so that its logarithm is finite."""
     smallest = torch.finfo(torch.float32).eps
     return (1 - log_kept.exp().sum(-1)).clamp_min(smallest)
+
+
+def next_token_loss(tokens: Int[Tensor, "*batch"], targets: Bool[Tensor, "*batch"], student: Logits) -> Loss:
+    """Cross-entropy of the tokens that come next, in nats, summed over targets and divided by all positions.
+
+    Parameters
+    ----------
+    tokens
+        The token that follows each position.
+    targets
+        Positions that a token follows which they can know of.
+    student
+        The student's logits.
+    """
+    losses = student.float().logsumexp(-1) - student.float().gather(-1, tokens[..., None])[..., 0]
+    return (losses * targets).mean()
+
+
+def through_head(
+    states: Float[Tensor, "position feature"],
+    head: Callable[[Float[Tensor, "position feature"]], Float[Tensor, "position vocabulary"]],
+    compare: Callable[[Float[Tensor, "position vocabulary"], slice], Loss],
+    positions: int,
+) -> Loss:
+    """A mean over positions of a loss on logits, without the logits of more than some of them at once.
+
+    The gradient with regard to the states is taken piece by piece together with the loss, so the product with
+    the head is computed once forward and once backward, and one piece is held. The head is not trained.
+
+    Parameters
+    ----------
+    states
+        What the head reads: after the final norm.
+    head
+        From such states to logits.
+    compare
+        The mean loss of the positions of a slice, given their logits.
+    positions
+        How many make a piece.
+    """
+    leaf = states.detach()
+    total, gradient = states.new_zeros((), dtype=torch.float32), torch.zeros_like(leaf)
+    for start in range(0, len(states), positions):
+        part = slice(start, min(start + positions, len(states)))
+        fraction = (part.stop - part.start) / len(states)
+        if not states.requires_grad:
+            total += fraction * compare(head(leaf[part]), part)
+            continue
+        piece = leaf[part].requires_grad_(True)
+        with torch.enable_grad():
+            loss = fraction * compare(head(piece), part)
+        (gradient[part],) = torch.autograd.grad(loss, piece)
+        total += loss.detach()
+    if not states.requires_grad:
+        return total
+    carried = (states * gradient).sum()
+    return total + carried - carried.detach()

@@ -81,10 +81,15 @@ class LeastSquares:
         self.gram += ((weight * x).T @ x).cpu()
         self.cross += ((weight * x).T @ y.to(x)).cpu()
 
-    def solve(self) -> tuple[Float[Tensor, "output input"], Float[Tensor, "output"]]:
-        """Weight and bias of the map."""
+    def solve(
+        self, *, intercept: bool = True
+    ) -> tuple[Float[Tensor, "output input"], Float[Tensor, "output"]]:
+        """Weight and bias of the map; without `intercept` the bias is zero."""
         # Scaling to a unit diagonal first: channels' variances differ by many orders.
-        scale = self.gram.diagonal().clamp_min(1e-30).rsqrt()
-        gram = scale[:, None] * self.gram * scale + self.ridge * torch.eye(len(scale), dtype=torch.float64)
-        solution = scale[:, None] * torch.linalg.solve(gram, scale[:, None] * self.cross)
-        return solution[:-1].T.float().contiguous(), solution[-1].float()
+        used = len(self.gram) if intercept else len(self.gram) - 1
+        gram, cross = self.gram[:used, :used], self.cross[:used]
+        scale = gram.diagonal().clamp_min(1e-30).rsqrt()
+        gram = scale[:, None] * gram * scale + self.ridge * torch.eye(len(scale), dtype=torch.float64)
+        solution = scale[:, None] * torch.linalg.solve(gram, scale[:, None] * cross)
+        weight = solution[: len(self.gram) - 1].T.float().contiguous()
+        return weight, solution[-1].float() if intercept else weight.new_zeros(len(weight))

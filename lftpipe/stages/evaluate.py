@@ -20,6 +20,7 @@ from lftpipe.evaluation.predictors import (
     teacher_predictor,
 )
 from lftpipe.evaluation.scoring import score
+from lftpipe.extraction.other_corpus import slug_of, states_elsewhere
 from lftpipe.outputs import COMMENT, making
 from lftpipe.reporting.tables import COLUMNS, cell, results_page
 from lftpipe.store import Store
@@ -63,7 +64,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """
     prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
-    out = settings.out or store_path.parent / "results.json"
+    name = "results" if settings.corpus is None else f"results-{slug_of(settings.corpus)}"
+    out = settings.out or store_path.parent / f"{name}.json"
     require_json_name(out)
     page = out.with_suffix(".md")
     with making(out, [page], marks=MARKS, force=settings.force) as staging:
@@ -87,9 +89,10 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
     if settings.adaptive:
         _check_adaptive(opened, settings)
     teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
+    scored = store if settings.corpus is None else states_elsewhere(store, settings.corpus, settings)
     scores = score(
-        _predictors(opened, settings, teacher),
-        store,
+        _predictors(opened, settings, teacher, store.layers),
+        scored,
         teacher,
         batch_tokens=settings.batch_tokens,
         compute_dtype=settings.compute_dtype,
@@ -101,7 +104,8 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
         teacher=teacher.name,
         store=str(store_path),
         store_fingerprint=store.fingerprint,
-        validation_tokens=store.num_sequences("validation") * store.context,
+        corpus=settings.corpus,
+        validation_tokens=scored.num_sequences("validation") * store.context,
         compute_dtype=settings.compute_dtype,
         settings=to_json(settings),
         rows=[each for each in scores if not isinstance(each, AdaptiveScore)],
@@ -139,7 +143,9 @@ def _check_adaptive(opened: list[runs.Run], settings: EvaluateSettings) -> None:
             )
 
 
-def _predictors(opened: list[runs.Run], settings: EvaluateSettings, teacher: Teacher) -> list[Predictor]:
+def _predictors(
+    opened: list[runs.Run], settings: EvaluateSettings, teacher: Teacher, stored: tuple[int, ...]
+) -> list[Predictor]:
     """Teacher, the skips of each block's first layers, each whole block skipped, then the runs."""
     blocks = {run.block for run in opened}
     first_layers = {
@@ -156,9 +162,12 @@ def _predictors(opened: list[runs.Run], settings: EvaluateSettings, teacher: Tea
             settings.device,
             solver=settings.solver,
             thresholds=settings.adaptive,
+            stored=stored,
         )
         each.append([one for one in own if not one.adaptive])
         found += own
+    if settings.together and any(run.healed for run in opened):
+        raise RunError("--together with a healed run", "runs that were not healed", "score it alone")
     if settings.together:
         in_order = sorted(each, key=lambda own: own[0].block or (0, 0))
         blocks = [own[0].block or (0, 0) for own in in_order]
@@ -174,11 +183,16 @@ def _predictors(opened: list[runs.Run], settings: EvaluateSettings, teacher: Tea
 def markdown(result: Results) -> str:
     """The table as a Markdown page."""
     introduction = (
-        f"{result.validation_tokens:,} validation tokens, evaluated in {result.compute_dtype}. "
+        f"{result.validation_tokens:,} validation tokens{_of_corpus(result.corpus)}, evaluated in "
+        f"{result.compute_dtype}. "
         "ms/token is from the first block's input to the logits, the same stretch for every row."
     )
     lines = results_page(result, f"Results: {result.teacher}", introduction)
     return "\n".join([*lines, COMMENT]) + "\n"
+
+
+def _of_corpus(corpus: str | None) -> str:
+    return "" if corpus is None else f" of {corpus}"
 
 
 def summary(result: dict[str, Any]) -> FittedTable:
@@ -191,6 +205,7 @@ def summary(result: dict[str, Any]) -> FittedTable:
     ]
     out = Path(result["out"])
     draw = "" if out.name != "results.json" else f"\nnext: lftpipe report --store {result['store']}"
+    corpus = _of_corpus(result.get("corpus"))
     return FittedTable(
         [
             Column(
@@ -202,7 +217,7 @@ def summary(result: dict[str, Any]) -> FittedTable:
             for key in shown
         ],
         [[cell(row[key]) for key in shown] for row in rows],
-        title=f"{result['teacher']}: {result['validation_tokens']:,} validation tokens",
+        title=f"{result['teacher']}: {result['validation_tokens']:,} validation tokens{corpus}",
         caption=f"written to {out} and {out.with_suffix('.md')}{draw}",
         complete=f"{out.with_suffix('.md').name} has them",
     )

@@ -217,7 +217,7 @@ def _trained(opened: Sequence[Run]) -> list[str]:
         [
             run.path.name,
             f"{run.block[0]}:{run.block[1]}",
-            run.objective,
+            run.label,
             str(run.seed),
             f"{run.train_tokens:,}",
             run.store_fingerprint[:12],

@@ -92,6 +92,11 @@ def build_student(
             raise RunError(
                 f"{run.path}, of another teacher", "runs of one teacher", "name runs of one teacher"
             )
+    if len(opened) > 1 and any(run.healed for run in opened):
+        raise RunError(
+            "a healed run beside others", "a healed run alone: its layers fit no other", "name it alone"
+        )
+    teacher = runs.healed_teacher(opened[0], teacher)
     timed = [run for run in opened if run.has_time]
     if not timed and ((steps or 1) > 1 or (solver or "euler") != "euler"):
         raise RunError(
@@ -103,7 +108,7 @@ def build_student(
         steps = _agreed(timed, "walk_steps", "--k", 1)
     if solver is None:
         solver = _agreed(timed, "solver", "--solver", "euler")
-    flows = [runs.load_flow(run, teacher) for run in opened]
+    flows = [runs.load_flow(run, teacher) for run in opened if not run.velocity.get("skip")]
     kind = _kind_for(teacher)
     plain = teacher.config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "num_hidden_layers", "dtype"):
@@ -176,6 +181,10 @@ def _block(run: Run) -> Block:
     m, n = run.block
     if run.velocity.get("linear"):
         return Block(m, n, "linear")
+    if run.velocity.get("skip"):
+        return Block(m, n, "skip")
+    if runs.is_stack(run.velocity):
+        return Block(m, n, "layers", depth=run.velocity["depth"], loops=run.velocity["loops"])
     kind: Kind = "flow" if run.has_time else "layer"
     seen = {name: run.velocity.get(name, False) for name in ("source", "step")}
     return Block(m, n, kind, run.velocity["shift"], **seen)

@@ -9,8 +9,8 @@ from lftpipe.config.layers import check_apart
 from lftpipe.errors import SettingsError
 from lftpipe.flow.solver import EVALUATIONS
 
-Kind = Literal["flow", "layer", "linear"]
-KINDS = ("flow", "layer", "linear")
+Kind = Literal["flow", "layer", "layers", "linear", "skip"]
+KINDS = ("flow", "layer", "layers", "linear", "skip")
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,16 @@ class Block:
     start: int
     stop: int
     kind: Kind = "flow"
-    """`flow` is run in steps; `layer` (the regression baseline) and `linear` once."""
+    """`flow` is run in steps; `layer` (the regression baseline) and `linear` once; `layers` are `depth` of
+    them, run `loops` times in a row; of `skip` nothing is left."""
     shift: bool = False
     """Whether the flow's modulation predicts shifts."""
     source: bool = False
     """Whether the flow sees the block's input too."""
     step: bool = False
     """Whether the flow knows the size of its steps."""
+    depth: int = 1
+    loops: int = 1
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,8 +71,11 @@ class FlowLayout:
                 )
         blocks = [(block.start, block.stop) for block in self.flow_blocks]
         check_apart(blocks, "a student with blocks", self.teacher_layers)
-        self.num_hidden_layers = sum(self.evaluations(place) for place in self.places())
-        if self.num_hidden_layers == 0:
+        places = self.places()
+        evaluations = sum(self.evaluations(place) for place in places)
+        # Some of transformers' models run no more layers than this, and a linear map is one without a place.
+        self.num_hidden_layers = max(evaluations, len(places))
+        if evaluations == 0:
             raise SettingsError(
                 "a student without attention", "a layer besides the linear map", "choose a smaller block"
             )
@@ -85,7 +91,8 @@ class FlowLayout:
         index = 0
         while index < self.teacher_layers:
             block = starts.get(index)
-            places.append(index if block is None else block)
+            if block is None or block.kind != "skip":
+                places.append(index if block is None else block)
             index = index + 1 if block is None else block.stop
         return places
 
@@ -93,6 +100,8 @@ class FlowLayout:
         """How often attention runs in that place, for one forward pass."""
         if isinstance(place, int) or place.kind == "layer":
             return 1
+        if place.kind == "layers":
+            return place.depth * place.loops
         return 0 if place.kind == "linear" else EVALUATIONS[self.solver] * self.steps
 
 

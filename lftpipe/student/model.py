@@ -22,6 +22,7 @@ from lftpipe.errors import RunError
 from lftpipe.flow.linear import LinearMap
 from lftpipe.flow.path import States, Times
 from lftpipe.flow.solver import Method, ODESolver
+from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Modulations, Velocity
 from lftpipe.student.config import Block, FlowLayout, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
 from lftpipe.student.slot import Slot
@@ -50,6 +51,9 @@ class FlowLayer(GradientCheckpointingLayer):
         self.velocity: nn.Module
         if block.kind == "linear":
             self.velocity = LinearMap(config.hidden_size)
+        elif block.kind == "layers":
+            layers = [Branches(family, config, block.start) for _ in range(block.depth)]
+            self.velocity = LayerStack(layers, block.loops)
         else:
             self.velocity = Velocity(
                 Branches(family, config, block.start, layer),
@@ -102,6 +106,8 @@ class FlowLayer(GradientCheckpointingLayer):
 
     def carry(self, hidden_states: States, contexts: Iterator[AttentionContext]) -> States:
         """From the block's start to its end; each evaluation has a context of its own."""
+        if isinstance(self.velocity, LayerStack):
+            return self.velocity.run(hidden_states, contexts)
         evaluations = itertools.count()
         self._forget_if_changed()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lftpipe.errors import RunError
+from lftpipe.flow.stack import LayerStack
 from lftpipe.student.assemble import fill
 from lftpipe.student.config import Block
 from lftpipe.student.folding import fold_branch, obstacle
@@ -42,7 +43,7 @@ def check_foldable(student: Any) -> None:
                 "a layer: a linear map is none of the family",
                 "use --form latent-flow",
             )
-        if block.kind == "layer":
+        if block.kind in ("layer", "layers", "skip"):
             continue
         if config.solver != "euler":
             raise RunError(
@@ -138,6 +139,15 @@ def _flow_layers(student: Any) -> dict[Block, Any]:
 def _steps(flow: FlowLayer) -> list[dict[str, Tensor]]:
     """A flow layer's steps as the tensors of one ordinary layer each."""
     velocity: Any = flow.velocity
+    if isinstance(velocity, LayerStack):
+        layers: Any = velocity.layers
+        contents = [layer.layer.state_dict() for layer in layers]
+        # Files hold no shared tensors, and a layer that is run again comes again.
+        return contents + [
+            {name: value.clone() for name, value in content.items()}
+            for _ in range(velocity.loops - 1)
+            for content in contents
+        ]
     content = velocity.layer.layer.state_dict()
     if velocity.modulation is None:
         return [content]

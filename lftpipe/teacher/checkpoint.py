@@ -108,6 +108,29 @@ class Checkpoint:
         return name in self._file_of
 
 
+class Overlay(Checkpoint):
+    """A checkpoint some of whose tensors are others: what healing changed of a teacher.
+
+    Its digest is that of the checkpoint below it, by which runs know their teacher.
+
+    Parameters
+    ----------
+    below
+        The checkpoint.
+    changed
+        Tensors by their names in it.
+    """
+
+    def __init__(self, below: Checkpoint, changed: dict[str, Tensor]) -> None:
+        super().__init__(below.folder)
+        self.changed = changed
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The named tensors, as float32; those that were changed in their new form."""
+        kept = super().read([name for name in names if name not in self.changed])
+        return {name: self.changed[name] if name in self.changed else kept[name] for name in names}
+
+
 def _files_of(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

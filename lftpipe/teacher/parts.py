@@ -70,6 +70,25 @@ def load_rotary(teacher: Teacher) -> nn.Module:
     return teacher.family.frame(teacher.config)
 
 
+def load_embedding(teacher: Teacher) -> nn.Module:
+    """From token ids to `h[0]`.
+
+    Raises
+    ------
+    TeacherError
+        If the family is not written out: nothing then says what else happens to an embedding.
+    """
+    if teacher.family.derived:
+        raise TeacherError(
+            f"the embedding of {teacher.model}, a {teacher.config.model_type} model",
+            "a store with state 0, which is read in its place",
+            "extract with layer 0 in --layers",
+        )
+    name = f"{teacher.family.embedding_prefix}.weight"
+    weight = teacher.checkpoint.read([name])[name]
+    return nn.Embedding.from_pretrained(weight, freeze=True)
+
+
 class Tail(nn.Module):
     """The frozen end of the teacher: layers `start .. L-1`, final norm and LM head."""
 

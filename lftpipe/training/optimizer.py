@@ -1,11 +1,14 @@
 """What moves a flow layer's weights: Muon for its matrices and AdamW for the rest, or AdamW alone."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lftpipe.config.settings import TrainSettings
+from lftpipe.device import dtype_name, resolve_compute_dtype
+from lftpipe.training.muon import Float32Muon
 
 #: At the peak, where none is given. Muon's steps are scaled to the size of AdamW's, and may be larger.
 LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}
@@ -23,6 +26,36 @@ def peak_rate(settings: TrainSettings) -> float:
     """
     rate = settings.learning_rate
     return LEARNING_RATES[settings.optimizer] if rate is None else rate
+
+
+def rate_fraction(step: int, num_steps: int, warmup: float) -> float:
+    """Which fraction of the peak learning rate a step has: a linear warm-up, then a cosine to a hundredth.
+
+    Parameters
+    ----------
+    step
+        Steps done before it.
+    num_steps
+        Steps in all.
+    warmup
+        Fraction of them in which the rate rises.
+    """
+    rising = max(1, round(warmup * num_steps))
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, num_steps - rising)
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+
+
+def muon_dtype(settings: TrainSettings) -> str:
+    """In which Muon orthogonalises: `auto` is bfloat16 only where the device multiplies in it.
+
+    Objectives that came after this setting don't know the former default, and take `auto` for it.
+    """
+    former = settings.objective not in ("distil", "looped")
+    if settings.muon_dtype == "float32" or (settings.muon_dtype == "bfloat16" and former):
+        return settings.muon_dtype
+    return dtype_name(resolve_compute_dtype("auto", settings.device))
 
 
 class Optimizer:
@@ -54,8 +87,9 @@ class Optimizer:
             torch.optim.AdamW(groups, lr=self.learning_rate, betas=BETAS, fused=True)
         ]
         if mine:
+            kind = Float32Muon if muon_dtype(settings) == "float32" else torch.optim.Muon
             self._parts.append(
-                torch.optim.Muon(
+                kind(
                     matrices,
                     lr=self.learning_rate,
                     weight_decay=settings.weight_decay,

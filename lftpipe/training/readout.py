@@ -15,6 +15,7 @@ from lftpipe import progress
 from lftpipe.batch import Batch
 from lftpipe.errors import RunError
 from lftpipe.flow.linear import LeastSquares
+from lftpipe.flow.velocity import Velocity
 from lftpipe.training import processes
 from lftpipe.training.run import TrainingRun
 
@@ -39,6 +40,7 @@ def refit(run: TrainingRun, batches: Callable[[], Iterable[Batch]]) -> None:
     batches
         Gives what to fit on, every time it is called.
     """
+    assert isinstance(run.flow, Velocity), "of one layer alone"
     layer = run.flow.layer
     attention, mlp = (layer.layer.get_submodule(name) for name in _last_maps(run))
     _fit(run, batches(), [attention, mlp])

@@ -7,11 +7,12 @@ from typing import cast
 import torch
 
 from lftpipe.config.loss import parse_loss
-from lftpipe.config.settings import ComputeDtype, TrainSettings, loss_text
+from lftpipe.config.objectives import CLOSED_FORM, LOSSES, TIMELESS, TWO_FOR
+from lftpipe.config.settings import ComputeDtype, MuonDtype, TrainSettings, loss_text
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.store import Store
-from lftpipe.training.optimizer import peak_rate
+from lftpipe.training.optimizer import muon_dtype, peak_rate
 
 #: Steps between evaluations where some of the training sequences are held back, if nothing is said.
 EVALUATE_EVERY = 100
@@ -62,16 +63,13 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
         If the store lacks a state of the block or has nothing to train on, or the settings contradict.
     """
     m, n = block
-    if settings.condition != "none" and settings.objective in ("regression", "linear"):
+    if settings.condition != "none" and settings.objective in TIMELESS + CLOSED_FORM:
         raise SettingsError(
             f"--condition {settings.condition} with --objective {settings.objective}",
             "a flow: this layer sees x_0 and makes one step",
             "use --objective fw",
         )
-    if settings.init == "readout" and settings.objective == "linear":
-        raise SettingsError(
-            "--init readout with --objective linear", "an objective of steps", "leave out --init"
-        )
+    _check_layers(settings, block)
     if settings.patience and not settings.hold_back:
         raise SettingsError(
             "--patience without --hold-back", "sequences to judge by", "give --hold-back 0.02"
@@ -87,7 +85,9 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
             f"states that the store holds: {_ranges(store.layers)}",
             f"choose another block, or extract with --layers {','.join(map(str, needed))}",
         )
-    if settings.loss is not None and (settings.objective in ("hybrid", "linear")):
+    if settings.objective == "replaceme":
+        _check_layer_before(m, store)
+    if settings.loss is not None and settings.objective in ("hybrid", *CLOSED_FORM):
         raise SettingsError(
             f"--loss with --objective {settings.objective}",
             "one of the two",
@@ -106,10 +106,10 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
             "a store with the teacher's top-K logits",
             "extract with --logits 64, or use the term logits",
         )
-    timeless = settings.objective == "regression"
+    timeless = settings.objective in TIMELESS
     if timeless and (walks := sorted(terms & {"fw", "sfm", "trajectory", "branches"})):
         raise SettingsError(
-            f"--loss {settings.loss} with --objective regression",
+            f"--loss {settings.loss} with --objective {settings.objective}",
             "terms without time: regression, logits, top-logits",
             f"use --objective fw for the term {walks[0]}",
         )
@@ -133,15 +133,59 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
             ComputeDtype, dtype_name(resolve_compute_dtype(settings.compute_dtype, settings.device))
         ),
         learning_rate=peak_rate(settings),
+        muon_dtype=cast(MuonDtype, muon_dtype(settings)),
+        depth=_depth(settings, block),
+        loss=LOSSES["distil"] if settings.objective == "distil" and settings.loss is None else settings.loss,
         evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
     )
 
 
 def _terms(settings: TrainSettings) -> set[str]:
     """The terms of all stages of a loss."""
-    if settings.objective == "linear":
+    if settings.objective in CLOSED_FORM:
         return set()
     return {term for stage in parse_loss(loss_text(settings)) for term in stage.weights}
+
+
+def _depth(settings: TrainSettings, block: tuple[int, int]) -> int | None:
+    if settings.depth is None and settings.objective == "distil":
+        return 2 if block[1] - block[0] >= TWO_FOR else 1
+    return settings.depth
+
+
+def _check_layers(settings: TrainSettings, block: tuple[int, int]) -> None:
+    """Refuse a start, or a number of layers, that the objective has no use for."""
+    given = f"with --objective {settings.objective}"
+    if settings.init != "layer" and settings.objective in CLOSED_FORM:
+        raise SettingsError(f"--init {settings.init} {given}", "an objective of steps", "leave out --init")
+    if settings.depth in (None, 1):
+        return
+    if settings.objective not in TIMELESS:
+        raise SettingsError(f"--depth {settings.depth} {given}", f"one of {', '.join(TIMELESS)}", "use one")
+    if settings.init == "readout":
+        raise SettingsError(f"--depth {settings.depth} --init readout", "one layer", "leave out one of them")
+    if settings.depth >= block[1] - block[0]:
+        raise SettingsError(
+            f"--depth {settings.depth} for a block of {block[1] - block[0]} layers",
+            "fewer layers than are replaced",
+            "choose a lower --depth, or a longer block",
+        )
+
+
+def _check_layer_before(m: int, store: Store) -> None:
+    """ReplaceMe changes the layer before the block: there must be one, and what it gave."""
+    if m == 0:
+        raise SettingsError(
+            "--objective replaceme for a block from layer 0",
+            "a layer before the block, into which the map is merged",
+            "choose another block, or --objective linear",
+        )
+    if m - 1 not in store.layers or m - 1 not in store.attention_layers:
+        raise SettingsError(
+            f"--objective replaceme on a store without state or attention output {m - 1}",
+            "both: the output of that layer's MLP is their difference",
+            "extract with --layers all --attention",
+        )
 
 
 def _ranges(layers: tuple[int, ...]) -> str:
@@ -162,4 +206,8 @@ def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
     objective = settings.objective
     if objective in ("fw", "hybrid"):
         objective += str(settings.walk_steps) + ("" if settings.solver == "midpoint" else "-euler")
+    if settings.objective == "looped":
+        objective += str(settings.walk_steps)
+    if settings.depth is not None and settings.depth > 1 and settings.objective != "distil":
+        objective += f"-depth{settings.depth}"
     return f"{block[0]}-{block[1]}-{objective}-seed{settings.seed}"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe import runs
-from lftpipe.config.settings import TrainSettings, to_json
+from lftpipe.config.settings import HealSettings, TrainSettings, to_json
 from lftpipe.errors import RunError
 from lftpipe.outputs import LOCK
 from lftpipe.store import Store
@@ -39,7 +39,7 @@ _MAY_DIFFER = {
 _MAY_BE_TAMED = {"learning_rate", "clip"}
 
 
-def claim(run: Path, settings: TrainSettings, store: Store) -> bool:
+def claim(run: Path, settings: TrainSettings | HealSettings, store: Store) -> bool:
     """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already.
 
     Parameters
@@ -58,6 +58,7 @@ def claim(run: Path, settings: TrainSettings, store: Store) -> bool:
     """
     refuse_foreign(run, settings)
     plain = to_json(settings)
+    table = "heal" if isinstance(settings, HealSettings) else "train"
     if (run / runs.SETTINGS).exists() and not settings.force:
         for key, before, now in changed_settings(run, settings, store):
             if key in _MAY_BE_TAMED and settings.resume and (run / runs.DIVERGED).exists():
@@ -75,17 +76,17 @@ def claim(run: Path, settings: TrainSettings, store: Store) -> bool:
         if finished:
             drop_checkpoints(run)  # of a process that was killed just before it would have done so
         else:
-            runs.write_settings(run, plain, store.fingerprint)
+            runs.write_settings(run, plain, store.fingerprint, table)
         return finished
     if settings.force:
         for name in (runs.MANIFEST, runs.METRICS, runs.WEIGHTS, runs.DIVERGED):
             (run / name).unlink(missing_ok=True)
         drop_checkpoints(run)
-    runs.write_settings(run, plain, store.fingerprint)
+    runs.write_settings(run, plain, store.fingerprint, table)
     return False
 
 
-def refuse_foreign(run: Path, settings: TrainSettings) -> None:
+def refuse_foreign(run: Path, settings: TrainSettings | HealSettings) -> None:
     """Refuse a folder that holds anything else than a run.
 
     Parameters
@@ -139,7 +140,7 @@ def changed_settings(run: Path, settings: TrainSettings, store: Store) -> Iterat
     """
     before, fingerprint = runs.read_settings(run)
     # What an older version did not know was then as it is by default now.
-    before = to_json(TrainSettings()) | before | {"store fingerprint": fingerprint}
+    before = to_json(type(settings)()) | before | {"store fingerprint": fingerprint}
     now = to_json(settings) | {"store fingerprint": store.fingerprint}
     for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
         if before.get(key) != now.get(key):

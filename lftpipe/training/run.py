@@ -11,19 +11,20 @@ import lftpipe
 from lftpipe import runs
 from lftpipe.batch import BatchFields, BatchOrder, BatchReader
 from lftpipe.config.loss import Stage, parse_loss, stage_starts
+from lftpipe.config.objectives import CLOSED_FORM
 from lftpipe.config.settings import TrainSettings, loss_text
 from lftpipe.device import resolve_compute_dtype
 from lftpipe.errors import RunError
 from lftpipe.flow.objective import ErrorScale
-from lftpipe.flow.velocity import Velocity
 from lftpipe.objects import url_of
 from lftpipe.store import Store
-from lftpipe.teacher.parts import load_layer, load_norm
+from lftpipe.teacher.parts import load_norm
 from lftpipe.teacher.recorded import record_of
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
+from lftpipe.training.estimator import build_estimator, description
 from lftpipe.training.logit_terms import FrozenTails
-from lftpipe.training.optimizer import Optimizer
+from lftpipe.training.optimizer import Optimizer, rate_fraction
 from lftpipe.training.watch import DivergenceWatch
 from lftpipe.training.weights import WeightAverage
 
@@ -73,13 +74,7 @@ class TrainingRun:
         self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
         self.stages = parse_loss(loss_text(settings))
         self.stage_starts = stage_starts(self.stages, self.num_steps)
-        self.flow = Velocity(
-            load_layer(teacher, self.m),
-            teacher.width,
-            time=settings.objective != "regression",
-            source=settings.condition == "source",
-            step=settings.condition == "step",
-        ).to(self.device)
+        self.flow = build_estimator(settings, teacher, block).to(self.device)
         self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
         self.optimizer = Optimizer(self.flow, settings)
         norm = load_norm(teacher, self.n).to(self.device) if settings.loss_scale == "norm" else None
@@ -140,11 +135,7 @@ class TrainingRun:
         step
             Steps done before it.
         """
-        warmup = max(1, round(self.settings.warmup * self.num_steps))
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, self.num_steps - warmup)
-        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+        return rate_fraction(step, self.num_steps, self.settings.warmup)
 
     def autocast(self) -> torch.autocast:
         """Within it, products are computed in the run's format."""
@@ -201,12 +192,7 @@ class TrainingRun:
     def finish(self) -> dict[str, Any]:
         """Write weights and manifest; what to tell of the run."""
         self.weights.settle()
-        shape = {
-            "time": self.flow.modulation is not None,
-            "shift": self.flow.shift,
-            "source": self.flow.source is not None,
-            "step": self.settings.condition == "step",
-        }
+        shape = description(self.flow, self.settings)
         manifest = manifest_of(self.settings, self.store, self.block, shape)
         manifest["train_tokens"] = self.step * self.tokens_per_step
         if processes.rank() == 0:
@@ -259,7 +245,7 @@ def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
 
 
 def manifest_of(
-    settings: TrainSettings, store: Store, block: tuple[int, int], velocity: dict[str, bool]
+    settings: TrainSettings, store: Store, block: tuple[int, int], velocity: dict[str, Any]
 ) -> dict[str, Any]:
     """What a finished run says of itself.
 
@@ -293,7 +279,7 @@ def manifest_of(
         "teacher": record_of(store.identity),
         "block": list(block),
         "objective": settings.objective,
-        "loss": None if settings.objective == "linear" else loss_text(settings),
+        "loss": None if settings.objective in CLOSED_FORM else loss_text(settings),
         "solver": settings.solver if velocity["time"] else "euler",
         "walk_steps": settings.walk_steps if velocity["time"] else 1,
         "seed": settings.seed,

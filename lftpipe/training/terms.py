@@ -12,6 +12,7 @@ from lftpipe.batch import Batch
 from lftpipe.flow.objective import ErrorScale, Loss, branch_matching, flow_matching, flow_walking
 from lftpipe.flow.path import LinearPath, PiecewiseLinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver
+from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.parts import Tail
 from lftpipe.training.logit_terms import logit_divergence, top_logit_divergence
@@ -21,7 +22,7 @@ from lftpipe.training.logit_terms import logit_divergence, top_logit_divergence
 class Problem:
     """One batch seen by one flow layer, with every random draw of the step."""
 
-    flow: Velocity
+    flow: Velocity | LayerStack
     block: tuple[int, int]
     batch: Batch
     x_0: States
@@ -74,6 +75,7 @@ def _branches(problem: Problem) -> Loss:
     attention = torch.stack([problem.batch.attention[l] for l in range(m, n)]).sum(0)  # noqa: E741
     sample = LinearPath(problem.x_0, problem.x_1).sample(problem.t)
     moment = torch.zeros_like(sample.t)
+    assert isinstance(problem.flow, Velocity), "a stack of layers has no two branches"
     parts = problem.flow.branches(
         sample.x_t, sample.t, problem.batch.context, source=problem.x_0, step_size=moment
     )

@@ -8,13 +8,14 @@ import torch
 
 from lftpipe import runs
 from lftpipe.config.layers import check_apart
+from lftpipe.config.objectives import CLOSED_FORM
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.outputs import one_writer
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
-from lftpipe.training.linear import fit_linear
+from lftpipe.training.closed_form import fit_closed_form
 from lftpipe.training.logit_terms import FrozenTails
 from lftpipe.training.loop import Chain, train_together
 from lftpipe.training.resolve import Wanted
@@ -82,8 +83,9 @@ def _train_claimed(
         if run in results:
             continue
         torch.manual_seed(settings.seed)
-        if settings.objective == "linear":
-            fitted = fit_linear(run, settings, store, teacher, block) if processes.rank() == 0 else None
+        if settings.objective in CLOSED_FORM:
+            first = processes.rank() == 0
+            fitted = fit_closed_form(run, settings, store, teacher, block) if first else None
             results[run] = processes.agree(fitted)
         else:
             training.append(TrainingRun(run, settings, store, teacher, block, tails))
@@ -134,8 +136,10 @@ def check_together(wanted: list[Wanted], joint: bool) -> None:
     blocks = [block for _, _, block in wanted]
     if joint:
         check_apart(blocks, "--joint with blocks")
-    if joint and first.objective == "linear":
-        raise SettingsError("--joint with --objective linear", "an objective of steps", "leave out --joint")
+    if joint and first.objective in CLOSED_FORM:
+        raise SettingsError(
+            f"--joint with --objective {first.objective}", "an objective of steps", "leave out --joint"
+        )
     if joint and any(
         settings.tokens != first.tokens or settings.loss != first.loss for _, settings, _ in others
     ):

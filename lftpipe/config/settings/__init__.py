@@ -13,6 +13,7 @@ from lftpipe.config.settings.base import (
     Init,
     LossScale,
     Metric,
+    MuonDtype,
     Objective,
     OptimizerName,
     Predictor,
@@ -24,6 +25,7 @@ from lftpipe.config.settings.base import (
 )
 from lftpipe.config.settings.evaluate import EvaluateSettings, SweepSettings, ToySettings
 from lftpipe.config.settings.extract import ExtractSettings
+from lftpipe.config.settings.heal import HealSettings
 from lftpipe.config.settings.look import InfoSettings, ReportSettings, VerifySettings
 from lftpipe.config.settings.recouple import RecoupleSettings
 from lftpipe.config.settings.student import ExportSettings, GenerateSettings
@@ -40,10 +42,12 @@ __all__ = [
     "ExtractSettings",
     "Form",
     "GenerateSettings",
+    "HealSettings",
     "InfoSettings",
     "Init",
     "LossScale",
     "Metric",
+    "MuonDtype",
     "Objective",
     "OptimizerName",
     "Predictor",

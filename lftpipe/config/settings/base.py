@@ -55,13 +55,26 @@ Dtype = Literal["float16", "float32", "int8"]
 Compression = Literal["none", "blosc"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Metric = Literal["euclidean", "sqeuclidean", "cosine"]
-Objective = Literal["fw", "sfm", "hybrid", "regression", "trajectory", "linear"]
+Objective = Literal[
+    "fw",
+    "sfm",
+    "hybrid",
+    "regression",
+    "trajectory",
+    "linear",
+    "distil",
+    "looped",
+    "skip",
+    "replaceme",
+    "linearpatch",
+]
 SolverName = Literal["midpoint", "euler"]
 Predictor = Literal["ratio", "gap", "displacement", "probe", "influence"]
 LossScale = Literal["token", "channel", "norm", "none"]
 OptimizerName = Literal["muon", "adamw"]
+MuonDtype = Literal["bfloat16", "float32", "auto"]
 WalkTimes = Literal["uniform", "equal", "mixed"]
-Init = Literal["layer", "readout"]
+Init = Literal["layer", "readout", "mean"]
 Condition = Literal["none", "source", "step"]
 Form = Literal["latent-flow", "plain"]
 WeightsDtype = Literal["float32", "bfloat16", "float16"]

@@ -23,6 +23,7 @@ from lftpipe.config.settings.base import (
     Seeded,
     SolverName,
     Steps,
+    Text,
     Writing,
 )
 
@@ -44,16 +45,20 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
     """Also score one student of all the runs named; their blocks must not overlap."""
     skips: Counts = (1, 2, 3)
     """Numbers of layers, from the block's first, that the skip rows leave out."""
+    corpus: Text | None = None
+    """Score on this corpus in place of the store's: registered name, file, folder, or `hf:...`. The teacher
+    runs once for it, and its states are kept beside the store."""
     batch_tokens: Batch = 2048
     """Tokens in one batch of validation."""
     compute_dtype: ComputeDtype = "float32"
     """Number format of matrix products."""
     out: File | None = None
-    """The JSON file; default: `results.json` beside the store. The Markdown table goes beside it."""
+    """The JSON file; default: `results.json` (or `results-CORPUS.json`) beside the store. The Markdown
+    table goes beside it."""
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "k skips device store workspace out force",
-        "What to score": "solver together adaptive",
+        "What to score": "corpus solver together adaptive",
     }
     FORMER: ClassVar[dict[str, str]] = {"seed": "evaluation draws no random numbers"}
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
+from lftpipe.config.objectives import LOSSES
 from lftpipe.config.settings.base import (
     CONFIG,
     MAIN,
@@ -16,6 +17,7 @@ from lftpipe.config.settings.base import (
     Fraction,
     Init,
     LossScale,
+    MuonDtype,
     NonNegative,
     Objective,
     OfStore,
@@ -48,10 +50,14 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
     """The figure of the map by which `--block auto` chooses."""
     objective: Objective = "fw"
     """What the flow layer learns: `fw` flow walking, `sfm` standard flow matching, `hybrid` both,
-    `regression` without time, `trajectory` along the teacher's states, `linear` in closed form."""
+    `regression` without time, `trajectory` along the teacher's states; `distil` is our recipe. Rivals:
+    `skip`, `linear`, `replaceme`, `linearpatch`, `looped`."""
     init: Init = "layer"
     """The start: a copy of the block's first layer; `readout` also fits its output matrices to the whole
-    block in closed form."""
+    block in closed form; `mean`: the mean of the block's layers."""
+    depth: Steps | None = None
+    """Layers in place of a block, for an objective without time; each starts from a part of the block.
+    Default: 1; for `distil` 2 where five layers or more are replaced."""
     walk_steps: Steps = 3
     """Steps k of flow walking."""
     solver: SolverName = "midpoint"
@@ -74,6 +80,9 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
     """Tokens in one step; a small budget is better spent on many small steps."""
     optimizer: OptimizerName = "muon"
     """Optimizer of the layer's matrices; AdamW always trains the rest."""
+    muon_dtype: MuonDtype = "bfloat16"
+    """Number format in which Muon orthogonalises; `auto`: float32 if the processor only emulates bfloat16,
+    which is twenty times as fast there."""
     learning_rate: NonNegative | None = None
     """Peak learning rate; default: 0.02 for `muon`, 0.003 for `adamw`."""
     warmup: Fraction = 0.05
@@ -117,9 +126,9 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "block objective tokens run seed from_teacher device store workspace resume force",
-        "The block": "replace rank_by joint init",
+        "The block": "replace rank_by joint init depth",
         "The objective": "walk_steps solver loss alpha condition walk_times loss_scale",
-        "The steps": "batch_tokens optimizer learning_rate warmup weight_decay clip ema",
+        "The steps": "batch_tokens optimizer muon_dtype learning_rate warmup weight_decay clip ema",
         "Watching the run": "hold_back evaluate_every patience log_every checkpoint_minutes checkpoint_every "
         "tensorboard",
     }
@@ -135,4 +144,6 @@ def loss_text(settings: TrainSettings) -> str:
     """
     if settings.loss is not None:
         return settings.loss
-    return f"fw,sfm:{settings.alpha:g}" if settings.objective == "hybrid" else settings.objective
+    if settings.objective == "hybrid":
+        return f"fw,sfm:{settings.alpha:g}"
+    return LOSSES.get(settings.objective, settings.objective)

@@ -1,0 +1,66 @@
+"""The states of a store's teacher on another corpus, cached beside the store: to score runs on it."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from lftpipe.config.settings import EvaluateSettings, ExtractSettings
+from lftpipe.extraction.compute import compute
+from lftpipe.extraction.plan import make_plan
+from lftpipe.extraction.tokens import are_stored, packing_of, spec_of, store_tokens
+from lftpipe.store import Store, StoreWriter
+
+
+def slug_of(corpus: str) -> str:
+    """A corpus as a part of a file's name: what it is called, and a digest of all of the name."""
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(corpus).stem if "/" in corpus else corpus).strip("-.")
+    whole = str(Path(corpus).resolve()) if Path(corpus).exists() else corpus
+    return f"{name or 'corpus'}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def states_elsewhere(store: Store, corpus: str, settings: EvaluateSettings) -> Store:
+    """A store with as many validation tokens of another corpus, whose states are those of `store`.
+
+    The teacher runs once: what is there already is used again, after it was compared with the corpus.
+
+    Parameters
+    ----------
+    store
+        Whose teacher, states, context and formats.
+    corpus
+        A registered name, file, folder or `hf:...`.
+    settings
+        Where and how to compute.
+
+    Raises
+    ------
+    LftpipeError
+        If the corpus does not exist, has too little text, or changed since.
+    """
+    teacher = store.identity["teacher"]
+    path = store.path.parent / "corpora" / slug_of(corpus) / "states.zarr"
+    wanted = ExtractSettings(
+        workspace=settings.workspace,
+        store=path,
+        model=teacher["model"],
+        revision=teacher["revision"],
+        corpus=corpus,
+        layers=",".join(map(str, store.layers)),
+        context=store.context,
+        tokens=store.context,  # a store has both splits; one sequence is the least
+        validation_tokens=store.num_sequences("validation") * store.context,
+        attention=False,
+        dtype=store.spec.dtype,
+        compute_dtype=store.identity["compute_dtype"],
+        device=settings.device,
+        threads=settings.threads,
+    )
+    plan = make_plan(wanted)
+    with StoreWriter.open(path, spec_of(plan), resume=True, force=settings.force) as writer:
+        if not are_stored(writer):
+            packing = packing_of(plan)
+            packing.fit_to_small_corpus()
+            store_tokens(plan, writer, packing)
+        compute(plan, writer, wanted)
+        writer.finish()
+    return Store.open(path)

@@ -1,0 +1,180 @@
+"""`lftpipe heal`: train a run's layer together with the layers after it, or with the whole student."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+import lftpipe
+from lftpipe import runs
+from lftpipe.config.settings import ComputeDtype, HealSettings
+from lftpipe.device import dtype_name, prepare, resolve_compute_dtype
+from lftpipe.errors import RunError, SettingsError, StoreError
+from lftpipe.outputs import one_writer
+from lftpipe.runs import Run
+from lftpipe.store import Store
+from lftpipe.student.healing import HealingStudent
+from lftpipe.teacher.recorded import open_recorded, record_of
+from lftpipe.teacher.source import Teacher
+from lftpipe.training.healing_loss import prepare_healing
+from lftpipe.training.resume import claim, refuse_foreign
+from lftpipe.workspace import find_runs, find_store, run_path
+
+#: Peak learning rates, where none is given.
+LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
+
+
+def heal(settings: HealSettings) -> dict[str, Any]:
+    """Train a finished run's student further, and write it as a run of its own.
+
+    Returns
+    -------
+    dict
+        Where the run is and how it ended, JSON-plain.
+
+    Raises
+    ------
+    LftpipeError
+        If the run, the store or the settings do not allow it, or training diverges.
+    """
+    prepare(settings.device, settings.threads)
+    store_path = find_store(settings.workspace, settings.store)
+    store = Store.open(store_path)
+    source = runs.open_run(_find(store_path, settings.target))
+    settings = _resolved(settings, source, store)
+    assert settings.run is not None
+    folder = run_path(store_path, settings.run)
+    if folder.resolve() == source.path.resolve():
+        raise SettingsError(f"--run {settings.run}, the run that is healed", "a new name", "give another")
+    teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
+    given = {"store": str(store_path), "healed": str(source.path), "block": list(source.block)}
+    refuse_foreign(folder, settings)
+    with one_writer(folder):
+        return _healed(folder, settings, store, teacher, source) | given
+
+
+def _healed(
+    folder: Path, settings: HealSettings, store: Store, teacher: Teacher, source: Run
+) -> dict[str, Any]:
+    """What is left to do of a run whose only writer this process is."""
+    if claim(folder, settings, store):
+        return {"run": str(folder), "already_finished": True}
+    student = _student(source, teacher, settings)
+    work = prepare_healing(folder, settings, store, teacher, student, student.first, student.trained)
+    result = work.run()
+    trained_tokens = work.step * work.tokens_per_step
+    merged = student.merged()
+    manifest = _manifest(source, settings, trained_tokens)
+    runs.save_run(folder, merged.flow, manifest, merged.teacher)
+    return {"run": str(folder), "objective": source.objective, "train_tokens": trained_tokens} | result
+
+
+def _find(store_path: Path, target: str | None) -> Path:
+    """The run to heal: the one that was named, or the only one that no healing made."""
+    if target is not None:
+        return find_runs(store_path, (target,))[0]
+    found = [path for path in find_runs(store_path, ()) if runs.open_run(path).healed is None]
+    if len(found) != 1:
+        raise RunError(
+            f"{len(found)} runs beside {store_path}: {', '.join(path.name for path in found)}",
+            "the one to heal",
+            "name it: lftpipe heal RUN",
+        )
+    return found[0]
+
+
+def _resolved(settings: HealSettings, source: Run, store: Store) -> HealSettings:
+    """Settings with all that was left open chosen, and checked against the run and the store."""
+    if store.fingerprint != source.store_fingerprint and store.origin != source.store_origin:
+        raise RunError(
+            f"{source.path}, trained from another store than {store.path}",
+            "a run of this store",
+            "name the run's store with --store",
+        )
+    if settings.rank < 1:
+        raise SettingsError(f"--rank {settings.rank}", "at least 1", "give --rank 16")
+    if settings.loss == "top-logits" and not store.spec.logits:
+        raise SettingsError(
+            f"--loss top-logits on store {store.path} without logits",
+            "a store with the teacher's largest logits",
+            "extract --force with --logits 64, or use --loss logits",
+        )
+    (m, n), last = source.block, store.identity["teacher"]["layers"]
+    if settings.train == "tail" and n == last:
+        raise SettingsError(
+            f"--train tail for block {m}:{n} of {last} layers",
+            "a layer after the block",
+            "use --train student",
+        )
+    if settings.train == "tail" and source.starts_at < m:
+        raise SettingsError(
+            f"--train tail for {source.path}, whose first layers were healed",
+            "the whole student: the cached states are no longer what its block reads",
+            "use --train student",
+        )
+    if settings.train == "tail" and m not in store.layers:
+        raise StoreError(f"store {store.path} without state {m}", "it", f"extract with --layers {m},{n}")
+    if settings.loss == "logits" and not [each for each in store.layers if each >= n]:
+        raise StoreError(
+            f"store {store.path} without a state from {n} on",
+            "one that the teacher's logits are computed from",
+            f"extract with --layers {m},{n}",
+        )
+    if store.num_sequences("train") == 0:
+        raise StoreError(f"store {store.path} without training sequences", "some", "extract more --tokens")
+    dtype = resolve_compute_dtype(settings.compute_dtype, settings.device)
+    rate = settings.learning_rate
+    return replace(
+        settings,
+        target=str(source.path),
+        threads=torch.get_num_threads(),
+        run=settings.run or f"{source.path.name}-healed",
+        compute_dtype=cast(ComputeDtype, dtype_name(dtype)),
+        learning_rate=LEARNING_RATES[settings.adapter] if rate is None else rate,
+    )
+
+
+def _student(source: Run, teacher: Teacher, settings: HealSettings) -> HealingStudent:
+    torch.manual_seed(settings.seed)
+    student = HealingStudent(source, teacher, whole=settings.train == "student")
+    if settings.adapter == "lora":
+        student.adapt(settings.rank)
+    if not student.trained:
+        raise RunError(f"{source.path} with --train {settings.train}", "a layer to train", "use student")
+    return student.to(settings.device)
+
+
+def _manifest(source: Run, settings: HealSettings, tokens: int) -> dict[str, Any]:
+    """That of the run that was healed, and what healing did."""
+    manifest = json.loads((source.path / runs.MANIFEST).read_text())
+    for own in ("weights_digest", "metrics_digest", "digest"):
+        manifest.pop(own, None)
+    keys = ("train", "adapter", "rank", "loss", "learning_rate", "seed")
+    told = {key: getattr(settings, key) for key in keys}
+    if settings.adapter != "lora":
+        told.pop("rank")
+    told |= {"run": str(source.path), "weights_digest": source.weights_digest, "tokens": tokens}
+    if source.healed is not None:
+        told["before"] = source.healed
+    return manifest | {
+        "healed": told,
+        "train_tokens": source.train_tokens + tokens,
+        "versions": {"lftpipe": lftpipe.__version__, "torch": torch.__version__},
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What was made, where, and what to type next."""
+    lines = [f"{result['run']}: {result['healed']}, healed"]
+    if result.get("already_finished"):
+        return "\n".join([*lines, "  it was finished already: nothing was computed"])
+    held = result["held_back_loss"]
+    told = "" if held is None else f", {held:.4f} on what was held back"
+    lines.append(
+        f"  {result['train_tokens']:,} tokens in {result['seconds']:.0f} s, "
+        f"{result['tokens_per_second']:,.0f} tokens/s, last loss {result['loss']:.4f}{told}"
+    )
+    lines.append(f"next: lftpipe evaluate {result['healed']} {result['run']} --store {result['store']}")
+    return "\n".join(lines)

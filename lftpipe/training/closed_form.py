@@ -1,0 +1,181 @@
+"""Rivals that are fitted in one pass over the training states, or not at all: no steps, no gradients."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lftpipe import progress, runs
+from lftpipe.config.settings import TrainSettings
+from lftpipe.errors import SettingsError
+from lftpipe.flow.hadamard import hadamard
+from lftpipe.flow.linear import LeastSquares, LinearMap
+from lftpipe.flow.stack import NoLayer
+from lftpipe.flow.velocity import Velocity
+from lftpipe.store import Store
+from lftpipe.teacher.family import Branches
+from lftpipe.teacher.parts import load_layer
+from lftpipe.teacher.source import Teacher
+from lftpipe.training.run import manifest_of, order_of
+
+#: Sequences read at once.
+_ROWS = 8
+
+#: `(array, layer)` of each state or attention output that a fit reads.
+_Parts = tuple[tuple[str, int], ...]
+
+#: What stands for a block, which block, the manifest's `velocity`, and the tokens it was fitted on.
+Fitted = tuple[nn.Module, tuple[int, int], dict[str, Any], int]
+
+
+def fit_closed_form(
+    folder: Path, settings: TrainSettings, store: Store, teacher: Teacher, block: tuple[int, int]
+) -> dict[str, Any]:
+    """Fit and write a run of an objective that needs no steps.
+
+    Parameters
+    ----------
+    folder
+        The run's.
+    settings
+        Resolved; `objective` says what is fitted.
+    store, teacher
+        What is read: the training split, and single layers.
+    block
+        Which layers are replaced.
+
+    Returns
+    -------
+    dict
+        Where the run is and how long it took, JSON-plain.
+    """
+    started = time.monotonic()
+    module, replaced, shape, seen = _FITS[settings.objective](folder.name, settings, store, teacher, block)
+    manifest = manifest_of(settings, store, replaced, {"time": False, "shift": False} | shape)
+    runs.save_run(folder, module, manifest | {"train_tokens": seen})
+    return {
+        "run": str(folder),
+        "block": list(replaced),
+        "objective": settings.objective,
+        "train_tokens": seen,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _batches(name: str, settings: TrainSettings, store: Store, parts: _Parts) -> Iterator[list[Tensor]]:
+    """States, attention outputs too, of the training sequences that a run may see, in float32."""
+    wanted = math.ceil(settings.tokens / store.context)
+    sequences = min(order_of(settings, store).num_sequences, wanted)
+    with progress.task(f"train {name}", sequences * store.context, "tokens") as task:
+        for first in range(0, sequences, _ROWS):
+            rows = range(first, min(first + _ROWS, sequences))
+            yield [
+                torch.from_numpy(store.read("train", layer, rows, array=array)).float()
+                for array, layer in parts
+            ]
+            task.advance(len(rows) * store.context)
+
+
+def _linear(
+    name: str, settings: TrainSettings, store: Store, teacher: Teacher, block: tuple[int, int]
+) -> Fitted:
+    """The least-squares map from `h[m]` to `h[n]`."""
+    sums, seen = LeastSquares(teacher.width, teacher.width), 0
+    for x_0, x_1 in _batches(name, settings, store, (("hidden", block[0]), ("hidden", block[1]))):
+        sums.add(x_0.double(), x_1 - x_0, x_1)
+        seen += x_0[..., 0].numel()
+    return _map(teacher, *sums.solve()), block, {"linear": True}, seen
+
+
+def _skip(
+    name: str, settings: TrainSettings, store: Store, teacher: Teacher, block: tuple[int, int]
+) -> Fitted:
+    """Nothing in the block's place (ShortGPT, arXiv 2403.03853; Gromov et al., arXiv 2403.17887)."""
+    del name, settings, store, teacher
+    return NoLayer(), block, {"skip": True}, 0
+
+
+def _replaceme(
+    name: str, settings: TrainSettings, store: Store, teacher: Teacher, block: tuple[int, int]
+) -> Fitted:
+    """ReplaceMe (arXiv 2505.02819): a map of the MLP's output of the layer before the block, merged into it.
+
+    With `M` that output and `Y = h[m] - M`, `T` is the least-squares solution of `M T + Y ~ h[n]`. The run is
+    then one plain layer for `m-1:n`: layer `m-1`, whose MLP ends in `T` times its last map. Unlike in the
+    paper, positions are weighted by one over their squared norm, as everywhere here, and a bias is fitted
+    where that map has one.
+    """
+    m, n = block
+    parts = (("hidden", m - 1), ("attention", m - 1), ("hidden", m), ("hidden", n))
+    sums, seen = LeastSquares(teacher.width, teacher.width), 0
+    for before, attention, x_0, x_1 in _batches(name, settings, store, parts):
+        mlp = x_0 - before - attention
+        sums.add(mlp.double(), x_1 - x_0, x_1)  # T = 1 + D, and D answers for what the block adds
+        seen += x_0[..., 0].numel()
+    layer = load_layer(teacher, m - 1)
+    output = _last_map(teacher, layer, m - 1)
+    change, constant = sums.solve(intercept=output.bias is not None)
+    with torch.no_grad():
+        output.weight += change @ output.weight
+        if output.bias is not None:
+            output.bias += change @ output.bias + constant
+    flow = Velocity(layer, teacher.width, time=False)
+    return flow, (m - 1, n), {"shift": flow.shift, "source": False, "step": False}, seen
+
+
+def _last_map(teacher: Teacher, layer: Branches, index: int) -> Any:
+    """The linear map that ends a layer's MLP, whose output is added to the stream as it is."""
+    mlp = layer.form.mlp if layer.form is not None else None
+    plain = mlp is not None and mlp.output is not None and not mlp.post_norm and mlp.scale == 1
+    found = layer.layer.get_submodule(mlp.output) if plain and mlp and mlp.output else None
+    if not isinstance(found, nn.Linear):
+        raise SettingsError(
+            f"--objective replaceme after layer {index} of {teacher.name}",
+            "a layer whose MLP ends in a linear map that writes to the stream",
+            "use --objective linear",
+        )
+    return found
+
+
+def _linearpatch(
+    name: str, settings: TrainSettings, store: Store, teacher: Teacher, block: tuple[int, int]
+) -> Fitted:
+    """LinearPatch (arXiv 2505.24680), untrained: channels of `h[m]` take the size of `h[n]`'s.
+
+    Both are rotated by a Hadamard matrix first, and the result back. The scale of a channel is the mean over
+    sequences of the ratio of its mean absolute values.
+    """
+    try:
+        rotation = hadamard(teacher.width)
+    except ValueError as error:
+        raise SettingsError(
+            f"--objective linearpatch with a width of {teacher.width}",
+            "a width with a known Hadamard matrix",
+            "use --objective linear or replaceme",
+        ) from error
+    total, seen = torch.zeros(teacher.width, dtype=torch.float64), 0
+    for x_0, x_1 in _batches(name, settings, store, (("hidden", block[0]), ("hidden", block[1]))):
+        before, after = ((x @ rotation).abs().mean(1).double() for x in (x_0, x_1))
+        total += (after / before.clamp_min(1e-12)).sum(0)
+        seen += x_0[..., 0].numel()
+    scale = (total / (seen / store.context)).float()
+    patch = rotation @ torch.diag(scale) @ rotation.T - torch.eye(teacher.width)
+    return _map(teacher, patch, torch.zeros(teacher.width)), block, {"linear": True}, seen
+
+
+def _map(teacher: Teacher, weight: Tensor, bias: Tensor) -> LinearMap:
+    flow = LinearMap(teacher.width)
+    flow.linear.load_state_dict({"weight": weight, "bias": bias})
+    return flow
+
+
+_FITS: dict[str, Callable[[str, TrainSettings, Store, Teacher, tuple[int, int]], Fitted]] = {
+    "linear": _linear,
+    "skip": _skip,
+    "replaceme": _replaceme,
+    "linearpatch": _linearpatch,
+}

@@ -1,0 +1,79 @@
+"""The module that a run trains, with the weights that it starts from, and how a manifest describes it."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from lftpipe.config.objectives import TIMELESS
+from lftpipe.config.settings import TrainSettings
+from lftpipe.flow.stack import LayerStack
+from lftpipe.flow.velocity import Velocity
+from lftpipe.teacher.family import Branches
+from lftpipe.teacher.parts import load_layer
+from lftpipe.teacher.source import Teacher
+
+
+def build_estimator(
+    settings: TrainSettings, teacher: Teacher, block: tuple[int, int]
+) -> Velocity | LayerStack:
+    """A velocity that starts as the block's first layer, or as the mean of its layers; or a stack of several.
+
+    Parameters
+    ----------
+    settings
+        `objective`, `depth`, `init`, `condition`, `walk_steps`.
+    teacher
+        Whose layers.
+    block
+        Which of them are replaced.
+    """
+    loops = settings.walk_steps if settings.objective == "looped" else 1
+    layers = [_start(settings, teacher, part) for part in parts(block, settings.depth or 1)]
+    if len(layers) * loops > 1:
+        return LayerStack(layers, loops)
+    return Velocity(
+        layers[0],
+        teacher.width,
+        time=settings.objective not in TIMELESS,
+        source=settings.condition == "source",
+        step=settings.condition == "step",
+    )
+
+
+def parts(block: tuple[int, int], depth: int) -> list[tuple[int, int]]:
+    """The block's layers divided among the layers that stand for them, as evenly as can be."""
+    m, n = block
+    ends = [m + round(index * (n - m) / depth) for index in range(depth + 1)]
+    return list(pairwise(ends))
+
+
+def _start(settings: TrainSettings, teacher: Teacher, part: tuple[int, int]) -> Branches:
+    layer = load_layer(teacher, part[0])
+    if settings.init == "mean":
+        others = [load_layer(teacher, index).state_dict() for index in range(*part)]
+        layer.load_state_dict(
+            {name: torch.stack([other[name] for other in others]).mean(0) for name in layer.state_dict()}
+        )
+    return layer
+
+
+def description(flow: Velocity | LayerStack, settings: TrainSettings) -> dict[str, Any]:
+    """The manifest's `velocity`, from which `lftpipe.runs.build_flow` builds the module again.
+
+    Parameters
+    ----------
+    flow
+        What was trained.
+    settings
+        Those of its run.
+    """
+    found: dict[str, Any] = {
+        "time": flow.modulation is not None,
+        "shift": flow.shift,
+        "source": flow.source is not None,
+        "step": settings.condition == "step",
+    }
+    if isinstance(flow, LayerStack):
+        found |= {"depth": len(flow.layers), "loops": flow.loops}
+    return found

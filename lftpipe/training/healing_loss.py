@@ -1,0 +1,140 @@
+"""What healing minimises: a student's next-token distributions against the teacher's, or the tokens."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lftpipe.batch import Batch, BatchFields, BatchOrder, BatchReader
+from lftpipe.config.settings import HealSettings
+from lftpipe.device import cast_linear
+from lftpipe.errors import RunError
+from lftpipe.flow.distillation import full_divergence, next_token_loss, through_head, top_divergence
+from lftpipe.flow.path import States
+from lftpipe.store import Store
+from lftpipe.teacher.family import AttentionContext
+from lftpipe.teacher.parts import Tail, load_embedding
+from lftpipe.teacher.source import Teacher
+from lftpipe.training.healing import Healing
+
+#: Logits that are held at once: 32 MiB, as in training (`lftpipe.training.logit_terms`).
+PIECE_LOGITS = 2**23
+
+#: From states at the student's start, and their context, to what the head reads.
+Student = Callable[[States, AttentionContext], States]
+
+
+def prepare_healing(
+    folder: Path,
+    settings: HealSettings,
+    store: Store,
+    teacher: Teacher,
+    student: Student,
+    start: int,
+    trained: dict[str, nn.Parameter],
+) -> Healing:
+    """The healing of a student, before its first step.
+
+    Parameters
+    ----------
+    folder
+        The new run's.
+    settings
+        Resolved ones.
+    store
+        What it is healed on.
+    teacher
+        The store's.
+    student
+        From `h[start]` to the states that the head reads.
+    start
+        Where it begins.
+    trained
+        Its weights that are moved, by name.
+
+    Raises
+    ------
+    RunError
+        If all training sequences are held back.
+    """
+    dtype = getattr(torch, settings.compute_dtype)
+    reader = BatchReader(store, teacher, settings.device)
+    embedding = None if start in store.layers else load_embedding(teacher).to(settings.device)
+    deepest = max(store.layers)
+    layers = {start} if embedding is None else set()
+    if settings.loss == "logits":
+        layers.add(deepest)
+    # The teacher's own last layers and head; those that heal are others.
+    tail = Tail(teacher, deepest if settings.loss == "logits" else teacher.num_layers)
+    tail.to(settings.device)
+    cast_linear(tail, dtype)
+    held_back = math.ceil(settings.hold_back * store.num_sequences("train"))
+    used = store.num_sequences("train") - held_back
+    if used < 1:
+        raise RunError(f"--hold-back {settings.hold_back:g} of all sequences", "some left", "lower it")
+    autocast = partial(
+        torch.autocast, torch.device(settings.device).type, torch.bfloat16, enabled=dtype == torch.bfloat16
+    )
+
+    def loss(batch: Batch) -> Tensor:
+        with autocast():
+            x = batch.states[start] if embedding is None else embedding(batch.tokens)
+            return _LOSSES[settings.loss](student(x, batch.context), batch, tail)
+
+    return Healing(
+        folder,
+        settings,
+        reader,
+        BatchFields(tuple(sorted(layers)), logits=settings.loss == "top-logits"),
+        BatchOrder(max(1, settings.batch_tokens // store.context), settings.seed, used),
+        trained,
+        loss,
+    )
+
+
+def _positions(tail: Tail) -> int:
+    vocabulary = next(tail.head.parameters()).shape[0]
+    return max(1, PIECE_LOGITS // vocabulary)
+
+
+def _top_logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
+    assert batch.logits is not None
+    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
+
+    def compare(logits: Tensor, part: slice) -> Tensor:
+        return top_divergence(values[part], ids[part], normaliser[part], logits)
+
+    return through_head(states.flatten(0, 1), tail.head, compare, _positions(tail))
+
+
+def _logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
+    with torch.no_grad():
+        h = tail.states(
+            batch.states[tail.start], batch.context, start=tail.start, stop=tail.start + len(tail.layers)
+        )
+        theirs = tail.norm(h).flatten(0, 1)
+
+    def compare(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            teacher = tail.head(theirs[part])
+        return full_divergence(teacher, logits)
+
+    return through_head(states.flatten(0, 1), tail.head, compare, _positions(tail))
+
+
+def _tokens(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
+    following = batch.tokens.roll(-1, dims=1).flatten()
+    known = ~batch.first_of_segment.roll(-1, dims=1)
+    known[:, -1] = False
+    targets = known.flatten()
+
+    def compare(logits: Tensor, part: slice) -> Tensor:
+        return next_token_loss(following[part], targets[part], logits)
+
+    return through_head(states.flatten(0, 1), tail.head, compare, _positions(tail))
+
+
+_LOSSES = {"top-logits": _top_logits, "logits": _logits, "tokens": _tokens}

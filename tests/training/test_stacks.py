@@ -1,0 +1,114 @@
+"""Ordinary layers in place of a block: several of them, or one in a loop."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_students import save_run, tokens
+from training_runs import change, short_run, teacher_of, weights_of
+
+from lftpipe import runs
+from lftpipe.config.settings import EvaluateSettings, ExportSettings
+from lftpipe.errors import SettingsError
+from lftpipe.stages.evaluate import evaluate
+from lftpipe.stages.export import export
+from lftpipe.stages.train import train
+from lftpipe.store import Store
+from lftpipe.student.assemble import build_student, load_model
+from lftpipe.teacher.source import open_teacher
+from lftpipe.training.estimator import parts
+
+
+def test_parts_divide_the_block() -> None:
+    assert parts((12, 27), 2) == [(12, 20), (20, 27)]
+    assert parts((5, 8), 1) == [(5, 8)]
+    assert parts((0, 6), 3) == [(0, 2), (2, 4), (4, 6)]
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_stack_starts_from_layers_of_the_block_and_learns(
+    stores: dict[str, Path], tmp_path: Path, depth: int
+) -> None:
+    store = Store.open(stores["neox"])
+    settings = short_run(store.path, tmp_path, objective="regression", block="0:4", depth=depth, tokens=1)
+    train(change(settings, learning_rate=0.0, run=str(tmp_path / "start")))
+    start = weights_of(tmp_path / "start")
+    name = "layer.mlp.dense_4h_to_h.weight"
+    for index, (first, _) in enumerate(parts((0, 4), depth)):
+        source = f"gpt_neox.layers.{first}.mlp.dense_4h_to_h.weight"
+        assert torch.equal(
+            start[f"layers.{index}.{name}"], teacher_of(store).checkpoint.read([source])[source]
+        )
+    long = train(change(settings, tokens=12 * 4 * 32))
+    results = evaluate(
+        EvaluateSettings(
+            store=store.path, runs=(str(tmp_path / "start"), long["run"]), skips=(), out=tmp_path / "r.json"
+        )
+    )
+    before, after = (next(r for r in results["rows"] if r["run"] == name) for name in ("start", "run"))
+    assert after["nmse"] < before["nmse"]
+    assert after["nfe"] == depth
+
+
+def test_the_mean_of_the_block_is_a_start(stores: dict[str, Path], tmp_path: Path) -> None:
+    store = Store.open(stores["llama"])
+    train(short_run(store.path, tmp_path, objective="distil", init="mean", tokens=1, learning_rate=0.0))
+    names = [f"model.layers.{index}.mlp.down_proj.weight" for index in (1, 2)]
+    both = teacher_of(store).checkpoint.read(names)
+    assert torch.allclose(
+        weights_of(tmp_path / "run")["layer.layer.mlp.down_proj.weight"],
+        torch.stack([*both.values()]).mean(0),
+    )
+
+
+@pytest.mark.parametrize("name", ["neox", "llama"])
+@pytest.mark.parametrize(("depth", "loops"), [(2, 1), (1, 3), (2, 2)])
+@torch.inference_mode()
+def test_every_stack_has_an_exact_plain_form_and_a_cache(
+    teachers: dict[str, Path], tmp_path: Path, name: str, depth: int, loops: int
+) -> None:
+    teacher = open_teacher(str(teachers[name]), tmp_path)
+    velocity = {"time": False, "source": False, "step": False, "depth": depth, "loops": loops}
+    run = save_run(tmp_path / "run", teacher, (1, 3), solver="euler", walk_steps=1, velocity=velocity)
+    out = export(
+        ExportSettings(workspace=tmp_path, runs=(str(run.path),), form="plain", out=tmp_path / "out")
+    )
+    assert out["layers"] == 2 + depth * loops
+    student, plain, ids = build_student(teacher, [run]), load_model(tmp_path / "out"), tokens(20)
+    assert (plain(ids).logits - student(ids).logits).abs().max() < 1e-4
+    first = student(ids[:, :12], use_cache=True)
+    rest = student(ids[:, 12:], past_key_values=first.past_key_values)
+    assert (rest.logits - student(ids).logits[:, 12:]).abs().max() < 1e-4
+    latent = ExportSettings(workspace=tmp_path, runs=(str(run.path),), out=tmp_path / "latent")
+    export(latent)
+    assert torch.equal(load_model(tmp_path / "latent")(ids).logits, student(ids).logits)
+
+
+def test_a_looped_layer_is_named_after_its_loops_and_resumes(stores: dict[str, Path], tmp_path: Path) -> None:
+    settings = short_run(stores["neox"], tmp_path, objective="looped", walk_steps=2)
+    train(settings)
+    run = runs.open_run(tmp_path / "run")
+    assert run.evaluations("euler", 1) == 2
+    assert train(settings)["already_finished"]
+
+
+def test_distil_records_its_loss(stores: dict[str, Path], tmp_path: Path) -> None:
+    train(short_run(stores["neox"], tmp_path, objective="distil"))
+    recorded, _ = runs.read_settings(tmp_path / "run")
+    assert recorded["objective"] == "distil"
+    assert "logits" in recorded["loss"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"objective": "fw", "depth": 2}, "--depth 2 with --objective fw"),
+        ({"objective": "regression", "depth": 2}, "fewer layers than are replaced"),
+        ({"objective": "regression", "depth": 2, "block": "0:4", "init": "readout"}, "--init readout"),
+    ],
+)
+def test_a_depth_without_sense_is_refused(
+    stores: dict[str, Path], tmp_path: Path, given: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        train(change(short_run(stores["neox"], tmp_path), **given))
