@@ -126,7 +126,9 @@ def _is_run_manifest(path: Path) -> bool:
     return all(mark in content for mark in (b'"velocity"', b'"weights_digest"', b'"walk_steps"'))
 
 
-def changed_settings(run: Path, settings: TrainSettings, store: Store) -> Iterator[tuple[str, Any, Any]]:
+def changed_settings(
+    run: Path, settings: TrainSettings | HealSettings, store: Store
+) -> Iterator[tuple[str, Any, Any]]:
     """Setting, value with which the run was begun, and value now, of all that would give another run.
 
     Parameters
