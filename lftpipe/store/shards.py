@@ -82,7 +82,7 @@ class Shards:
             If bytes are not as they were written.
         """
 
-        def one(sequence: int, row: np.ndarray) -> None:
+        def one(sequence: int | np.integer, row: np.ndarray) -> None:
             self._read_one(layout, split, layer, int(sequence), row)
 
         if self._storage.concurrency == 1:
