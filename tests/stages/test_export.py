@@ -4,16 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from report_data import results
 from tiny_students import export_settings as settings
 from tiny_students import save_run, tokens
 from typer.testing import CliRunner
 
 from lftpipe import runs
+from lftpipe.artefacts.results import Score
 from lftpipe.cli import app
 from lftpipe.errors import RunError, TeacherError
 from lftpipe.stages.export import export, summary
@@ -182,18 +185,18 @@ def test_the_card_says_what_it_is(neox_run: runs.Run, tmp_path: Path) -> None:
 
 
 def test_the_card_takes_its_rows_from_the_table(neox_run: runs.Run, tmp_path: Path) -> None:
-    from lftpipe.reporting.tables import COLUMNS
-
-    teacher = dict.fromkeys([*COLUMNS, "weights_digest"]) | {"method": "teacher", "ppl": 9.02}
-    ours = teacher | {"method": "fw", "run": "flow", "k": 3, "solver": "euler", "ppl": 11.86}
-    ours["weights_digest"] = neox_run.weights_digest
-    other = ours | {"k": 1, "ppl": 12.42}
-    older = ours | {"weights_digest": "of the run before it was trained again", "ppl": 15.11}
-    (tmp_path / "neox" / "results.json").write_text(json.dumps({"rows": [teacher, older, ours, other]}))
+    teacher = Score(method="teacher", ppl=9.02, parameters=100)
+    ours = Score(
+        **{"method": "fw", "run": "flow", "block": "1:3", "k": 3, "solver": "euler", "ppl": 11.86},
+        **{"parameters": 90, "weights_digest": neox_run.weights_digest},
+    )
+    other = replace(ours, k=1, ppl=12.42)
+    older = replace(ours, weights_digest="of the run before it was trained again", ppl=15.11)
+    results(rows=[teacher, older, ours, other]).write(tmp_path / "neox" / "results.json")
     export(settings(neox_run, tmp_path, k=3))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "9.02" in card and "11.86" in card and "12.42" not in card and "15.11" not in card
-    assert "import lftpipe.student" in card
+    assert "trust_remote_code=True" in card
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

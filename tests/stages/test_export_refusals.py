@@ -117,7 +117,7 @@ def test_an_edited_manifest_is_refused(neox_run: runs.Run, tmp_path: Path, key: 
         ({"runs": ()}, SettingsError, "without a run"),
         ({"runs": ("nothing",)}, RunError, "no run nothing"),
         ({"runs": ("no/thing",)}, RunError, "a finished run"),
-        ({"k": 0}, SettingsError, "k = 0"),
+        ({"k": 0}, SettingsError, "--k 0"),
     ],
 )
 def test_senseless_settings_are_refused(
