@@ -37,10 +37,32 @@ def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
 
 
 def load_layer(teacher: Teacher, index: int) -> Branches:
-    """Layer `index` with the teacher's weights, in float32."""
+    """Layer `index` with the teacher's weights, in float32.
+
+    Raises
+    ------
+    TeacherError
+        If the family has no flow layers, or the branches that were found do not make the layer.
+    """
     layer = empty_layer(teacher, index)
     _fill(layer.layer, teacher, f"{teacher.family.layers_prefix}.{index}.")
+    if teacher.family.derived and layer.form is not None:
+        _check_branches(layer, teacher)
     return layer
+
+
+@torch.no_grad()
+def _check_branches(layer: Branches, teacher: Teacher) -> None:
+    """Compare a layer's branches with its own forward pass, on four random states."""
+    context = structure_of(teacher.config).four_positions
+    x = torch.randn(1, 4, teacher.width, generator=torch.Generator().manual_seed(0))
+    ours, theirs = layer(x, context), layer.own(x, context)
+    if not bool((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()):
+        raise TeacherError(
+            f"layer {layer.index} of {teacher.model}, whose two branches do not make its output",
+            "a layer that adds attention and MLP to the residual stream",
+            "extract and recouple it; flow layers it has none",
+        )
 
 
 def load_norm(teacher: Teacher, index: int) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lftpipe.errors import TeacherError
 from lftpipe.teacher import skeleton
-from lftpipe.teacher.family import Family, LayerForm
+from lftpipe.teacher.family import AttentionContext, Family, LayerForm
 from lftpipe.teacher.form import find_form
 from lftpipe.teacher.frame import Frame
 
@@ -134,6 +134,12 @@ class Structure:
             and any(hasattr(part, "layer_idx") for part in layer.modules())
             for form, layer in zip(forms, self.layers, strict=True)
         )
+
+    @property
+    def four_positions(self) -> AttentionContext:
+        """The context of one sequence of four positions."""
+        nothing, places = torch.empty(0), torch.arange(4)[None]
+        return AttentionContext((nothing, nothing), None, places, layers=self._arguments)
 
     def form(self, index: int) -> LayerForm | None:
         """The branches of a layer."""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lftpipe.errors import TeacherError
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.family import AttentionContext, attention_context
+from lftpipe.teacher.family import AttentionContext, Branches, attention_context
 from lftpipe.teacher.kinds import check_attention
 from lftpipe.teacher.parts import Tail, count_parameters, load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
@@ -160,3 +160,11 @@ def test_a_state_above_is_not_loaded(case: Case) -> None:
     assert sorted(hidden) == [0, 1, 2]
     torch.testing.assert_close(hidden[2], case.hidden[2], **EXACT)
     assert trunk.num_parameters < Trunk(case.teacher, LAYERS, torch.float32).num_parameters
+
+
+def test_branches_that_do_not_make_the_layer_are_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    if load_layer(case.teacher, 1).whole:
+        return
+    monkeypatch.setattr(Branches, "mlp", lambda self, x, context=None: torch.zeros_like(x))
+    with pytest.raises(TeacherError, match="whose two branches do not make its output"):
+        load_layer(case.teacher, 1)
