@@ -209,6 +209,21 @@ def _print(summary: Any) -> None:
     plain_console(soft_wrap=isinstance(summary, str)).print(summary)
 
 
+def with_values(arguments: list[str]) -> list[str]:
+    """The same arguments, with `--ray` as `--ray=local` where no address follows it.
+
+    Parameters
+    ----------
+    arguments
+        Of the command line.
+    """
+    following = [*arguments[1:], "-"]
+    return [
+        "--ray=local" if each == "--ray" and after.startswith("-") else each
+        for each, after in zip(arguments, following, strict=True)
+    ]
+
+
 def main() -> None:
     """Parse and run the command line."""
-    app()
+    app(args=with_values(sys.argv[1:]))

@@ -16,6 +16,7 @@ import pytest
 from fake_states import environment
 from safetensors.torch import load_file, save_file
 
+from lftpipe.cli import with_values
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.extraction.parts import parse_part
@@ -222,3 +223,11 @@ def test_killed_at_thirty_random_moments_the_store_is_the_serial_one(settings, s
         assert contents(store_of(here)) == serial, moment
         shutil.rmtree(here.workspace)
     assert killed >= 10
+
+
+def test_ray_needs_no_address():
+    assert with_values(["extract", "--ray", "--json"]) == ["extract", "--ray=local", "--json"]
+    assert with_values(["extract", "--ray"]) == ["extract", "--ray=local"]
+    given = ["extract", "--ray", "auto", "--model", "m"]
+    assert with_values(given) == given
+    assert with_values([]) == []
