@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe import runs
-from lftpipe.config.settings import ExportSettings, default_workspace
+from lftpipe.config.settings import ExportSettings
+from lftpipe.config.settings.base import default_workspace
 from lftpipe.errors import RunError
 from lftpipe.files import write_atomic
 from lftpipe.stages.export import export
