@@ -203,8 +203,8 @@ def summary(result: dict[str, Any]) -> FittedTable:
         row | {"method": f"{row['run']} below {row['threshold']:g}", "k": f"<= {row['k']}"}
         for row in result.get("adaptive", [])
     ]
-    out = Path(result["out"])
-    draw = "" if out.name != "results.json" else f"\nnext: lftpipe report --store {result['store']}"
+    page = result["out"].removesuffix(".json") + ".md"  # a text: a path would fold a URL's slashes
+    draw = "" if Path(page).name != "results.md" else f"\nnext: lftpipe report --store {result['store']}"
     corpus = _of_corpus(result.get("corpus"))
     return FittedTable(
         [
@@ -218,6 +218,6 @@ def summary(result: dict[str, Any]) -> FittedTable:
         ],
         [[cell(row[key]) for key in shown] for row in rows],
         title=f"{result['teacher']}: {result['validation_tokens']:,} validation tokens{corpus}",
-        caption=f"written to {out} and {out.with_suffix('.md')}{draw}",
-        complete=f"{out.with_suffix('.md').name} has them",
+        caption=f"written to {result['out']} and {page}{draw}",
+        complete=f"{Path(page).name} has them",
     )
