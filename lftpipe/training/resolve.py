@@ -62,23 +62,55 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
     LftpipeError
         If the store lacks a state of the block or has nothing to train on, or the settings contradict.
     """
-    m, n = block
+    _check_objective(settings)
+    _check_layers(settings, block)
+    terms = _terms(settings)
+    _check_states(settings, store, block, terms)
+    _check_terms(settings, store, block, terms)
+    _check_tokens(settings, store)
+    # All settled here is recorded with the run, and compared when it is resumed.
+    return replace(
+        settings,
+        block=f"{block[0]}:{block[1]}",
+        threads=torch.get_num_threads(),
+        compute_dtype=cast(
+            ComputeDtype, dtype_name(resolve_compute_dtype(settings.compute_dtype, settings.device))
+        ),
+        learning_rate=peak_rate(settings),
+        muon_dtype=cast(MuonDtype, muon_dtype(settings)),
+        depth=_depth(settings, block),
+        loss=LOSSES["distil"] if settings.objective == "distil" and settings.loss is None else settings.loss,
+        evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
+    )
+
+
+def _check_objective(settings: TrainSettings) -> None:
+    """Refuse options that contradict one another, whatever the store."""
     if settings.condition != "none" and settings.objective in TIMELESS + CLOSED_FORM:
         raise SettingsError(
             f"--condition {settings.condition} with --objective {settings.objective}",
             "a flow: this layer sees x_0 and makes one step",
             "use --objective fw",
         )
-    _check_layers(settings, block)
     if settings.patience and not settings.hold_back:
         raise SettingsError(
             "--patience without --hold-back", "sequences to judge by", "give --hold-back 0.02"
         )
     if settings.objective == "hybrid" and settings.alpha == 0:
         raise SettingsError("--objective hybrid --alpha 0", "a positive --alpha", "use --objective fw")
-    terms = _terms(settings)
+    if settings.loss is not None and settings.objective in ("hybrid", *CLOSED_FORM):
+        raise SettingsError(
+            f"--loss with --objective {settings.objective}",
+            "one of the two",
+            "write the sum as --loss fw,sfm:0.001",
+        )
+
+
+def _check_states(settings: TrainSettings, store: Store, block: tuple[int, int], terms: set[str]) -> None:
+    """Refuse a block whose states are not stored, unless the teacher runs."""
+    m, n = block
     needed = range(m, n + 1) if "trajectory" in terms else (m, n)
-    absent = [l for l in needed if l not in store.layers]  # noqa: E741
+    absent = [state for state in needed if state not in store.layers]
     if absent and not settings.from_teacher:
         raise SettingsError(
             f"block {m}:{n}, which needs state {absent[0]}",
@@ -87,13 +119,12 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
         )
     if settings.objective == "replaceme":
         _check_layer_before(m, store)
-    if settings.loss is not None and settings.objective in ("hybrid", *CLOSED_FORM):
-        raise SettingsError(
-            f"--loss with --objective {settings.objective}",
-            "one of the two",
-            "write the sum as --loss fw,sfm:0.001",
-        )
-    missing = [l for l in range(m, n) if l not in store.attention_layers]  # noqa: E741
+
+
+def _check_terms(settings: TrainSettings, store: Store, block: tuple[int, int], terms: set[str]) -> None:
+    """Refuse terms that the store can't serve, or that the objective's layer has no time for."""
+    m, n = block
+    missing = [layer for layer in range(m, n) if layer not in store.attention_layers]
     if "branches" in terms and missing and not settings.from_teacher:
         raise SettingsError(
             f"a loss with branches on a store without the attention output of layer {missing[0]}",
@@ -106,13 +137,17 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
             "a store with the teacher's top-K logits",
             "extract with --logits 64, or use the term logits",
         )
-    timeless = settings.objective in TIMELESS
-    if timeless and (walks := sorted(terms & {"fw", "sfm", "trajectory", "branches"})):
+    walks = sorted(terms & {"fw", "sfm", "trajectory", "branches"})
+    if settings.objective in TIMELESS and walks:
         raise SettingsError(
             f"--loss {settings.loss} with --objective {settings.objective}",
             "terms without time: regression, logits, top-logits",
             f"use --objective fw for the term {walks[0]}",
         )
+
+
+def _check_tokens(settings: TrainSettings, store: Store) -> None:
+    """Refuse a store without training sequences, and a batch far larger than it."""
     if store.num_sequences("train") == 0:
         raise StoreError(
             f"store {store.path} without training sequences", "at least one", "extract with more --tokens"
@@ -124,20 +159,6 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
             f"at most {largest}, what the store holds",
             "lower --batch-tokens",
         )
-    # All settled here is recorded with the run, and compared when it is resumed.
-    return replace(
-        settings,
-        block=f"{m}:{n}",
-        threads=torch.get_num_threads(),
-        compute_dtype=cast(
-            ComputeDtype, dtype_name(resolve_compute_dtype(settings.compute_dtype, settings.device))
-        ),
-        learning_rate=peak_rate(settings),
-        muon_dtype=cast(MuonDtype, muon_dtype(settings)),
-        depth=_depth(settings, block),
-        loss=LOSSES["distil"] if settings.objective == "distil" and settings.loss is None else settings.loss,
-        evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
-    )
 
 
 def _terms(settings: TrainSettings) -> set[str]:
