@@ -117,7 +117,7 @@ def test_kill_9_at_every_disk_operation_of_a_growing_store(processes, tmp_path, 
 
 def test_kill_9_again_and_again(processes, tmp_path, unbroken):
     rng, kills = np.random.default_rng(2), 0
-    while (code := run(processes, tmp_path / "killed", SPEC, int(rng.integers(10, 120)))) != 0:
+    while (code := run(processes, tmp_path / "killed", SPEC, int(rng.integers(10, 70)))) != 0:
         assert code == -signal.SIGKILL
         kills += 1
     assert kills >= 2
@@ -125,7 +125,7 @@ def test_kill_9_again_and_again(processes, tmp_path, unbroken):
 
 
 def test_kill_9_in_a_repair(processes, tmp_path, unbroken):
-    for number in (4, 20, 45):
+    for number in (4, 20, 30):
         path = tmp_path / f"repaired-{number}"
         shutil.copytree(unbroken / "new", path)
         (path / "train/hidden/c.0.1.0.0").write_bytes(b"")
