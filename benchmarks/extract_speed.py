@@ -88,8 +88,9 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
     """Load the trunk and run its first batch; `ids` are the tokens (sequence, position), or random ones."""
     import numpy as np
 
+    from lftpipe.batch import make_batch
     from lftpipe.device import prepare_processor
-    from lftpipe.extraction.forward import batch_of, forward
+    from lftpipe.extraction.forward import Passes
     from lftpipe.extraction.plan import make_plan
     from lftpipe.store import StoreSpec, StoreWriter
 
@@ -113,17 +114,23 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
         logits=plan.logits,
     )
 
+    def run(first: int) -> None:
+        rows = slice(first, min(first + plan.batch_sequences, count))
+        batch = make_batch(tokens["train"][0][rows], tokens["train"][1][rows], trunk.device)
+        trunk.run(batch.tokens, batch.position_ids)
+
     def bare() -> None:
         for first in range(0, count, plan.batch_sequences):
-            trunk.run(*batch_of(tokens, "train", range(first, min(first + plan.batch_sequences, count))))
+            run(first)
 
     def extraction() -> None:
         with StoreWriter.open(plan.path, spec) as writer:
             writer.put_tokens("train", *tokens["train"])
-            forward(plan, writer, trunk, tokens)
+            passes = Passes(plan.path, spec, trunk, plan.load_head(), "benchmark", plan.batch_sequences)
+            passes.run(writer.pending(), writer.commit, lambda _: None)
             writer.finish()
 
-    trunk.run(*batch_of(tokens, "train", range(min(plan.batch_sequences, count))))
+    run(0)
     return Contenders(plan, count * plan.context, bare, extraction)
 
 

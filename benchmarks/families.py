@@ -70,6 +70,7 @@ def try_family(model_type: str, folder: Path) -> Line:
         Empty, for its files.
     """
     line = Line(model_type, gguf=model_type in GGUF_SUPPORTED_ARCHITECTURES)
+    teacher = tokens = states = logits = None
     try:
         model = _tiny(model_type)
         model.save_pretrained(folder / "teacher")
@@ -85,6 +86,7 @@ def try_family(model_type: str, folder: Path) -> Line:
         line.why = _reason(error)
         if not line.states:
             return line
+    assert teacher is not None and tokens is not None and states is not None and logits is not None
     try:
         run = _train(teacher, states, logits, folder / "run")
         line.flow = "whole" if load_layer(teacher, 1).whole else "branches"

@@ -40,7 +40,7 @@ LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 def scores(folder: Path, tasks: list[str], manager: Any, limit: int | None) -> dict[str, dict[str, float]]:
     """By task and metric, without their standard errors."""
-    from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
 
     found: Any = simple_evaluate(
         model="hf",
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, default=default_workspace())
     given = parser.parse_args()
 
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     run = runs.open_run(find_run(given.workspace, None, given.run))
     teacher = teacher_of_run(run, given.workspace)

@@ -7,6 +7,7 @@
 """
 
 import importlib
+import io
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
@@ -72,14 +73,11 @@ class Result(Mapping[str, Any]):
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-class _Nowhere:
+class _Nowhere(io.StringIO):
     """A file that keeps nothing: the console records what it prints."""
 
     def write(self, text: str) -> int:
         return len(text)
-
-    def flush(self) -> None:
-        pass
 
 
 def _stage(kind: Callable[Options, Common], place: str) -> Callable[Options, Result]:

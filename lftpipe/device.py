@@ -170,7 +170,7 @@ class CopyStream:
         """Within it, what is queued runs beside the device's computations."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
-    def mark(self) -> torch.cuda.Event | None:
+    def mark(self) -> Any:
         """A mark behind all that was queued so far, for `arrive` and `wait`."""
         return None if self._stream is None else self._stream.record_event()
 

@@ -44,7 +44,7 @@ class Run(RunManifest):
     @property
     def has_time(self) -> bool:
         """Whether the estimator is a flow, that can be run in any number of steps."""
-        return self.velocity["time"]
+        return bool(self.velocity["time"])
 
     @property
     def label(self) -> str:

@@ -3,8 +3,9 @@
 import hashlib
 import re
 from pathlib import Path
+from typing import cast
 
-from lftpipe.config.settings import EvaluateSettings, ExtractSettings
+from lftpipe.config.settings import Dtype, EvaluateSettings, ExtractSettings
 from lftpipe.extraction.compute import compute
 from lftpipe.extraction.plan import make_plan
 from lftpipe.extraction.tokens import are_stored, packing_of, spec_of, store_tokens
@@ -50,7 +51,7 @@ def states_elsewhere(store: Store, corpus: str, settings: EvaluateSettings) -> S
         tokens=store.context,  # a store has both splits; one sequence is the least
         validation_tokens=store.num_sequences("validation") * store.context,
         attention=False,
-        dtype=store.spec.dtype,
+        dtype=cast(Dtype, store.spec.dtype),
         compute_dtype=store.identity["compute_dtype"],
         device=settings.device,
         threads=settings.threads,

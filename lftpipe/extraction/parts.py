@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from lftpipe import progress
 from lftpipe.config.settings import ExtractSettings
@@ -28,7 +28,8 @@ PATIENCE = 0.5
 TOGETHER = 1024
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """The I-th of N parts; the first is 1."""
 
     index: int

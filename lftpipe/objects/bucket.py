@@ -221,7 +221,7 @@ class _ObjectFile(Opened):
         with refusals(storage.where):
             try:
                 wanted = {"range": (max(size - end_bytes, 0), max(size, 1))}
-                answer = obstore.get(storage.client, name, options=wanted)
+                answer = obstore.get(storage.client, name, options=wanted)  # pyright: ignore[reportArgumentType]
                 self.size, self.end = answer.meta["size"], answer.bytes().to_bytes()
             except obstore.exceptions.BaseError:  # it is shorter than that, or cannot be had at all
                 self.size = storage.size(name)

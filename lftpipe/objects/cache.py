@@ -88,11 +88,10 @@ class RangeCache:
             with contextlib.suppress(OSError):
                 found = file.stat()
                 kept.append((found.st_mtime_ns, found.st_size, file))
-        self._bytes = sum(found for _, found, _ in kept)
-        if self._bytes + size <= self.max_bytes:
-            return
-        for _, found, file in sorted(kept):
-            if self._bytes + size <= self.max_bytes * 9 // 10:
+        total = sum(found for _, found, _ in kept)
+        for _, found, file in sorted(kept) if total + size > self.max_bytes else ():
+            if total + size <= self.max_bytes * 9 // 10:
                 break
             file.unlink(missing_ok=True)
-            self._bytes -= found
+            total -= found
+        self._bytes = total

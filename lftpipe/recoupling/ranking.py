@@ -116,7 +116,7 @@ def best_block(recoupling: RecouplingMap, num_layers: int, replace: float, by: P
     if not ranked:
         raise SettingsError(
             f"--replace {replace:g}, a block of {length} of {num_layers} layers",
-            f"two states that far apart on the map of states {', '.join(map(str, recoupling['layers']))}",
+            f"two states that far apart on the map of states {', '.join(map(str, recoupling.layers))}",
             "pass --block m:n with two of these, or extract and recouple more layers",
         )
     return ranked[0]

@@ -115,12 +115,9 @@ def _samples(path: Path, damage: list[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            whole = isinstance(row, dict) and all(
-                isinstance(row.get(key), kind) for key, kind in _SAMPLE.items()
-            )
         except (ValueError, RecursionError):
-            whole = False
-        if whole:
+            row = None
+        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in _SAMPLE.items()):
             found.append({key: row[key] for key in _SAMPLE})
         else:
             damage.append(f"{path}: line {number} is damaged, left out")
@@ -156,7 +153,7 @@ def _commands(
     store = Path(results.store)
     commands = [_extract_command(store)] if (store / "zarr.json").is_file() else []
     if recoupling is not None:
-        commands.append(_command("recouple", recoupling.settings))
+        commands.append(_command("recouple", dict(recoupling.settings)))
     for name, folder in folders.items():
         recipe = shlex.quote(str(folder / "settings.toml"))
         commands.append(f"lftpipe train --recipe {recipe} --run {shlex.quote(name + '-again')}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
-from numcodecs import Blosc, blosc
+from numcodecs import Blosc, blosc  # pyright: ignore[reportAttributeAccessIssue]
 
 if TYPE_CHECKING:
     from zarr.codecs import BloscCodec

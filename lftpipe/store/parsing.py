@@ -193,5 +193,9 @@ def check_committed(spec: StoreSpec, records: Records) -> None:
         index = 0 if array is None else int(numbers.split(".")[1 if array.layers is None else 2])
         here = min(spec.sequences_per_shard, count - index * spec.sequences_per_shard)
         known = array is not None and file == array.file(split, index) and record.sequences <= here
-        if not known or (record.sequences and not array.may_have(record.bytes, record.sequences)):
+        if (
+            array is None
+            or not known
+            or (record.sequences and not array.may_have(record.bytes, record.sequences))
+        ):
             raise ValueError(f"{file} with {record.sequences} sequences and {record.bytes} bytes")

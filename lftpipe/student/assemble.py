@@ -186,8 +186,8 @@ def _block(run: Run) -> Block:
     if runs.is_stack(run.velocity):
         return Block(m, n, "layers", depth=run.velocity["depth"], loops=run.velocity["loops"])
     kind: Kind = "flow" if run.has_time else "layer"
-    seen = {name: run.velocity.get(name, False) for name in ("source", "step")}
-    return Block(m, n, kind, run.velocity["shift"], **seen)
+    seen = {name: bool(run.velocity.get(name, False)) for name in ("source", "step")}
+    return Block(m, n, kind, bool(run.velocity["shift"]), **seen)
 
 
 def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:

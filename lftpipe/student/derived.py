@@ -61,7 +61,7 @@ class DerivedLayout(FlowLayout):
         for key in (*FIELDS, "model_type", "architectures", "transformers_version", "num_hidden_layers"):
             plain.pop(key, None)
         plain |= self.teacher_lists or {}
-        kind = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
+        kind: Any = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
         teacher = kind(**plain, num_hidden_layers=self.teacher_layers)
         teacher._attn_implementation = config._attn_implementation
         return teacher
@@ -163,7 +163,7 @@ class DerivedLatentFlow(LatentFlow):
                 continue
             for part in layer.modules():
                 if hasattr(part, "layer_idx"):
-                    part.layer_idx = index  # pyright: ignore[reportAttributeAccessIssue]
+                    part.layer_idx = index  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
 def refuse_without_flow(structure: Structure, name: str) -> None:
@@ -189,8 +189,8 @@ def student_class(model_type: str) -> Any:
         If transformers has no causal language model of that type.
     """
     try:
-        config_class = CONFIG_MAPPING[model_type]
-        teacher_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        config_class: Any = CONFIG_MAPPING[model_type]
+        teacher_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     except KeyError as error:
         raise TeacherError(
             f"a model of type {model_type}", "a causal language model of transformers", "choose another"

@@ -16,6 +16,7 @@ from lftpipe.batch import Batch
 from lftpipe.errors import RunError
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.flow.velocity import Velocity
+from lftpipe.teacher.family import LayerForm
 from lftpipe.training import processes
 from lftpipe.training.run import TrainingRun
 
@@ -56,12 +57,11 @@ def _last_maps(run: TrainingRun) -> list[str]:
     RunError
         If it has none, or they do not write to the stream directly.
     """
-    form = run.flow.layer.form
+    layer: Any = run.flow.layer
+    form: LayerForm | None = layer.form
     branches = [form.attention, form.mlp] if form else []
     names = [each.output for each in branches if each.output and not each.post_norm and each.scale == 1]
-    if len(names) != 2 or not all(
-        isinstance(run.flow.layer.layer.get_submodule(name), nn.Linear) for name in names
-    ):
+    if len(names) != 2 or not all(isinstance(layer.layer.get_submodule(name), nn.Linear) for name in names):
         raise RunError(
             f"--init readout for layer {run.m} of {run.teacher.name}",
             "a layer whose two branches each end in a linear map that writes to the stream",

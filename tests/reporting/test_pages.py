@@ -23,7 +23,9 @@ OUTSIDE = r"(https?:)?//[a-z]+\.|\bsrc=|@import|<link|url\("
 
 
 def data_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page)
+    assert found
+    return json.loads(found[1])
 
 
 def whole(**changes):

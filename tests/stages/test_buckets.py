@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,10 +71,8 @@ def test_the_whole_pipeline_works_on_a_bucket_as_on_a_folder(
     mirror.run(train.train, TrainSettings(**place, **few))
     monkeypatch.setenv("LFTPIPE_CACHE", str(machine / "third"))
     scored = mirror.run(evaluate.evaluate, EvaluateSettings(**place, runs=("first",)))
-    scored = scored.to_json() if hasattr(scored, "to_json") else scored
     train.train(TrainSettings(workspace=machine / "data", **few))
     here = evaluate.evaluate(EvaluateSettings(workspace=machine / "data", runs=("first",)))
-    here = here.to_json() if hasattr(here, "to_json") else here
     assert [row["kl"] for row in scored["rows"]] == [row["kl"] for row in here["rows"]]
     names = {name for name, _ in BucketStorage(f"{url}/work/neox").entries()}
     assert names >= {
@@ -218,7 +217,7 @@ def test_the_cache_answers_what_was_read_before(stored, machine, monkeypatch):
     folder = mirror_of(stored, machine / "kept", 10**6) / "states.zarr"
     want = Store.open(folder).read("train", 2, range(10))
     asked: list[str] = []
-    real = BucketStorage.client.fget
+    real: Any = BucketStorage.client.fget
     monkeypatch.setattr(
         BucketStorage, "client", property(lambda self: (asked.append("request"), real(self))[1])
     )

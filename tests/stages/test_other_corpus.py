@@ -21,12 +21,12 @@ def store(teachers: dict[str, Path], text_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def settings(store: Path, folder: Path, corpus: Path, **values: object) -> EvaluateSettings:
+def settings(store: Path, folder: Path, text: Path, **values: object) -> EvaluateSettings:
     given = {
         "store": store,
         "runs": (str(folder / "run"),),
         "skips": (),
-        "corpus": str(corpus),
+        "corpus": str(text),
         "force": True,
     }
     return EvaluateSettings(**given | values)

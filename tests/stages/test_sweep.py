@@ -149,7 +149,7 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(swept, store, tmp_path, monkey
     def loss_of(run, batch, x_0=None):
         if len(done) == 10:  # in the middle of the third run
             raise KeyboardInterrupt
-        done.append(self.folder.name)
+        done.append(run.folder.name)
         return real(run, batch, x_0)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

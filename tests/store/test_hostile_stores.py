@@ -14,7 +14,7 @@ from fake_states import files, fill, make_spec, reseal, states, tokens, without_
 from lftpipe.errors import StoreError
 from lftpipe.files import read_sealed, write_sealed
 from lftpipe.store import Store, StoreWriter, verify_store
-from lftpipe.store.journal import Journal, _line
+from lftpipe.store.journal import Journal, line_of
 
 FAR = 10**30
 
@@ -183,7 +183,7 @@ def test_random_changes_of_a_journal_are_refused_or_lose_only_work(whole, tmp_pa
         else:  # a line that was never written
             del changed[1][list(changed[1])[rng.integers(len(changed[1]))]]
         path = shutil.copytree(tmp_path / "begun", tmp_path / f"{number}")
-        (path / "journal.jsonl").write_bytes(b"".join(map(_line, changed)))
+        (path / "journal.jsonl").write_bytes(b"".join(map(line_of, changed)))
         with pytest.raises(StoreError, match=r"store holds \d+ of \d+ shards|is damaged"):
             Store.open(path)
         try:
@@ -202,6 +202,6 @@ def test_random_changes_of_a_journal_are_refused_or_lose_only_work(whole, tmp_pa
 def test_a_journal_that_names_files_outside_is_refused(tmp_path):
     lines = journal_of(tmp_path / "states.zarr")
     lines[1]["../../victim"] = [1, 3, "0" * 32]
-    (tmp_path / "states.zarr/journal.jsonl").write_bytes(b"".join(map(_line, lines)))
+    (tmp_path / "states.zarr/journal.jsonl").write_bytes(b"".join(map(line_of, lines)))
     with pytest.raises(StoreError, match=r"'\.\./\.\./victim' is no file of a store"):
         StoreWriter.open(tmp_path / "states.zarr", make_spec())

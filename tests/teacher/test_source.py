@@ -118,7 +118,7 @@ def test_what_is_no_decoder_of_text_is_refused_with_the_reason(tmp_path):
     for config, reason in (
         (T5Config(), "of type t5, an encoder with a decoder / expected: a decoder alone"),
         (Gemma3Config(), "reads more than text / expected: its text part alone, a model of type gemma3_text"),
-        (LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\)"),
+        (LlamaConfig(**{"quantization_config": {"quant_method": "gptq", "bits": 4}}), r"quantised \(gptq\)"),
     ):
         folder = saved(config, tmp_path / config.model_type)
         (tmp_path / config.model_type / "model.safetensors").touch()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,15 +70,17 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
     run = training(settings, objective="regression")
     monkeypatch.setattr(readout, "RIDGE", 1e-9)
     target = training(settings, objective="regression")
-    form = run.flow.layer.form
+    layer: Any = run.flow.layer
+    form: Any = layer.form
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        changed = [form.attention.output, form.mlp.output][not run.flow.layer.parallel :]
+        changed = [form.attention.output, form.mlp.output][not layer.parallel :]
         for name in changed:
-            for parameter in target.flow.layer.layer.get_submodule(name).parameters():
+            theirs: Any = target.flow.layer
+            for parameter in theirs.layer.get_submodule(name).parameters():
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
         batches = [
-            replace(batch, states=batch.states | {3: pose(target, batch, equal_steps=True).end})
+            replace(batch, states=dict(batch.states) | {3: pose(target, batch, equal_steps=True).end})
             for batch in batches_of(run)
         ]
     before = error(run, batches)
