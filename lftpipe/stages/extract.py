@@ -122,7 +122,7 @@ def _part(plan: Plan, settings: ExtractSettings, part: Part, started: float) -> 
     whole = all_done(found, part.count)
     if whole:
         spec = complete_when_free(plan, settings)
-    return _result(plan, spec, computed, started) | {"part": list(part), "complete": whole}
+    return _result(plan, spec, computed, started) | {"part": [part.index, part.count], "complete": whole}
 
 
 def _result(plan: Plan, spec: StoreSpec, computed: int, started: float) -> dict[str, Any]:
