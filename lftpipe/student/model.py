@@ -155,8 +155,8 @@ class FlowLayer(GradientCheckpointingLayer):
         return super()._apply(*arguments, **options)
 
     def _contexts(self, context: AttentionContext, cache: Any) -> Iterator[AttentionContext]:
-        """The context of each evaluation, each with its own place in the cache."""
-        if cache is None:
+        """The context of each evaluation, each with its own place in the cache; a linear map has none."""
+        if cache is None or not self.slots:
             yield from itertools.repeat(context)
         for slot in self.slots:
             yield replace(context, cache=Slot(cache, slot))

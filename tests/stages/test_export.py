@@ -144,7 +144,8 @@ def test_everything_goes_along(neox_run: runs.Run, neox_teacher: Teacher, tmp_pa
     ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(neox_teacher)
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     source = json.loads((tmp_path / "out" / "lftpipe.json").read_text())
-    assert source["teacher"] == neox_teacher.identity()
+    digest = {"tokenizer_digest": neox_teacher.tokenizer_digest}
+    assert source["teacher"] == neox_teacher.identity() | digest
     assert result["bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert "logits differ" in summary(result)
 

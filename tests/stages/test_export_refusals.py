@@ -61,6 +61,7 @@ def test_an_export_of_an_older_version_can_be_replaced(neox_run: runs.Run, tmp_p
     source = json.loads((tmp_path / "out" / "lftpipe.json").read_text())
     older = {key: value for key, value in source.items() if key not in ("files", "digest")}
     (tmp_path / "out" / "lftpipe.json").write_text(json.dumps(older))
+    (tmp_path / "out" / "modeling_latent_flow.py").unlink()
     export(settings(neox_run, tmp_path, k=2, force=True))
     assert load_model(tmp_path / "out").config.steps == 2
 
