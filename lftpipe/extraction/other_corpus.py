@@ -8,7 +8,7 @@ from typing import cast
 from lftpipe.config.settings import Dtype, EvaluateSettings, ExtractSettings
 from lftpipe.extraction.compute import compute
 from lftpipe.extraction.plan import make_plan
-from lftpipe.extraction.tokens import are_stored, packing_of, spec_of, store_tokens
+from lftpipe.extraction.tokens import packing_of, spec_of, store_tokens
 from lftpipe.store import Store, StoreWriter
 
 
@@ -57,11 +57,11 @@ def states_elsewhere(store: Store, corpus: str, settings: EvaluateSettings) -> S
         threads=settings.threads,
     )
     plan = make_plan(wanted)
-    with StoreWriter.open(path, spec_of(plan), resume=True, force=settings.force) as writer:
-        if not are_stored(writer):
-            packing = packing_of(plan)
-            packing.fit_to_small_corpus()
-            store_tokens(plan, writer, packing)
+    # Not `force`: that is for the results. Tokens that are stored are compared with the corpus.
+    with StoreWriter.open(path, spec_of(plan), resume=True) as writer:
+        packing = packing_of(plan)
+        packing.fit_to_small_corpus()
+        store_tokens(plan, writer, packing)
         compute(plan, writer, wanted)
         writer.finish()
     return Store.open(path)
