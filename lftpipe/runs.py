@@ -62,7 +62,13 @@ class Run(RunManifest):
         return self.block[0]
 
     def evaluations(self, method: Method, k: int) -> int:
-        """NFE: layers that are evaluated in place of the block, in `k` steps of this solver."""
+        """NFE: layers that are evaluated in place of the block.
+
+        Parameters
+        ----------
+        method, k
+            Solver and number of steps.
+        """
         if self.velocity.get("skip"):
             return 0
         return self.velocity.get("depth", 1) * self.velocity.get("loops", 1) * EVALUATIONS[method] * k
@@ -264,7 +270,13 @@ def build_flow(teacher: Teacher, velocity: dict[str, Any], index: int = 0) -> nn
 
 
 def is_stack(velocity: dict[str, Any]) -> bool:
-    """Whether a manifest's `velocity` describes ordinary layers in place of a flow."""
+    """Whether a manifest's `velocity` describes ordinary layers in place of a flow.
+
+    Parameters
+    ----------
+    velocity
+        What a manifest says of the module.
+    """
     return "depth" in velocity
 
 

@@ -84,7 +84,13 @@ class LeastSquares:
     def solve(
         self, *, intercept: bool = True
     ) -> tuple[Float[Tensor, "output input"], Float[Tensor, "output"]]:
-        """Weight and bias of the map; without `intercept` the bias is zero."""
+        """Weight and bias of the map.
+
+        Parameters
+        ----------
+        intercept
+            Whether it has a bias; without, the bias is zero.
+        """
         # Scaling to a unit diagonal first: channels' variances differ by many orders.
         used = len(self.gram) if intercept else len(self.gram) - 1
         gram, cross = self.gram[:used, :used], self.cross[:used]

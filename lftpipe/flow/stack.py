@@ -62,7 +62,7 @@ class LayerStack(nn.Module):
         ----------
         x
             The states at the block's start.
-        t, ignored, unused
+        t, *ignored, **unused
             Ignored; every velocity takes them.
         context
             Positions and mask of the sequences.
@@ -77,6 +77,14 @@ class NoLayer(nn.Module):
     modulation = None
 
     def forward(self, x: States, t: Times, context: AttentionContext) -> States:
-        """Zeros in the shape of the states `x`; `t` and `context` are ignored."""
+        """Zeros in the shape of the states.
+
+        Parameters
+        ----------
+        x
+            The states.
+        t, context
+            Ignored; every velocity takes them.
+        """
         del t, context
         return torch.zeros_like(x)

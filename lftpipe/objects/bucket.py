@@ -47,9 +47,19 @@ class BucketStorage(SegmentLog):
 
     @property
     def client(self) -> Any:
-        """obstore's; each process has its own, as its threads do not survive a fork."""
-        if self._connected is None or self._connected[0] != os.getpid():
+        """Obstore's.
+
+        Raises
+        ------
+        StoreError
+            In a forked process: the threads that move the bytes do not survive a fork.
+        """
+        if self._connected is None:
             self._connected = os.getpid(), client_of(self.where)
+        if self._connected[0] != os.getpid():
+            raise StoreError(
+                f"{self.where} in a forked process", "a process of its own", "start processes by spawn"
+            )
         return self._connected[1]
 
     @override

@@ -20,7 +20,6 @@ from lftpipe.evaluation.predictors import (
     teacher_predictor,
 )
 from lftpipe.evaluation.scoring import score
-from lftpipe.extraction.other_corpus import slug_of, states_elsewhere
 from lftpipe.outputs import COMMENT, making
 from lftpipe.reporting.tables import COLUMNS, cell, results_page
 from lftpipe.store import Store
@@ -44,6 +43,13 @@ SHORT = {"nmse_without_first": "w/o 1st", "ppl_ratio": "ratio", "agreement": "ag
 MARKS = (b'"kl_latent"', b'"validation_tokens"', b'"ms_per_token"')
 
 
+def _elsewhere() -> Any:
+    """Only here, since it runs the teacher: scores from the cache load no trunk."""
+    from lftpipe.extraction import other_corpus
+
+    return other_corpus
+
+
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Score teacher, skips and runs over the whole validation split, and write the table.
 
@@ -64,7 +70,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """
     prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
-    name = "results" if settings.corpus is None else f"results-{slug_of(settings.corpus)}"
+    name = "results" if settings.corpus is None else f"results-{_elsewhere().slug_of(settings.corpus)}"
     out = settings.out or store_path.parent / f"{name}.json"
     require_json_name(out)
     page = out.with_suffix(".md")
@@ -89,7 +95,8 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
     if settings.adaptive:
         _check_adaptive(opened, settings)
     teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
-    scored = store if settings.corpus is None else states_elsewhere(store, settings.corpus, settings)
+    corpus = settings.corpus
+    scored = store if corpus is None else _elsewhere().states_elsewhere(store, corpus, settings)
     scores = score(
         _predictors(opened, settings, teacher, store.layers),
         scored,

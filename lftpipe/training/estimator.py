@@ -42,7 +42,15 @@ def build_estimator(
 
 
 def parts(block: tuple[int, int], depth: int) -> list[tuple[int, int]]:
-    """The block's layers divided among the layers that stand for them, as evenly as can be."""
+    """The block's layers divided among the layers that stand for them, as evenly as can be.
+
+    Parameters
+    ----------
+    block
+        `(m, n)`, half-open.
+    depth
+        How many layers stand for them.
+    """
     m, n = block
     ends = [m + round(index * (n - m) / depth) for index in range(depth + 1)]
     return list(pairwise(ends))

@@ -38,7 +38,13 @@ class Float32Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Move every matrix that has a gradient; `closure` is not used."""
+        """Move every matrix that has a gradient.
+
+        Parameters
+        ----------
+        closure
+            Not used.
+        """
         del closure
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]

@@ -51,6 +51,11 @@ def muon_dtype(settings: TrainSettings) -> str:
     """In which Muon orthogonalises: `auto` is bfloat16 only where the device multiplies in it.
 
     Objectives that came after this setting don't know the former default, and take `auto` for it.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
     """
     former = settings.objective not in ("distil", "looped")
     if settings.muon_dtype == "float32" or (settings.muon_dtype == "bfloat16" and former):
