@@ -44,7 +44,7 @@ def test_stages_follow_each_other_and_end_with_the_last_step(parts, num_steps):
     ("text", "message"),
     [
         ("fv", r"'fv' in --loss fv / expected: one of fw, sfm"),
-        ("", r"'' in --loss  / expected: one of"),
+        ("", r"'' in --loss / expected: one of"),
         ("fw,fw:2", r"fw twice in --loss .* / do: add up its weights"),
         ("fw:0", r"'0' in --loss fw:0 / expected: a positive number"),
         ("fw:-1", r"'-1' in --loss"),
@@ -74,7 +74,7 @@ def test_the_largest_logits_bound_the_divergence_from_below(kept, seed):
     values, ids = teacher.topk(kept)
     bound = top_divergence(values, ids, teacher.logsumexp(-1), student)
     whole = full_divergence(teacher, student)
-    assert -1e-5 <= bound <= whole + 1e-5
+    assert -1e-5 <= bound <= whole + 1e-5 * (1 + whole)  # float32
     if kept == 12:
         torch.testing.assert_close(bound, whole, rtol=1e-4, atol=1e-5)
 

@@ -43,7 +43,6 @@ def test_a_run_holds_what_the_contract_says(settings):
         "metrics.jsonl",
         "flow.safetensors",
         "manifest.json",
-        "checkpoint",
     }
     rows = log_of(run)
     assert [row["step"] for row in rows] == list(range(1, 13))
