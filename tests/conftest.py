@@ -2,6 +2,7 @@
 # ruff: noqa: E402 (the import hook comes first)
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +32,9 @@ from transformers import (
 from lftpipe.teacher.source import Teacher, open_teacher
 
 torch.set_num_threads(1)
+
+# A suite in the background inherits an ignored SIGINT, and so would the processes that it interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("untimed", deadline=None)
