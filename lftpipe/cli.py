@@ -217,7 +217,7 @@ def with_values(arguments: list[str]) -> list[str]:
     arguments
         Of the command line.
     """
-    following = [*arguments[1:], "-"]
+    following = [*arguments, "-"][1:]
     return [
         "--ray=local" if each == "--ray" and after.startswith("-") else each
         for each, after in zip(arguments, following, strict=True)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lftpipe import progress
 from lftpipe.config.settings import ExtractSettings
@@ -28,12 +28,11 @@ PATIENCE = 0.5
 TOGETHER = 1024
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """The I-th of N parts; the first is 1."""
 
-    index: int
-    count: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def parse_part(text: str) -> Part:

@@ -194,7 +194,7 @@ def test_equal_stores_have_equal_fingerprints(path, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": ()}, "at least one state"),
+        ({"layers": ()}, "a store without states holds tokens alone"),
         ({"layers": (1, 1)}, "repeats a layer"),
         ({"dtype": "bfloat16"}, "dtype must be float16, float32 or int8, not 'bfloat16'"),
         ({"context": 0}, "context must be at least 1, not 0"),

@@ -150,7 +150,7 @@ def test_damaged_weights_are_refused(neox_teacher, tmp_path):
     damaged = open_teacher(str(tmp_path / "cut"), WORKSPACE)
     with pytest.raises(TeacherError, match=r"damaged file .*model\.safetensors .* / do: fetch it again"):
         load_layer(damaged, 0)
-    with pytest.raises(TeacherError, match="expected: weights that load / do: fetch it again"):
+    with pytest.raises(TeacherError, match="/ do: fetch it again"):
         Trunk(damaged, 2, torch.float32)
 
 

@@ -59,7 +59,7 @@ def test_a_store_is_the_same_with_streamed_layers(
         Store.open(extracted(tmp_path / str(on), teachers["llama"], text_folder, stream_layers=on))
         for on in (False, True)
     )
-    assert streamed.fingerprint == whole.fingerprint
+    # Not its fingerprint: a shard's chunks lie in the order in which they were computed.
     for layer in whole.layers:
         rows = range(whole.num_sequences("train"))
         assert (streamed.read("train", layer, rows) == whole.read("train", layer, rows)).all()
