@@ -147,11 +147,8 @@ def test_damaged_weights_are_refused(neox_teacher, tmp_path):
     shutil.copytree(neox_teacher.folder, tmp_path / "cut")
     path = tmp_path / "cut/model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    damaged = open_teacher(str(tmp_path / "cut"), WORKSPACE)
     with pytest.raises(TeacherError, match=r"damaged file .*model\.safetensors .* / do: fetch it again"):
-        load_layer(damaged, 0)
-    with pytest.raises(TeacherError, match="/ do: fetch it again"):
-        Trunk(damaged, 2, torch.float32)
+        open_teacher(str(tmp_path / "cut"), WORKSPACE)
 
 
 def test_weights_without_a_layer_are_refused_not_made_up(tmp_path, tokenizer):
