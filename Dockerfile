@@ -15,7 +15,7 @@ COPY lftpipe ./lftpipe
 RUN python3 -m venv /opt/lftpipe && \
     pip install --constraint constraints.txt --extra-index-url ${TORCH_INDEX} ".[gguf]"
 
-WORKDIR /work
-VOLUME /work/data
+WORKDIR /experiments
+VOLUME /experiments/data
 ENTRYPOINT ["lftpipe"]
 CMD ["--help"]
