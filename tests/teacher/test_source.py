@@ -145,10 +145,16 @@ def test_pickles_are_never_loaded(neox_teacher, tmp_path, monkeypatch):
 
 def test_damaged_weights_are_refused(neox_teacher, tmp_path):
     shutil.copytree(neox_teacher.folder, tmp_path / "cut")
+    damaged = open_teacher(str(tmp_path / "cut"), WORKSPACE)
     path = tmp_path / "cut/model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(TeacherError, match=r"damaged file .*model\.safetensors .* / do: fetch it again"):
+    damage = r"damaged file .*model\.safetensors .* / do: fetch it again"
+    with pytest.raises(TeacherError, match=damage):
         open_teacher(str(tmp_path / "cut"), WORKSPACE)
+    with pytest.raises(TeacherError, match=damage):
+        load_layer(damaged, 0)
+    with pytest.raises(TeacherError, match="expected: weights that load / do: fetch it again"):
+        Trunk(damaged, 2, torch.float32)
 
 
 def test_weights_without_a_layer_are_refused_not_made_up(tmp_path, tokenizer):
