@@ -37,7 +37,9 @@ def light(session: nox.Session) -> None:
     """Without torch: the command line answers, and the store is written and read."""
     session.install("--no-deps", ".")
     session.install("--constraint", "constraints.txt", *NO_TORCH)
-    session.run("python", "-c", "import lftpipe.cli, lftpipe.files, lftpipe.config.recipe, lftpipe.workspace")
+    session.run(
+        "python", "-c", "import lftpipe.cli.app, lftpipe.files, lftpipe.config.recipe, lftpipe.workspace"
+    )
     for command in ([], ["extract"], ["train"], ["evaluate"]):
         session.run("lftpipe", *command, "--help", silent=True)
     session.run(

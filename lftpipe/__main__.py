@@ -3,7 +3,7 @@
 import io
 import sys
 
-from lftpipe import interrupt
+from lftpipe.cli import interrupt
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII shows what it cannot as \u2026
             stream.reconfigure(errors="backslashreplace")
-    from lftpipe.cli import app
+    from lftpipe.cli.app import app
 
     app(prog_name="lftpipe")
 

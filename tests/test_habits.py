@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import lftpipe
-from lftpipe import cli
+from lftpipe.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,10 +22,10 @@ from lftpipe.evaluation.predictors import (
 from lftpipe.evaluation.scoring import score
 from lftpipe.outputs import COMMENT, making
 from lftpipe.reporting.tables import COLUMNS, cell, results_page
+from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
-from lftpipe.terminal import Column, FittedTable
 from lftpipe.workspace import find_runs, find_store, require_json_name
 
 #: Batches that every row is timed on.

@@ -14,8 +14,8 @@ from lftpipe.config.settings import InfoSettings
 from lftpipe.corpus.packing import SPLITS
 from lftpipe.errors import SettingsError
 from lftpipe.objects import storage_of
+from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.store import Store
-from lftpipe.terminal import Column, FittedTable
 from lftpipe.workspace import find_run, find_store
 
 #: Training sequences, spread over the store, that the statistics are taken from.

@@ -12,8 +12,8 @@ from lftpipe.recoupling import ranking
 from lftpipe.recoupling.artefact import FILE_NAME, MARKS, make_map, map_layers
 from lftpipe.reporting.heatmap import draw_recoupling
 from lftpipe.reporting.pages import recoupling_page
+from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.store import Store
-from lftpipe.terminal import Column, FittedTable
 from lftpipe.workspace import find_store, require_json_name
 
 #: Fractions of the layers for which the summary recommends blocks.

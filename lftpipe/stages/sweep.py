@@ -23,10 +23,10 @@ from lftpipe.recoupling.artefact import open_map
 from lftpipe.recoupling.probe import draw_parts, probe_residual
 from lftpipe.reporting.plots import draw_sweep
 from lftpipe.reporting.sweep import AGAINST, OUTCOMES, correlation_table, markdown
+from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
-from lftpipe.terminal import Column, FittedTable
 from lftpipe.training.resolve import resolved, run_name
 from lftpipe.training.resume import changed_settings
 from lftpipe.training.together import train_runs

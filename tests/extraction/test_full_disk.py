@@ -105,7 +105,7 @@ CODE = """
 import shutil, sys
 from collections import namedtuple
 shutil.disk_usage = lambda path: namedtuple("usage", "total used free")(1 << 40, 0, 1 << 40)
-from lftpipe.cli import main
+from lftpipe.cli.app import main
 main()
 """
 

@@ -16,7 +16,7 @@ import pytest
 from fake_states import environment
 from safetensors.torch import load_file, save_file
 
-from lftpipe.cli import with_values
+from lftpipe.cli.app import with_values
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.extraction.parts import parse_part

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lftpipe import runs
 from lftpipe.artefacts.results import Score
-from lftpipe.cli import app
+from lftpipe.cli.app import app
 from lftpipe.errors import RunError, TeacherError
 from lftpipe.stages.export import export, summary
 from lftpipe.student.assemble import build_student, load_model

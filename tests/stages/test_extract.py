@@ -193,7 +193,8 @@ def spawn(settings: ExtractSettings) -> subprocess.Popen[bytes]:
         "--compute-dtype", settings.compute_dtype, "--dtype", settings.dtype, "--logits", settings.logits,
     ]  # fmt: skip
     code = (
-        "from lftpipe import cli\nfrom lftpipe.extraction import plan\nplan.SHARD_BYTES = 120_000\ncli.main()"
+        "from lftpipe.cli.app import main; from lftpipe.extraction import plan; "
+        "plan.SHARD_BYTES = 120_000; main()"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, "extract", *map(str, arguments)],

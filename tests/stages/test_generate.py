@@ -11,7 +11,7 @@ from tiny_students import save_run
 from typer.testing import CliRunner
 
 from lftpipe import runs
-from lftpipe.cli import app
+from lftpipe.cli.app import app
 from lftpipe.config.settings import ExportSettings, GenerateSettings
 from lftpipe.errors import LftpipeError, RunError, SettingsError
 from lftpipe.stages.export import export

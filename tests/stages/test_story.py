@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from lftpipe import cli
+from lftpipe.cli import app as cli
 
 CONTEXT = 32
 

@@ -12,8 +12,9 @@ from conftest import CONTEXT, extracted
 from rich.console import Console
 from scipy import stats
 
-from lftpipe import cli, runs
+from lftpipe import runs
 from lftpipe.artefacts.recoupling import RecouplingMap
+from lftpipe.cli import app as cli
 from lftpipe.config.settings import EvaluateSettings, RecoupleSettings, SweepSettings
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.recoupling.probe import draw_parts, probe_residual

@@ -92,7 +92,7 @@ def test_a_tokenizer_with_code_neither_asks_nor_runs(neox_teacher, tmp_path):
     mapped = {"tokenizer_class": "Mystery", "auto_map": {"AutoTokenizer": ["mystery.Mystery", None]}}
     file.write_text(json.dumps(json.loads(file.read_text()) | mapped))
     (folder / "mystery.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mystery: pass\n")
-    code = "import sys; from lftpipe.cli import main; sys.argv[0] = 'lftpipe'; main()"
+    code = "import sys; from lftpipe.cli.app import main; sys.argv[0] = 'lftpipe'; main()"
     command = [sys.executable, "-c", code, "generate", str(folder), "--prompt", "a", "--max-new-tokens", "2"]
     done = subprocess.run(command, input="y\ny\n", capture_output=True, text=True, timeout=120)
     assert not (tmp_path / "ran").exists()

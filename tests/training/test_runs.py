@@ -13,7 +13,7 @@ from tiny_students import change_manifest, save_run
 from typer.testing import CliRunner
 
 from lftpipe import runs
-from lftpipe.cli import app
+from lftpipe.cli.app import app
 from lftpipe.config.settings import ExportSettings
 from lftpipe.errors import RunError
 from lftpipe.files import file_digest

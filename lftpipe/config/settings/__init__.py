@@ -1,6 +1,6 @@
 """Every stage's settings: frozen, documented, and checked when they are made. No torch, no numpy.
 
-`lftpipe.config.recipe` reads them from TOML; `lftpipe.cli` makes options of their fields.
+`lftpipe.config.recipe` reads them from TOML; `lftpipe.cli.options` makes options of their fields.
 """
 
 from lftpipe.config.settings.base import (

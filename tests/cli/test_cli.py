@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import lftpipe
-from lftpipe import cli
+from lftpipe.cli import app as cli
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import RunError
 
@@ -50,7 +50,7 @@ HEAVY = ["torch", "transformers", "zarr", "datasets", "scipy", "matplotlib", "ot
 def test_help_and_usage_errors_load_nothing_heavy(arguments):
     code = f"""
 import sys
-from lftpipe.cli import main
+from lftpipe.cli.app import main
 try:
     main()
 finally:
@@ -79,7 +79,7 @@ def test_the_help_lists_what_one_always_needs_first_and_experts_options_last(run
 def test_every_option_has_a_help_and_shows_its_default():
     # In a process of its own: pydantic finds no docstrings in modules that jaxtyping's hook has rewritten.
     code = """
-from lftpipe import cli
+from lftpipe.cli import app as cli
 for name in cli.COMMANDS:
     for parameter in cli.command_of(name).params:
         print(name, *parameter.opts, "help:", parameter.help)
@@ -92,7 +92,7 @@ for name in cli.COMMANDS:
 
 def test_the_list_of_commands_needs_no_settings():
     done = python(
-        "import sys, lftpipe.cli; lftpipe.cli.app(['--help'], standalone_mode=False);"
+        "import sys, lftpipe.cli.app; lftpipe.cli.app.app(['--help'], standalone_mode=False);"
         "print('loaded:', [name for name in ('pydantic', 'lftpipe.config.settings') if name in sys.modules])"
     )
     assert done.stdout.splitlines()[-1] == "loaded: []"
@@ -222,7 +222,7 @@ from lftpipe.errors import StoreError
 def train(settings):
     raise StoreError("no store", "one", "make it")
 sys.modules["lftpipe.stages.train"] = types.SimpleNamespace(train=train)
-from lftpipe.cli import main
+from lftpipe.cli.app import main
 main()
 """
     done = python(code, "train", "--debug")

@@ -16,8 +16,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import lftpipe
-from lftpipe import interrupt, progress
-from lftpipe.guard import fail, guarded
+from lftpipe import progress
+from lftpipe.cli import interrupt
+from lftpipe.cli.guard import fail, guarded
 
 PIPELINE, STUDENT, LOOK = "The pipeline", "Use a student", "Look at what is there"
 
@@ -168,10 +169,10 @@ def command_of(name: str) -> Any:
 
 
 def _function(name: str) -> Callable[..., None]:
+    from lftpipe.cli.options import parameters, parse
     from lftpipe.config import settings as settings_module
     from lftpipe.config.recipe import from_recipe
     from lftpipe.objects import mirror
-    from lftpipe.options import parameters, parse
 
     command = COMMANDS[name]
     kind = getattr(settings_module, command.settings)
@@ -204,7 +205,7 @@ def _function(name: str) -> Callable[..., None]:
 
 
 def _print(summary: Any) -> None:
-    from lftpipe.terminal import plain_console
+    from lftpipe.reporting.terminal import plain_console
 
     plain_console(soft_wrap=isinstance(summary, str)).print(summary)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lftpipe.guard import line_of
+from lftpipe.cli.guard import line_of
 
 #: A stage that takes the place of `lftpipe train`'s, in the process that is started.
 PROGRAM = """
@@ -48,7 +48,7 @@ sys.meta_path.insert(0, Slow())
 
 
 @pytest.mark.parametrize(
-    "name", ["typer", "lftpipe.cli", "lftpipe.config.settings", "pydantic", "rich.console"]
+    "name", ["typer", "lftpipe.cli.app", "lftpipe.config.settings", "pydantic", "rich.console"]
 )
 def test_an_interrupt_while_python_imports_is_one_line(name):
     process = start("pass", SLOW.replace("{name}", name))
@@ -101,7 +101,7 @@ def test_of_several_ranks_that_refuse_the_first_says_why():
 
 
 def test_a_rank_that_fails_alone_says_so_in_the_end():
-    other = start(REFUSAL, "import lftpipe.guard; lftpipe.guard.GRACE = 0.1", RANK="1", WORLD_SIZE="2")
+    other = start(REFUSAL, "from lftpipe.cli import guard; guard.GRACE = 0.1", RANK="1", WORLD_SIZE="2")
     assert other.communicate(timeout=30)[1] == "process 1: error: given: a / expected: b / do: c\n"
     assert other.returncode == 1
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from lftpipe import interrupt
+from lftpipe.cli import interrupt
 from lftpipe.errors import LftpipeError
 from lftpipe.progress import speaks
 

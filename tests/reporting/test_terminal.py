@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lftpipe.terminal import Column, FittedTable, plain_console
+from lftpipe.reporting.terminal import Column, FittedTable, plain_console
 
 NAMES = ("method", "block", "k", "KL_x", "NMSE", "w/o 1st", "KL", "PPL")
 ROWS = [

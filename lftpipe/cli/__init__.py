@@ -1,0 +1,1 @@
+"""The command line: parse, call one stage, print what it returns or its error."""
