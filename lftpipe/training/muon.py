@@ -1,4 +1,4 @@
-"""Muon whose orthogonalisation computes in float32: some processors only emulate torch's bfloat16."""
+"""Muon for matrices of equal shape at once, in float32 or bfloat16, shared among processes."""
 
 import math
 from typing import Any
@@ -6,35 +6,98 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim import Muon as TorchMuon
+
+from lftpipe.training import processes
+
+Matrices = Float[Tensor, "matrix row column"]
+Coefficients = tuple[float, float, float]
+
+#: Columns for each row from which the iteration on products of rows takes fewer multiplications.
+WIDE = 1.5
 
 
 def orthogonalised(
-    matrix: Float[Tensor, "row column"], coefficients: tuple[float, float, float], steps: int, eps: float
-) -> Float[Tensor, "row column"]:
-    """Near to the closest orthogonal matrix, by the quintic Newton-Schulz iteration of Muon (Jordan, 2024).
+    matrices: Matrices, coefficients: Coefficients, steps: int, eps: float, dtype: torch.dtype
+) -> Matrices:
+    """Near to the closest orthogonal matrices, by the quintic Newton-Schulz iteration of Muon (Jordan, 2024).
 
     Parameters
     ----------
-    matrix
-        What to orthogonalise.
+    matrices
+        With no more rows than columns.
     coefficients
         Of the iteration's polynomial.
     steps
         Iterations.
     eps
         The smallest norm that is divided by.
+    dtype
+        In which to compute, and of the result.
     """
+    if dtype == torch.bfloat16 and matrices.device.type == "cpu":
+        return torch.stack([_alone(matrix.to(dtype), coefficients, steps, eps) for matrix in matrices])
+    x = matrices.to(dtype)
+    x = x / x.flatten(1).norm(dim=1)[:, None, None].clamp(min=eps)
+    if dtype == torch.float32 and x.shape[2] > WIDE * x.shape[1]:
+        return _by_products_of_rows(x, coefficients, steps)
     a, b, c = coefficients
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _alone(
+    x: Float[Tensor, "row column"], coefficients: Coefficients, steps: int, eps: float
+) -> Float[Tensor, "row column"]:
+    """As `torch.optim.Muon` computes it, to the bit: a processor gains nothing from products of stacks."""
+    a, b, c = coefficients
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x
 
 
-class Float32Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` and Nesterov's momentum, all in float32."""
+def _by_products_of_rows(x: Matrices, coefficients: Coefficients, steps: int) -> Matrices:
+    """The same iterates from `x x^T` alone.
+
+    Each step multiplies `x` by a polynomial of that product, so that all steps together are one matrix with
+    as many columns as `x` has rows. It needs float32: no step looks at `x` again to make rounding good.
+    """
+    a, b, c = coefficients
+    gram, factor = x @ x.mT, None
+    for step in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        factor = polynomial if factor is None else polynomial @ factor
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial
+    return x if factor is None else factor @ x
+
+
+class Muon(TorchMuon):
+    """`torch.optim.Muon` scaled to the size of AdamW's steps, with one product for all matrices of a shape.
+
+    Of several processes each orthogonalises its part of the matrices. In bfloat16 on a processor the weights
+    are those of `torch.optim.Muon` to the bit.
+
+    Parameters
+    ----------
+    params
+        The matrices.
+    lr
+        Learning rate.
+    weight_decay
+        Decoupled.
+    dtype
+        In which the iteration computes.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -47,15 +110,27 @@ class Float32Muon(torch.optim.Muon):
         """
         del closure
         for group in self.param_groups:
-            rate, momentum = group["lr"], group["momentum"]
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in weights:
                 state = self.state[weight]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight.grad)
-                average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                update = weight.grad.lerp(average, momentum)
-                update = orthogonalised(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                weight.mul_(1 - rate * group["weight_decay"])
-                weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
+            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+            for weight in weights:
+                by_shape.setdefault(tuple(sorted(weight.shape)), []).append(weight)
+            for alike in by_shape.values():
+                self._move(alike, group)
+
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Matrices of one shape, lying or standing."""
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        lying = torch.stack([each.T if each.shape[0] > each.shape[1] else each for each in updates])
+        given = (group["ns_coefficients"], group["ns_steps"], group["eps"], self._dtype)
+        ways = processes.divided(lying, lambda part: orthogonalised(part, *given))
+        size = 0.2 * math.sqrt(lying.shape[2])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        for weight, way in zip(weights, ways, strict=True):
+            weight.add_(way.T if weight.shape[0] > weight.shape[1] else way, alpha=-group["lr"] * size)

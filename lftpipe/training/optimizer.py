@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lftpipe.config.settings import TrainSettings
 from lftpipe.device import dtype_name, resolve_compute_dtype
-from lftpipe.training.muon import Float32Muon
+from lftpipe.training.muon import Muon
 
 #: At the peak, where none is given. Muon's steps are scaled to the size of AdamW's, and may be larger.
 LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}
@@ -55,7 +55,7 @@ def muon_dtype(settings: TrainSettings) -> str:
     Parameters
     ----------
     settings
-        Of the run.
+        `muon_dtype`, `objective`, `device`.
     """
     former = settings.objective not in ("distil", "looped")
     if settings.muon_dtype == "float32" or (settings.muon_dtype == "bfloat16" and former):
@@ -66,7 +66,7 @@ def muon_dtype(settings: TrainSettings) -> str:
 class Optimizer:
     """One or two of torch's optimisers as one, with one learning rate.
 
-    Muon orthogonalises the momentum of each matrix of the layer (Jordan, 2024; `torch.optim.Muon`), scaled to
+    Muon orthogonalises the momentum of each matrix of the layer (Jordan, 2024; `muon.py`), scaled to
     the size of AdamW's steps (Liu et al., arXiv 2502.16982). Vectors, and the maps from the time, which are
     no matrices between features, are AdamW's.
 
@@ -92,15 +92,8 @@ class Optimizer:
             torch.optim.AdamW(groups, lr=self.learning_rate, betas=BETAS, fused=True)
         ]
         if mine:
-            kind = Float32Muon if muon_dtype(settings) == "float32" else torch.optim.Muon
-            self._parts.append(
-                kind(
-                    matrices,
-                    lr=self.learning_rate,
-                    weight_decay=settings.weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            dtype = getattr(torch, muon_dtype(settings))
+            self._parts.append(Muon(matrices, self.learning_rate, settings.weight_decay, dtype))
 
     def step(self, fraction: float) -> float:
         """Move the weights, and forget their gradients; the learning rate of that.

@@ -1,7 +1,7 @@
 """Data-parallel training under `torchrun`: every process takes its part of each batch."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -74,6 +74,26 @@ def mean(value: Tensor) -> Tensor:
     value = value.detach().clone()
     dist.all_reduce(value)
     return value / count()
+
+
+def divided(values: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `work` makes of a stack, of which each process works on its part; all of it on all of them.
+
+    Parameters
+    ----------
+    values
+        Along its first axis the pieces of work, the same on all processes.
+    work
+        From some of the pieces to as many results.
+    """
+    if count() == 1:
+        return work(values)
+    mine = slice(rank(), None, count())
+    part = work(values[mine])
+    whole = torch.zeros(len(values), *part.shape[1:], device=part.device)
+    whole[mine] = part.float()
+    dist.all_reduce(whole)
+    return whole
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

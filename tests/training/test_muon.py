@@ -1,0 +1,122 @@
+"""Muon's updates: torch's own where they are to be, and the same iteration at a lower price elsewhere."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lftpipe.training import muon, processes
+from lftpipe.training.muon import Muon, orthogonalised
+
+SHAPES = [(24, 24), (8, 24), (8, 24), (24, 24), (64, 24), (64, 24), (24, 64)]
+JORDAN = (3.4445, -4.775, 2.0315)
+
+
+def matrices(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def steps_of(optimizer, weights: list[nn.Parameter], count: int = 3) -> list[Tensor]:
+    for step in range(count):
+        for weight, gradient in zip(weights, matrices(100 + step), strict=True):
+            weight.grad = gradient
+        optimizer.step()
+    return [weight.detach() for weight in weights]
+
+
+def of_torch(weights: list[nn.Parameter]) -> torch.optim.Muon:
+    return torch.optim.Muon(weights, lr=0.02, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(matrix) for matrix in matrices(0)]
+
+
+def test_in_bfloat16_on_a_processor_it_is_torchs_to_the_bit():
+    ours, theirs = parameters(), parameters()
+    moved = steps_of(Muon(ours, 0.02, 0.01, torch.bfloat16), ours)
+    assert all(map(torch.equal, moved, steps_of(of_torch(theirs), theirs)))
+
+
+def test_in_float32_it_moves_as_torchs_does_up_to_its_rounding():
+    ours, theirs = parameters(), parameters()
+    moved = steps_of(Muon(ours, 0.02, 0.01, torch.float32), ours)
+    for one, other, start in zip(moved, steps_of(of_torch(theirs), theirs), matrices(0), strict=True):
+        assert (one - other).norm() < 0.03 * (other - start).norm()
+
+
+def test_a_checkpoint_of_torchs_goes_on_in_ours():
+    ours, theirs = parameters(), parameters()
+    before = of_torch(theirs)
+    steps_of(before, theirs)
+    optimizer = Muon(ours, 0.02, 0.01, torch.bfloat16)
+    optimizer.load_state_dict(copy.deepcopy(before.state_dict()))
+    with torch.no_grad():
+        for one, other in zip(ours, theirs, strict=True):
+            one.copy_(other)
+    assert all(map(torch.equal, steps_of(optimizer, ours), steps_of(before, theirs)))
+
+
+def spectrum(values: list[float], rows: int, columns: int, seed: int) -> Tensor:
+    """A matrix with these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+        for size in (rows, columns)
+    )
+    return (left[:, : len(values)] * torch.tensor(values, dtype=torch.float64)) @ right[: len(values)]
+
+
+@given(st.lists(st.floats(1e-6, 1.0), min_size=6, max_size=6), st.integers(0, 99))
+def test_products_of_rows_give_the_same_iterates_whatever_the_singular_values(values, seed):
+    """Both against the iteration in float64, of matrices as far from orthogonal as momenta are."""
+    exact = spectrum(values, 6, 18, seed)
+    exact = exact / exact.norm()
+    a, b, c = JORDAN
+    x = exact.clone()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    found = orthogonalised(exact.float()[None], JORDAN, 5, 1e-7, torch.float32)[0]
+    torch.testing.assert_close(found.double(), x, rtol=0, atol=2e-3)
+
+
+def test_wide_matrices_take_the_cheaper_way_and_nothing_else_does(monkeypatch):
+    taken = []
+    real = muon._by_products_of_rows
+
+    def noted(x: Tensor, *rest) -> Tensor:
+        taken.append(x.shape)
+        return real(x, *rest)
+
+    monkeypatch.setattr(muon, "_by_products_of_rows", noted)
+    weights = parameters()
+    steps_of(Muon(weights, 0.02, 0.01, torch.float32), weights, 1)
+    assert [tuple(shape) for shape in taken] == [(2, 8, 24), (3, 24, 64)]
+    taken.clear()
+    orthogonalised(torch.randn(1, 4, 64), JORDAN, 5, 1e-7, torch.bfloat16)
+    assert taken == []
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_divide_the_matrices_among_them(monkeypatch, world):
+    """What each of them makes adds up to what one alone makes."""
+    stack = torch.stack([matrix for matrix in matrices(0) if matrix.shape == (64, 24)] * 2).mT
+    alone = orthogonalised(stack, JORDAN, 5, 1e-7, torch.float32)
+    monkeypatch.setattr(processes, "count", lambda: world)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda value: None)
+    parts, seen = [], []
+    for rank in range(world):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+
+        def work(part: Tensor) -> Tensor:
+            seen.append(len(part))
+            return orthogonalised(part, JORDAN, 5, 1e-7, torch.float32)
+
+        parts.append(processes.divided(stack, work))
+    assert sum(seen) == len(stack)
+    torch.testing.assert_close(torch.stack(parts).sum(0), alone)
