@@ -78,8 +78,11 @@ class LeastSquares:
         x, y, x_1 = (each.flatten(0, -2) for each in (x, y, x_1))
         weight = (1 / (x_1.double().square().sum(-1, keepdim=True) + 1e-12)).to(x)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=-1)
-        self.gram += ((weight * x).T @ x).cpu()
-        self.cross += ((weight * x).T @ y.to(x)).cpu()
+        # On a GPU the sums stay there: nothing is waited for.
+        device = x.device if x.device.type == "cuda" else torch.device("cpu")
+        self.gram, self.cross = self.gram.to(device), self.cross.to(device)
+        self.gram += ((weight * x).T @ x).to(device)
+        self.cross += ((weight * x).T @ y.to(x)).to(device)
 
     def solve(
         self, *, intercept: bool = True
@@ -93,7 +96,7 @@ class LeastSquares:
         """
         # Scaling to a unit diagonal first: channels' variances differ by many orders.
         used = len(self.gram) if intercept else len(self.gram) - 1
-        gram, cross = self.gram[:used, :used], self.cross[:used]
+        gram, cross = self.gram[:used, :used].cpu(), self.cross[:used].cpu()
         scale = gram.diagonal().clamp_min(1e-30).rsqrt()
         gram = scale[:, None] * gram * scale + self.ridge * torch.eye(len(scale), dtype=torch.float64)
         solution = scale[:, None] * torch.linalg.solve(gram, scale[:, None] * cross)
