@@ -1,0 +1,75 @@
+"""What the term `logits` costs, forward and backward through a frozen tail, and a states step beside it.
+
+    python benchmarks/logits_speed.py --teacher data/smollm2-135m/teacher --block 12:20 [--sequences 1]
+
+Random states stand for the teacher's; processor seconds of one thread, the best of the rounds. The first line
+is the term as it was before: sequence by sequence, with the tail run for the teacher too.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lftpipe.batch import Batch
+from lftpipe.config.layers import parse_block
+from lftpipe.flow.distillation import full_divergence
+from lftpipe.teacher.parts import Tail, load_layer, load_rotary
+from lftpipe.teacher.source import open_teacher
+from lftpipe.training.logit_terms import logit_divergence
+
+
+def main() -> None:
+    """Time the ways in turn and print them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", required=True, help="name or folder")
+    parser.add_argument("--workspace", type=Path, default=Path("data"), help="where converted teachers lie")
+    parser.add_argument("--block", required=True)
+    parser.add_argument("--sequences", type=int, default=1, help="of 512 tokens")
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    teacher = open_teacher(options.teacher, options.workspace)
+    m, n = parse_block(options.block, teacher.num_layers)
+    tail, layer = Tail(teacher, n), load_layer(teacher, m).requires_grad_(True)
+    places = torch.arange(512).expand(options.sequences, -1)
+    x = torch.randn(options.sequences, 512, teacher.width)
+    batch = Batch(0, places, places, {n: x}, rotary=load_rotary(teacher), one_segment=True)
+    with torch.no_grad():
+        last = tail.states(x, batch.context, start=n, stop=teacher.num_layers)
+    stored = replace(batch, states={n: x, teacher.num_layers: last})
+    end = (x + 0.3 * torch.randn_like(x)).requires_grad_()
+
+    def before() -> Tensor:
+        losses = []
+        for row in range(len(x)):
+            part = batch.context.rows(slice(row, row + 1))
+            with torch.no_grad():
+                target = tail(x[row : row + 1], part, start=n)
+            losses.append(full_divergence(target, tail(end[row : row + 1], part, start=n)))
+        return torch.stack(losses).mean()
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "logits, as they were": before,
+        "logits, without the last states": lambda: logit_divergence(tail, end, batch, n),
+        "logits": lambda: logit_divergence(tail, end, stored, n),
+        "states": lambda: (layer(x, batch.context) - x).square().mean(),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            began = time.process_time()
+            way().backward()
+            seconds[name].append(time.process_time() - began)
+    for name, taken in seconds.items():
+        print(f"  {name:34}{min(taken):7.2f} s")
+
+
+if __name__ == "__main__":
+    main()
