@@ -35,8 +35,6 @@ def orthogonalised(
     dtype
         In which to compute, and of the result.
     """
-    if dtype == torch.bfloat16 and matrices.device.type == "cpu":
-        return torch.stack([_alone(matrix.to(dtype), coefficients, steps, eps) for matrix in matrices])
     x = matrices.to(dtype)
     x = x / x.flatten(1).norm(dim=1)[:, None, None].clamp(min=eps)
     if dtype == torch.float32 and x.shape[2] > WIDE * x.shape[1]:
@@ -45,18 +43,6 @@ def orthogonalised(
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
-
-
-def _alone(
-    x: Float[Tensor, "row column"], coefficients: Coefficients, steps: int, eps: float
-) -> Float[Tensor, "row column"]:
-    """As `torch.optim.Muon` computes it, to the bit: a processor gains nothing from products of stacks."""
-    a, b, c = coefficients
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
@@ -109,6 +95,9 @@ class Muon(TorchMuon):
             Not used.
         """
         del closure
+        if self._dtype == torch.bfloat16 and self.param_groups[0]["params"][0].device.type == "cpu":
+            super().step()  # a processor gains nothing from stacks, and keeps its bits
+            return
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             for weight in weights:
