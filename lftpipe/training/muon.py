@@ -1,6 +1,7 @@
 """Muon for matrices of equal shape at once, in float32 or bfloat16, shared among processes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ class Muon(TorchMuon):
         In which the iteration computes.
     """
 
-    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
-        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__(list(params), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self._dtype = dtype
 
     @torch.no_grad()
@@ -114,12 +115,12 @@ class Muon(TorchMuon):
         """Matrices of one shape, lying or standing."""
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
         lying = torch.stack([each.T if each.shape[0] > each.shape[1] else each for each in updates])
         given = (group["ns_coefficients"], group["ns_steps"], group["eps"], self._dtype)
         ways = processes.divided(lying, lambda part: orthogonalised(part, *given))
         size = 0.2 * math.sqrt(lying.shape[2])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
         for weight, way in zip(weights, ways, strict=True):
             weight.add_(way.T if weight.shape[0] > weight.shape[1] else way, alpha=-group["lr"] * size)
