@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lftpipe.api import (
+        compare_runs,
         evaluate,
         export,
         extract,
         generate,
+        heal,
         info,
+        list_runs,
         load_student,
         open_store,
         recouple,
@@ -30,11 +33,14 @@ __version__ = "0.1.0"
 __all__ = [
     "LftpipeError",
     "__version__",
+    "compare_runs",
     "evaluate",
     "export",
     "extract",
     "generate",
+    "heal",
     "info",
+    "list_runs",
     "load_student",
     "open_store",
     "recouple",

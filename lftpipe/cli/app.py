@@ -91,6 +91,18 @@ COMMANDS = {
         LOOK,
         "Show what a store or a run holds, and what it was made from.",
     ),
+    "runs": Command(
+        "RunsSettings",
+        "lftpipe.stages.runs:runs",
+        LOOK,
+        "List every run of a workspace with its block, objective, tokens and scores.",
+    ),
+    "compare": Command(
+        "CompareSettings",
+        "lftpipe.stages.compare:compare",
+        LOOK,
+        "Show what differs between two runs, in settings and results.",
+    ),
     "verify": Command(
         "VerifySettings",
         "lftpipe.stages.verify:verify",

@@ -26,13 +26,20 @@ from lftpipe.config.settings.base import (
 from lftpipe.config.settings.evaluate import EvaluateSettings, SweepSettings, ToySettings
 from lftpipe.config.settings.extract import ExtractSettings
 from lftpipe.config.settings.heal import HealSettings
-from lftpipe.config.settings.look import InfoSettings, ReportSettings, VerifySettings
+from lftpipe.config.settings.look import (
+    CompareSettings,
+    InfoSettings,
+    ReportSettings,
+    RunsSettings,
+    VerifySettings,
+)
 from lftpipe.config.settings.recouple import RecoupleSettings
 from lftpipe.config.settings.student import ExportSettings, GenerateSettings
 from lftpipe.config.settings.train import TrainSettings, loss_text
 
 __all__ = [
     "Common",
+    "CompareSettings",
     "Compression",
     "ComputeDtype",
     "Condition",
@@ -54,6 +61,7 @@ __all__ = [
     "RecoupleSettings",
     "ReportSettings",
     "Role",
+    "RunsSettings",
     "SolverName",
     "SweepSettings",
     "ToySettings",

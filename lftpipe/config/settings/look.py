@@ -1,10 +1,10 @@
-"""Settings of the stages that only look at what is there: `lftpipe info`, `verify` and `report`."""
+"""Settings of `lftpipe info`, `verify`, `runs`, `compare` and `report`, which look at what is there."""
 
 from typing import Annotated, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from lftpipe.config.settings.base import CONFIG, MAIN, File, OfStore, Role, Writing
+from lftpipe.config.settings.base import CONFIG, MAIN, File, Names, OfStore, Role, Writing
 
 _FORMER = {
     "seed": "this command draws no random numbers",
@@ -44,3 +44,20 @@ class ReportSettings(OfStore, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {MAIN: "out force store workspace"}
     FORMER: ClassVar[dict[str, str]] = _FORMER
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class RunsSettings(OfStore):
+    """Of `lftpipe runs`."""
+
+    PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class CompareSettings(OfStore):
+    """Of `lftpipe compare`."""
+
+    runs: Names = ()
+    """Two runs, by name or path."""
+
+    PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}

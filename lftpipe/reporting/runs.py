@@ -1,0 +1,236 @@
+"""Runs as lines of a table, and two runs side by side: from the files in their folders alone. No torch."""
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lftpipe.artefacts.base import read_json
+from lftpipe.artefacts.metrics import read_metrics
+from lftpipe.artefacts.results import Results, Score
+from lftpipe.artefacts.run import RunManifest
+from lftpipe.errors import LftpipeError
+
+#: Settings that say where and how a command ran, not what it made.
+WHERE = frozenset(
+    ("workspace", "store", "cache", "cache_bytes", "run", "resume", "force", "threads", "device", "target")
+)
+
+#: What the comparison of two evaluated runs shows, and its headings.
+MEASURES = {
+    "kl": "KL",
+    "kl_latent": "KL_x",
+    "nmse": "NMSE",
+    "ppl": "PPL",
+    "ppl_ratio": "PPL ratio",
+    "agreement": "agreement",
+    "k": "k",
+    "solver": "solver",
+    "nfe": "NFE",
+    "parameters": "parameters",
+    "ms_per_token": "ms/token",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLine:
+    """What a folder says of its run; None is what it does not say."""
+
+    teacher: str
+    """The folder of the experiment."""
+    run: str
+    state: str
+    """`finished`, `unfinished`, `diverged` or `damaged`."""
+    block: str | None = None
+    objective: str | None = None
+    solver: str | None = None
+    seed: int | None = None
+    train_tokens: int | None = None
+    healed: bool = False
+    k: int | None = None
+    """Steps of the scores: those with the lowest KL that `evaluate` found."""
+    nfe: int | float | None = None
+    kl: float | None = None
+    ppl: float | None = None
+    agreement: float | None = None
+    path: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+def line_of(folder: Path) -> RunLine:
+    """What there is to say of a run, finished or not.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+    """
+    known: dict[str, Any] = {"teacher": _experiment(folder).name, "run": folder.name, "path": str(folder)}
+    try:
+        manifest = RunManifest.from_json(folder / "manifest.json")
+    except FileNotFoundError:
+        return RunLine(**known, **_unfinished(folder))
+    except LftpipeError:
+        return RunLine(**known, state="damaged")
+    best = best_score(folder)
+    scores = {key: getattr(best, key) for key in ("k", "nfe", "kl", "ppl", "agreement")} if best else {}
+    return RunLine(
+        **known,
+        **scores,
+        state="finished",
+        block=f"{manifest.block[0]}:{manifest.block[1]}",
+        objective=manifest.objective,
+        solver=manifest.solver,
+        seed=manifest.seed,
+        train_tokens=manifest.train_tokens,
+        healed=manifest.healed is not None,
+    )
+
+
+def _experiment(folder: Path) -> Path:
+    """The folder that `runs/` lies in."""
+    return folder.resolve().parent.parent
+
+
+def _unfinished(folder: Path) -> dict[str, Any]:
+    """Of a run that is being trained, was interrupted, or diverged."""
+    state = "diverged" if (folder / "diverged.json").exists() else "unfinished"
+    try:
+        settings = settings_of(folder)
+    except LftpipeError:
+        return {"state": "damaged"}
+    rows = read_metrics(folder / "metrics.jsonl").rows
+    named = {key: settings[key] for key in ("objective", "solver") if isinstance(settings.get(key), str)}
+    block, seed = settings.get("block"), settings.get("seed")
+    return named | {
+        "state": state,
+        "block": block if isinstance(block, str) else None,
+        "seed": seed if isinstance(seed, int) else None,
+        "train_tokens": rows[-1]["tokens"] if rows else 0,
+        "healed": "adapter" in settings,
+    }
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings of a run, as `settings.toml` has them.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+
+    Raises
+    ------
+    LftpipeError
+        If the file is missing or damaged.
+    """
+    path = folder / "settings.toml"
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LftpipeError(
+            f"{path}, which cannot be read", "a run's settings", "train the run again"
+        ) from error
+    found = tables.get("heal", tables.get("train"))
+    return found if isinstance(found, dict) else {}
+
+
+def scores_of(folder: Path) -> list[Score]:
+    """The lines of Table 1 that belong to a run's present weights; none if it was not evaluated.
+
+    Parameters
+    ----------
+    folder
+        Of a finished run.
+    """
+    try:
+        digest = RunManifest.from_json(folder / "manifest.json").weights_digest
+        rows = Results.from_json(_experiment(folder) / "results.json").rows
+    except (OSError, LftpipeError):
+        return []
+    return [row for row in rows if row.run == folder.name and row.weights_digest in (None, digest)]
+
+
+def best_score(folder: Path) -> Score | None:
+    """The line with the lowest KL.
+
+    Parameters
+    ----------
+    folder
+        Of a finished run.
+    """
+    scored = [row for row in scores_of(folder) if row.kl is not None]
+    return min(scored, key=lambda row: row.kl or 0.0, default=None)
+
+
+def comparison(one: Path, other: Path) -> dict[str, Any]:
+    """What differs between two finished runs.
+
+    Parameters
+    ----------
+    one, other
+        Their folders.
+
+    Returns
+    -------
+    dict
+        `runs`, the two lines; `settings`, those that differ, as pairs; `same_settings`, how many do not;
+        `made_from`, differences of teacher, store and versions; `results`, pairs of the best scores of both,
+        empty unless both were evaluated.
+
+    Raises
+    ------
+    LftpipeError
+        If the settings of one cannot be read.
+    """
+    settings = [
+        {key: value for key, value in settings_of(each).items() if key not in WHERE} for each in (one, other)
+    ]
+    differing = _differences(*settings)
+    facts = [_made_from(each) for each in (one, other)]
+    scores = [best_score(each) for each in (one, other)]
+    results = {}
+    if scores[0] and scores[1]:
+        pairs = {key: [getattr(score, key) for score in scores] for key in MEASURES}
+        results = {key: pair for key, pair in pairs.items() if pair != [None, None]}
+    return {
+        "runs": [line_of(one).to_json(), line_of(other).to_json()],
+        "settings": differing,
+        "same_settings": len(settings[0].keys() | settings[1].keys()) - len(differing),
+        "made_from": _differences(*facts),
+        "results": results,
+    }
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]:
+    """By key, the values of both where they differ."""
+    keys = [*one, *(key for key in other if key not in one)]
+    return {key: [one.get(key), other.get(key)] for key in keys if one.get(key) != other.get(key)}
+
+
+def _made_from(folder: Path) -> dict[str, Any]:
+    """Teacher, store and versions, one name each."""
+    manifest = read_json(folder / "manifest.json")
+    teacher, versions, healed = (manifest.get(key) or {} for key in ("teacher", "versions", "healed"))
+    return {
+        "teacher": teacher.get("model"),
+        "teacher weights": teacher.get("weights_digest"),
+        "store": manifest.get("store_fingerprint"),
+        "healed": healed.get("run"),
+        **{f"version of {name}": version for name, version in versions.items()},
+    }
+
+
+def shown(value: Any) -> str:
+    """A value in a cell.
+
+    Parameters
+    ----------
+    value
+        JSON-plain.
+    """
+    return value if isinstance(value, str) else json.dumps(value)
