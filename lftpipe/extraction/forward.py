@@ -82,7 +82,8 @@ class Passes:
                 background.put(array, layer, first, values)
 
         batch = batch_of(self._tokens, key.split, rows, self.trunk.device)
-        compute_batch(self.trunk, self.head, batch.tokens, batch.position_ids, put)
+        size = self.spec.identity["batch_sequences"]
+        compute_batch(self.trunk, self.head, batch.tokens, batch.position_ids, put, size)
 
     def _open(self, key: ShardKey) -> AbstractContextManager[ShardWriter]:
         self._shards += 1

@@ -197,6 +197,16 @@ class ChunkWriter:
         absent = self._index[chunks.start : chunks.stop : chunks.step, 0] == MISSING
         return chunks[int(absent.argmax())] if absent.any() else None
 
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that the file's index has room for."""
+        return len(self._index)
+
+    def order(self) -> list[int]:
+        """The chunks that were put, in the order in which they lie in the file."""
+        put = np.flatnonzero(self._index[:, 0] != MISSING)
+        return put[self._index[put, 0].argsort()].tolist()
+
     def seal(self, sequences: int) -> Record:
         """Write the index and wait until all is on the disk.
 

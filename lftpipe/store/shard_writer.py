@@ -11,13 +11,14 @@ from jaxtyping import Shaped
 
 from lftpipe.errors import StoreError
 from lftpipe.objects import storage_of
+from lftpipe.store.chunk_order import batch_order, seal_in_order
 from lftpipe.store.chunk_reader import ChunkReader
 from lftpipe.store.codec import encode
 from lftpipe.store.journal import disk_errors
 from lftpipe.store.layout import ArrayLayout, ShardKey, StoreSpec
 from lftpipe.store.lossless import compress
 from lftpipe.store.sealed import Sealed
-from lftpipe.store.shard import ChunkWriter, DamagedShardError, Room
+from lftpipe.store.shard import ChunkWriter, DamagedShardError, Record, Room
 
 # dtype -> signed and unsigned type of its bits, and those of infinity and -infinity: where no value's bits
 # reach the first as a signed number, nor the second as an unsigned one, all are finite.
@@ -51,6 +52,7 @@ class ShardWriter:
         sequences_per_shard: int,
         free: list[np.ndarray],
         attempt: str,
+        batch_sequences: int | None = None,
     ) -> None:
         """Use `produce_shard` or `StoreWriter.shard`."""
         self.key = key
@@ -58,7 +60,7 @@ class ShardWriter:
         self._origin = key.index * sequences_per_shard
         self._files = {array.name: array.file(key.split, key.index) for array in arrays}
         self._store = store
-        self._free, self._attempt = free, attempt
+        self._free, self._attempt, self._batch = free, attempt, batch_sequences
         self.sealed: Sealed | None = None
         self._chunks: dict[str, ChunkWriter] = {}
 
@@ -159,12 +161,10 @@ class ShardWriter:
         """Open the files; when a store grows, copy what the last shard holds from the file to be replaced."""
         kept = self.key.sequences.start - self._origin
         with disk_errors(self._store):
-            for name, array in self._arrays.items():
+            for name in self._arrays:
                 if not (folder := (self._store / self._files[name]).parent).is_dir():
                     folder.mkdir(parents=True)  # where a store is made that will not lie here
-                self._chunks[name] = ChunkWriter(
-                    self._store / self._files[name], array.chunks_per_shard, self._free, self._attempt
-                )
+                self._chunks[name] = self._open(name, self._attempt)
         for name, array in self._arrays.items() if kept else ():
             try:
                 old = ChunkReader(storage_of(self._store), self._files[name], array.chunks_per_shard)
@@ -185,8 +185,25 @@ class ShardWriter:
                     raise ValueError(
                         f"{name} layer {layer} of {self.key.split} sequence {sequence} was never put"
                     )
-        records = {self._files[name]: self._chunks[name].seal(end) for name in self._arrays}
+        records = {self._files[name]: self._seal(name, end) for name in self._arrays}
         return Sealed(self.key, self._attempt, records)
+
+    def _seal(self, name: str, end: int) -> Record:
+        """One array's file, with its chunks in the order of the batches."""
+        array, chunks = self._arrays[name], self._chunks[name]
+        if self._batch is None:
+            return chunks.seal(end)
+        order = batch_order(array, self.key.sequences.start - self._origin, end, self._batch)
+        return seal_in_order(
+            chunks,
+            list(order),
+            end,
+            lambda: self._open(name, f"{self._attempt}-sorted"),
+        )
+
+    def _open(self, name: str, attempt: str) -> ChunkWriter:
+        path = self._store / self._files[name]
+        return ChunkWriter(path, self._arrays[name].chunks_per_shard, self._free, attempt)
 
     def discard(self) -> None:
         """Leave nothing behind."""
@@ -245,7 +262,13 @@ def produce_shard(
     """
     computed = [array for array in spec.arrays.values() if array.computed]
     shard = ShardWriter(
-        path, key, arrays or computed, spec.sequences_per_shard, [] if free is None else free, attempt
+        path,
+        key,
+        arrays or computed,
+        spec.sequences_per_shard,
+        [] if free is None else free,
+        attempt,
+        None if arrays else spec.identity.get("batch_sequences"),
     )
     try:
         shard.begin()

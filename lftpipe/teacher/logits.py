@@ -58,8 +58,21 @@ def compute_batch(
     tokens: Int[Tensor, "sequence position"],
     position_ids: Int[Tensor, "sequence position"],
     put: Put,
+    batch_sequences: int | None = None,
 ) -> None:
-    """Everything that a store holds of a batch: states and attention contexts as they come, then logits."""
+    """Everything that a store holds of a batch: states and attention outputs as they come, then logits.
+
+    Parameters
+    ----------
+    trunk, head
+        The teacher.
+    tokens, position_ids
+        Of the sequences.
+    put
+        Takes array, layer and values.
+    batch_sequences
+        Sequences of which logits are computed at once; left out, all.
+    """
     last: list[Tensor] = []
 
     def hidden(layer: int, state: Tensor) -> None:
@@ -72,5 +85,6 @@ def compute_batch(
 
     trunk.run(tokens, position_ids, hidden=hidden, attention=attention)
     if head:
-        for name, values in head.top(last[0])._asdict().items():
-            put(f"logit_{name}", None, values)
+        found = [head.top(state) for state in last[0].split(batch_sequences or len(tokens))]
+        for name, *parts in zip(TopLogits._fields, *found, strict=True):
+            put(f"logit_{name}", None, torch.cat(parts) if len(parts) > 1 else parts[0])
