@@ -77,11 +77,17 @@ $(HERE)/sweep.json: $(MAP)
 report: $(TABLE)
 	$(LFTPIPE) report $(COMMON) --store $(STORE) --force
 
+PROMPTS    ?= "    def __init__(self, " "if not isinstance(value, "
+
 # The paper's three objectives and our recipe on the embedded teacher, from one store, in one table.
 demo: setup
 	@for objective in regression sfm fw distil; do \
 	  $(MAKE) --no-print-directory $(HERE)/runs/$(subst :,-,$(BLOCK))-$$objective-seed$(SEED)/manifest.json \
 	    OBJECTIVE=$$objective || exit 1; \
+	done
+	@$(MAKE) --no-print-directory $(TABLE)
+	@for prompt in $(PROMPTS); do \
+	  $(LFTPIPE) generate $(COMMON) $(HERE)/runs/$(subst :,-,$(BLOCK))-distil-seed$(SEED) --keep --prompt "$$prompt" || exit 1; \
 	done
 	@$(MAKE) --no-print-directory report
 

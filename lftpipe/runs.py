@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lftpipe.artefacts.run import RunManifest
+from lftpipe.artefacts.samples import SAMPLES as SAMPLES
 from lftpipe.config.recipe import RECORD_TABLE
 from lftpipe.errors import RunError
 from lftpipe.files import file_digest, seal, write_atomic

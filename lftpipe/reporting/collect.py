@@ -1,6 +1,6 @@
 """What lies beside a store, gathered for its page: results, curves, map, sweep, texts, commands."""
 
-import json
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +11,9 @@ from lftpipe.artefacts.metrics import Metrics, read_metrics
 from lftpipe.artefacts.recoupling import RecouplingMap
 from lftpipe.artefacts.results import Results
 from lftpipe.artefacts.run import metrics_digest
+from lftpipe.artefacts.samples import SAMPLES, read_samples
 from lftpipe.artefacts.sweep import Sweep
 from lftpipe.errors import LftpipeError
-
-#: What `lftpipe generate --compare --keep` leaves with a run: a JSON object a line.
-SAMPLES = "samples.jsonl"
-
-#: Keys of such a line, and their types.
-_SAMPLE = {
-    **dict.fromkeys(("run", "prompt", "teacher", "teacher_text", "student_text"), str),
-    "common_tokens": int,
-}
 
 #: Samples of a run that a page shows, from the last.
 MOST_SAMPLES = 4
@@ -110,18 +102,9 @@ def _read(kind: Any, path: Path, damage: list[str]) -> Any:
 
 def _samples(path: Path, damage: list[str]) -> list[dict[str, Any]]:
     """The last samples of a run; a line that is none is left out and said."""
-    found = []
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in _SAMPLE.items()):
-            found.append({key: row[key] for key in _SAMPLE})
-        else:
-            damage.append(f"{path}: line {number} is damaged, left out")
-    return found[-MOST_SAMPLES:]
+    found, damaged = read_samples(path)
+    damage += damaged
+    return [dataclasses.asdict(sample) for sample in found[-MOST_SAMPLES:]]
 
 
 def _facts(name: str, folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from lftpipe import runs
+from lftpipe.artefacts.samples import SAMPLES, Sample, keep_sample
 from lftpipe.config.settings import GenerateSettings
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError
@@ -80,25 +81,49 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> dict[
     if settings.draft is not None:
         return _drafted(settings, settings.prompt, out)
     writer = _open(settings, settings.target or "")
+    if settings.keep and not writer.is_run:
+        raise RunError(f"--keep for {writer.path}, a folder", "a run", "name the run it was exported from")
     _check_length(writer, settings.prompt, settings)
     result = {"prompt": settings.prompt, "temperature": settings.temperature, "seed": settings.seed}
-    if not settings.compare:
+    if not (settings.compare or settings.keep):
         with quiet_transformers():
             return result | writer.plain() | _write(writer.model, writer.tokenizer, settings, out).plain()
+    return result | _compared(settings, settings.prompt, writer)
+
+
+def _compared(settings: GenerateSettings, prompt: str, writer: Writer) -> dict[str, Any]:
+    """The student's text beside its teacher's; kept with the run if that is asked for."""
     teacher = _teacher_of(writer, settings)
     with quiet_transformers():
         models = (writer.model, load_teacher(teacher).to(settings.device))
         for model in models:
-            warm_up(model, writer.tokenizer, settings.prompt)
+            warm_up(model, writer.tokenizer, prompt)
         ours, theirs = (_write(model, writer.tokenizer, settings, None) for model in models)
+    facts, common = writer.plain(), _common(ours.tokens, theirs.tokens)
+    kept = None
+    if settings.keep:
+        kept = writer.path / SAMPLES
+        sample = Sample(
+            run=writer.path.name,
+            prompt=prompt,
+            teacher=teacher.name,
+            teacher_text=theirs.text,
+            student_text=ours.text,
+            common_tokens=common,
+            k=facts["k"],
+            solver=facts["solver"],
+            temperature=settings.temperature,
+            seed=settings.seed,
+        )
+        keep_sample(kept, sample)
     return (
-        result
-        | writer.plain()
+        facts
         | ours.plain()
         | {
             "teacher": {"model": teacher.name} | theirs.plain(),
-            "common_tokens": _common(ours.tokens, theirs.tokens),
+            "common_tokens": common,
             "speed_up": round(ours.tokens_per_second / theirs.tokens_per_second, 4),
+            "kept": str(kept) if kept else None,
         }
     )
 
@@ -111,8 +136,13 @@ def _check(settings: GenerateSettings) -> None:
         raise SettingsError(
             given, "a run or folder, or --draft RUN (its teacher writes then)", "name one of the two"
         )
-    if settings.draft is not None and (settings.temperature or settings.compare):
-        option = "--temperature" if settings.temperature else "--compare"
+    forbidden = {
+        "--temperature": settings.temperature,
+        "--compare": settings.compare,
+        "--keep": settings.keep,
+    }
+    if settings.draft is not None and any(forbidden.values()):
+        option = next(name for name, given in forbidden.items() if given)
         raise SettingsError(
             f"--draft with {option}", "greedy text, compared with the teacher's anyway", f"leave out {option}"
         )
@@ -242,6 +272,8 @@ def _side_by_side(result: dict[str, Any]) -> Table:
     table.caption = (
         f"the first {result['common_tokens']} tokens agree; student at {result['speed_up']:.2f} of the speed"
     )
+    if result["kept"]:
+        table.caption += f"; kept in {escape(result['kept'])}"
     return table
 
 

@@ -79,7 +79,7 @@ def claim(run: Path, settings: TrainSettings | HealSettings, store: Store) -> bo
             runs.write_settings(run, plain, store.fingerprint, table)
         return finished
     if settings.force:
-        for name in (runs.MANIFEST, runs.METRICS, runs.WEIGHTS, runs.DIVERGED):
+        for name in (runs.MANIFEST, runs.METRICS, runs.WEIGHTS, runs.DIVERGED, runs.SAMPLES):
             (run / name).unlink(missing_ok=True)
         drop_checkpoints(run)
     runs.write_settings(run, plain, store.fingerprint, table)

@@ -16,6 +16,7 @@ from lftpipe.artefacts.metrics import read_metrics
 from lftpipe.artefacts.recoupling import RecouplingMap
 from lftpipe.artefacts.results import AdaptiveScore, Results, Score
 from lftpipe.artefacts.run import RunManifest
+from lftpipe.artefacts.samples import Sample, keep_sample, read_samples
 from lftpipe.errors import LftpipeError
 
 
@@ -191,3 +192,18 @@ def test_the_map_of_81_states_is_read_in_seconds(tmp_path):
     large = make_map(81, 256)
     large.write(tmp_path / "map.json")
     assert RecouplingMap.from_json(Path(tmp_path / "map.json")) == large
+
+
+def test_a_damaged_sample_is_left_out_and_said(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    sample = Sample(
+        run="a", prompt="def", teacher="t", teacher_text="x\n", student_text="y", common_tokens=0, k=3
+    )
+    keep_sample(path, sample)
+    path.write_bytes(path.read_bytes() + b'{"run": 1}\n[[[\n\xff\n')
+    samples, damage = read_samples(path)
+    assert samples == [sample]
+    assert [line.split(" is damaged")[0] for line in damage] == [
+        f"{path}: line {number}" for number in (2, 3, 4)
+    ]
+    assert read_samples(tmp_path / "nowhere") == ([], [])

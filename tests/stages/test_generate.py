@@ -11,6 +11,7 @@ from tiny_students import save_run
 from typer.testing import CliRunner
 
 from lftpipe import runs
+from lftpipe.artefacts.samples import read_samples
 from lftpipe.cli.app import app
 from lftpipe.config.settings import ExportSettings, GenerateSettings
 from lftpipe.errors import LftpipeError, RunError, SettingsError
@@ -86,6 +87,23 @@ def test_compare_shows_the_teacher_beside_the_student(neox_run: runs.Run, tmp_pa
         assert [theirs["text"], result["text"]] == [next(iter(column.cells)) for column in table.columns]
 
 
+def test_kept_texts_are_read_again_and_asking_again_replaces_them(neox_run: runs.Run, tmp_path: Path) -> None:
+    for prompt in (PROMPT, "return self", PROMPT):
+        result = generate(settings(tmp_path, target="flow", keep=True, prompt=prompt))
+    assert result["kept"] == str(neox_run.path / "samples.jsonl")
+    samples, damage = read_samples(Path(result["kept"]))
+    assert damage == [] and [sample.prompt for sample in samples] == ["return self", PROMPT]
+    assert (samples[1].student_text, samples[1].teacher_text) == (result["text"], result["teacher"]["text"])
+    assert (samples[1].run, samples[1].k, samples[1].solver) == ("flow", 3, "euler")
+    assert "samples.jsonl" in str(summary(result).caption)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_texts_of_an_exported_folder_are_not_kept(neox_run: runs.Run, tmp_path: Path) -> None:
+    export(ExportSettings(workspace=tmp_path, runs=("flow",), out=tmp_path / "exported"))
+    with pytest.raises(RunError, match=r"--keep for .* / expected: a run"):
+        generate(settings(tmp_path, target=str(tmp_path / "exported"), keep=True))
+
+
 def test_a_draft_never_changes_the_text(run: runs.Run, teacher: Teacher, tmp_path: Path) -> None:
     out = io.StringIO()
     result = generate(settings(tmp_path, draft="flow", max_new_tokens=24), out)
@@ -136,6 +154,7 @@ def test_a_skipping_draft_is_the_teacher_without_those_layers(teacher: Teacher) 
         ({"target": "flow", "draft": "flow"}, SettingsError, "both a model and --draft"),
         ({"draft": "flow", "temperature": 1.0}, SettingsError, "--draft with --temperature"),
         ({"draft": "flow", "compare": True}, SettingsError, "--draft with --compare"),
+        ({"draft": "flow", "keep": True}, SettingsError, "--draft with --keep"),
         ({"target": "nothing"}, RunError, "no run nothing"),
         ({"target": "no/thing"}, RunError, "a finished run"),
         ({"target": "empty"}, RunError, "expected: a finished run"),

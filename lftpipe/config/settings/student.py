@@ -69,11 +69,13 @@ class GenerateSettings(OfStore, OnDevice, Seeded):
     """0 always takes the most likely token; above 0, tokens are drawn."""
     compare: bool = False
     """Let the teacher continue the prompt too."""
+    keep: bool = False
+    """Keep both texts in the run's folder, for the report's page; implies `--compare`."""
     draft: Text | None = None
     """A run whose student drafts for its teacher; the text is the teacher's greedy text."""
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "prompt max_new_tokens temperature seed k device store workspace",
-        "Beside the teacher": "compare draft",
+        "Beside the teacher": "compare keep draft",
     }
-    FORMER: ClassVar[dict[str, str]] = {"force": "generate writes no files"}
+    FORMER: ClassVar[dict[str, str]] = {"force": "generate replaces no files"}
