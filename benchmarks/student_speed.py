@@ -47,7 +47,7 @@ from lftpipe.student.decoding import continue_prompt, speculate, warm_up
 from lftpipe.student.model import LatentFlow
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.quiet import quiet_transformers
-from lftpipe.teacher.source import load_tokenizer
+from lftpipe.teacher.tokenizer import load_tokenizer
 from lftpipe.workspace import find_run
 
 #: Tokens of a document before the passage: licences and imports are much alike.

@@ -32,7 +32,8 @@ from lftpipe.config.settings import ExportSettings
 from lftpipe.errors import LftpipeError
 from lftpipe.stages.export import export
 from lftpipe.student.assemble import build_student, load_model
-from lftpipe.teacher.source import load_tokenizer, open_teacher
+from lftpipe.teacher.source import open_teacher
+from lftpipe.teacher.tokenizer import load_tokenizer
 
 STEPS = (1, 2, 3)
 #: Runtimes and what is compared there.

@@ -22,7 +22,7 @@ from lftpipe.corpus.files import (
     shown,
     text_of,
 )
-from lftpipe.errors import CorpusError
+from lftpipe.errors import CorpusError, foreign
 
 #: Names for corpora that many experiments share. The Pile's original host is gone; this copy
 #: on the Hub is the one without the parts that were taken down for copyright.
@@ -145,17 +145,10 @@ def _hub_documents(
     import huggingface_hub.utils.logging as hub_logging
 
     hub_logging.set_verbosity_error()  # its retries would come before the one line that says it all
-    try:
+    wanted = "a data set that the Hugging Face Hub serves to this machine"
+    cure = "check the name and the network, or pass a local file or folder with --corpus"
+    with foreign(CorpusError, f"corpus hf:{dataset}", wanted, cure):
         rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows):
             text = text_of(row, f"hf:{dataset}, row {number}", max_document_bytes)
             yield Document(f"{dataset}:{number}", text)
-    except CorpusError:
-        raise
-    except Exception as error:  # whatever the data set's files, their readers and the network come up with
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CorpusError(
-            f"corpus hf:{dataset} ({reason})",
-            "a data set that the Hugging Face Hub serves to this machine",
-            "check the name and the network, or pass a local file or folder with --corpus",
-        ) from error

@@ -22,7 +22,8 @@ from lftpipe.student.assemble import build_student, teacher_of_run
 from lftpipe.student.plain import unroll
 from lftpipe.student.portable import MODULE, auto_map, modelling_file
 from lftpipe.teacher.quiet import quiet_transformers
-from lftpipe.teacher.source import Teacher, load_tokenizer
+from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tokenizer import load_tokenizer
 from lftpipe.workspace import find_run
 
 #: What exports of older versions, which do not list their files, consist of.

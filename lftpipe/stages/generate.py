@@ -25,7 +25,8 @@ from lftpipe.student.assemble import (
 from lftpipe.student.decoding import Continuation, continue_prompt, speculate, warm_up
 from lftpipe.student.model import LatentFlow
 from lftpipe.teacher.quiet import quiet_transformers
-from lftpipe.teacher.source import Teacher, load_tokenizer
+from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tokenizer import load_tokenizer, tokenizer_of
 from lftpipe.workspace import find_run
 
 #: The command line hands this stage a stream to write words to while they are made.
@@ -161,14 +162,7 @@ def _open(settings: GenerateSettings, name: str) -> Writer:
                     "leave them out, or name the run",
                 )
             model.set_steps(settings.k or model.config.steps, settings.solver)
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise RunError(
-                f"{folder} without a usable tokenizer", "tokenizer.json", "export it again"
-            ) from error
+        tokenizer = tokenizer_of(folder, RunError, "export it again")
         return Writer(model.to(settings.device), tokenizer, folder, False)
     run = runs.open_run(find_run(settings.workspace, settings.store, name))
     teacher = teacher_of_run(run, settings.workspace)

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lftpipe import runs
 from lftpipe.artefacts.export import SOURCE, ExportSource
-from lftpipe.errors import LftpipeError, RunError, TeacherError
+from lftpipe.errors import RunError, TeacherError, foreign
 from lftpipe.runs import Run
 from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
 from lftpipe.student.config import Block, Kind
@@ -221,7 +221,9 @@ def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:
 
 def _generation_config(teacher: Teacher) -> GenerationConfig:
     if (teacher.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(teacher.folder)
+        wanted = "a generation_config.json that transformers reads", "correct or remove it"
+        with foreign(TeacherError, f"{teacher.folder}", *wanted):
+            return GenerationConfig.from_pretrained(teacher.folder)
     return GenerationConfig.from_model_config(teacher.config)
 
 
@@ -269,31 +271,24 @@ def _load(folder: Path, wrong: tuple[str, ...]) -> Any:
             f"{folder} without safetensors", "model.safetensors (pickles are never loaded)", "export it again"
         )
     Checkpoint(folder)  # refuses an index that leads elsewhere, and two sources
-    try:
-        with quiet_transformers():
-            _register(folder)
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-                raise RunError(
-                    f"{folder} of type {config.model_type}",
-                    "a causal language model that transformers has, or a student",
-                    "name another folder",
-                )
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are reported below, by name
-                output_loading_info=True,
-                trust_remote_code=False,
+    with foreign(RunError, f"{folder}", "a model that loads", "export it again"), quiet_transformers():
+        _register(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise RunError(
+                f"{folder} of type {config.model_type}",
+                "a causal language model that transformers has, or a student",
+                "name another folder",
             )
-    except LftpipeError:
-        raise
-    except Exception as error:
-        # transformers, safetensors and torch each have exceptions of their own for a damaged file.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"{folder} ({reason})", "a model that loads", "export it again") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     model, report = loaded
     for kind in wrong:
         for name in sorted(map(str, report[f"{kind}_keys"])):

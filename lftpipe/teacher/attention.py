@@ -37,13 +37,14 @@ def attention(
 
 
 def _in_blocks(query: Queries, key: Keys, options: dict[str, Any]) -> bool:
-    kind = query.device.type
+    if query.device.type != "cpu":
+        return False
     in_bfloat16 = query.dtype == torch.bfloat16 or (
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     )
     whole = 1 < query.shape[2] == key.shape[2]  # not the next tokens after a cache
     usual = not options.get("dropout") and all(options[name] is None for name in options.keys() - KNOWN)
-    return kind == "cpu" and in_bfloat16 and whole and usual
+    return in_bfloat16 and whole and usual
 
 
 def causal_attention(

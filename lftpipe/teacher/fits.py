@@ -5,9 +5,12 @@ A config that does not match its weights is refused here, before anything of its
 
 from typing import Any
 
-from lftpipe.errors import TeacherError
+import torch
+
+from lftpipe.errors import TeacherError, foreign
 from lftpipe.teacher.checkpoint import Checkpoint
-from lftpipe.teacher.family import Family
+from lftpipe.teacher.family import AttentionContext, Branches, Family, attention_context
+from lftpipe.teacher.skeleton import LARGEST_BUFFER
 
 
 def check_sizes(config: Any, checkpoint: Checkpoint) -> None:
@@ -35,7 +38,7 @@ def check_sizes(config: Any, checkpoint: Checkpoint) -> None:
 
 
 def check_layer(config: Any, family: Family, checkpoint: Checkpoint) -> None:
-    """Refuse a config whose first layer has tensors of other shapes than the checkpoint.
+    """Refuse a config that makes no layer, or one whose tensors have other shapes than the checkpoint's.
 
     Parameters
     ----------
@@ -47,17 +50,32 @@ def check_layer(config: Any, family: Family, checkpoint: Checkpoint) -> None:
     Raises
     ------
     TeacherError
-        Naming the tensor.
+        Naming the tensor, or with the reason why there is no layer.
     """
-    import torch
+    folder = checkpoint.folder
+    with foreign(TeacherError, f"{folder}", "a config that a layer can be built from", "correct config.json"):
+        with torch.device("meta"):
+            layer = Branches(family, config, 0)
+        for name, parameter in layer.layer.named_parameters():
+            full = f"{family.layers_prefix}.0.{name}"
+            found = checkpoint.shapes.get(full)
+            if found is not None and found != tuple(parameter.shape):
+                _refuse(
+                    checkpoint, f"shape {found} of {full}", f"{tuple(parameter.shape)}, as config.json says"
+                )
+        _try(config, family, layer)
 
+
+def _try(config: Any, family: Family, layer: Branches) -> None:
+    """Run a layer without weights, so that what its forward pass cannot use is found too."""
     with torch.device("meta"):
-        layer = family.layer(config, 0)
-    for name, parameter in layer.named_parameters():
-        full = f"{family.layers_prefix}.0.{name}"
-        found = checkpoint.shapes.get(full)
-        if found is not None and found != tuple(parameter.shape):
-            _refuse(checkpoint, f"shape {found} of {full}", f"{tuple(parameter.shape)}, as config.json says")
+        norm, sizes = family.norm(config), [each.numel() for each in family.frame(config).buffers()]
+    if max(sizes, default=0) > LARGEST_BUFFER:
+        raise ValueError(f"a table of {max(sizes):,} rotary frequencies")
+    context = attention_context(family.frame(config), torch.arange(4)[None], one_segment=True)
+    cos, sin = (each.to("meta") for each in context.rotary)
+    states = torch.empty(1, 4, config.hidden_size, device="meta")
+    norm(layer(states, AttentionContext((cos, sin), None, context.position_ids.to("meta"))))
 
 
 def _refuse(checkpoint: Checkpoint, given: str, expected: str) -> None:

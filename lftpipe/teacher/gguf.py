@@ -4,10 +4,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lftpipe.errors import TeacherError
+from lftpipe.errors import TeacherError, foreign
 from lftpipe.teacher.quiet import quiet_transformers
 
 
@@ -38,8 +39,9 @@ def convert(gguf: Path, folder: Path, accept: Callable[[Any, str], object]) -> P
     source = folder / "source.json"
     with gguf.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    if source.is_file() and json.loads(source.read_text())["sha256"] == digest:
-        return folder
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or a damaged one
+        if json.loads(source.read_text())["sha256"] == digest:
+            return folder
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -51,22 +53,17 @@ def convert(gguf: Path, folder: Path, accept: Callable[[Any, str], object]) -> P
         "gguf_file": gguf.name,
         "trust_remote_code": False,
     }
-    try:
-        with quiet_transformers():
+    reads = "a GGUF file that transformers reads", "fetch it again"
+    with foreign(TeacherError, f"{gguf}", *reads), quiet_transformers():
+        try:
             config = AutoConfig.from_pretrained(**where)
             accept(config, str(gguf))
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
-    except ImportError as error:
-        raise TeacherError(
-            f"{gguf}", "the packages gguf and accelerate", "pip install 'lftpipe[gguf]'"
-        ) from error
-    except TeacherError:
-        raise
-    except Exception as error:  # whatever reading a damaged file runs into
-        raise TeacherError(
-            f"{gguf} ({error})", "a GGUF file that transformers reads", "fetch it again"
-        ) from error
+        except ImportError as error:
+            raise TeacherError(
+                f"{gguf}", "the packages gguf and accelerate", "pip install 'lftpipe[gguf]'"
+            ) from error
     partial.mkdir(parents=True)
     tensors = model.state_dict()
     if config.tie_word_embeddings:

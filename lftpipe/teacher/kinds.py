@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lftpipe.errors import TeacherError
+from lftpipe.errors import TeacherError, foreign
 from lftpipe.teacher.family import Family
 
 
@@ -35,7 +35,10 @@ def check_kind(config: Any, model: str) -> None:
             "a decoder alone: one residual stream from tokens to logits",
             "choose a decoder-only causal language model",
         )
-    text = config.get_text_config(decoder=True)
+    with foreign(
+        TeacherError, f"model {model}", "a config that says which part reads text", "correct config.json"
+    ):
+        text = config.get_text_config(decoder=True)
     if text is not config:
         raise TeacherError(
             f"model {model} of type {config.model_type}, which reads more than text",

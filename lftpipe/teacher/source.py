@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lftpipe.errors import TeacherError
+from lftpipe.errors import TeacherError, foreign
 from lftpipe.teacher import attention
 from lftpipe.teacher.checkpoint import Checkpoint
 from lftpipe.teacher.family import Family
@@ -17,6 +17,7 @@ from lftpipe.teacher.gpt_neox import GPT_NEOX
 from lftpipe.teacher.kinds import check_kind
 from lftpipe.teacher.llama import LLAMA
 from lftpipe.teacher.named import NamedCheckpoint
+from lftpipe.teacher.quiet import quiet_transformers
 from lftpipe.teacher.registry import REGISTERED
 from lftpipe.teacher.structure import structure_of
 
@@ -27,9 +28,6 @@ HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*"
 
 #: Names that configs have for the longest context.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "seq_length")
-
-#: One of these holds a tokenizer's vocabulary.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*")
 
 
 @dataclass(frozen=True)
@@ -178,37 +176,6 @@ def _checkpoint(folder: Path, family: Family, config: Any) -> Checkpoint:
     return NamedCheckpoint(folder, structure_of(config).model)
 
 
-def load_tokenizer(teacher: Teacher) -> Any:
-    """The teacher's tokenizer, by transformers.
-
-    Raises
-    ------
-    TeacherError
-        If the folder has none, or it has no end-of-text token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        if not any(any(teacher.folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-            raise FileNotFoundError  # transformers would make one up that knows no words
-        tokenizer = AutoTokenizer.from_pretrained(teacher.folder, trust_remote_code=False)
-        if not hasattr(tokenizer, "backend_tokenizer"):
-            raise TypeError("a tokenizer without the Rust library behind it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TeacherError(
-            f"{teacher.folder} without a usable tokenizer",
-            "tokenizer.json beside the weights",
-            "save the tokenizer into the same folder with save_pretrained",
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise TeacherError(
-            f"the tokenizer of {teacher.model} without an end-of-text token",
-            "an eos_token that closes documents",
-            "set eos_token in tokenizer_config.json",
-        )
-    return tokenizer
-
-
 def _looks_like_hub_id(model: str) -> bool:
     parts = model.split("/")
     return len(parts) == 2 and all(parts) and not model.startswith((".", "~"))
@@ -249,12 +216,8 @@ def _config(folder: Path, model: str) -> Any:
             "a model in transformers' format (config.json, model.safetensors, tokenizer.json)",
             "check the path, or save the model there with save_pretrained",
         )
-    try:
+    wanted = "a config that transformers reads", "correct config.json"
+    with foreign(TeacherError, f"model {model}", *wanted), quiet_transformers():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._attn_implementation = attention.NAME  # single layers are built from it, with no model around
         return config
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TeacherError(
-            f"model {model} ({reason})", "a config that transformers reads", "correct config.json"
-        ) from error

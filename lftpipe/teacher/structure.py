@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lftpipe.errors import TeacherError
+from lftpipe.errors import TeacherError, reason_of
 from lftpipe.teacher import skeleton
 from lftpipe.teacher.family import AttentionContext, Family, LayerForm
 from lftpipe.teacher.form import find_form
@@ -115,8 +115,7 @@ class Structure:
             elif self._frame.reads_embedding:
                 self.without_flow = "its layers read the tokens, beside states and positions"
         except Exception as error:  # of the model's own code, which may be anything
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            self.without_flow = reason
+            self.without_flow = reason_of(error)
 
     @property
     def arity(self) -> int:
@@ -213,9 +212,9 @@ def _first_that_builds(config: Any) -> tuple[Any, str]:
                 return model, implementation
         except Exception as raised:  # of the model's own constructor
             error = error or raised
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    assert error is not None
     raise TeacherError(
-        f"a model of type {config.model_type} ({reason})",
+        f"a model of type {config.model_type} ({reason_of(error)})",
         "a causal language model that transformers builds from its config",
         "choose another model",
     )

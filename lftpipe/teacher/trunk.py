@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lftpipe.device import cast_linear
-from lftpipe.errors import TeacherError
+from lftpipe.errors import TeacherError, foreign
 from lftpipe.teacher import attention, capture, skeleton
 from lftpipe.teacher.capture import Sink
 from lftpipe.teacher.quiet import quiet_transformers
@@ -146,22 +145,19 @@ def _base(teacher: Teacher, deepest: int) -> Any:
     """The base model of a family that is written out, by transformers."""
     from transformers import AutoModel
 
-    try:
-        with quiet_transformers():
-            loaded: Any = AutoModel.from_pretrained(
-                teacher.folder,
-                num_hidden_layers=max(deepest, 1),
-                dtype=torch.float32,
-                attn_implementation=attention.NAME,
-                output_loading_info=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TeacherError(
-            f"model {teacher.model} ({reason})", "weights that load", "fetch it again"
-        ) from error
+    with (
+        foreign(TeacherError, f"model {teacher.model}", "weights that load", "fetch it again"),
+        quiet_transformers(),
+    ):
+        loaded: Any = AutoModel.from_pretrained(
+            teacher.folder,
+            num_hidden_layers=max(deepest, 1),
+            dtype=torch.float32,
+            attn_implementation=attention.NAME,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
         raise TeacherError(

@@ -39,7 +39,8 @@ from lftpipe.stages.recouple import recouple
 from lftpipe.stages.train import train
 from lftpipe.store import Store
 from lftpipe.student.assemble import load_model
-from lftpipe.teacher.source import load_tokenizer, open_teacher
+from lftpipe.teacher.source import open_teacher
+from lftpipe.teacher.tokenizer import load_tokenizer
 from lftpipe.training.checkpoint import read_checkpoint
 
 CASES = int(os.environ.get("LFTPIPE_FUZZ_CASES", "12"))

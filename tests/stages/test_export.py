@@ -22,7 +22,8 @@ from lftpipe.errors import RunError, TeacherError
 from lftpipe.stages.export import export, summary
 from lftpipe.student.assemble import build_student, load_model
 from lftpipe.student.plain import unroll
-from lftpipe.teacher.source import Teacher, load_tokenizer, open_teacher
+from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.tokenizer import load_tokenizer
 
 #: Largest difference of logits in float32 that counts as the same function.
 EXACT = 1e-4

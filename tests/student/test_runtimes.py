@@ -14,7 +14,8 @@ from tiny_students import save_run, tokens
 from lftpipe.config.settings import ExportSettings
 from lftpipe.stages.export import export
 from lftpipe.student.assemble import build_student
-from lftpipe.teacher.source import Teacher, load_tokenizer
+from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,8 @@ from lftpipe.teacher.parts import (
     load_layer,
 )
 from lftpipe.teacher.registry import REGISTERED
-from lftpipe.teacher.source import load_tokenizer, open_teacher
+from lftpipe.teacher.source import open_teacher
+from lftpipe.teacher.tokenizer import load_tokenizer
 from lftpipe.teacher.trunk import Trunk
 
 
@@ -182,11 +183,11 @@ def test_the_tokenizer_is_the_one_beside_the_weights(neox_teacher, tmp_path):
     with pytest.raises(TeacherError, match="without an end-of-text token / expected: an eos_token"):
         load_tokenizer(copy)
     (copy.folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(TeacherError, match=r"without a usable tokenizer / expected: tokenizer\.json"):
+    with pytest.raises(TeacherError, match=r"without a usable tokenizer .* expected: tokenizer\.json"):
         load_tokenizer(copy)
     for file in copy.folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(TeacherError, match=r"without a usable tokenizer / expected: tokenizer\.json"):
+    with pytest.raises(TeacherError, match=r"without a usable tokenizer .* expected: tokenizer\.json"):
         load_tokenizer(copy)
 
 
