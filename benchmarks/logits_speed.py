@@ -18,9 +18,9 @@ from torch import Tensor
 from lftpipe.batch import Batch
 from lftpipe.config.layers import parse_block
 from lftpipe.flow.distillation import full_divergence
-from lftpipe.teacher.parts import Tail, load_layer, load_rotary
+from lftpipe.teacher.parts import Tail, TopLogits, load_layer, load_rotary
 from lftpipe.teacher.source import open_teacher
-from lftpipe.training.logit_terms import logit_divergence
+from lftpipe.training.logit_terms import logit_divergence, sampled_logit_divergence, top_logit_divergence
 
 
 def main() -> None:
@@ -43,7 +43,10 @@ def main() -> None:
     batch = Batch(0, places, places, {n: x}, rotary=load_rotary(teacher), one_segment=True)
     with torch.no_grad():
         last = tail.states(x, batch.context, start=n, stop=teacher.num_layers)
-    stored = replace(batch, states={n: x, teacher.num_layers: last})
+        logits = tail.head(tail.norm(last))
+        values, ids = logits.topk(64)
+        top = TopLogits(values, ids.int(), logits.logsumexp(-1))
+    stored = replace(batch, states={n: x, teacher.num_layers: last}, logits=top)
     end = (x + 0.3 * torch.randn_like(x)).requires_grad_()
 
     def before() -> Tensor:
@@ -59,6 +62,8 @@ def main() -> None:
         "logits, as they were": before,
         "logits, without the last states": lambda: logit_divergence(tail, end, batch, n),
         "logits": lambda: logit_divergence(tail, end, stored, n),
+        "top-logits": lambda: top_logit_divergence(tail, end, stored, n),
+        "sampled-logits": lambda: sampled_logit_divergence(tail, end, stored, n),
         "states": lambda: (layer(x, batch.context) - x).square().mean(),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -21,7 +21,14 @@ TERMS = {
     "regression": "x_0 plus the layer's output on x_1",
     "logits": "the student's next-token distribution on the teacher's, through the frozen tail",
     "top-logits": "the same on the teacher's top-K logits, from the store",
+    "sampled-logits": "the same, with the student's other logits estimated from a sample",
 }
+
+#: Terms that compare next-token distributions, through the frozen tail.
+ON_LOGITS = frozenset({"logits", "top-logits", "sampled-logits"})
+
+#: Those of them that read the store's logits.
+ON_STORED_LOGITS = ON_LOGITS - {"logits"}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,17 @@ def top_divergence(
     """
     student = student.float()
     log_p = values.float() - normaliser.float()[..., None]
-    log_q = student.gather(-1, ids.long()) - student.logsumexp(-1, keepdim=True)
+    return lumped_divergence(log_p, student.gather(-1, ids.long()) - student.logsumexp(-1, keepdim=True))
+
+
+def lumped_divergence(log_p: Float[Tensor, "*batch rank"], log_q: Float[Tensor, "*batch rank"]) -> Loss:
+    """KL of two distributions of which some outcomes are known and the others taken as one.
+
+    Parameters
+    ----------
+    log_p, log_q
+        Log-probabilities of the known outcomes.
+    """
     kept = (log_p.exp() * (log_p - log_q)).sum(-1)
     p_rest, q_rest = (_rest(log) for log in (log_p, log_q))
     return (kept + p_rest * (p_rest.log() - q_rest.log())).mean()

@@ -4,6 +4,7 @@ Nothing here loads a whole model: training from the cache needs one layer, evalu
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from lftpipe.errors import TeacherError
 from lftpipe.teacher.family import AttentionContext, Branches
 from lftpipe.teacher.skeleton import materialise_buffers
 from lftpipe.teacher.source import Teacher
-from lftpipe.teacher.structure import structure_of
+from lftpipe.teacher.structure import Logits, structure_of
 
 
 def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
@@ -121,6 +122,19 @@ class Tail(nn.Module):
         self.norm = load_norm(teacher, teacher.num_layers)
         self.head = _load_head(teacher)
         self.eval().requires_grad_(False)
+
+    @cached_property
+    def linear_head(self) -> nn.Linear | None:
+        """The head where it is one linear map: no soft-cap, no scale, as a look at random states shows."""
+        if isinstance(self.head, nn.Linear):
+            return self.head
+        own = self.head.get_output_embeddings() if isinstance(self.head, Logits) else None
+        if not isinstance(own, nn.Linear):
+            return None
+        x = torch.randn(4, own.in_features, generator=torch.Generator().manual_seed(0)).to(own.weight)
+        with torch.no_grad():
+            same = torch.allclose(own(x).float(), self.head(x).float(), rtol=1e-3, atol=1e-3)
+        return own if same else None
 
     def states(
         self,

@@ -40,6 +40,10 @@ class Logits(nn.Module):
         model.set_submodule(base, self.handed)
         self.model = model
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The model's map from features to tokens."""
+        return self.model.get_output_embeddings()
+
     def forward(self, states: Tensor) -> Tensor:
         """Logits of normed states `(..., feature)`."""
         self.handed.states = states.reshape(1, -1, states.shape[-1])

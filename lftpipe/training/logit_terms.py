@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lftpipe.batch import Batch
 from lftpipe.device import cast_linear
+from lftpipe.errors import TeacherError
 from lftpipe.flow.distillation import full_divergence, top_divergence
 from lftpipe.flow.objective import Loss
 from lftpipe.flow.path import States
+from lftpipe.flow.sampled_softmax import draw, sampled_divergence
 from lftpipe.teacher.parts import Tail
 from lftpipe.teacher.source import Teacher
 
@@ -57,6 +59,29 @@ class FrozenTails:
             cast_linear(tail, dtype)
             self._loaded[key] = tail.to(device)
         return self._loaded[key]
+
+
+def check_head(tail: Tail, teacher: Teacher) -> None:
+    """Refuse a head of which single tokens' logits cannot be had.
+
+    Parameters
+    ----------
+    tail
+        With the head.
+    teacher
+        Whose it is.
+
+    Raises
+    ------
+    TeacherError
+        If the head is more than a linear map.
+    """
+    if tail.linear_head is None:
+        raise TeacherError(
+            f"the term sampled-logits on {teacher.model}, whose head is more than a linear map",
+            "a head without soft-cap or scale",
+            "use the term top-logits",
+        )
 
 
 def logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
@@ -109,6 +134,32 @@ def top_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> L
     return _by_pieces(tail, end, batch, start, divergence)
 
 
+def sampled_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
+    """The same with the student's sum over the other tokens estimated from a sample: no whole head.
+
+    Parameters
+    ----------
+    tail
+        Of the teacher; it has a `linear_head`.
+    end
+        The student's states at the block's end.
+    batch
+        The teacher's, with `logits`; its number is the draw's seed.
+    start
+        The block's end.
+    """
+    assert batch.logits is not None
+    assert tail.linear_head is not None
+    weight, bias = tail.linear_head.weight, tail.linear_head.bias
+    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
+    drawn = draw(ids, tail.vocabulary, batch.step)
+
+    def divergence(student: Positions, part: slice) -> Loss:
+        return sampled_divergence(values[part], ids[part], normaliser[part], student, weight, bias, drawn)
+
+    return _by_pieces(tail, end, batch, start, divergence, ids.shape[1] * weight.shape[1])
+
+
 def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, key: tuple[Any, ...]) -> Tensor:
     """Of some positions; kept with the batch where other runs ask for them too."""
     if key in batch.kept:
@@ -126,8 +177,9 @@ def _by_pieces(
     batch: Batch,
     start: int,
     divergence: Callable[[Positions, slice], Loss],
+    numbers: int | None = None,
 ) -> Loss:
-    """The mean of `divergence` over positions.
+    """The mean of `divergence` over positions, each of which makes so many numbers: else, all logits.
 
     Each piece's gradient is taken at once; what is returned has the mean's value and gradient.
     """
@@ -135,7 +187,7 @@ def _by_pieces(
     normed = tail.norm(states).flatten(0, 1)
     learns = torch.is_grad_enabled() and normed.requires_grad
     total, gradient = normed.new_zeros(()), torch.zeros_like(normed) if learns else None
-    size = max(1, PIECE_BYTES.get(end.device.type, OTHERWISE) // (4 * tail.vocabulary))
+    size = max(1, PIECE_BYTES.get(end.device.type, OTHERWISE) // (4 * (numbers or tail.vocabulary)))
     for first in range(0, len(normed), size):
         part = slice(first, min(first + size, len(normed)))
         piece = normed[part].detach().requires_grad_(learns)

@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from lftpipe.config.loss import parse_loss
+from lftpipe.config.loss import ON_LOGITS, ON_STORED_LOGITS, parse_loss
 from lftpipe.config.objectives import CLOSED_FORM, LOSSES, TIMELESS, TWO_FOR
 from lftpipe.config.settings import ComputeDtype, MuonDtype, TrainSettings, loss_text
 from lftpipe.device import dtype_name, resolve_compute_dtype
@@ -131,9 +131,10 @@ def _check_terms(settings: TrainSettings, store: Store, block: tuple[int, int], 
             f"attention outputs of layers {m} to {n - 1}",
             "extract with --attention",
         )
-    if "top-logits" in terms and not store.spec.logits:
+    stored = sorted(terms & ON_STORED_LOGITS)
+    if stored and not store.spec.logits:
         raise SettingsError(
-            "a loss with top-logits on a store without logits",
+            f"a loss with {stored[0]} on a store without logits",
             "a store with the teacher's top-K logits",
             "extract with --logits 64, or use the term logits",
         )
@@ -141,7 +142,7 @@ def _check_terms(settings: TrainSettings, store: Store, block: tuple[int, int], 
     if settings.objective in TIMELESS and walks:
         raise SettingsError(
             f"--loss {settings.loss} with --objective {settings.objective}",
-            "terms without time: regression, logits, top-logits",
+            f"terms without time: regression, {', '.join(sorted(ON_LOGITS))}",
             f"use --objective fw for the term {walks[0]}",
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import lftpipe
 from lftpipe import runs
 from lftpipe.batch import BatchFields, BatchOrder, BatchReader
-from lftpipe.config.loss import Stage, parse_loss, stage_starts
+from lftpipe.config.loss import ON_LOGITS, ON_STORED_LOGITS, Stage, parse_loss, stage_starts
 from lftpipe.config.objectives import CLOSED_FORM
 from lftpipe.config.settings import TrainSettings, loss_text
 from lftpipe.device import resolve_compute_dtype
@@ -23,7 +23,7 @@ from lftpipe.teacher.recorded import record_of
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
 from lftpipe.training.estimator import build_estimator, description
-from lftpipe.training.logit_terms import FrozenTails
+from lftpipe.training.logit_terms import FrozenTails, check_head
 from lftpipe.training.optimizer import Optimizer, rate_fraction
 from lftpipe.training.watch import DivergenceWatch
 from lftpipe.training.weights import WeightAverage
@@ -79,9 +79,11 @@ class TrainingRun:
         self.optimizer = Optimizer(self.flow, settings)
         norm = load_norm(teacher, self.n).to(self.device) if settings.loss_scale == "norm" else None
         self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), norm, processes.mean)
-        through_logits = any({"logits", "top-logits"} & stage.weights.keys() for stage in self.stages)
+        through_logits = any(ON_LOGITS & stage.weights.keys() for stage in self.stages)
         load = (tails or FrozenTails()).get
         self.tail = load(teacher, self.n, self.compute_dtype, self.device) if through_logits else None
+        if self.tail and any("sampled-logits" in stage.weights for stage in self.stages):
+            check_head(self.tail, teacher)
         self.weights = WeightAverage(self.flow, settings.ema)
         self.watch = DivergenceWatch(self.device)
         self.step, self.loss, self.seconds, self.waited = 0, math.nan, 0.0, 0.0
@@ -123,7 +125,7 @@ class TrainingRun:
         if "logits" in terms and (self.settings.from_teacher or last in self.store.layers):
             layers = tuple(sorted({*layers, last}))  # the teacher's logits are but a head away from there
         attention = tuple(range(self.m, self.n)) if "branches" in terms else ()
-        return BatchFields(layers, attention, "top-logits" in terms)
+        return BatchFields(layers, attention, bool(ON_STORED_LOGITS & terms.keys()))
 
     def rate_fraction(self, step: int) -> float:
         """Which fraction of the peak learning rate a step has.

@@ -15,7 +15,7 @@ from lftpipe.flow.solver import Method, ODESolver
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.parts import Tail
-from lftpipe.training.logit_terms import logit_divergence, top_logit_divergence
+from lftpipe.training.logit_terms import logit_divergence, sampled_logit_divergence, top_logit_divergence
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ def _top_logits(problem: Problem) -> Loss:
     return top_logit_divergence(problem.tail, problem.end, problem.batch, problem.block[1])
 
 
+def _sampled_logits(problem: Problem) -> Loss:
+    assert problem.tail is not None
+    return sampled_logit_divergence(problem.tail, problem.end, problem.batch, problem.block[1])
+
+
 #: What computes the terms of `lftpipe.config.loss.TERMS`; regression is a walk of one step without time.
 TERMS: dict[str, Callable[[Problem], Loss]] = {
     "fw": _fw,
@@ -101,6 +106,7 @@ TERMS: dict[str, Callable[[Problem], Loss]] = {
     "branches": _branches,
     "logits": _logits,
     "top-logits": _top_logits,
+    "sampled-logits": _sampled_logits,
 }
 
 

@@ -1,22 +1,34 @@
 """Terms on next-token distributions: the same number and gradient in pieces as at once, at a lower price."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import CONTEXT, extracted
+from decoders import config_of
 from torch import Tensor, nn
-from training_runs import change, short_run, teacher_of, weights_of
+from training_runs import change, log_of, short_run, teacher_of, weights_of
+from transformers import AutoModelForCausalLM
 
 from lftpipe.batch import Batch, BatchFields, BatchReader
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
+from lftpipe.errors import TeacherError
 from lftpipe.flow.distillation import full_divergence, top_divergence
+from lftpipe.flow.sampled_softmax import Drawn, draw, sampled_divergence
 from lftpipe.stages.train import train
 from lftpipe.store import Store
 from lftpipe.teacher.parts import Tail
+from lftpipe.teacher.structure import Logits
 from lftpipe.training import logit_terms
-from lftpipe.training.logit_terms import FrozenTails, logit_divergence, top_logit_divergence
+from lftpipe.training.logit_terms import (
+    FrozenTails,
+    check_head,
+    logit_divergence,
+    sampled_logit_divergence,
+    top_logit_divergence,
+)
 
 START = 2
 
@@ -135,3 +147,76 @@ def test_variants_that_share_the_teachers_logits_equal_runs_on_their_own(store, 
         alone = change(settings, learning_rate=rate, run=str(tmp_path / str(rate)))
         train(alone)
         torch.testing.assert_close(weights_of(result["run"]), weights_of(alone.run), rtol=0, atol=0)
+
+
+def test_with_every_token_drawn_equally_often_the_sampled_divergence_is_the_exact_one(tail, batch):
+    """What is drawn stands for itself when its weight is 1."""
+    assert batch.logits is not None and tail.linear_head is not None
+    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
+    states = torch.randn(len(ids), tail.linear_head.in_features, generator=torch.Generator().manual_seed(1))
+    everything = torch.arange(tail.vocabulary)
+    drawn = Drawn(everything, torch.zeros(tail.vocabulary), everything)
+    sampled = sampled_divergence(values, ids, normaliser, states, tail.linear_head.weight, None, drawn)
+    exact = top_divergence(values, ids, normaliser, tail.head(states))
+    torch.testing.assert_close(sampled, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_the_sampled_sum_over_the_vocabulary_has_no_bias_and_little_noise(tail, batch):
+    """Over many draws its mean is the whole sum; what a token stands for is one over how often it comes."""
+    assert batch.logits is not None
+    ids = batch.logits.ids.flatten(0, 1)
+    exponentials = torch.rand(tail.vocabulary, generator=torch.Generator().manual_seed(2)) + 0.5
+    sums = []
+    for seed in range(400):
+        drawn = draw(ids, tail.vocabulary, seed, draws=64)
+        sums.append((exponentials[drawn.ids] * drawn.log_weight.exp()).sum())
+    estimates = torch.stack(sums)
+    error = estimates.std() / len(estimates) ** 0.5
+    assert abs(estimates.mean() - exponentials.sum()) < 4 * error
+    assert error < 0.05 * exponentials.sum()
+
+
+def test_the_sampled_divergence_and_its_gradient_are_near_the_exact_ones(tail, batch):
+    end = wrong_end(batch)
+    exact = top_logit_divergence(tail, end, batch, START)
+    sampled = sampled_logit_divergence(tail, end, batch, START)
+    torch.testing.assert_close(sampled, exact, rtol=0.1, atol=0)
+    ours, theirs = (torch.autograd.grad(loss, end)[0].flatten() for loss in (sampled, exact))
+    # A random teacher's distributions are nearly flat: what is estimated is nearly all of the mass.
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.9
+
+
+def test_a_drawn_token_that_the_teacher_keeps_counts_once(tail):
+    """A position's own tokens are summed as they are; the draw of one of them must not add to it."""
+    vocabulary = tail.vocabulary
+    ids = torch.arange(8)[None]
+    drawn = draw(ids, vocabulary, seed=0)
+    weight = torch.zeros(vocabulary, 4)
+    weight[:8] = 1.0
+    states = torch.full((1, 4), 4.0)  # e^16 for the kept ones, e^0 for the rest
+    values, normaliser = torch.zeros(1, 8), torch.full((1,), 2.0794415)
+    loss = sampled_divergence(values, ids, normaliser, states, weight, None, drawn)
+    exact = top_divergence(values, ids, normaliser, states @ weight.T)
+    torch.testing.assert_close(loss, exact, rtol=0, atol=1e-4)
+
+
+def test_training_on_a_sample_of_the_logits_lowers_the_loss(store, tmp_path):
+    settings = short_run(store.path, tmp_path, objective="regression", loss="sampled-logits")
+    settings = change(settings, tokens=5 * settings.tokens)
+    train(settings)
+    losses = [line["loss"] for line in log_of(settings.run)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+@pytest.mark.parametrize(("cap", "linear"), [(None, True), (2.0, False)])
+def test_only_a_head_without_a_soft_cap_is_a_linear_map(store, tail, cap, linear):
+    config = config_of("gemma2")
+    config.final_logit_softcapping = cap
+    model = AutoModelForCausalLM.from_config(config)
+    other = copy.copy(tail)
+    other._modules = {**tail._modules, "head": Logits(model, "model")}
+    other.__dict__.pop("linear_head", None)
+    assert (other.linear_head is not None) is linear
+    if not linear:
+        with pytest.raises(TeacherError, match="more than a linear map"):
+            check_head(other, teacher_of(store))
