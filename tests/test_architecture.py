@@ -62,6 +62,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "objects": ("errors files", "torch numpy transformers zarr"),
     "store": ("errors files objects", "torch transformers"),
     "batch": ("corpus device store teacher", "transformers zarr"),
+    "live": ("batch store teacher", "transformers zarr"),
     "extraction": (
         "batch errors config corpus device files objects progress store teacher workspace",
         "zarr",
@@ -70,12 +71,12 @@ ROOMS: dict[str, tuple[str, str]] = {
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
     "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
     "training": (
-        "batch config device errors files flow objects outputs progress runs store teacher",
+        "batch config device errors files flow live objects outputs progress runs store teacher",
         "transformers zarr",
     ),
     "student": ("artefacts config errors flow runs teacher", "zarr"),
     "evaluation": (
-        "artefacts batch config device errors flow progress runs store teacher",
+        "artefacts batch config device errors flow live progress runs store teacher",
         "transformers zarr",
     ),
     "reporting": (
@@ -83,7 +84,7 @@ ROOMS: dict[str, tuple[str, str]] = {
         "torch transformers zarr",
     ),
     "stages": (
-        "artefacts config corpus device errors evaluation extraction files flow objects outputs "
+        "artefacts config corpus device errors evaluation extraction files flow live objects outputs "
         "progress recoupling reporting runs store student teacher training workspace",
         "",
     ),
@@ -150,7 +151,7 @@ def test_training_from_the_cache_knows_no_trunk():
     """`train` from the cache and `evaluate` run single layers; the trunk is for extraction."""
     for path in SOURCES:
         if module_of(path) not in (
-            "lftpipe.training.live",
+            "lftpipe.live",
             "lftpipe.teacher.logits",
             "lftpipe.teacher.streamed",
             "lftpipe.teacher.trunk",

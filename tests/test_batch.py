@@ -7,9 +7,9 @@ from conftest import CONTEXT, extracted
 from training_runs import teacher_of
 
 from lftpipe.batch import BatchFields, BatchOrder, BatchReader, make_batch
+from lftpipe.live import LiveReader
 from lftpipe.store import Store, batch_sequences
 from lftpipe.teacher.parts import load_layer
-from lftpipe.training.live import live_batches
 
 FIELDS = BatchFields((1, 3), (1, 2), True)
 ORDER = BatchOrder(batch_size=5, seed=3, num_sequences=40)
@@ -71,7 +71,7 @@ def test_every_process_takes_its_part_of_a_batch(reader):
 
 def test_a_live_batch_is_the_cached_one(store, reader):
     cached = next(reader.shuffled(FIELDS, ORDER, 1))
-    live = next(live_batches(reader, teacher_of(store), FIELDS, ORDER, 1))
+    live = next(LiveReader(store, teacher_of(store), "cpu").shuffled(FIELDS, ORDER, 1))
     assert torch.equal(live.tokens, cached.tokens) and live.step == cached.step
     torch.testing.assert_close(live.states, cached.states)
     torch.testing.assert_close(live.attention, cached.attention)

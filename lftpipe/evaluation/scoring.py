@@ -19,6 +19,7 @@ from lftpipe.device import cast_linear, resolve_compute_dtype
 from lftpipe.errors import TeacherError
 from lftpipe.evaluation.metrics import LogitMetrics, Reference, StateMetrics
 from lftpipe.evaluation.predictors import Predictor
+from lftpipe.live import reader_of, states_at_hand
 from lftpipe.store import Store
 from lftpipe.teacher.parts import Tail
 from lftpipe.teacher.source import Teacher
@@ -115,7 +116,8 @@ def score(
     TeacherError
         If the teacher's own logits are not finite.
     """
-    start = min((one.block[0] for one in predictors if one.block), default=max(store.layers))
+    stored = states_at_hand(store, teacher)
+    start = min((one.block[0] for one in predictors if one.block), default=max(stored))
     dtype = resolve_compute_dtype(compute_dtype, device)
     tail = Tail(teacher, start).to(device)
     cast_linear(tail, dtype)
@@ -125,11 +127,11 @@ def score(
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
     measured = [Measured(one) for one in predictors]
     of_teacher = LogitMetrics()
-    ends = {_end(one, store) for one in predictors} | {max(store.layers)}
+    ends = {_end(one, stored) for one in predictors} | {max(stored)}
     starts = {one.block[0] for one in predictors if one.block}
-    if any(one.enter for one in predictors) and 0 in store.layers:
+    if any(one.enter for one in predictors) and 0 in stored:
         starts.add(0)
-    reader = BatchReader(store, teacher, device)
+    reader = reader_of(store, teacher, device, live=not store.layers)
     fields = BatchFields(tuple(sorted({start} | starts | ends)))
     total = store.num_sequences("validation") * store.context * len(predictors)
     with autocast, progress.task(f"evaluate {teacher.name}", total, "tokens") as task:
@@ -140,7 +142,7 @@ def score(
                 if n == max(ends):
                     of_teacher.add(reference.logits, reference, batch.tokens, batch.first_of_segment)
                 for one in measured:
-                    if _end(one.predictor, store) == n:
+                    if _end(one.predictor, stored) == n:
                         _add(one, tail, batch, n, reference)
                         task.advance(batch.tokens.numel())
             if batch.step < timed_batches:
@@ -157,10 +159,10 @@ def _refuse_nan(reference: Reference, teacher: Teacher) -> None:
         )
 
 
-def _end(predictor: Predictor, store: Store) -> int:
-    """The cached state whose logits are compared with: the block's end if it is stored, else the last."""
+def _end(predictor: Predictor, stored: tuple[int, ...]) -> int:
+    """The state at hand whose logits are compared with: the block's end if it is stored, else the last."""
     block = predictor.block
-    return block[1] if block and block[1] in store.layers else max(store.layers)
+    return block[1] if block and block[1] in stored else max(stored)
 
 
 def _add(one: Measured, tail: Tail, batch: Batch, n: int, reference: Reference) -> None:

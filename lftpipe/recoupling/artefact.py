@@ -151,6 +151,12 @@ def map_layers(settings: RecoupleSettings, store: Store) -> tuple[int, ...]:
     SettingsError
         If the store lacks one of them, or there is only one.
     """
+    if not store.layers:
+        raise SettingsError(
+            f"{store.path}, which holds tokens alone",
+            "a store with states",
+            "extract without --tokens-only into another --store, or name the block: --block M:N",
+        )
     held = sorted(store.layers)
     layers = tuple(held) if settings.layers == "all" else parse_layers(settings.layers, max(held) + 1)
     absent = sorted(set(layers) - set(held))

@@ -20,6 +20,7 @@ from lftpipe.evaluation.predictors import (
     teacher_predictor,
 )
 from lftpipe.evaluation.scoring import score
+from lftpipe.live import states_at_hand
 from lftpipe.outputs import COMMENT, making
 from lftpipe.reporting.tables import COLUMNS, cell, results_page
 from lftpipe.reporting.terminal import Column, FittedTable
@@ -98,7 +99,7 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
     corpus = settings.corpus
     scored = store if corpus is None else _elsewhere().states_elsewhere(store, corpus, settings)
     scores = score(
-        _predictors(opened, settings, teacher, store.layers),
+        _predictors(opened, settings, teacher, states_at_hand(store, teacher)),
         scored,
         teacher,
         batch_tokens=settings.batch_tokens,
@@ -129,7 +130,7 @@ def _check_run(run: runs.Run, store: Store) -> None:
         )
     m, n = run.block
     absent = [state for state in run.block if state not in store.layers]
-    if absent:
+    if absent and store.layers:  # a store of tokens alone is scored with the live teacher
         raise RunError(f"run {run.path} of block {m}:{n}", f"state {absent[0]} in the store", "extract it")
 
 

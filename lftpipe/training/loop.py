@@ -15,7 +15,6 @@ from lftpipe.teacher.parts import load_bridges
 from lftpipe.training import processes, readout
 from lftpipe.training.checkpoint import Checkpoint
 from lftpipe.training.holdout import HoldOut
-from lftpipe.training.live import live_batches
 from lftpipe.training.log import Log
 from lftpipe.training.run import TrainingRun
 from lftpipe.training.step import nmses_of, take_step
@@ -221,10 +220,7 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
 
 def _batches(run: TrainingRun, fields: BatchFields, step: int, stop: int) -> Iterator[tuple[Batch, float]]:
     """Batches of steps `step` to `stop - 1`, and the seconds waited for each."""
-    if run.settings.from_teacher:
-        batches = live_batches(run.reader, run.teacher, fields, run.order, step)
-    else:
-        batches = run.reader.shuffled(fields, run.order, step)
+    batches = run.reader.shuffled(fields, run.order, step)
     for _ in range(step, stop):
         before = time.monotonic()
         batch = next(batches)

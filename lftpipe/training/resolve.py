@@ -111,11 +111,14 @@ def _check_states(settings: TrainSettings, store: Store, block: tuple[int, int],
     m, n = block
     needed = range(m, n + 1) if "trajectory" in terms else (m, n)
     absent = [state for state in needed if state not in store.layers]
-    if absent and not settings.from_teacher:
+    fitted = settings.objective in CLOSED_FORM and settings.objective != "skip"  # from the store alone
+    if absent and (fitted or not settings.from_teacher):
         raise SettingsError(
             f"block {m}:{n}, which needs state {absent[0]}",
             f"states that the store holds: {_ranges(store.layers)}",
-            f"choose another block, or extract with --layers {','.join(map(str, needed))}",
+            f"choose another block, or extract with --layers {','.join(map(str, needed))}"
+            if store.layers
+            else "pass --from-teacher, or extract without --tokens-only into another --store",
         )
     if settings.objective == "replaceme":
         _check_layer_before(m, store)
@@ -211,6 +214,8 @@ def _check_layer_before(m: int, store: Store) -> None:
 
 
 def _ranges(layers: tuple[int, ...]) -> str:
+    if not layers:
+        return "none"
     whole = layers == tuple(range(layers[0], layers[-1] + 1))
     return f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
 

@@ -16,6 +16,7 @@ from lftpipe.config.settings import TrainSettings, loss_text
 from lftpipe.device import resolve_compute_dtype
 from lftpipe.errors import RunError
 from lftpipe.flow.objective import ErrorScale
+from lftpipe.live import reader_of
 from lftpipe.objects import url_of
 from lftpipe.store import Store
 from lftpipe.teacher.parts import load_norm
@@ -44,8 +45,8 @@ class TrainingRun:
         The store's.
     block
         Whose layers the flow layer stands for.
-    tails
-        Shared by the runs of one command.
+    tails, reader
+        Shared by the runs of one command; left out, its own.
 
     Attributes
     ----------
@@ -63,13 +64,14 @@ class TrainingRun:
         teacher: Teacher,
         block: tuple[int, int],
         tails: FrozenTails | None = None,
+        reader: BatchReader | None = None,
     ) -> None:
         self.folder, self.settings, self.store, self.teacher = folder, settings, store, teacher
         self.m, self.n = self.block = block
         self.device = torch.device(settings.device)
         self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, settings.device)
         self.order = order_of(settings, store)
-        self.reader = BatchReader(store, teacher, self.device)
+        self.reader = reader or reader_of(store, teacher, settings.device, live=settings.from_teacher)
         self.tokens_per_step = self.order.batch_size * store.context
         self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
         self.stages = parse_loss(loss_text(settings))
@@ -93,8 +95,8 @@ class TrainingRun:
         if self.settings.loss_scale != "channel":
             return None
         count = min(64, self.order.num_sequences)
-        states = torch.from_numpy(self.store.read("train", self.n, range(count))).float()
-        return states.flatten(0, 1).var(0).to(self.device)
+        states = self.reader.read("train", range(count), BatchFields((self.n,))).states[self.n]
+        return states.flatten(0, 1).var(0)
 
     @property
     def finished(self) -> bool:

@@ -78,7 +78,7 @@ def _train_claimed(
             "name new ones, or --force",
         )
     results = {run: _finished(run) for (run, _, _), done in zip(wanted, finished, strict=True) if done}
-    training, tails = [], FrozenTails()
+    training, tails, reader = [], FrozenTails(), None
     for run, settings, block in wanted:
         if run in results:
             continue
@@ -88,7 +88,8 @@ def _train_claimed(
             fitted = fit_closed_form(run, settings, store, teacher, block) if first else None
             results[run] = processes.agree(fitted)
         else:
-            training.append(TrainingRun(run, settings, store, teacher, block, tails))
+            training.append(TrainingRun(run, settings, store, teacher, block, tails, reader))
+            reader = training[0].reader
     if training:
         chains = [Chain(training)] if joint else [Chain([each]) for each in training]
         done = train_together(chains, resume=training[0].settings.resume)
