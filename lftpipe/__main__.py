@@ -12,9 +12,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII shows what it cannot as \u2026
             stream.reconfigure(errors="backslashreplace")
-    from lftpipe.cli.app import app
+    from lftpipe.cli import app
 
-    app(prog_name="lftpipe")
+    app.main()
 
 
 if __name__ == "__main__":

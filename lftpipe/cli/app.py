@@ -239,4 +239,4 @@ def with_values(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Parse and run the command line."""
-    app(args=with_values(sys.argv[1:]))
+    app(args=with_values(sys.argv[1:]), prog_name="lftpipe")

@@ -231,3 +231,9 @@ def test_ray_needs_no_address():
     given = ["extract", "--ray", "auto", "--model", "m"]
     assert with_values(given) == given
     assert with_values([]) == []
+
+
+def test_the_command_takes_ray_without_an_address(settings):
+    process = spawn(settings, "--ray", "--part", "1/2")
+    _, err = process.communicate(timeout=300)
+    assert "--part with --ray / expected: one way to spread the work" in err

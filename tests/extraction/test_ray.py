@@ -1,0 +1,89 @@
+"""Shards as tasks of a Ray cluster of two nodes, one of which is killed."""
+
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_states import environment
+from safetensors.torch import load_file, save_file
+from test_workers import CONTEXT, SETTINGS, change, contents, spawn, store_of
+
+from lftpipe.config.settings import ExtractSettings
+from lftpipe.stages.extract import extract
+
+pytest.importorskip("ray")
+# Ray leaves files and sockets open in the process that begins a cluster.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+KILLS = 3
+NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of one processor each, on this machine."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+        made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        made.add_node(**NODE)
+        yield made
+        made.shutdown()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, teachers: dict[str, Path], text_folder: Path) -> ExtractSettings:
+    return ExtractSettings(
+        workspace=tmp_path, model=str(teachers["neox"]), corpus=str(text_folder), **SETTINGS
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=500)
+    finally:
+        process.kill()
+
+
+def test_nodes_are_killed_and_the_store_is_the_serial_one(cluster, settings, tmp_path):
+    extract(change(settings, workspace=tmp_path / "serial"))
+    want = contents(tmp_path / "serial/neox/states.zarr")
+    rng, killed = random.Random(0), 0
+    process = spawn(settings, "--ray", cluster.address)
+    store = store_of(settings)
+    shards = sum("/hidden/c." in file for file in want)
+    for kill in range(KILLS):
+        wait_for = 1 + kill * shards // (KILLS + 1)
+        while process.poll() is None and len(list(store.glob("*/hidden/c.*.0"))) < wait_for:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is None:
+            cluster.remove_node(sorted(cluster.worker_nodes, key=str)[0], allow_graceful=False)
+            cluster.add_node(**NODE)
+            killed += 1
+    _, err = finish(process)
+    assert process.returncode == 0, err
+    assert killed
+    assert contents(store) == want
+
+
+def test_a_task_whose_teacher_overflows_is_not_tried_again(cluster, settings, teachers, tmp_path):
+    folder = tmp_path / "hot"
+    shutil.copytree(teachers["neox"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"][5] = 1e6
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    hot = change(settings, model=str(folder), tokens=8 * CONTEXT, workspace=tmp_path / "work")
+    process = spawn(hot, "--ray", cluster.address)
+    out, err = finish(process)
+    assert (process.returncode, out) == (1, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert "inf in hidden layer 2" in line
+    assert "Traceback" not in err
+    assert not list((tmp_path / "work").rglob("*.partial"))
