@@ -85,6 +85,18 @@ COMMANDS = {
         STUDENT,
         "Continue a prompt with a student, and measure its speed.",
     ),
+    "push": Command(
+        "PushSettings",
+        "lftpipe.stages.push:push",
+        STUDENT,
+        "Upload a store, a run or an exported student to the Hugging Face Hub.",
+    ),
+    "pull": Command(
+        "PullSettings",
+        "lftpipe.stages.pull:pull",
+        STUDENT,
+        "Bring a store or a run here from the Hugging Face Hub, and check it.",
+    ),
     "info": Command(
         "InfoSettings",
         "lftpipe.stages.info:info",

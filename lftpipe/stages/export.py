@@ -1,6 +1,5 @@
 """`lftpipe export`: a student as a folder that transformers, or any runtime of its family, loads."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,12 @@ import torch
 import lftpipe
 from lftpipe import progress, runs
 from lftpipe.artefacts.export import SOURCE, ExportSource
-from lftpipe.artefacts.results import Results, Score
 from lftpipe.config.settings import ExportSettings
 from lftpipe.device import prepare_processor
-from lftpipe.errors import LftpipeError, RunError, SettingsError
+from lftpipe.errors import RunError, SettingsError
+from lftpipe.objects.repositories import Repository, require_token
 from lftpipe.outputs import making_folder, refuse_foreign_files
-from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table
+from lftpipe.reporting.cards import student_card
 from lftpipe.runs import Run
 from lftpipe.student.assemble import build_student, teacher_of_run
 from lftpipe.student.plain import unroll
@@ -31,8 +30,6 @@ _OLDER_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|vocab|added_tokens|lftpipe)\.json"
     r"|model.*\.safetensors(\.index\.json)?|README\.md|merges\.txt|chat_template\.jinja|tokenizer\.model"
 )
-
-_PLAIN_YAML = re.compile(r"[A-Za-z0-9][\w./-]*")
 
 #: Tokens that a plain export's logits are compared with the student's on.
 COMPARED_TOKENS = 64
@@ -60,6 +57,9 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     prepare_processor(settings.threads)
     if not settings.runs:
         raise SettingsError("export without a run", "the name or path of a run", "name one")
+    repository = Repository(settings.push_to_hub, "model") if settings.push_to_hub else None
+    if repository is not None:
+        require_token()
     opened = [runs.open_run(find_run(settings.workspace, settings.store, name)) for name in settings.runs]
     teacher = teacher_of_run(opened[0], settings.workspace)
     student = build_student(teacher, opened, steps=settings.k, solver=settings.solver)
@@ -70,8 +70,10 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         _check_free(out, settings.force, teacher)
         model, difference = _in_form(student, settings.form)
         result = _described(settings, teacher, opened, student, model) | {"max_logit_difference": difference}
-        card = model_card(result, teacher, opened)
+        card = student_card(result, teacher, opened, module=MODULE, licence=settings.license)
         result["bytes"] = _write(model.to(getattr(torch, settings.dtype)), teacher, card, result, folder)
+    if repository is not None:
+        result["pushed"] = repository.upload(out, only=["*"], private=settings.private)
     return result
 
 
@@ -108,6 +110,7 @@ def _described(
         "attention_evaluations": model.config.num_hidden_layers,
         "parameters": model.num_parameters(),
         "dtype": settings.dtype,
+        "pushed": None,
     }
 
 
@@ -156,120 +159,6 @@ def _write(model: Any, teacher: Teacher, card: str, result: dict[str, Any], fold
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def model_card(result: dict[str, Any], teacher: Teacher, opened: Sequence[Run]) -> str:
-    """The README that goes with the weights: from what, how good, how to load.
-
-    Parameters
-    ----------
-    result
-        What the export says of itself.
-    teacher, opened
-        From which it was made.
-    """
-    base = teacher.identity()["model"]
-    hub_id = base if not Path(base).is_absolute() else teacher.name
-    named, blocks = escaped(hub_id), escaped(" and ".join(result["blocks"]))
-    layers = " and ".join(f"layers {run.block[0]} to {run.block[1] - 1}" for run in opened)
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- latent-flow-transformer",
-        f"base_model: {hub_id if _PLAIN_YAML.fullmatch(hub_id) else json.dumps(hub_id)}",
-        "---",
-        "",
-        f"# {escaped(teacher.name)}, layers {blocks} as a latent flow",
-        "",
-        f"The {teacher.num_layers} layers of {named} with {layers} replaced by "
-        f"{'one flow layer' if len(opened) == 1 else 'flow layers'}, run in {result['k']} "
-        f"{result['solver']} steps (Latent Flow Transformer, arXiv 2505.14513).",
-        "",
-        *_unrolled(result),
-        *_trained(opened),
-        "",
-        "## Measured",
-        "",
-        *_measured(result, opened),
-        "",
-        *_usage(result),
-        "",
-        f"The terms of {named} hold for these weights, which are made from its.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _unrolled(result: dict[str, Any]) -> list[str]:
-    """What a plain export is."""
-    if result["form"] != "plain":
-        return []
-    return [
-        f"The steps are unrolled exactly into ordinary layers: this is a {result['model_type']} "
-        f"checkpoint of {result['layers']} layers that any runtime of that family loads. Its logits "
-        f"differ from the flow's by at most {result['max_logit_difference']:.1e} in float32, on random "
-        "tokens.",
-        "",
-    ]
-
-
-def _trained(opened: Sequence[Run]) -> list[str]:
-    """The table of the runs."""
-    rows = [
-        [
-            run.path.name,
-            f"{run.block[0]}:{run.block[1]}",
-            run.label,
-            str(run.seed),
-            f"{run.train_tokens:,}",
-            run.store_fingerprint[:12],
-        ]
-        for run in opened
-    ]
-    return markdown_lines(["run", "block", "objective", "seed", "training tokens", "store"], rows)
-
-
-def _usage(result: dict[str, Any]) -> list[str]:
-    """How to load it."""
-    plain = result["form"] == "plain"
-    trust = "" if plain else ", trust_remote_code=True"
-    return [
-        "## Use",
-        "",
-        *([] if plain else [f"`{MODULE}.py` has the student's classes; lftpipe need not be installed.", ""]),
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-        *([] if plain else [f"model.set_steps({result['k']})  # another number of steps, at run time"]),
-        'tokens = tokenizer("Once", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))",
-        "```",
-    ]
-
-
-def _measured(result: dict[str, Any], opened: Sequence[Run]) -> list[str]:
-    """Rows of Table 1 for this student, if `lftpipe evaluate` wrote them."""
-    table = opened[0].path.parent.parent / "results.json"
-    try:
-        rows = Results.from_json(table).rows
-    except (OSError, LftpipeError):
-        rows = []  # no table, or a damaged one: the card says that there is none
-    rows = [row for row in rows if row.method == "teacher" or _is_of(row, result, opened)]
-    if len(rows) > 1:
-        return markdown_table(rows)
-    names = " ".join(run.path.name for run in opened) + (" --together" if len(opened) > 1 else "")
-    solver = "" if all(run.solver == result["solver"] for run in opened) else f" --solver {result['solver']}"
-    return [f"Not measured yet: `lftpipe evaluate {names} --k {result['k']}{solver}` does."]
-
-
-def _is_of(row: Score, result: dict[str, Any], opened: Sequence[Run]) -> bool:
-    """Whether a row was measured on just these weights, run in this way."""
-    digests = " + ".join(run.weights_digest for run in opened)
-    asked = (digests, result["k"], result["solver"])
-    return (row.weights_digest, row.k, row.solver) == asked
-
-
 def summary(result: dict[str, Any]) -> str:
     """What was made, where, and what to type next."""
     lines = [
@@ -280,5 +169,7 @@ def summary(result: dict[str, Any]) -> str:
     ]
     if result["max_logit_difference"] is not None:
         lines.append(f"  logits differ from the student's by at most {result['max_logit_difference']:.1e}")
+    if result["pushed"]:
+        lines.append(f"  uploaded to {result['pushed']}")
     lines.append(f"next: lftpipe generate {result['out']} --prompt TEXT")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from lftpipe.config.settings.base import (
 from lftpipe.config.settings.evaluate import EvaluateSettings, SweepSettings, ToySettings
 from lftpipe.config.settings.extract import ExtractSettings
 from lftpipe.config.settings.heal import HealSettings
+from lftpipe.config.settings.hub import PullSettings, PushSettings
 from lftpipe.config.settings.look import (
     CompareSettings,
     InfoSettings,
@@ -58,6 +59,8 @@ __all__ = [
     "Objective",
     "OptimizerName",
     "Predictor",
+    "PullSettings",
+    "PushSettings",
     "RecoupleSettings",
     "ReportSettings",
     "Role",

@@ -43,8 +43,17 @@ class ExportSettings(OfStore, Computing, Writing):
     """Number format of the weights."""
     out: File | None = None
     """The folder; default: `export-<form>-k<k>` in the first run's folder."""
+    push_to_hub: Text | None = None
+    """Also upload the folder to this repository of the Hugging Face Hub, ORG/NAME."""
+    private: bool = False
+    """Make a new repository private."""
+    license: Text | None = None
+    """The licence that the card names, such as apache-2.0; default: none is named."""
 
-    PANELS: ClassVar[dict[str, str]] = {MAIN: "form k out dtype solver store workspace force"}
+    PANELS: ClassVar[dict[str, str]] = {
+        MAIN: "form k out dtype solver store workspace force",
+        "On the Hub": "push_to_hub private license",
+    }
     FORMER: ClassVar[dict[str, str]] = {
         "seed": "an export draws no random numbers",
         "device": "an export is always made on the processor",

@@ -1,0 +1,226 @@
+"""Repositories of models and data sets on the Hugging Face Hub: folders up and down, one-line errors."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lftpipe.errors import LftpipeError
+
+Kind = Literal["model", "dataset"]
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_URL = re.compile(r"hf:/+(?:(datasets|models)/)?([\w.-]+/[\w.-]+)/?(states\.zarr/?)?")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One repository.
+
+    Parameters
+    ----------
+    name
+        ORG/NAME.
+    kind
+        Of models or of data sets.
+    """
+
+    name: str
+    kind: Kind
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise LftpipeError(f"repository {self.name!r}", "ORG/NAME", "use that format")
+
+    @classmethod
+    def of_url(cls, url: str) -> "Repository":
+        """The repository that a URL names.
+
+        Parameters
+        ----------
+        url
+            `hf://ORG/NAME`, or `hf://datasets/ORG/NAME`.
+
+        Raises
+        ------
+        LftpipeError
+            If it is no such URL.
+        """
+        found = _URL.fullmatch(url)
+        if not found:
+            raise LftpipeError(
+                url, "hf://ORG/NAME for a run, hf://datasets/ORG/NAME for a store", "use that format"
+            )
+        return cls(found[2], "dataset" if found[1] == "datasets" else "model")
+
+    @property
+    def url(self) -> str:
+        """As `lftpipe pull` takes it."""
+        return f"hf://{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+
+    def upload(
+        self,
+        folder: Path,
+        *,
+        under: str = "",
+        card: str | None = None,
+        only: Sequence[str],
+        private: bool = False,
+    ) -> str:
+        """Make the repository if it is not there, and put files of a folder into it, the card last.
+
+        Parameters
+        ----------
+        folder
+            Whose files.
+        under
+            The folder in the repository that they go to.
+        card
+            Its README.md; None where the folder has one.
+        only
+            Patterns of the files' names.
+        private
+            Whether a new repository is private.
+
+        Returns
+        -------
+        str
+            Where it is on the web.
+
+        Raises
+        ------
+        LftpipeError
+            If there is no token, it has no right to write, or the Hub cannot be reached.
+        """
+        require_token()
+        client = _client()
+        with self._told():
+            made = client.create_repo(self.name, repo_type=self.kind, private=private or None, exist_ok=True)
+            client.upload_folder(
+                repo_id=self.name,
+                repo_type=self.kind,
+                folder_path=str(folder),
+                path_in_repo=under or None,
+                allow_patterns=list(only),
+                commit_message=f"Add {folder.name} by lftpipe",
+            )
+            if card is not None:
+                client.upload_file(
+                    path_or_fileobj=card.encode(),
+                    path_in_repo="README.md",
+                    repo_id=self.name,
+                    repo_type=self.kind,
+                    commit_message="Describe what is here",
+                )
+        return str(made)
+
+    def files(self, revision: str | None = None) -> list[str]:
+        """Names of all files.
+
+        Parameters
+        ----------
+        revision
+            Branch, tag or commit; None is the default branch.
+
+        Raises
+        ------
+        LftpipeError
+            If the Hub does not show the repository.
+        """
+        with self._told():
+            return list(_client().list_repo_files(self.name, repo_type=self.kind, revision=revision))
+
+    def download(self, folder: Path, *, only: Sequence[str], revision: str | None = None) -> None:
+        """Bring files here; what a former call brought whole is not brought again.
+
+        Parameters
+        ----------
+        folder
+            Where to; made if it is not there.
+        only
+            Patterns of the files' names.
+        revision
+            Branch, tag or commit; None is the default branch.
+
+        Raises
+        ------
+        LftpipeError
+            If the Hub does not show the repository, or cannot be reached.
+        """
+        with self._told():
+            _client().snapshot_download(
+                self.name,
+                repo_type=self.kind,
+                revision=revision,
+                local_dir=str(folder),
+                allow_patterns=list(only),
+            )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of the client as one line."""
+        from huggingface_hub import errors
+
+        try:
+            yield
+        except errors.LocalTokenNotFoundError:
+            raise _no_token() from None
+        except errors.RevisionNotFoundError:
+            raise LftpipeError(f"{self.url} without that revision", "one of it", "check --revision") from None
+        except errors.RepositoryNotFoundError:
+            raise LftpipeError(
+                f"{self.url}, which the Hugging Face Hub does not show",
+                "a repository, and a token that may see it",
+                "check the name; set HF_TOKEN for a private one",
+            ) from None
+        except errors.HfHubHTTPError as error:
+            status = getattr(error.response, "status_code", None)
+            if status in (401, 403):
+                raise LftpipeError(
+                    f"{self.url}, refused by the Hugging Face Hub ({status})",
+                    "a token with the right to it",
+                    "run `hf auth login` with another token, or name another repository",
+                ) from None
+            raise self._unreachable(error) from None
+        except Exception as error:  # whatever the network and the Hub come up with
+            if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
+                raise
+            raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> LftpipeError:
+        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        return LftpipeError(
+            f"{self.url} ({reason})",
+            "a Hugging Face Hub that answers",
+            "check name and network, then run the same command again",
+        )
+
+
+def _client() -> Any:
+    import huggingface_hub
+
+    return huggingface_hub.HfApi()
+
+
+def require_token() -> None:
+    """Refuse to go on without a token, before anything is computed for an upload.
+
+    Raises
+    ------
+    LftpipeError
+        If there is none.
+    """
+    import huggingface_hub
+
+    if huggingface_hub.get_token() is None:
+        raise _no_token()
+
+
+def _no_token() -> LftpipeError:
+    return LftpipeError(
+        "no token for the Hugging Face Hub",
+        "one with the right to write",
+        "run `hf auth login`, or set HF_TOKEN",
+    )
