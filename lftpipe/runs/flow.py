@@ -1,0 +1,100 @@
+"""The module that a run trained, and the teacher as healing changed it."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lftpipe.errors import RunError
+from lftpipe.flow.linear import LinearMap
+from lftpipe.flow.stack import LayerStack, NoLayer
+from lftpipe.flow.velocity import Velocity
+from lftpipe.runs.finished import OF_TEACHER, Run, load_weights
+from lftpipe.runs.folder import WEIGHTS
+from lftpipe.teacher.checkpoint import Overlay
+from lftpipe.teacher.parts import empty_layer, fill_buffers
+from lftpipe.teacher.source import Teacher
+
+
+def healed_teacher(run: Run, teacher: Teacher) -> Teacher:
+    """The teacher with the tensors that healing changed; of a run that was not healed, the teacher as it is.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    teacher
+        That it was trained for.
+    """
+    if run.healed is None:
+        return teacher
+    changed = {
+        name.removeprefix(OF_TEACHER): value
+        for name, value in load_weights(run).items()
+        if name.startswith(OF_TEACHER)
+    }
+    return replace(teacher, checkpoint=Overlay(teacher.checkpoint, changed))
+
+
+def build_flow(teacher: Teacher, velocity: dict[str, Any], index: int = 0) -> nn.Module:
+    """The module that a manifest's `velocity` describes, without weights.
+
+    Parameters
+    ----------
+    teacher
+        Of the run.
+    velocity
+        What the manifest says of the module.
+    index
+        The teacher's layer that it was made from: the block's first.
+    """
+    if velocity.get("linear"):
+        return LinearMap(teacher.width)
+    if velocity.get("skip"):
+        return NoLayer()
+    with torch.device("meta"):
+        if is_stack(velocity):
+            layers = [empty_layer(teacher, index) for _ in range(velocity["depth"])]
+            return LayerStack(layers, velocity["loops"])
+        return Velocity(empty_layer(teacher, index), teacher.width, **velocity)
+
+
+def is_stack(velocity: dict[str, Any]) -> bool:
+    """Whether a manifest's `velocity` describes ordinary layers in place of a flow.
+
+    Parameters
+    ----------
+    velocity
+        What a manifest says of the module.
+    """
+    return "depth" in velocity
+
+
+def load_flow(run: Run, teacher: Teacher) -> nn.Module:
+    """The trained flow layer of a run.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    teacher
+        The teacher.
+
+    Raises
+    ------
+    RunError
+        If the file is damaged, or a tensor is missing, extra, or of another shape.
+    """
+    flow = build_flow(teacher, run.velocity, run.block[0])
+    weights = load_weights(run)
+    tensors = {name: value for name, value in weights.items() if not name.startswith(OF_TEACHER)}
+    try:
+        flow.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise RunError(
+            f"{run.path / WEIGHTS}: {reason}", "the flow layer's tensors", "train the run again"
+        ) from error
+    fill_buffers(teacher, flow)
+    return flow.eval().requires_grad_(False)
