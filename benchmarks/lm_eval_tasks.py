@@ -19,7 +19,7 @@ from lftpipe.config.settings.base import default_workspace
 from lftpipe.errors import RunError
 from lftpipe.files import write_atomic
 from lftpipe.stages.export import export
-from lftpipe.student.assemble import teacher_of_run
+from lftpipe.student.loading import teacher_of_run
 from lftpipe.workspace import find_run
 
 #: What readers of this field expect, and the metric that counts of each.

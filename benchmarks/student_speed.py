@@ -35,15 +35,9 @@ from lftpipe.corpus.readers import PYTHON_STDLIB, open_corpus
 from lftpipe.device import prepare_processor
 from lftpipe.errors import LftpipeError, RunError
 from lftpipe.flow.solver import EVALUATIONS
-from lftpipe.student.assemble import (
-    build_student,
-    load_model,
-    load_teacher,
-    teacher_of_folder,
-    teacher_of_run,
-    without_layers,
-)
+from lftpipe.student.assemble import build_student, without_layers
 from lftpipe.student.decoding import continue_prompt, speculate, warm_up
+from lftpipe.student.loading import load_model, load_teacher, teacher_of_folder, teacher_of_run
 from lftpipe.student.model import LatentFlow
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.quiet import quiet_transformers

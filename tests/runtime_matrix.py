@@ -31,7 +31,8 @@ from tiny_students import save_run, tokens
 from lftpipe.config.settings import ExportSettings
 from lftpipe.errors import LftpipeError
 from lftpipe.stages.export import export
-from lftpipe.student.assemble import build_student, load_model
+from lftpipe.student.assemble import build_student
+from lftpipe.student.loading import load_model
 from lftpipe.teacher.source import open_teacher
 from lftpipe.teacher.tokenizer import load_tokenizer
 

@@ -15,6 +15,9 @@ from lftpipe.files import file_digest, seal, write_atomic
 from lftpipe.flow.solver import EVALUATIONS, Method
 from lftpipe.runs.folder import MANIFEST, METRICS, SETTINGS, WEIGHTS
 
+#: Before the names of a teacher's tensors that healing changed, in a run's weights.
+OF_TEACHER = "teacher."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run(RunManifest):
@@ -131,7 +134,3 @@ def open_run(path: Path) -> Run:
             f"{path / WEIGHTS}", "the weights that the manifest was written for", "train the run again"
         )
     return run
-
-
-#: Before the names of a teacher's tensors that healing changed, in a run's weights.
-OF_TEACHER = "teacher."

@@ -17,7 +17,8 @@ from lftpipe.objects.repositories import Repository, require_token
 from lftpipe.outputs import making_folder, refuse_foreign_files
 from lftpipe.reporting.cards import student_card
 from lftpipe.runs import Run
-from lftpipe.student.assemble import build_student, teacher_of_run
+from lftpipe.student.assemble import build_student
+from lftpipe.student.loading import teacher_of_run
 from lftpipe.student.plain import unroll
 from lftpipe.student.portable import MODULE, auto_map, modelling_file
 from lftpipe.teacher.quiet import quiet_transformers

@@ -14,15 +14,9 @@ from lftpipe.config.settings import GenerateSettings
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.solver import EVALUATIONS
-from lftpipe.student.assemble import (
-    build_student,
-    load_model,
-    load_teacher,
-    teacher_of_folder,
-    teacher_of_run,
-    without_layers,
-)
+from lftpipe.student.assemble import build_student, without_layers
 from lftpipe.student.decoding import Continuation, continue_prompt, speculate, warm_up
+from lftpipe.student.loading import load_model, load_teacher, teacher_of_folder, teacher_of_run
 from lftpipe.student.model import LatentFlow
 from lftpipe.teacher.quiet import quiet_transformers
 from lftpipe.teacher.source import Teacher

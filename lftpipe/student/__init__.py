@@ -7,8 +7,8 @@ Auto classes, which know model types only by registration. It has no other effec
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lftpipe.student.config import Block, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
+from lftpipe.student.flow_layer import FlowLayer
 from lftpipe.student.model import (
-    FlowLayer,
     LatentFlowGPTNeoXForCausalLM,
     LatentFlowGPTNeoXModel,
     LatentFlowLlamaForCausalLM,

@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lftpipe.errors import TeacherError
 from lftpipe.student.config import Block, FlowLayout
-from lftpipe.student.model import FlowLayer, LatentFlow
+from lftpipe.student.flow_layer import FlowLayer
+from lftpipe.student.model import LatentFlow
 from lftpipe.teacher.family import Arguments, AttentionContext, Family
 from lftpipe.teacher.structure import Structure, structure_of
 

@@ -5,161 +5,19 @@ transformers does for the teacher's family (generation, beams, padding, checkpoi
 device and dtype) it does for the student, by the same code.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, cast
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPTNeoXForCausalLM, GPTNeoXModel, LlamaForCausalLM, LlamaModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from lftpipe.errors import RunError
-from lftpipe.flow.linear import LinearMap
-from lftpipe.flow.path import States, Times
-from lftpipe.flow.solver import Method, ODESolver
-from lftpipe.flow.stack import LayerStack
-from lftpipe.flow.velocity import Modulations, Velocity
-from lftpipe.student.config import Block, FlowLayout, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
-from lftpipe.student.slot import Slot
-from lftpipe.teacher.family import AttentionContext, Branches, Family
+from lftpipe.student.config import FlowLayout, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
+from lftpipe.student.flow_layer import FlowLayer
+from lftpipe.teacher.family import Family
 from lftpipe.teacher.gpt_neox import GPT_NEOX
 from lftpipe.teacher.llama import LLAMA
-
-
-class FlowLayer(GradientCheckpointingLayer):
-    """Carries states from a block's start to its end (algorithm 3), in the place of its layers.
-
-    Parameters
-    ----------
-    family, config
-        Of the student.
-    block
-        What it replaces, and by which kind of flow.
-    layer
-        The teacher's layer that the flow is made of, where it was built already.
-    """
-
-    def __init__(self, family: Family, config: Any, block: Block, layer: nn.Module | None = None) -> None:
-        super().__init__()
-        self.block = block
-        self.cache_argument = family.cache_argument
-        self.velocity: nn.Module
-        if block.kind == "linear":
-            self.velocity = LinearMap(config.hidden_size)
-        elif block.kind == "layers":
-            layers = [Branches(family, config, block.start) for _ in range(block.depth)]
-            self.velocity = LayerStack(layers, block.loops)
-        else:
-            self.velocity = Velocity(
-                Branches(family, config, block.start, layer),
-                config.hidden_size,
-                time=block.kind == "flow",
-                shift=block.shift,
-                source=block.source,
-                step=block.step,
-            )
-            zeros = [self.velocity.modulation and self.velocity.modulation.head, self.velocity.source]
-            for module in filter(None, zeros):
-                # Tells transformers to leave it as it is in a model with new weights: zero.
-                module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
-        self.method: Method = "euler"
-        self.steps = 1
-        self.slots: Sequence[int] = (0,)
-        self._remembered: dict[tuple[Any, ...], Modulations] = {}
-        self._remembered_of: list[tuple[Any, ...]] = []
-
-    def set_steps(self, steps: int, method: Method, slots: Sequence[int]) -> None:
-        """Choose the number of steps and the solver; flows without time have one step of Euler's.
-
-        Parameters
-        ----------
-        steps, method
-            How to go from the block's start to its end.
-        slots
-            Places in the KV cache, one for each evaluation.
-        """
-        timed = self.block.kind == "flow"
-        self.steps, self.method = (steps, method) if timed else (1, "euler")
-        self.slots = slots
-
-    @property
-    def times(self) -> Float[Tensor, "time"]:
-        """The times at which steps begin."""
-        return torch.linspace(0, 1, self.steps + 1)[:-1]
-
-    def forward(
-        self,
-        hidden_states: Float[Tensor, "sequence position feature"],
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **arguments: Any,
-    ) -> Float[Tensor, "sequence position feature"]:
-        assert position_ids is not None and position_embeddings is not None
-        context = AttentionContext(position_embeddings, attention_mask, position_ids)
-        return self.carry(hidden_states, self._contexts(context, arguments.get(self.cache_argument)))
-
-    def carry(self, hidden_states: States, contexts: Iterator[AttentionContext]) -> States:
-        """From the block's start to its end; each evaluation has a context of its own."""
-        if isinstance(self.velocity, LayerStack):
-            return self.velocity.run(hidden_states, contexts)
-        evaluations = itertools.count()
-        self._forget_if_changed()
-
-        def velocity(x: States, t: Times, step_size: Times) -> States:
-            if self.block.kind == "linear":
-                return self.velocity(x, t, next(contexts))
-            modulations = self._modulations(next(evaluations), t, step_size)
-            return self.velocity(x, t, next(contexts), modulations, source=hidden_states, step_size=step_size)
-
-        return ODESolver(velocity).sample(hidden_states, 1 / self.steps, self.method)
-
-    def _modulations(self, evaluation: int, t: Times, step_size: Times) -> Modulations | None:
-        """What the modulation gives at an evaluation, where that can be known beforehand.
-
-        It depends on nothing but time and step, which are the same in every forward pass: a good part of
-        what an evaluation for a single token costs. With gradients it is computed as it comes.
-        """
-        modulation = getattr(self.velocity, "modulation", None)
-        if modulation is None or torch.is_grad_enabled():
-            return None
-        key = (self.method, self.steps, evaluation)
-        if key not in self._remembered:
-            self._remembered[key] = modulation(t[:1], step_size[:1])
-        return self._remembered[key]
-
-    def _forget_if_changed(self) -> None:
-        """Forget modulations that were computed from other weights."""
-        modulation = getattr(self.velocity, "modulation", None)
-        weights = [] if modulation is None else list(modulation.parameters())
-        # Tensors that were made in inference mode count no changes: nothing is remembered of them.
-        now = [
-            (
-                weight.data_ptr(),
-                weight.dtype,
-                weight.device,
-                object() if weight.is_inference() else weight._version,
-            )
-            for weight in weights
-        ]
-        if now != self._remembered_of:
-            self._remembered, self._remembered_of = {}, now
-
-    def _apply(self, *arguments: Any, **options: Any) -> Any:
-        self._remembered_of = []  # moved and back again, weights may lie where they lay before
-        return super()._apply(*arguments, **options)
-
-    def _contexts(self, context: AttentionContext, cache: Any) -> Iterator[AttentionContext]:
-        """The context of each evaluation, each with its own place in the cache; a linear map has none."""
-        if cache is None or not self.slots:
-            yield from itertools.repeat(context)
-        for slot in self.slots:
-            yield replace(context, cache=Slot(cache, slot))
 
 
 class LatentFlow:

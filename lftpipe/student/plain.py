@@ -14,8 +14,8 @@ from lftpipe.errors import RunError
 from lftpipe.flow.stack import LayerStack
 from lftpipe.student.assemble import fill
 from lftpipe.student.config import Block
+from lftpipe.student.flow_layer import FlowLayer
 from lftpipe.student.folding import fold_branch, obstacle
-from lftpipe.student.model import FlowLayer
 from lftpipe.teacher.family import Family
 
 #: Names by which readers from before transformers 5 look for what `rope_parameters` now holds. Without

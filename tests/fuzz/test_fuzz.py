@@ -38,7 +38,7 @@ from lftpipe.stages.export import export
 from lftpipe.stages.recouple import recouple
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.student.assemble import load_model
+from lftpipe.student.loading import load_model
 from lftpipe.teacher.source import open_teacher
 from lftpipe.teacher.tokenizer import load_tokenizer
 from lftpipe.training.checkpoint import read_checkpoint

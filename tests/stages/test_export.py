@@ -20,7 +20,8 @@ from lftpipe.artefacts.results import Score
 from lftpipe.cli.app import app
 from lftpipe.errors import RunError, TeacherError
 from lftpipe.stages.export import export, summary
-from lftpipe.student.assemble import build_student, load_model
+from lftpipe.student.assemble import build_student
+from lftpipe.student.loading import load_model
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.tokenizer import load_tokenizer

@@ -17,8 +17,9 @@ from lftpipe.config.settings import ExportSettings, GenerateSettings
 from lftpipe.errors import LftpipeError, RunError, SettingsError
 from lftpipe.stages.export import export
 from lftpipe.stages.generate import generate, summary
-from lftpipe.student.assemble import build_student, load_teacher, without_layers
+from lftpipe.student.assemble import build_student, without_layers
 from lftpipe.student.decoding import continue_prompt, speculate
+from lftpipe.student.loading import load_teacher
 from lftpipe.teacher.source import Teacher
 
 PROMPT = "the state of a layer flows into"

@@ -17,8 +17,9 @@ from lftpipe.stages.export import export
 from lftpipe.stages.heal import heal
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.student.assemble import build_student, load_model
+from lftpipe.student.assemble import build_student
 from lftpipe.student.healing import HealingStudent
+from lftpipe.student.loading import load_model
 
 STEPS = 10
 

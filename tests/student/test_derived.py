@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from lftpipe import runs
 from lftpipe.errors import RunError
 from lftpipe.flow.solver import ODESolver
-from lftpipe.student.assemble import build_student, load_model
+from lftpipe.student.assemble import build_student
+from lftpipe.student.loading import load_model
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.family import attention_context
 from lftpipe.teacher.parts import Tail, load_rotary

@@ -11,7 +11,7 @@ from tiny_students import save_run, tokens
 
 from lftpipe.config.settings import ExportSettings
 from lftpipe.stages.export import export
-from lftpipe.student.assemble import load_model
+from lftpipe.student.loading import load_model
 from lftpipe.student.portable import MODULE, bundle
 from lftpipe.teacher.source import open_teacher
 

@@ -13,8 +13,9 @@ from lftpipe import runs
 from lftpipe.errors import RunError, SettingsError, TeacherError
 from lftpipe.flow.solver import ODESolver
 from lftpipe.flow.velocity import Velocity
-from lftpipe.student.assemble import build_student, load_model, load_teacher, teacher_of_run
+from lftpipe.student.assemble import build_student
 from lftpipe.student.config import LatentFlowGPTNeoXConfig
+from lftpipe.student.loading import load_model, load_teacher, teacher_of_run
 from lftpipe.student.model import LatentFlowGPTNeoXForCausalLM
 from lftpipe.teacher.family import attention_context
 from lftpipe.teacher.parts import Tail, load_layer, load_rotary

@@ -15,7 +15,8 @@ from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.export import export
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.student.assemble import build_student, load_model, load_teacher, without_layers
+from lftpipe.student.assemble import build_student, without_layers
+from lftpipe.student.loading import load_model, load_teacher
 
 RIVALS = ("skip", "linear", "replaceme", "linearpatch")
 

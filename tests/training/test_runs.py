@@ -18,7 +18,7 @@ from lftpipe.config.settings import ExportSettings
 from lftpipe.errors import RunError
 from lftpipe.files import file_digest
 from lftpipe.stages.export import export
-from lftpipe.student.assemble import load_model
+from lftpipe.student.loading import load_model
 from lftpipe.teacher.source import Teacher, open_teacher
 
 

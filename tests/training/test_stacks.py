@@ -14,7 +14,8 @@ from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.export import export
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.student.assemble import build_student, load_model
+from lftpipe.student.assemble import build_student
+from lftpipe.student.loading import load_model
 from lftpipe.teacher.source import open_teacher
 from lftpipe.training.estimator import parts
 

@@ -1,0 +1,125 @@
+"""Models and teachers from folders: a student, a plain export, a whole teacher; the teacher of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lftpipe.artefacts.export import SOURCE, ExportSource
+from lftpipe.errors import RunError, TeacherError, foreign
+from lftpipe.runs import Run
+from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
+from lftpipe.student.derived import PREFIX, student_class
+from lftpipe.teacher.checkpoint import Checkpoint
+from lftpipe.teacher.quiet import quiet_transformers
+from lftpipe.teacher.recorded import open_recorded
+from lftpipe.teacher.source import Teacher
+
+#: By family. transformers types its classes too loosely for a checker to follow.
+STUDENTS: dict[str, Any] = {
+    kind.family.name: kind for kind in (LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM)
+}
+
+
+def teacher_of_run(run: Run, workspace: Path) -> Teacher:
+    """The teacher that a run was trained for.
+
+    Raises
+    ------
+    TeacherError
+        If it is not found, or its weights are no longer those.
+    """
+    return open_recorded(dict(run.teacher), workspace, run.path)
+
+
+def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
+    """The teacher of an exported folder.
+
+    Raises
+    ------
+    RunError
+        If the folder was not exported by lftpipe.
+    TeacherError
+        If the teacher is not found, or its weights changed since.
+    """
+    try:
+        source = ExportSource.of_folder(folder)
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{folder} without {SOURCE}, which names its teacher",
+            "an exported folder, or a run",
+            "name one of these",
+        ) from error
+    return open_recorded(dict(source.teacher), workspace, folder)
+
+
+def load_teacher(teacher: Teacher) -> Any:
+    """The whole teacher as a language model, in float32.
+
+    Raises
+    ------
+    TeacherError
+        If its weights do not load, or one is missing.
+    """
+    try:
+        return _load(teacher.folder, wrong=("missing", "mismatched"))  # others put more into their files
+    except RunError as error:
+        raise TeacherError(error.given, error.expected, "fetch or save the teacher again") from error
+
+
+def load_model(folder: Path) -> Any:
+    """A model from a folder in transformers' format: a student, a plain export, a teacher.
+
+    Raises
+    ------
+    RunError
+        If it is no such folder, of a type lftpipe does not know, holds pickles only, or a tensor is missing,
+        extra or misshapen.
+    """
+    if not (folder / "config.json").is_file():
+        raise RunError(
+            f"{folder}", "a run, or a folder with config.json and model.safetensors", "check the path"
+        )
+    return _load(folder, wrong=("missing", "unexpected", "mismatched"))
+
+
+def _register(folder: Path) -> None:
+    """Make the student's classes that a folder needs known to transformers."""
+    config = json.loads((folder / "config.json").read_text())
+    kind = str(config.get("model_type", ""))
+    if kind.startswith(PREFIX) and kind not in {each.config_class.model_type for each in STUDENTS.values()}:
+        student_class(kind.removeprefix(PREFIX))
+
+
+def _load(folder: Path, wrong: tuple[str, ...]) -> Any:
+    if not list(folder.glob("*.safetensors")):
+        raise RunError(
+            f"{folder} without safetensors", "model.safetensors (pickles are never loaded)", "export it again"
+        )
+    Checkpoint(folder)  # refuses an index that leads elsewhere, and two sources
+    with foreign(RunError, f"{folder}", "a model that loads", "export it again"), quiet_transformers():
+        _register(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise RunError(
+                f"{folder} of type {config.model_type}",
+                "a causal language model that transformers has, or a student",
+                "name another folder",
+            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    model, report = loaded
+    for kind in wrong:
+        for name in sorted(map(str, report[f"{kind}_keys"])):
+            raise RunError(f"{folder}: {kind} tensor {name}", "the model's tensors", "export it again")
+    return model.eval().requires_grad_(False)
