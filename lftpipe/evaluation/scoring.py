@@ -18,7 +18,7 @@ from lftpipe.config.settings import ComputeDtype
 from lftpipe.device import cast_linear, resolve_compute_dtype
 from lftpipe.errors import TeacherError
 from lftpipe.evaluation.metrics import LogitMetrics, Reference, StateMetrics
-from lftpipe.evaluation.predictors import Predictor
+from lftpipe.evaluation.predictor import Predictor
 from lftpipe.live import reader_of, states_at_hand
 from lftpipe.store import Store
 from lftpipe.teacher.parts import Tail

@@ -12,13 +12,8 @@ from lftpipe.config.layers import check_apart
 from lftpipe.config.settings import EvaluateSettings, to_json
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
-from lftpipe.evaluation.predictors import (
-    Predictor,
-    joined_predictors,
-    run_predictors,
-    skip_predictor,
-    teacher_predictor,
-)
+from lftpipe.evaluation.predictor import Predictor
+from lftpipe.evaluation.predictors import joined_predictors, run_predictors, skip_predictor, teacher_predictor
 from lftpipe.evaluation.scoring import score
 from lftpipe.live import states_at_hand
 from lftpipe.outputs import COMMENT, making
