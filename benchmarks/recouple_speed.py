@@ -25,7 +25,9 @@ from threadpoolctl import threadpool_limits
 
 from lftpipe.config.settings import RecoupleSettings
 from lftpipe.recoupling.assignment import assign, lapjvx
-from lftpipe.recoupling.coupling import Coupling, cost_matrix, recoupled, tie_groups
+from lftpipe.recoupling.clouds import tie_groups
+from lftpipe.recoupling.costs import cost_matrix
+from lftpipe.recoupling.coupling import Coupling, recoupled
 from lftpipe.recoupling.map import group_pairs, make_clouds
 from lftpipe.recoupling.sinkhorn import couple_approximately
 

@@ -102,7 +102,10 @@ STRICTER: dict[str, tuple[str, str]] = {
     "reporting.terminal": ("", "torch numpy transformers zarr pydantic"),
     "teacher.family": ("", "transformers pathlib"),
     "recoupling.assignment": ("", "torch transformers zarr"),
-    "recoupling.coupling": ("config recoupling.assignment", "torch transformers"),
+    "recoupling.coupling": (
+        "config recoupling.assignment recoupling.clouds recoupling.costs",
+        "torch transformers",
+    ),
     "evaluation.correlation": ("", "torch transformers zarr"),
     "stages.train": ("config device errors recoupling runs store teacher training workspace", "transformers"),
     "stages.recouple": (

@@ -9,10 +9,8 @@ from lftpipe.errors import RunError, SettingsError
 #: What every page and picture carries that lftpipe makes.
 MARK = b"made by lftpipe"
 
-
 #: A comment for pages in Markdown and HTML.
 COMMENT = f"<!-- {MARK.decode()} -->"
-
 
 _LOOK_BYTES = 2**22
 

@@ -12,8 +12,9 @@ from lftpipe.errors import SettingsError
 from lftpipe.outputs import making
 from lftpipe.recoupling import ranking
 from lftpipe.recoupling.assignment import solver
-from lftpipe.recoupling.map import solve_pairs, statistics
+from lftpipe.recoupling.map import solve_pairs
 from lftpipe.recoupling.sampling import draw_samples
+from lftpipe.recoupling.statistics import statistics
 from lftpipe.store import Store
 
 FILE_NAME = "recoupling.json"

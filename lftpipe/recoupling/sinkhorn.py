@@ -8,14 +8,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from lftpipe.config.settings import Metric
-from lftpipe.recoupling.coupling import (
-    Cloud,
-    Coupling,
-    cost_matrix,
-    recoupled,
-    relative_displacement,
-    squared_displacement,
-)
+from lftpipe.recoupling.clouds import Cloud
+from lftpipe.recoupling.costs import cost_matrix, relative_displacement, squared_displacement
+from lftpipe.recoupling.coupling import Coupling, recoupled
 
 #: Entropic regularisation as a share of the costs' interquartile range, which massive activations do not
 #: stretch, and the iterations it is given.

@@ -7,17 +7,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from lftpipe.config.settings import Metric
-from lftpipe.recoupling.coupling import (
-    cost_matrix,
-    couple,
-    couple_products,
-    directions,
-    heavy_channels,
-    make_cloud,
-    recoupled,
-    standardised,
-    tie_groups,
-)
+from lftpipe.recoupling.clouds import directions, heavy_channels, make_cloud, standardised, tie_groups
+from lftpipe.recoupling.costs import cost_matrix
+from lftpipe.recoupling.coupling import couple, couple_products, recoupled
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 

@@ -12,7 +12,8 @@ from scipy.spatial.distance import cdist
 from walk_store import CONTEXT, short_map, write_store
 
 from lftpipe.recoupling import map as pairs
-from lftpipe.recoupling.coupling import directions, recoupled, standardised, tie_groups
+from lftpipe.recoupling.clouds import directions, standardised, tie_groups
+from lftpipe.recoupling.coupling import recoupled
 from lftpipe.recoupling.sampling import draw_samples
 from lftpipe.stages.recouple import summary
 from lftpipe.store import Store

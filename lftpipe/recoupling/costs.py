@@ -1,0 +1,136 @@
+"""Costs of all points of one cloud against all of another: one product, and differences where it cancels."""
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from lftpipe.config.settings import Metric
+from lftpipe.recoupling.clouds import Cloud
+
+#: A squared distance below this fraction of its two squared norms has lost three digits to cancellation in a
+#: float32 product: then it is done by differences, or the whole product in float64.
+CANCELLATION = 1e-3
+
+#: The same for the given pairs, of which there are few and which all figures rest on.
+OWN_CANCELLATION = 0.1
+
+
+def squared_displacement(x_0: Cloud, x_1: Cloud) -> Float64[np.ndarray, " sample"]:
+    """`|x_1 - x_0|^2` of each pair, by differences: no cancellation.
+
+    Parameters
+    ----------
+    x_0
+        Points of the first cloud.
+    x_1
+        Points of the second, in the same order.
+    """
+    return _squared_lengths(x_1.light - x_0.light, x_1.heavy - x_0.heavy)
+
+
+def _squared_lengths(
+    light: Float32[np.ndarray, "sample feature"], heavy: Float64[np.ndarray, "sample heavy"]
+) -> Float64[np.ndarray, " sample"]:
+    return np.einsum("sf,sf->s", light, light).astype(np.float64) + np.einsum("sh,sh->s", heavy, heavy)
+
+
+def relative_displacement(x_1: Cloud, displacement: Float64[np.ndarray, " sample"]) -> float:
+    """`sum |x_1 - x_0|^2 / sum |x_1|^2`, 0 if all of `x_1` are 0.
+
+    Parameters
+    ----------
+    x_1
+        One point for each token.
+    displacement
+        Squared distance of each point to its partner.
+    """
+    energy = float(x_1.squared_norm.sum())
+    return float(displacement.sum()) / energy if energy else 0.0
+
+
+def cost_matrix(x_0: Cloud, x_1: Cloud, metric: Metric) -> Float64[np.ndarray, "sample sample"]:
+    """Cost of every point of `x_0` against every point of `x_1`.
+
+    For `cosine` the clouds must be `directions`: the cost is then half the squared distance.
+
+    Parameters
+    ----------
+    x_0
+        Points of the first cloud.
+    x_1
+        Points of the second, in the same order.
+    metric
+        `euclidean`, `sqeuclidean` or `cosine`.
+    """
+    cost = np.empty((len(x_0.light), len(x_1.light)))
+    write_costs(x_0, x_1, metric, x_0.light @ x_1.light.T, cost)
+    return cost
+
+
+def write_costs(
+    x_0: Cloud,
+    x_1: Cloud,
+    metric: Metric,
+    product: Float32[np.ndarray, "sample sample"],
+    cost: Float64[np.ndarray, "sample sample"],
+) -> Float64[np.ndarray, " sample"]:
+    """Write the costs into `cost`; overwrites `product`.
+
+    Norms, heavy channels, sums and roots are in float64. What cancels is computed by differences.
+
+    Parameters
+    ----------
+    x_0
+        Points of the first cloud.
+    x_1
+        Points of the second, in the same order.
+    metric
+        `euclidean`, `sqeuclidean` or `cosine`.
+    product
+        Inner products of the light parts, in float32.
+    cost
+        Memory for the costs.
+
+    Returns
+    -------
+    array
+        `|x_1 - x_0|^2` of the given pairs.
+    """
+    count = len(cost)
+    product *= 2
+    displacement = _displacement(x_0, x_1, product.diagonal())
+    product.reshape(-1)[:: count + 1] = -np.inf  # the diagonal is known: never near
+    # |x - y|^2 < C (|x|^2 + |y|^2) is 2 x.y > (1 - C) (|x|^2 + |y|^2).
+    norm_0, norm_1 = (((1 - CANCELLATION) * cloud.light_norm).astype(np.float32) for cloud in (x_0, x_1))
+    near = product > norm_0[:, None] + norm_1
+    rows, columns = np.nonzero(near) if near.any() else ([], [])
+    np.matmul(x_0.left, x_1.right.T, out=cost)
+    if len(rows) > count:
+        cost -= 2 * (x_0.light.astype(np.float64) @ x_1.light.T.astype(np.float64))
+    else:
+        cost -= product
+        if len(rows):
+            light = x_1.light[columns] - x_0.light[rows]
+            cost[rows, columns] = _squared_lengths(light, x_1.heavy[columns] - x_0.heavy[rows])
+    np.maximum(cost, 0, out=cost)
+    cost.reshape(-1)[:: count + 1] = displacement
+    if metric == "euclidean":
+        np.sqrt(cost, out=cost)
+    elif metric == "cosine":
+        cost *= 0.5
+    return displacement
+
+
+def _displacement(
+    x_0: Cloud, x_1: Cloud, twice_product: Float32[np.ndarray, " sample"]
+) -> Float64[np.ndarray, " sample"]:
+    """`squared_displacement`, by differences only where the product cancels."""
+    norms = x_0.light_norm + x_1.light_norm
+    light = norms - twice_product
+    near = np.flatnonzero(light < OWN_CANCELLATION * norms)
+    if len(near) > len(light) // 2:
+        return squared_displacement(x_0, x_1)
+    if len(near):
+        steps = x_1.light[near] - x_0.light[near]
+        light[near] = np.einsum("sf,sf->s", steps, steps)
+    heavy = x_1.heavy - x_0.heavy
+    return light + np.einsum("sh,sh->s", heavy, heavy)
