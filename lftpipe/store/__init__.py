@@ -1,10 +1,11 @@
 """The cache of a teacher's states: a Zarr store never wrong, and read at the speed of a memory map."""
 
 from lftpipe.store.batches import Batch, Logits, batch_sequences
-from lftpipe.store.journal import read_plan, stored_records
+from lftpipe.store.journal import stored_records
 from lftpipe.store.layout import ShardKey, StoreSpec
 from lftpipe.store.manifest import planned_spec
 from lftpipe.store.parts import PartJournal, read_parts
+from lftpipe.store.plan import read_plan
 from lftpipe.store.reader import Store
 from lftpipe.store.resume import abandon
 from lftpipe.store.sealed import Sealed

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import xxhash
+
 from lftpipe.errors import StoreError
 from lftpipe.files import fingerprint, sealed, unsealed
 from lftpipe.objects import storage_of
@@ -67,6 +69,17 @@ class Manifest(NamedTuple):
             "fingerprint": _fingerprint(spec, shards),
         }
         storage_of(path).write(MANIFEST, sealed(value))
+
+
+def describe(data: bytes) -> Record:
+    """The record of a small file written whole.
+
+    Parameters
+    ----------
+    data
+        Its content.
+    """
+    return Record(0, len(data), xxhash.xxh3_128_hexdigest(data))
 
 
 def planned_spec(path: Path) -> StoreSpec | None:

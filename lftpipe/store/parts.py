@@ -10,8 +10,10 @@ from typing import Any
 
 from lftpipe.errors import StoreBusyError
 from lftpipe.files import write_atomic
-from lftpipe.store.journal import PART, content_of, disk_errors, line_of, remove_partials
+from lftpipe.store.disk import disk_errors
+from lftpipe.store.journal import content_of, line_of
 from lftpipe.store.layout import ShardKey
+from lftpipe.store.leftovers import PART, remove_partials
 from lftpipe.store.sealed import Sealed
 
 _NAME = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")

@@ -11,8 +11,9 @@ from lftpipe.errors import StoreError
 from lftpipe.files import differences
 from lftpipe.objects import Storage, storage_of
 from lftpipe.store.chunk_reader import ChunkReader
-from lftpipe.store.journal import Journal, clear_leftovers, on_disk, settle
+from lftpipe.store.journal import Journal, on_disk
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, StoreSpec, root_attributes
+from lftpipe.store.leftovers import clear_leftovers, settle
 from lftpipe.store.manifest import Manifest
 from lftpipe.store.parsing import Records
 from lftpipe.store.shard import DamagedShardError, Record

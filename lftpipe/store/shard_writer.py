@@ -14,7 +14,7 @@ from lftpipe.objects import storage_of
 from lftpipe.store.chunk_order import batch_order, seal_in_order
 from lftpipe.store.chunk_reader import ChunkReader
 from lftpipe.store.codec import encode
-from lftpipe.store.journal import disk_errors
+from lftpipe.store.disk import disk_errors
 from lftpipe.store.layout import ArrayLayout, ShardKey, StoreSpec
 from lftpipe.store.lossless import compress
 from lftpipe.store.sealed import Sealed

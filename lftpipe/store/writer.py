@@ -14,12 +14,15 @@ from jaxtyping import Int32
 
 from lftpipe.files import sync_folder
 from lftpipe.objects import local_path, storage_of
-from lftpipe.store import journal as books
 from lftpipe.store import resume as opening
+from lftpipe.store.disk import disk_errors, take_lock
 from lftpipe.store.finish import refuse_incomplete, write_metadata
+from lftpipe.store.journal import Journal
 from lftpipe.store.layout import MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
-from lftpipe.store.manifest import Manifest
+from lftpipe.store.leftovers import clear_leftovers, remove_partials
+from lftpipe.store.manifest import Manifest, describe
 from lftpipe.store.parsing import Records
+from lftpipe.store.plan import read_plan, write_plan
 from lftpipe.store.sealed import Sealed, sync_folders
 from lftpipe.store.shard import Record
 from lftpipe.store.shard_writer import ShardWriter, produce_shard
@@ -45,7 +48,7 @@ class StoreWriter:
         self.path, self.spec, self.complete, self.epoch, self.fresh = path, spec, False, 0, True
         self.storage = storage_of(path)
         self._lock = lock
-        self._journal: books.Journal | None = None
+        self._journal: Journal | None = None
         self._records: Records = {}  # all shards that count as done
         self._checked: Records = {}  # those whose bytes this process wrote, or an earlier `finish` read
         self._commits = threading.Lock()
@@ -87,9 +90,9 @@ class StoreWriter:
             cannot be written or holds something else.
         """
         path = local_path(path)
-        with books.disk_errors(path):
+        with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            self = cls(path, spec, books.take_lock(path))
+            self = cls(path, spec, take_lock(path))
             try:
                 self._begin(resume, force, repair, recheck)
             except BaseException:
@@ -163,7 +166,7 @@ class StoreWriter:
             If the disk is full: those that are not taken are gone then.
         """
         assert self._journal is not None, "a complete store takes no shards"
-        with self._commits, books.disk_errors(self.path):
+        with self._commits, disk_errors(self.path):
             taken: dict[ShardKey, Sealed] = {}
             for each in sealed:
                 if each.key not in taken and self._wanted(each):
@@ -232,10 +235,10 @@ class StoreWriter:
         if spec == self.spec:
             return
         assert self._journal is not None, "a complete store takes no notes"
-        with books.disk_errors(self.path), self._commits:
+        with disk_errors(self.path), self._commits:
             self.spec = spec
             self._journal.close()
-            self._journal = books.Journal(self.storage, self.spec, self._records)
+            self._journal = Journal(self.storage, self.spec, self._records)
 
     def begin_epoch(self, plan: dict[str, Any]) -> None:
         """Freeze what is to be computed into `plan.json`; what was begun before under another plan is void.
@@ -245,13 +248,13 @@ class StoreWriter:
         plan
             JSON-plain; `epoch` is added: how many times this store was opened to be computed.
         """
-        with books.disk_errors(self.path):
-            self.epoch = (books.read_plan(self.path) or {"epoch": 0})["epoch"] + 1
-            books.write_plan(self.path, {**plan, "epoch": self.epoch})
+        with disk_errors(self.path):
+            self.epoch = (read_plan(self.path) or {"epoch": 0})["epoch"] + 1
+            write_plan(self.path, {**plan, "epoch": self.epoch})
 
     def discard_attempts(self) -> None:
         """Remove what the processes of this epoch left unfinished; they have ended."""
-        books.remove_partials(self.path, f"e{self.epoch}-")
+        remove_partials(self.path, f"e{self.epoch}-")
 
     def missing_tokens(self) -> str | None:
         """The first shard whose tokens are not all stored, in words; None if there is none."""
@@ -273,12 +276,12 @@ class StoreWriter:
         """
         if self.complete:
             return
-        with books.disk_errors(self.path):
+        with disk_errors(self.path):
             refuse_incomplete(self, self._records, self._checked)
             files = metadata(self.spec, complete=True)
             write_metadata(self.storage, files)
-            books.clear_leftovers(self.path)
-            described = {name: books.describe(data) for name, data in files.items()}
+            clear_leftovers(self.path)
+            described = {name: describe(data) for name, data in files.items()}
             Manifest.write(self.path, self.spec, dict(sorted(self._records.items())), described)
             self.storage.remove_log()
             sync_folder(self.path)
@@ -315,7 +318,7 @@ class StoreWriter:
         self._records, self._checked = found.records, found.checked
         self.fresh = not (found.records or found.finished)
         if not self.complete:
-            self._journal = books.Journal(self.storage, self.spec, self._records)
+            self._journal = Journal(self.storage, self.spec, self._records)
             if not found.finished:
                 self.storage.delete(MANIFEST)  # a damaged one
                 write_metadata(self.storage, metadata(self.spec, complete=False))
