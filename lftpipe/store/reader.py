@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int32
 
-from lftpipe.errors import StoreError
 from lftpipe.files import fingerprint
 from lftpipe.objects import local_path
 from lftpipe.store.batches import Batch, Buffer, Logits, batch_sequences, read_ahead
+from lftpipe.store.description import Description
 from lftpipe.store.expected import Expected, expected_shards
-from lftpipe.store.layout import LOGIT_ARRAYS, ArrayLayout, StoreSpec
+from lftpipe.store.layout import LOGIT_ARRAYS, StoreSpec
 from lftpipe.store.manifest import finished_manifest
 from lftpipe.store.shards import Shards
 
@@ -21,7 +21,7 @@ Indices = Sequence[int] | np.ndarray
 _ALL = slice(None)
 
 
-class Store:
+class Store(Description):
     """A complete store, as it was when it was opened: one that grows meanwhile does not disturb it.
 
     It may be used by several threads, inherited by forked processes, and sent to spawned ones.
@@ -46,8 +46,8 @@ class Store:
         self, path: Path, spec: StoreSpec, fingerprint: str, expected: dict[tuple[str, str], Expected]
     ) -> None:
         """Use `open`."""
-        self.path, self.spec, self.fingerprint = path, spec, fingerprint
-        self._arrays = spec.arrays
+        super().__init__(path, spec)
+        self.fingerprint = fingerprint
         self.shards = Shards(path, spec, expected)
 
     @classmethod
@@ -83,11 +83,6 @@ class Store:
     def __reduce__(self) -> tuple[type["Store"], tuple[Any, ...]]:
         return Store, (self.path, self.spec, self.fingerprint, self.shards.expected)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Where the states come from."""
-        return self.spec.identity
-
     @functools.cached_property
     def origin(self) -> str:
         """Digest over what stays when a store grows: its identity, its format, its first sequences."""
@@ -95,47 +90,6 @@ class Store:
         first = {split: self.tokens(split, [0]).tolist() for split in splits}
         kept = {"identity": self.identity, "context": self.context, "dtype": self.dtype, "first": first}
         return fingerprint(kept)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Which states are stored."""
-        return self.spec.layers
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Of which layers attention outputs are stored."""
-        return self.spec.attention_layers
-
-    @property
-    def context(self) -> int:
-        """Positions of a sequence."""
-        return self.spec.context
-
-    @property
-    def width(self) -> int:
-        """Features of a state."""
-        return self.spec.width
-
-    @property
-    def dtype(self) -> str:
-        """How states are stored: float16, float32 or int8."""
-        return self.spec.dtype
-
-    def num_sequences(self, split: str) -> int:
-        """Sequences of a split.
-
-        Parameters
-        ----------
-        split
-            `train` or `validation`.
-        """
-        try:
-            return self.spec.sequences[split]
-        except KeyError:
-            has = ", ".join(self.spec.sequences)
-            raise StoreError(
-                f"split {split!r} of {self.path}", f"one of {has}", "name one of these"
-            ) from None
 
     def tokens(self, split: str, sequences: Indices | None = None) -> Int32[np.ndarray, "sequence position"]:
         """Token ids of these sequences, or of all.
@@ -178,7 +132,7 @@ class Store:
         StoreError
             If the store was made without.
         """
-        self._need_logits()
+        self.need_logits()
         return Logits(*(self._rows(array, split, None, sequences, None) for array in LOGIT_ARRAYS))
 
     def read(
@@ -275,11 +229,11 @@ class Store:
             raise ValueError(f"there are no such batches of {count} {split} sequences: {given}")
         shape = (len(range(batch_size)[part]), self.context, self.width)
         stored = {
-            array: {layer: self._layout(array, layer).dtype for layer in wanted}
+            array: {layer: self.layout(array, layer).dtype for layer in wanted}
             for array, wanted in (("hidden", layers), ("attention", attention_layers))
         }
         if with_logits:
-            self._need_logits()
+            self.need_logits()
 
         def fill(step: int, buffer: Buffer) -> Batch:
             wanted = batch_sequences(count, batch_size, seed, step)[part]
@@ -312,26 +266,5 @@ class Store:
         sequences: Indices | None,
         out: np.ndarray | None,
     ) -> np.ndarray:
-        layout, count = self._layout(array, layer), self.num_sequences(split)
+        layout, count = self.layout(array, layer), self.num_sequences(split)
         return self.shards.rows(layout, split, layer, count, sequences, out)
-
-    def _need_logits(self) -> None:
-        if not self.spec.logits:
-            raise StoreError(
-                f"{self.path} holds no logits",
-                "a store with the teacher's top-K logits",
-                "extract with --logits 64 into another --store",
-            )
-
-    def _layout(self, array: str, layer: int | None) -> ArrayLayout:
-        layout = self._arrays.get(array)
-        if layout is None or (layer is not None and layer not in (layout.layers or ())):
-            stored = "; ".join(
-                f"{name} of layers {', '.join(map(str, each.layers))}"
-                for name, each in self._arrays.items()
-                if each.layers
-            )
-            raise StoreError(
-                f"{array} of layer {layer} is not in {self.path}", stored, "extract with these --layers"
-            )
-        return layout

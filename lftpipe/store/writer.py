@@ -1,7 +1,6 @@
 """Writing a store: shard by shard, resumable at any moment, complete only when all is on disk and checked."""
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,14 +16,12 @@ from lftpipe.objects import local_path, storage_of
 from lftpipe.store import resume as opening
 from lftpipe.store.disk import disk_errors, take_lock
 from lftpipe.store.finish import refuse_incomplete, write_metadata
-from lftpipe.store.journal import Journal
 from lftpipe.store.layout import MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
+from lftpipe.store.ledger import Ledger
 from lftpipe.store.leftovers import clear_leftovers, remove_partials
 from lftpipe.store.manifest import Manifest, describe
-from lftpipe.store.parsing import Records
 from lftpipe.store.plan import read_plan, write_plan
-from lftpipe.store.sealed import Sealed, sync_folders
-from lftpipe.store.shard import Record
+from lftpipe.store.sealed import Sealed
 from lftpipe.store.shard_writer import ShardWriter, produce_shard
 from lftpipe.store.token_shards import put_tokens
 from lftpipe.store.verify import Report
@@ -48,10 +45,7 @@ class StoreWriter:
         self.path, self.spec, self.complete, self.epoch, self.fresh = path, spec, False, 0, True
         self.storage = storage_of(path)
         self._lock = lock
-        self._journal: Journal | None = None
-        self._records: Records = {}  # all shards that count as done
-        self._checked: Records = {}  # those whose bytes this process wrote, or an earlier `finish` read
-        self._commits = threading.Lock()
+        self._ledger = Ledger(path, {}, {})
         self._free: list[np.ndarray] = []  # memory that shards written before let go
 
     @classmethod
@@ -110,9 +104,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let go of the lock; what is not finished can be resumed."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        self._ledger.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -137,7 +129,7 @@ class StoreWriter:
         arrays
             Left out, all that the teacher computes.
         """
-        assert self._journal is not None, "nothing is pending in a complete store"
+        assert self._ledger.is_open, "nothing is pending in a complete store"
         attempt = f"e{self.epoch}"
         with produce_shard(self.path, self.spec, key, attempt, arrays=arrays, free=self._free) as shard:
             yield shard
@@ -145,47 +137,14 @@ class StoreWriter:
         self.commit(shard.sealed)
 
     def commit(self, *sealed: Sealed) -> int:
-        """Take shards that were produced, here or elsewhere: into the journal first, then by name.
-
-        One that the store has already, and one whose files are not there as they were written, are refused:
-        they change no byte, and nothing of them remains.
+        """Take shards that were produced, here or elsewhere, as `Ledger.take` does; how many were taken.
 
         Parameters
         ----------
         *sealed
             What `produce_shard` left.
-
-        Returns
-        -------
-        int
-            How many were taken.
-
-        Raises
-        ------
-        StoreError
-            If the disk is full: those that are not taken are gone then.
         """
-        assert self._journal is not None, "a complete store takes no shards"
-        with self._commits, disk_errors(self.path):
-            taken: dict[ShardKey, Sealed] = {}
-            for each in sealed:
-                if each.key not in taken and self._wanted(each):
-                    taken[each.key] = each
-                else:
-                    each.discard(self.path)
-            records = {file: record for each in taken.values() for file, record in each.records.items()}
-            try:
-                if records:
-                    self._journal.append(records)
-            except BaseException:
-                for each in taken.values():
-                    each.discard(self.path)
-                raise
-            sync_folders({folder for each in taken.values() for folder in each.name(self.path)})
-            self.storage.take(self.path, records)
-            self._records.update(records)
-            self._checked.update(records)
-        return len(taken)
+        return self._ledger.take(*sealed)
 
     def put_tokens(
         self,
@@ -234,11 +193,10 @@ class StoreWriter:
         spec = replace(self.spec, details=changed, sequences=sequences or self.spec.sequences)
         if spec == self.spec:
             return
-        assert self._journal is not None, "a complete store takes no notes"
-        with disk_errors(self.path), self._commits:
+        assert self._ledger.is_open, "a complete store takes no notes"
+        with disk_errors(self.path):
+            self._ledger.begin(spec)
             self.spec = spec
-            self._journal.close()
-            self._journal = Journal(self.storage, self.spec, self._records)
 
     def begin_epoch(self, plan: dict[str, Any]) -> None:
         """Freeze what is to be computed into `plan.json`; what was begun before under another plan is void.
@@ -277,12 +235,12 @@ class StoreWriter:
         if self.complete:
             return
         with disk_errors(self.path):
-            refuse_incomplete(self, self._records, self._checked)
+            refuse_incomplete(self, self._ledger.records, self._ledger.checked)
             files = metadata(self.spec, complete=True)
             write_metadata(self.storage, files)
             clear_leftovers(self.path)
             described = {name: describe(data) for name, data in files.items()}
-            Manifest.write(self.path, self.spec, dict(sorted(self._records.items())), described)
+            Manifest.write(self.path, self.spec, dict(sorted(self._ledger.records.items())), described)
             self.storage.remove_log()
             sync_folder(self.path)
         self.complete = True
@@ -301,24 +259,18 @@ class StoreWriter:
         array
             One of its arrays.
         """
-        record = self._records.get(array.file(key.split, key.index))
+        record = self._ledger.records.get(array.file(key.split, key.index))
         return record.sequences if record else 0
-
-    def _wanted(self, sealed: Sealed) -> bool:
-        """Whether a file of it is news, and all are there."""
-        known = {file: old.sequences for file in sealed.records if (old := self._records.get(file))}
-        news = any(known.get(file, 0) < record.sequences for file, record in sealed.records.items())
-        return news and sealed.is_there(self.path)
 
     def _begin(self, resume: bool, force: bool, repair: Report | None, recheck: bool) -> None:
         if force:
             opening.clear(self.path)
         found = opening.find(self.path, self.spec, resume=resume, repair=repair, recheck=recheck)
         self.spec, self.complete = found.spec, found.complete
-        self._records, self._checked = found.records, found.checked
+        self._ledger = Ledger(self.path, found.records, found.checked)
         self.fresh = not (found.records or found.finished)
         if not self.complete:
-            self._journal = Journal(self.storage, self.spec, self._records)
+            self._ledger.begin(self.spec)
             if not found.finished:
                 self.storage.delete(MANIFEST)  # a damaged one
                 write_metadata(self.storage, metadata(self.spec, complete=False))
@@ -331,8 +283,4 @@ class StoreWriter:
         files
             Shard files, relative to the store.
         """
-        assert self._journal is not None, "nothing is pending in a complete store"
-        lost = {file: Record(0, 0, "") for file in files}
-        with self._commits:
-            self._records.update(lost)
-            self._journal.append(lost)
+        self._ledger.forget(files)
