@@ -58,3 +58,11 @@ def export_settings(run: runs.Run, tmp_path: Path, **options: Any) -> ExportSett
     return ExportSettings(
         workspace=tmp_path, **({"runs": (str(run.path),), "out": tmp_path / "out"} | options)
     )
+
+
+def greedy(model: Any, prompt: torch.Tensor, count: int = 8, **options: Any) -> torch.Tensor:
+    """What a model writes after a prompt, without an end of text."""
+    return model.generate(
+        prompt,
+        **({"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options),
+    )

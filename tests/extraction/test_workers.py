@@ -1,6 +1,5 @@
 """However many processes compute, and whichever dies: the store is that of one process, to the byte."""
 
-import dataclasses
 import json
 import os
 import random
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import CONTEXT
+from extractions import change, contents
 from fake_states import environment
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +24,6 @@ from lftpipe.extraction.parts import parse_part
 from lftpipe.stages.extract import extract
 from lftpipe.store import Store, read_plan, verify_store
 
-CONTEXT = 32
 SETTINGS: dict[str, Any] = {
     "context": CONTEXT,
     "tokens": 60 * CONTEXT,
@@ -51,18 +51,6 @@ def serial(
     folder = tmp_path_factory.mktemp("serial")
     options = {"workspace": folder, "model": str(teachers["neox"]), "corpus": str(text_folder)}
     return contents(Path(extract(ExtractSettings(**options, **SETTINGS))["store"]))
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in sorted(store.rglob("*"))
-        if path.is_file() and path.name != "writer.lock"
-    }
-
-
-def change(settings: ExtractSettings, **values: Any) -> ExtractSettings:
-    return dataclasses.replace(settings, **values)
 
 
 def spawn(settings: ExtractSettings, *more: str, **environ: str) -> subprocess.Popen[str]:

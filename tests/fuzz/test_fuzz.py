@@ -97,6 +97,24 @@ def restored(path: Path) -> Any:
 BINDINGS: dict[Path, str] = {}
 
 
+def teacher_readers(folder: Path, root: Path) -> dict[str, Reader]:
+    """Of the files of a teacher's folder."""
+    both = ("damaged", "edited")
+
+    def teacher() -> Any:
+        return open_teacher(str(folder), root).num_layers
+
+    def tokenized() -> Any:
+        return load_tokenizer(open_teacher(str(folder), root))("a b")
+
+    return {
+        "teacher config": Reader(folder / "config.json", teacher, False, both),
+        "teacher weights": Reader(folder / "model.safetensors", teacher, False),
+        "tokenizer": Reader(folder / "tokenizer.json", tokenized, False, both),
+        "tokenizer config": Reader(folder / "tokenizer_config.json", tokenized, False, both),
+    }
+
+
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory, stores, teachers) -> dict[str, Reader]:
     import shutil
@@ -104,7 +122,7 @@ def readers(tmp_path_factory, stores, teachers) -> dict[str, Reader]:
     root = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(stores["neox"], root / "states.zarr")
     shutil.copytree(teachers["neox"], root / "teacher")
-    store, folder = root / "states.zarr", root / "teacher"
+    store = root / "states.zarr"
     made = students(root, store, open_teacher(str(teachers["neox"]), root))
     run, out, newest = made["run"], made["export"], made["stopped"] / runs.CHECKPOINT
     BINDINGS[newest] = newest.read_bytes()[8:24].hex()
@@ -125,14 +143,8 @@ def readers(tmp_path_factory, stores, teachers) -> dict[str, Reader]:
         opened = Store.open(store)
         return [opened.read("train", layer, range(8)) for layer in opened.layers], opened.tokens("train")
 
-    def teacher() -> Any:
-        return open_teacher(str(folder), root).num_layers
-
     def recipe_settings() -> Any:
         return from_recipe(TrainSettings, recipe, "train", {})
-
-    def tokenized() -> Any:
-        return load_tokenizer(open_teacher(str(folder), root))("a b")
 
     found = {
         "recoupling.json": Reader(
@@ -151,12 +163,9 @@ def readers(tmp_path_factory, stores, teachers) -> dict[str, Reader]:
         "export weights": Reader(out / "model.safetensors", lambda: load_model(out).config.steps, False),
         "store manifest": Reader(store / "manifest.json", states, True, edits),
         "store shard": Reader(shard, states),
-        "teacher config": Reader(folder / "config.json", teacher, False, both),
-        "teacher weights": Reader(folder / "model.safetensors", teacher, False),
-        "tokenizer": Reader(folder / "tokenizer.json", tokenized, False, both),
-        "tokenizer config": Reader(folder / "tokenizer_config.json", tokenized, False, both),
         "recipe": Reader(recipe, recipe_settings, False),
     }
+    found |= teacher_readers(root / "teacher", root)
     for name, path in corpora(root).items():
         found[name] = Reader(path, lambda path=path: list(open_corpus(str(path)).documents()), False)
     return found
