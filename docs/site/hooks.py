@@ -10,7 +10,7 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-from lftpipe import cli
+from lftpipe.cli import app as cli
 
 #: A link to a file that is no page of the site.
 SOURCE = re.compile(r"\[([^\]]+)\]\((\.\.?/[^)#\s]+?)\)")
