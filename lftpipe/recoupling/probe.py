@@ -14,7 +14,7 @@ from lftpipe import progress
 from lftpipe.errors import StoreError
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.flow.path import States
-from lftpipe.store import Store
+from lftpipe.store import Store, read_in_turn
 
 #: Training tokens that a probe is fitted on, where nothing else is asked.
 TOKENS = 16_384
@@ -109,9 +109,6 @@ def residual_map(store: Store, layers: tuple[int, ...], seed: int) -> list[list[
 
 def _pairs(store: Store, block: tuple[int, int], rows: list[int]) -> Iterator[tuple[States, States]]:
     """`x_0` and `x_1` of some training sequences, a few at a time."""
-    m, n = block
-    step = max(1, READ_TOKENS // store.context)
-    for first in range(0, len(rows), step):
-        some = rows[first : first + step]
-        x_0, x_1 = (torch.from_numpy(store.read("train", layer, some)).float() for layer in (m, n))
-        yield x_0, x_1
+    parts = [("hidden", layer) for layer in block]
+    for x_0, x_1 in read_in_turn(store, "train", parts, rows, max(1, READ_TOKENS // store.context)):
+        yield torch.from_numpy(x_0).float(), torch.from_numpy(x_1).float()

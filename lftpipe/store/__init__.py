@@ -1,6 +1,7 @@
 """The cache of a teacher's states: a Zarr store never wrong, and read at the speed of a memory map."""
 
 from lftpipe.store.batches import Batch, Logits, batch_sequences
+from lftpipe.store.in_turn import read_in_turn
 from lftpipe.store.journal import stored_records
 from lftpipe.store.layout import ShardKey, StoreSpec
 from lftpipe.store.manifest import planned_spec
@@ -30,6 +31,7 @@ __all__ = [
     "batch_sequences",
     "planned_spec",
     "produce_shard",
+    "read_in_turn",
     "read_parts",
     "read_plan",
     "stored_records",

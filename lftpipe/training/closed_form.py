@@ -16,14 +16,14 @@ from lftpipe.flow.hadamard import hadamard
 from lftpipe.flow.linear import LeastSquares, LinearMap
 from lftpipe.flow.stack import NoLayer
 from lftpipe.flow.velocity import Velocity
-from lftpipe.store import Store
+from lftpipe.store import Store, read_in_turn
 from lftpipe.teacher.family import Branches
 from lftpipe.teacher.parts import load_layer
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.run import manifest_of, order_of
 
 #: Sequences read at once.
-_ROWS = 8
+_AT_ONCE = 8
 
 #: `(array, layer)` of each state or attention output that a fit reads.
 _Parts = tuple[tuple[str, int], ...]
@@ -71,13 +71,9 @@ def _batches(name: str, settings: TrainSettings, store: Store, parts: _Parts) ->
     wanted = math.ceil(settings.tokens / store.context)
     sequences = min(order_of(settings, store).num_sequences, wanted)
     with progress.task(f"train {name}", sequences * store.context, "tokens") as task:
-        for first in range(0, sequences, _ROWS):
-            rows = range(first, min(first + _ROWS, sequences))
-            yield [
-                torch.from_numpy(store.read("train", layer, rows, array=array)).float()
-                for array, layer in parts
-            ]
-            task.advance(len(rows) * store.context)
+        for states in read_in_turn(store, "train", parts, range(sequences), _AT_ONCE):
+            yield [torch.from_numpy(state).float() for state in states]
+            task.advance(len(states[0]) * store.context)
 
 
 def _linear(
