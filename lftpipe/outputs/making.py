@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lftpipe.errors import SettingsError
 from lftpipe.files import sync_folder
-from lftpipe.outputs.ownership import MARK, foreign, has_mark
+from lftpipe.outputs.ownership import MARK, has_mark, not_ours
 from lftpipe.outputs.staging import staging
 
 
@@ -112,11 +112,11 @@ def _check(record: Path, others: Sequence[Path], marks: Sequence[bytes], force: 
     if record.exists() and not force:
         raise SettingsError(f"{record}, which exists", "a new file", f"{cure} or another --out")
     if record.exists() and not known:
-        raise foreign(record)
+        raise not_ours(record)
     for other in others:
         # A page or picture of an older version has no mark, but lies beside its record.
         if other.exists() and not (has_mark(other, [MARK]) or (known and record.exists())):
-            raise foreign(other)
+            raise not_ours(other)
 
 
 def _sync_file(path: Path) -> None:

@@ -75,7 +75,7 @@ def has_mark(path: Path, marks: Sequence[bytes]) -> bool:
     return not data or any(mark in data for mark in marks)
 
 
-def foreign(path: Path) -> SettingsError:
+def not_ours(path: Path) -> SettingsError:
     """The error of a file that stands where lftpipe is to write.
 
     Parameters

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lftpipe.outputs.one_writer import busy
-from lftpipe.outputs.ownership import foreign
+from lftpipe.outputs.ownership import not_ours
 
 _OWNER = "made-by-lftpipe"
 
@@ -62,7 +62,7 @@ def _lock_folder(folder: Path) -> int:
             folder.mkdir()
         names = {entry.name for entry in folder.iterdir()}
         if names and _OWNER not in names:
-            raise foreign(folder)
+            raise not_ours(folder)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
