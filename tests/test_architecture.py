@@ -211,9 +211,11 @@ def test_no_file_is_endless():
 
 def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines from its name to its end, without the docstring."""
-    first = function.body[0]
-    docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) is not None else 0
-    return function.end_lineno - function.lineno + 1 - docstring
+
+    def count(node: ast.stmt) -> int:
+        return (node.end_lineno or node.lineno) - node.lineno + 1
+
+    return count(function) - (0 if ast.get_docstring(function) is None else count(function.body[0]))
 
 
 def test_no_function_is_endless():
