@@ -66,6 +66,8 @@ def read_samples(path: Path) -> tuple[list[Sample], list[str]]:
 def keep_sample(path: Path, sample: Sample) -> None:
     """Add a sample to a run's, in place of one that was asked for in the same words.
 
+    A line that cannot be read is kept as it is.
+
     Parameters
     ----------
     path
@@ -73,6 +75,17 @@ def keep_sample(path: Path, sample: Sample) -> None:
     sample
         To keep.
     """
-    kept = [each for each in read_samples(path)[0] if each.asked != sample.asked]
-    lines = [json.dumps(dataclasses.asdict(each)) + "\n" for each in (*kept, sample)]
-    write_atomic(path, "".join(lines).encode())
+    before = path.read_bytes().splitlines() if path.is_file() else []
+    kept = [line for line in before if line.strip() and not _asks(line, sample)]
+    new = json.dumps(dataclasses.asdict(sample)).encode()
+    write_atomic(path, b"".join(line + b"\n" for line in (*kept, new)))
+
+
+def _asks(line: bytes, sample: Sample) -> bool:
+    """Whether a line is a sample of the same question."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Sample).validate_json(line).asked == sample.asked
+    except ValidationError:
+        return False

@@ -7,7 +7,7 @@ from typing import Any, cast
 import lftpipe
 from lftpipe.artefacts.recoupling import MapSettings, Matrix, RecouplingMap
 from lftpipe.config.layers import parse_layers
-from lftpipe.config.settings import RecoupleSettings, TrainSettings, to_json
+from lftpipe.config.settings import RecoupleSettings, TrainSettings, recorded
 from lftpipe.errors import SettingsError
 from lftpipe.outputs import making
 from lftpipe.recoupling import ranking
@@ -73,7 +73,7 @@ def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) 
         approximate=settings.approximate,
         solver="POT sinkhorn_log" if settings.approximate else solver(),
         lftpipe=lftpipe.__version__,
-        settings=cast(MapSettings, to_json(settings)),
+        settings=cast(MapSettings, recorded(settings)),
         store_fingerprint=store.fingerprint,
         probe_residual=_residuals(store, layers, settings) if settings.rank_by == "probe" else None,
         ranking=[],

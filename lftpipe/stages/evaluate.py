@@ -9,7 +9,7 @@ from typing import Any
 from lftpipe import runs
 from lftpipe.artefacts.results import AdaptiveScore, Results
 from lftpipe.config.layers import check_apart
-from lftpipe.config.settings import EvaluateSettings, to_json
+from lftpipe.config.settings import EvaluateSettings, recorded
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.evaluation.predictor import Predictor
@@ -110,7 +110,7 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
         corpus=settings.corpus,
         validation_tokens=scored.num_sequences("validation") * store.context,
         compute_dtype=settings.compute_dtype,
-        settings=to_json(settings),
+        settings=recorded(settings),
         rows=[each for each in scores if not isinstance(each, AdaptiveScore)],
         adaptive=adaptive if settings.adaptive else None,
     )

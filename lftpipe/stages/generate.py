@@ -14,6 +14,7 @@ from lftpipe.config.settings import GenerateSettings
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.solver import EVALUATIONS
+from lftpipe.outputs import one_writer
 from lftpipe.student.assemble import build_student, without_layers
 from lftpipe.student.decoding import Continuation, continue_prompt, speculate, warm_up
 from lftpipe.student.loading import load_model, load_teacher, teacher_of_folder, teacher_of_run
@@ -110,7 +111,8 @@ def _compared(settings: GenerateSettings, prompt: str, writer: Writer) -> dict[s
             temperature=settings.temperature,
             seed=settings.seed,
         )
-        keep_sample(kept, sample)
+        with one_writer(writer.path):
+            keep_sample(kept, sample)
     return (
         facts
         | ours.plain()

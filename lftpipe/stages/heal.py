@@ -18,6 +18,7 @@ from lftpipe.store import Store
 from lftpipe.student.healing import HealingStudent
 from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
+from lftpipe.training.checkpoint import drop_checkpoints
 from lftpipe.training.healing_loss import prepare_healing
 from lftpipe.training.resume import claim, refuse_foreign
 from lftpipe.workspace import find_runs, find_store, run_path
@@ -68,6 +69,7 @@ def _healed(
     merged = student.merged()
     manifest = _manifest(source, settings, trained_tokens)
     runs.save_run(folder, merged.flow, manifest, merged.teacher)
+    drop_checkpoints(folder)
     return {"run": str(folder), "objective": source.objective, "train_tokens": trained_tokens} | result
 
 

@@ -11,7 +11,7 @@ from lftpipe import progress, runs
 from lftpipe.artefacts.recoupling import Matrix, RecouplingMap
 from lftpipe.artefacts.results import Score
 from lftpipe.artefacts.sweep import Choice, Correlation, Sweep, SweptBlock, SweptRun
-from lftpipe.config.settings import RecoupleSettings, SweepSettings, TrainSettings, to_json
+from lftpipe.config.settings import RecoupleSettings, SweepSettings, TrainSettings, recorded
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.evaluation import correlation
@@ -96,7 +96,7 @@ def _swept(settings: SweepSettings, store_path: Path, folder: Path) -> tuple[int
         lengths=lengths,
         validation_tokens=store.num_sequences("validation") * store.context,
         map_settings=dict(found.settings),
-        settings={key: entry for key, entry in to_json(settings).items() if key != "force"},
+        settings=recorded(settings),
         lftpipe=lftpipe.__version__,
         rows=rows,
         correlations=_correlations(rows, lengths, settings.seed),

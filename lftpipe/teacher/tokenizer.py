@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe.errors import LftpipeError, TeacherError, foreign
-from lftpipe.teacher.quiet import quiet_transformers
+from lftpipe.teacher.quiet import quiet_rust, quiet_transformers
 from lftpipe.teacher.source import Teacher
 
 #: One of these holds a tokenizer's vocabulary.
@@ -63,7 +63,7 @@ def tokenizer_of(folder: Path, kind: type[LftpipeError], do: str) -> Any:
     from transformers import AutoTokenizer
 
     given, expected = f"{folder} without a usable tokenizer", "tokenizer.json beside the weights"
-    with foreign(kind, given, expected, do), quiet_transformers():
+    with foreign(kind, given, expected, do), quiet_transformers(), quiet_rust():
         if not any(any(folder.glob(pattern)) for pattern in FILES):
             raise FileNotFoundError("no file of one")  # transformers would make one up that knows no words
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

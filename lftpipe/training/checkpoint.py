@@ -3,7 +3,7 @@
 import io
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,23 +80,7 @@ class Checkpoint:
         RunError
             If both are damaged, or of other runs.
         """
-        before = self._path.with_name(BEFORE)
-        there = [path for path in (self._path, before) if path.exists()]
-        for path in there:
-            try:
-                states = read_checkpoint(path, self._binding(), self._runs[0].device)
-                for run, state in zip(self._runs, states, strict=True):
-                    run.restore(state)
-            except ValueError as error:
-                self._say(
-                    f"{path}: {error}; " + ("trying the one before" if path != there[-1] else "no other")
-                )
-                continue
-            if path != self._path:
-                self._say(f"going on from {path}, step {self._runs[0].step}")
-            return
-        if there:
-            raise RunError(f"damaged {self._path}", "a checkpoint", "start the run again with --force")
+        restore_newest(self._path, self._binding(), self._runs[0].device, self._take)
 
     def drop(self) -> None:
         """The runs are finished: nothing has to go on."""
@@ -109,17 +93,13 @@ class Checkpoint:
         """Digest over what all runs of the checkpoint are: block, objective, seed, loss, and their store."""
         return fingerprint([_identity_of(run) for run in self._runs])
 
-    def _say(self, line: str) -> None:
-        if processes.rank() == 0:
-            print(line, file=sys.stderr)
+    def _take(self, states: list[dict[str, Any]]) -> None:
+        for run, state in zip(self._runs, states, strict=True):
+            run.restore(state)
 
     def _write(self, state: list[dict[str, Any]]) -> None:
         try:
-            self._path.parent.mkdir(exist_ok=True)
-            content = io.BytesIO()
-            torch.save(state, content)
-            data = seal_checkpoint(content.getbuffer(), self._binding())
-            write_atomic(self._path, data, keep=self._path.with_name(BEFORE))
+            write_checkpoint(self._path, state, self._binding())
         except BaseException as error:  # whatever it is, training hears of it
             self._error = error
 
@@ -129,6 +109,68 @@ def _identity_of(run: TrainingRun) -> list[Any]:
     used = run.settings
     named = (used.objective, used.loss, used.seed, used.batch_tokens, used.optimizer, used.condition)
     return [*map(str, named), list(run.block), run.store.origin]
+
+
+def write_checkpoint(path: Path, states: list[dict[str, Any]], binding: str) -> None:
+    """Write a checkpoint, whole or not at all, and keep the one before.
+
+    Parameters
+    ----------
+    path
+        Of the newest; its folder is made if it is not there.
+    states
+        What it holds.
+    binding
+        Digest of the runs that it belongs to.
+    """
+    path.parent.mkdir(exist_ok=True)
+    content = io.BytesIO()
+    torch.save(states, content)
+    write_atomic(path, seal_checkpoint(content.getbuffer(), binding), keep=path.with_name(BEFORE))
+
+
+def restore_newest(
+    path: Path,
+    binding: str,
+    device: torch.device | str,
+    take: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Go on from the newest checkpoint if there is one; from the one before, with a word, if it is damaged.
+
+    Parameters
+    ----------
+    path
+        Of the newest.
+    binding
+        Digest of the runs that it must belong to.
+    device
+        Where its tensors go.
+    take
+        Is given what it holds; raises ValueError if it cannot use it.
+
+    Raises
+    ------
+    RunError
+        If both are damaged, or of other runs.
+    """
+    there = [each for each in (path, path.with_name(BEFORE)) if each.exists()]
+    for each in there:
+        try:
+            states = read_checkpoint(each, binding, device)
+            take(states)
+        except ValueError as error:
+            _say(f"{each}: {error}; " + ("trying the one before" if each != there[-1] else "no other"))
+            continue
+        if each != path:
+            _say(f"going on from {each}, step {states[0]['step']}")
+        return
+    if there:
+        raise RunError(f"damaged {path}", "a checkpoint", "start the run again with --force")
+
+
+def _say(line: str) -> None:
+    if processes.rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def seal_checkpoint(content: bytes | memoryview, binding: str) -> bytes:

@@ -1,6 +1,5 @@
 """The loop of healing: batches in, a student whose layers know of one another out, resumable bit for bit."""
 
-import io
 import json
 import math
 import time
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from lftpipe import progress, runs
 from lftpipe.batch import Batch, BatchFields, BatchOrder, BatchReader
 from lftpipe.config.settings import HealSettings
-from lftpipe.errors import DivergenceError, RunError
-from lftpipe.files import fingerprint, write_atomic
-from lftpipe.training.checkpoint import read_checkpoint, seal_checkpoint
+from lftpipe.errors import DivergenceError
+from lftpipe.files import fingerprint
+from lftpipe.training.checkpoint import restore_newest, write_checkpoint
 from lftpipe.training.optimizer import BETAS, gradient_norm, rate_fraction
 
 #: Sequences held back that an evaluation looks at, at most.
@@ -88,7 +87,7 @@ class Healing:
         Raises
         ------
         RunError
-            If the checkpoint is damaged.
+            If the checkpoints are damaged.
         DivergenceError
             If a loss or a gradient is not finite.
         """
@@ -105,7 +104,6 @@ class Healing:
         with torch.no_grad():
             for name, weight in self.trained.items():
                 weight.copy_(self._best[name])
-        (self.folder / runs.CHECKPOINT).unlink(missing_ok=True)
         return {
             "steps": self.step,
             "loss": self.loss,
@@ -179,8 +177,6 @@ class Healing:
 
     def _save(self) -> None:
         """All that a killed run needs to go on."""
-        path, content = self.folder / runs.CHECKPOINT, io.BytesIO()
-        path.parent.mkdir(exist_ok=True)
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -189,8 +185,7 @@ class Healing:
             "best": self._best,
             "best_loss": self._best_loss,
         }
-        torch.save([state], content)
-        write_atomic(path, seal_checkpoint(content.getbuffer(), self._binding()))
+        write_checkpoint(self.folder / runs.CHECKPOINT, [state], self._binding())
 
     def _binding(self) -> str:
         """What the checkpoint belongs to: the run that is healed, and how."""
@@ -200,16 +195,15 @@ class Healing:
 
     def _restore(self) -> None:
         path = self.folder / runs.CHECKPOINT
-        if not path.exists():
-            return
-        try:
-            (state,) = read_checkpoint(path, self._binding(), self.reader.device)
-        except ValueError as error:
-            raise RunError(f"damaged {path}", "a checkpoint", "heal again with --force") from error
+        restore_newest(path, self._binding(), self.reader.device, self._take)
+        if self.step:
+            runs.drop_metrics_after(self.folder, self.step)
+
+    def _take(self, states: list[dict[str, Any]]) -> None:
+        (state,) = states
         with torch.no_grad():
             for name, weight in self.trained.items():
                 weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self._best, self._best_loss = state["best"], state["best_loss"]
-        runs.drop_metrics_after(self.folder, self.step)

@@ -129,3 +129,13 @@ def test_a_folder_that_is_to_write_has_its_tokenizer_tried_too(neox_teacher, tmp
     folder = edited(neox_teacher.folder, tmp_path / "copy", file, **change)
     with pytest.raises(RunError, match=r"usable tokenizer \(.*model_max_length"):
         generate(GenerateSettings(target=str(folder), prompt="a", max_new_tokens=2))
+
+
+def test_a_panic_of_the_tokenizers_library_prints_nothing(neox_teacher, tmp_path, capfd):
+    decoder = {"type": "WordPiece", "prefix": "", "cleanup": True}
+    model = {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "b", "continuing_subword_prefix": "#"}
+    change = {"model": model, "decoder": decoder, "added_tokens": []}
+    folder = edited(neox_teacher.folder, tmp_path / "copy", "tokenizer.json", **change)
+    with pytest.raises(TeacherError, match="usable tokenizer"):
+        load_tokenizer(open_teacher(str(folder), WORKSPACE))
+    assert capfd.readouterr().err == ""

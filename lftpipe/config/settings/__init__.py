@@ -21,6 +21,7 @@ from lftpipe.config.settings.base import (
     SolverName,
     WalkTimes,
     WeightsDtype,
+    recorded,
     to_json,
 )
 from lftpipe.config.settings.evaluate import EvaluateSettings, SweepSettings, ToySettings
@@ -73,5 +74,6 @@ __all__ = [
     "WalkTimes",
     "WeightsDtype",
     "loss_text",
+    "recorded",
     "to_json",
 ]

@@ -179,3 +179,14 @@ def to_json(settings: Common) -> dict[str, Any]:
         if value not in (None, {}):
             values[field.name] = value
     return values
+
+
+def recorded(settings: Common) -> dict[str, Any]:
+    """Settings as a result records them: without `force`, which says nothing of what was made.
+
+    Parameters
+    ----------
+    settings
+        Of any stage.
+    """
+    return {key: value for key, value in to_json(settings).items() if key != "force"}
