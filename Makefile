@@ -136,9 +136,11 @@ CASES      ?= 500
 fuzz: setup
 	LFTPIPE_FUZZ_CASES=$(CASES) $(BIN)/pytest -s -m slow tests/fuzz
 
-# Every command that writes, killed at every disk operation and run again.
+# Every command that writes, killed at every disk operation and at KILLS random moments, and run again.
+KILLS      ?= 100
 crash: setup
-	$(BIN)/pytest -s -m "slow or not slow" tests/stages/test_crash.py tests/store/test_killed.py tests/test_outputs.py
+	LFTPIPE_KILLS=$(KILLS) $(BIN)/pytest -s -m "slow or not slow" tests/stages/test_crash.py tests/store/test_killed.py \
+	  tests/training/test_kills.py tests/test_outputs.py
 
 # Exports in other runtimes, lm_eval and llama.cpp, and the table of what runs where.
 runtimes: setup
