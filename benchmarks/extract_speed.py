@@ -46,6 +46,7 @@ def settings_of(options: argparse.Namespace, folder: Path, tokens: int) -> Any:
         compute_dtype=options.compute_dtype,
         logits=options.logits,
         threads=options.threads,
+        device=options.device,
         force=True,
     )
 
@@ -103,7 +104,7 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
         ids = rng.integers(0, plan.teacher.config.vocab_size, (count, plan.context), dtype=np.int32)
     tokens = {"train": (ids, np.zeros_like(ids))}
     spec = StoreSpec(
-        identity={"benchmark": "extract"},
+        identity={"benchmark": "extract", "batch_sequences": plan.batch_sequences},
         layers=plan.layers,
         attention_layers=plan.attention_layers,
         context=plan.context,
@@ -183,7 +184,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32", "int8"))
     parser.add_argument("--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--logits", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--threads", type=int, default=None, help="of torch (default: its own choice)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-tokens", default="20000,200000")
     parser.add_argument("--folder", type=Path, default=None, help="where the stores go (default: temporary)")
