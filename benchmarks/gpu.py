@@ -111,7 +111,6 @@ def training(options: argparse.Namespace, folder: Path) -> None:
             batch_tokens=options.train_batch_tokens,
             device=options.device,
             threads=options.threads,
-            muon_dtype="auto",
             run=str(folder / f"run-{objective}"),
         )
         kinds = [torch.profiler.ProfilerActivity.CUDA] if cuda else [torch.profiler.ProfilerActivity.CPU]

@@ -39,9 +39,13 @@ def results_of(checkout: Path, folder: Path) -> dict[str, Any]:
     folder
         Where its files go.
     """
+    # The older of two checkouts may know no other format than this.
+    settings = checkout / "lftpipe/config/settings/train.py"
+    muon = "--muon-dtype bfloat16" if settings.exists() and "muon_dtype" in settings.read_text() else ""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     options = ["--threads", "1", "--workspace", str(folder), "--json"]
-    for command in COMMANDS:
+    for given in COMMANDS:
+        command = f"{given} {muon}" if given.startswith("train") else given
         print(f"{checkout}: {command}", flush=True)
         done = subprocess.run(
             [sys.executable, "-m", "lftpipe", *command.split(), *options],

@@ -50,15 +50,12 @@ def rate_fraction(step: int, num_steps: int, warmup: float) -> float:
 def muon_dtype(settings: TrainSettings) -> str:
     """In which Muon orthogonalises: `auto` is bfloat16 only where the device multiplies in it.
 
-    Objectives that came after this setting don't know the former default, and take `auto` for it.
-
     Parameters
     ----------
     settings
-        `muon_dtype`, `objective`, `device`.
+        `muon_dtype`, `device`.
     """
-    former = settings.objective not in ("distil", "looped")
-    if settings.muon_dtype == "float32" or (settings.muon_dtype == "bfloat16" and former):
+    if settings.muon_dtype != "auto":
         return settings.muon_dtype
     return dtype_name(resolve_compute_dtype("auto", settings.device))
 

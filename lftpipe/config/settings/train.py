@@ -80,9 +80,9 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
     """Tokens in one step; a small budget is better spent on many small steps."""
     optimizer: OptimizerName = "muon"
     """Optimizer of the layer's matrices; AdamW always trains the rest."""
-    muon_dtype: MuonDtype = "bfloat16"
-    """Number format in which Muon orthogonalises; `auto`: float32 if the processor only emulates bfloat16,
-    which is twenty times as fast there."""
+    muon_dtype: MuonDtype = "auto"
+    """Number format in which Muon orthogonalises; `auto`: bfloat16 where the device multiplies in it, else
+    float32, which is twenty times as fast there."""
     learning_rate: NonNegative | None = None
     """Peak learning rate; default: 0.02 for `muon`, 0.003 for `adamw`."""
     warmup: Fraction = 0.05
