@@ -71,7 +71,7 @@ def test_the_settings_of_a_run_are_a_recipe_that_makes_it_again(settings, tmp_pa
         TrainSettings, tmp_path / "run/settings.toml", "train", {"run": str(tmp_path / "again")}
     )
     assert again.threads == torch.get_num_threads()  # what was left out is recorded as it was settled
-    left_out = {"run": settings.run, "threads": settings.threads, "learning_rate": None}
+    left_out = {"run": settings.run, "threads": settings.threads, "learning_rate": None, "muon_dtype": "auto"}
     assert change(again, **left_out) == settings
     train(again)
     torch.testing.assert_close(weights_of(tmp_path / "again"), weights_of(tmp_path / "run"), rtol=0, atol=0)
