@@ -83,42 +83,37 @@ def next_token_loss(tokens: Int[Tensor, "*batch"], targets: Bool[Tensor, "*batch
     return (losses * targets).mean()
 
 
-def through_head(
+def by_pieces(
     states: Float[Tensor, "position feature"],
-    head: Callable[[Float[Tensor, "position feature"]], Float[Tensor, "position vocabulary"]],
-    compare: Callable[[Float[Tensor, "position vocabulary"], slice], Loss],
+    compare: Callable[[Float[Tensor, "piece feature"], slice], Loss],
     positions: int,
 ) -> Loss:
     """A mean over positions of a loss on logits, without the logits of more than some of them at once.
 
-    The gradient with regard to the states is taken piece by piece together with the loss, so the product with
-    the head is computed once forward and once backward, and one piece is held. The head is not trained.
+    The gradient with regard to the states is taken piece by piece together with the loss, so the products
+    with the head are computed once forward and once backward, and one piece is held. The head is not trained.
 
     Parameters
     ----------
     states
         What the head reads: after the final norm.
-    head
-        From such states to logits.
     compare
-        The mean loss of the positions of a slice, given their logits.
+        The mean loss of the positions of a slice, from their states.
     positions
         How many make a piece.
     """
+    learns = torch.is_grad_enabled() and states.requires_grad
     leaf = states.detach()
-    total, gradient = states.new_zeros((), dtype=torch.float32), torch.zeros_like(leaf)
+    total = states.new_zeros((), dtype=torch.float32)
+    gradient = torch.zeros_like(leaf) if learns else None
     for start in range(0, len(states), positions):
         part = slice(start, min(start + positions, len(states)))
-        fraction = (part.stop - part.start) / len(states)
-        if not states.requires_grad:
-            total += fraction * compare(head(leaf[part]), part)
-            continue
-        piece = leaf[part].requires_grad_(True)
-        with torch.enable_grad():
-            loss = fraction * compare(head(piece), part)
-        (gradient[part],) = torch.autograd.grad(loss, piece)
+        piece = leaf[part].requires_grad_(learns)
+        loss = compare(piece, part) * ((part.stop - part.start) / len(states))
         total += loss.detach()
-    if not states.requires_grad:
+        if gradient is not None:
+            (gradient[part],) = torch.autograd.grad(loss, piece)
+    if gradient is None:
         return total
     carried = (states * gradient).sum()
-    return total + carried - carried.detach()
+    return total + (carried - carried.detach())

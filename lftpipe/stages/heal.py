@@ -9,6 +9,7 @@ import torch
 
 import lftpipe
 from lftpipe import runs
+from lftpipe.config.loss import ON_STORED_LOGITS
 from lftpipe.config.settings import ComputeDtype, HealSettings
 from lftpipe.device import dtype_name, prepare, resolve_compute_dtype
 from lftpipe.errors import RunError, SettingsError, StoreError
@@ -97,9 +98,9 @@ def _resolved(settings: HealSettings, source: Run, store: Store) -> HealSettings
         )
     if settings.rank < 1:
         raise SettingsError(f"--rank {settings.rank}", "at least 1", "give --rank 16")
-    if settings.loss == "top-logits" and not store.spec.logits:
+    if settings.loss in ON_STORED_LOGITS and not store.spec.logits:
         raise SettingsError(
-            f"--loss top-logits on store {store.path} without logits",
+            f"--loss {settings.loss} on store {store.path} without logits",
             "a store with the teacher's largest logits",
             "extract --force with --logits 64, or use --loss logits",
         )

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from lftpipe.batch import Batch, BatchFields, BatchOrder, BatchReader
+from lftpipe.config.loss import ON_STORED_LOGITS
 from lftpipe.config.settings import HealSettings
 from lftpipe.device import cast_linear
 from lftpipe.errors import RunError
-from lftpipe.flow.distillation import full_divergence, next_token_loss, through_head, top_divergence
+from lftpipe.flow.distillation import by_pieces, full_divergence, next_token_loss, top_divergence
 from lftpipe.flow.path import States
+from lftpipe.flow.sampled_softmax import draw, sampled_divergence
 from lftpipe.store import Store
 from lftpipe.teacher.family import AttentionContext
 from lftpipe.teacher.parts import Tail, load_embedding
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.healing import Healing
+from lftpipe.training.logit_terms import check_head
 
 #: Logits that are held at once: 32 MiB, as in training (`lftpipe.training.logit_terms`).
 PIECE_LOGITS = 2**23
@@ -71,6 +74,8 @@ def prepare_healing(
     tail = Tail(teacher, deepest if settings.loss == "logits" else teacher.num_layers)
     tail.to(settings.device)
     cast_linear(tail, dtype)
+    if settings.loss == "sampled-logits":
+        check_head(tail, teacher)
     held_back = math.ceil(settings.hold_back * store.num_sequences("train"))
     used = store.num_sequences("train") - held_back
     if used < 1:
@@ -88,7 +93,7 @@ def prepare_healing(
         folder,
         settings,
         reader,
-        BatchFields(tuple(sorted(layers)), logits=settings.loss == "top-logits"),
+        BatchFields(tuple(sorted(layers)), logits=settings.loss in ON_STORED_LOGITS),
         BatchOrder(max(1, settings.batch_tokens // store.context), settings.seed, used),
         trained,
         loss,
@@ -104,10 +109,23 @@ def _top_logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
     assert batch.logits is not None
     values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
 
-    def compare(logits: Tensor, part: slice) -> Tensor:
-        return top_divergence(values[part], ids[part], normaliser[part], logits)
+    def compare(piece: Tensor, part: slice) -> Tensor:
+        return top_divergence(values[part], ids[part], normaliser[part], tail.head(piece))
 
-    return through_head(states.flatten(0, 1), tail.head, compare, _positions(tail))
+    return by_pieces(states.flatten(0, 1), compare, _positions(tail))
+
+
+def _sampled_logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
+    assert batch.logits is not None
+    assert tail.linear_head is not None
+    weight, bias = tail.linear_head.weight, tail.linear_head.bias
+    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
+    drawn = draw(ids, tail.vocabulary, batch.step)
+
+    def compare(piece: Tensor, part: slice) -> Tensor:
+        return sampled_divergence(values[part], ids[part], normaliser[part], piece, weight, bias, drawn)
+
+    return by_pieces(states.flatten(0, 1), compare, max(1, PIECE_LOGITS // (ids.shape[1] * weight.shape[1])))
 
 
 def _logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
@@ -117,12 +135,12 @@ def _logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
         )
         theirs = tail.norm(h).flatten(0, 1)
 
-    def compare(logits: Tensor, part: slice) -> Tensor:
+    def compare(piece: Tensor, part: slice) -> Tensor:
         with torch.no_grad():
             teacher = tail.head(theirs[part])
-        return full_divergence(teacher, logits)
+        return full_divergence(teacher, tail.head(piece))
 
-    return through_head(states.flatten(0, 1), tail.head, compare, _positions(tail))
+    return by_pieces(states.flatten(0, 1), compare, _positions(tail))
 
 
 def _tokens(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
@@ -131,10 +149,15 @@ def _tokens(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
     known[:, -1] = False
     targets = known.flatten()
 
-    def compare(logits: Tensor, part: slice) -> Tensor:
-        return next_token_loss(following[part], targets[part], logits)
+    def compare(piece: Tensor, part: slice) -> Tensor:
+        return next_token_loss(following[part], targets[part], tail.head(piece))
 
-    return through_head(states.flatten(0, 1), tail.head, compare, _positions(tail))
+    return by_pieces(states.flatten(0, 1), compare, _positions(tail))
 
 
-_LOSSES = {"top-logits": _top_logits, "logits": _logits, "tokens": _tokens}
+_LOSSES = {
+    "top-logits": _top_logits,
+    "sampled-logits": _sampled_logits,
+    "logits": _logits,
+    "tokens": _tokens,
+}

@@ -15,7 +15,7 @@ from torch import Tensor
 from lftpipe.batch import Batch
 from lftpipe.device import cast_linear
 from lftpipe.errors import TeacherError
-from lftpipe.flow.distillation import full_divergence, top_divergence
+from lftpipe.flow.distillation import by_pieces, full_divergence, top_divergence
 from lftpipe.flow.objective import Loss
 from lftpipe.flow.path import States
 from lftpipe.flow.sampled_softmax import draw, sampled_divergence
@@ -108,7 +108,7 @@ def logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
         key = (begin, next(tail.head.parameters()).dtype, part.start)
         return full_divergence(_teacher_logits(tail, teacher, batch, part, key), tail.head(student))
 
-    return _by_pieces(tail, end, batch, start, divergence)
+    return _over_positions(tail, end, batch, start, divergence)
 
 
 def top_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
@@ -131,7 +131,7 @@ def top_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> L
     def divergence(student: Positions, part: slice) -> Loss:
         return top_divergence(values[part], ids[part], normaliser[part], tail.head(student))
 
-    return _by_pieces(tail, end, batch, start, divergence)
+    return _over_positions(tail, end, batch, start, divergence)
 
 
 def sampled_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
@@ -157,7 +157,7 @@ def sampled_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) 
     def divergence(student: Positions, part: slice) -> Loss:
         return sampled_divergence(values[part], ids[part], normaliser[part], student, weight, bias, drawn)
 
-    return _by_pieces(tail, end, batch, start, divergence, ids.shape[1] * weight.shape[1])
+    return _over_positions(tail, end, batch, start, divergence, ids.shape[1] * weight.shape[1])
 
 
 def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, key: tuple[Any, ...]) -> Tensor:
@@ -171,7 +171,7 @@ def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, ke
     return logits
 
 
-def _by_pieces(
+def _over_positions(
     tail: Tail,
     end: States,
     batch: Batch,
@@ -179,23 +179,8 @@ def _by_pieces(
     divergence: Callable[[Positions, slice], Loss],
     numbers: int | None = None,
 ) -> Loss:
-    """The mean of `divergence` over positions, each of which makes so many numbers: else, all logits.
-
-    Each piece's gradient is taken at once; what is returned has the mean's value and gradient.
-    """
+    """The mean of `divergence` over positions, each of which makes so many numbers; default: all logits."""
     states = tail.states(end, batch.context, start=start, stop=tail.start + len(tail.layers))
     normed = tail.norm(states).flatten(0, 1)
-    learns = torch.is_grad_enabled() and normed.requires_grad
-    total, gradient = normed.new_zeros(()), torch.zeros_like(normed) if learns else None
     size = max(1, PIECE_BYTES.get(end.device.type, OTHERWISE) // (4 * (numbers or tail.vocabulary)))
-    for first in range(0, len(normed), size):
-        part = slice(first, min(first + size, len(normed)))
-        piece = normed[part].detach().requires_grad_(learns)
-        loss = divergence(piece, part) * (len(piece) / len(normed))
-        total += loss.detach()
-        if gradient is not None:
-            (gradient[part],) = torch.autograd.grad(loss, piece)
-    if gradient is None:
-        return total
-    carried = (normed * gradient).sum()
-    return total + (carried - carried.detach())
+    return by_pieces(normed, divergence, size)

@@ -13,19 +13,25 @@ from lftpipe.training.muon import Muon
 #: At the peak, where none is given. Muon's steps are scaled to the size of AdamW's, and may be larger.
 LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}
 
+#: Of `distil`, by Muon; chosen on sequences held back (docs/results/rivals.md).
+DISTIL_RATE = 5e-3
+
 BETAS = (0.9, 0.95)
 
 
 def peak_rate(settings: TrainSettings) -> float:
-    """The learning rate at its peak: as given, or the optimiser's own.
+    """The learning rate at its peak: as given, or the recipe's or the optimiser's own.
 
     Parameters
     ----------
     settings
-        `learning_rate` and `optimizer`.
+        `learning_rate`, `objective` and `optimizer`.
     """
-    rate = settings.learning_rate
-    return LEARNING_RATES[settings.optimizer] if rate is None else rate
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    if settings.objective == "distil" and settings.optimizer == "muon":
+        return DISTIL_RATE
+    return LEARNING_RATES[settings.optimizer]
 
 
 def rate_fraction(step: int, num_steps: int, warmup: float) -> float:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lftpipe.flow.distillation import full_divergence, next_token_loss, through_head
+from lftpipe.flow.distillation import by_pieces, full_divergence, next_token_loss
 
 
 @pytest.mark.parametrize("positions", [1, 4, 7, 100])
@@ -14,14 +14,15 @@ def test_pieces_change_neither_value_nor_gradient(positions: int) -> None:
     states = torch.randn(14, 8, requires_grad=True)
     whole = full_divergence(teacher, head(states))
     (expected,) = torch.autograd.grad(3 * whole, states)
-    loss = through_head(states, head, lambda logits, part: full_divergence(teacher[part], logits), positions)
+
+    def compare(piece: Tensor, part: slice) -> Tensor:
+        return full_divergence(teacher[part], head(piece))
+
+    loss = by_pieces(states, compare, positions)
     (gradient,) = torch.autograd.grad(3 * loss, states)
     assert torch.allclose(loss, whole, rtol=1e-5)
     assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-7)
-    still = through_head(
-        states.detach(), head, lambda logits, part: full_divergence(teacher[part], logits), positions
-    )
-    assert torch.allclose(still, whole, rtol=1e-5)
+    assert torch.allclose(by_pieces(states.detach(), compare, positions), whole, rtol=1e-5)
 
 
 def test_a_position_without_a_target_does_not_count() -> None:

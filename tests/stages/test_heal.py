@@ -78,7 +78,7 @@ def scored(store: Path, folder: Path, *names: str) -> dict[str, dict[str, float]
     [
         ("skip", {"adapter": "full", "loss": "logits"}),
         ("regression", {"adapter": "lora", "loss": "top-logits"}),
-        ("fw", {"adapter": "lora", "train": "student", "rank": 4}),
+        ("fw", {"adapter": "lora", "train": "student", "rank": 4, "loss": "sampled-logits"}),
         ("linear", {"adapter": "full", "train": "student", "loss": "logits"}),
     ],
 )

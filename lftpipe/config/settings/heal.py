@@ -23,7 +23,7 @@ from lftpipe.config.settings.base import (
 
 Trained = Literal["tail", "student"]
 Adapter = Literal["lora", "full"]
-HealLoss = Literal["top-logits", "logits", "tokens"]
+HealLoss = Literal["top-logits", "sampled-logits", "logits", "tokens"]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -39,8 +39,8 @@ class HealSettings(OfStore, OnDevice, Seeded, Writing):
     rank: Annotated[int, Field(ge=1, le=2**16)] = 16
     """Rank of the adapters."""
     loss: HealLoss = "top-logits"
-    """What is learned: the store's `top-logits`, the `logits` of the teacher's own last layers, or the
-    `tokens` alone."""
+    """What is learned: the store's `top-logits` (`sampled-logits`: without the whole head), the `logits` of
+    the teacher's own last layers, or the `tokens` alone."""
     tokens: Count = 200_000
     """Training tokens."""
     batch_tokens: Batch = 1024

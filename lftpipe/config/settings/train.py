@@ -84,7 +84,7 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
     """Number format in which Muon orthogonalises; `auto`: bfloat16 where the device multiplies in it, else
     float32, which is twenty times as fast there."""
     learning_rate: NonNegative | None = None
-    """Peak learning rate; default: 0.02 for `muon`, 0.003 for `adamw`."""
+    """Peak learning rate; default: 0.02 for `muon` (0.005 for `distil`), 0.003 for `adamw`."""
     warmup: Fraction = 0.05
     """Fraction of the steps in which the learning rate rises; cosine decay follows."""
     weight_decay: NonNegative = 0.01
