@@ -43,6 +43,25 @@ def plain(value: Any) -> Any:
     return json.loads(canonical(value))
 
 
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text that anyone may have written.
+
+    Parameters
+    ----------
+    data
+        The text.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or is nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def fingerprint(value: Any) -> str:
     """Digest of a JSON-plain value, 32 hex digits; the order of keys does not matter.
 

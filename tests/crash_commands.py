@@ -3,6 +3,7 @@
 Each writes into `made` beside the store.
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from lftpipe.stages.toy import toy
 from lftpipe.stages.train import train
 
 BATCH = 4 * CONTEXT
+
+#: What differs from one unkilled command to the next: times, and digests over them.
+TIMES = re.compile(rb'("(ms_per_token|seconds|\w*_seconds|digest|metrics_digest)": )("\w*"|[\d.e+-]+)')
 
 
 def nothing(here: Path) -> None:
@@ -189,3 +193,18 @@ COMMANDS: dict[str, Command] = {
     "generate --keep": Command(generate_it, run_beside),
     "sweep": Command(sweep_it),
 }
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below, without what differs each time; of pages their words alone."""
+    found = {}
+    for path in folder.rglob("*"):
+        data = path.read_bytes() if path.is_file() else b""
+        if path.suffix in (".json", ".jsonl"):
+            data = TIMES.sub(rb"\1", data)
+        elif path.suffix in (".md", ".html"):
+            data = re.sub(rb"[\d.e-]+", b"", data)
+        elif path.suffix == ".toml":
+            data = re.sub(rb"(resume|force) = \w+", b"", data)
+        found[str(path.relative_to(folder))] = data
+    return found

@@ -85,7 +85,7 @@ def line_of(error: Exception) -> str:
             f"given: {reason or 'a computation'} / expected: enough memory / "
             "do: lower --batch-tokens, --context or --tokens, or use a machine with more memory"
         )
-    if "WORLD_SIZE" in os.environ and type(error).__module__.startswith("torch"):
+    if _is_of_the_exchange(error):
         return (
             f"given: {type(error).__name__}: {reason} / expected: all processes to go on to the end / "
             "do: see which process failed first, and run again with --resume"
@@ -93,6 +93,15 @@ def line_of(error: Exception) -> str:
     return (
         f"given: {type(error).__name__}: {reason} / expected: no such thing, a defect of lftpipe / "
         "do: run again with --debug and report what it shows"
+    )
+
+
+def _is_of_the_exchange(error: Exception) -> bool:
+    """Whether another process of `torchrun` is gone: torch's own types, or what gloo and NCCL say."""
+    text = str(error).lower()
+    said = any(word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset"))
+    return "WORLD_SIZE" in os.environ and (
+        type(error).__module__.startswith("torch") or (isinstance(error, RuntimeError) and said)
     )
 
 

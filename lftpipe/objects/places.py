@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from lftpipe.files import write_atomic
+from lftpipe.files import parse_json, write_atomic
 from lftpipe.objects.storage import LocalStorage, Storage
 
 MARKER = "mirror.json"
@@ -74,7 +74,7 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
         Of this machine.
     """
     try:
-        found = json.loads((folder / MARKER).read_bytes())
+        found = parse_json((folder / MARKER).read_bytes())
         return found if isinstance(found.get("url"), str) and isinstance(found.get("files"), dict) else None
     except (OSError, ValueError, AttributeError):
         return None

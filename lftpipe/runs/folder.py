@@ -9,7 +9,7 @@ from typing import Any
 import tomli_w
 
 from lftpipe.config.recipe import RECORD_TABLE
-from lftpipe.errors import RunError
+from lftpipe.errors import RunError, foreign
 from lftpipe.files import write_atomic
 
 MANIFEST, SETTINGS, METRICS, WEIGHTS, CHECKPOINT, DIVERGED = (
@@ -54,13 +54,12 @@ def read_settings(run: Path) -> tuple[dict[str, Any], str]:
     RunError
         If it is not readable.
     """
-    try:
+    with foreign(RunError, f"damaged {run / SETTINGS}", "the run's settings", "start again with --force"):
         recipe = tomllib.loads((run / SETTINGS).read_text())
-        return recipe["heal" if "heal" in recipe else "train"], recipe[RECORD_TABLE]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"damaged {run / SETTINGS}", "the run's settings", "start again with --force"
-        ) from error
+        settings, store = recipe["heal" if "heal" in recipe else "train"], recipe[RECORD_TABLE]["fingerprint"]
+        if not (isinstance(settings, dict) and isinstance(store, str)):
+            raise TypeError("no table of settings")
+        return settings, store
 
 
 def note_divergence(run: Path, step: int, learning_rate: float) -> None:

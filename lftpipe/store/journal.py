@@ -4,13 +4,12 @@ A shard's digest is in the journal *before* the shard gets its name. So a crash 
 ``.partial`` file that the journal knows, and opening the store again gives it its name.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from lftpipe.files import canonical
+from lftpipe.files import canonical, parse_json
 from lftpipe.objects import Storage, storage_of
 from lftpipe.store.layout import JOURNAL, StoreSpec
 from lftpipe.store.parsing import (
@@ -104,7 +103,7 @@ def content_of(line: bytes) -> Any:
         Without its end.
     """
     digest, _, text = line.partition(b" ")
-    return json.loads(text) if digest == xxhash.xxh3_64_hexdigest(text).encode() else None
+    return parse_json(text) if digest == xxhash.xxh3_64_hexdigest(text).encode() else None
 
 
 def stored_records(path: Path) -> dict[str, int]:

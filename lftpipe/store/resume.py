@@ -1,6 +1,5 @@
 """What is decided when a store is opened for writing: is it ours, is it the same, what of it can be kept."""
 
-import json
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lftpipe.errors import StoreError
-from lftpipe.files import differences
+from lftpipe.files import differences, parse_json
 from lftpipe.objects import Storage, storage_of
 from lftpipe.store.chunk_reader import ChunkReader
 from lftpipe.store.journal import Journal, on_disk
@@ -110,7 +109,7 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
     """What the Zarr metadata says and the shards' own checksums confirm."""
     storage = storage_of(path)
     try:
-        attributes = json.loads(storage.read("zarr.json"))["attributes"]
+        attributes = parse_json(storage.read("zarr.json"))["attributes"]
         given = root_attributes(spec)
         own = given.keys() - spec.details.keys() | {"complete", "logits"}
         details = {key: value for key, value in attributes.items() if key not in own}

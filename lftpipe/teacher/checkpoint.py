@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lftpipe.errors import TeacherError
+from lftpipe.errors import TeacherError, foreign
 
 
 class Checkpoint:
@@ -132,7 +132,7 @@ class Overlay(Checkpoint):
 
 
 def _files_of(index: Path) -> list[str]:
-    try:
+    with foreign(TeacherError, f"damaged {index}", "the index of a checkpoint", "fetch it again"):
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if wrong := [
             name for name in names if Path(name).name != name or Path(name).suffix != ".safetensors"
@@ -143,5 +143,3 @@ def _files_of(index: Path) -> list[str]:
                 "save the model with transformers' save_pretrained",
             )
         return names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TeacherError(f"damaged {index}", "the index of a checkpoint", "fetch it again") from error

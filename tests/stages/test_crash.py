@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -11,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_commands import COMMANDS, Command, make_world
+from crash_commands import COMMANDS, TIMES, Command, content, make_world
 from matplotlib.figure import Figure
 
 from lftpipe.errors import LftpipeError
 from lftpipe.outputs import MARK
 
 OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
-
-#: What differs from one unkilled command to the next: times, and digests over them.
-TIMES = re.compile(rb'("(ms_per_token|seconds|\w*_seconds|digest|metrics_digest)": )("\w*"|[\d.e+-]+)')
 
 
 @pytest.fixture(autouse=True)
@@ -74,21 +70,6 @@ def killed_before(number: int, command: Command, here: Path, force: bool) -> boo
     _, status = os.waitpid(child, 0)
     assert status in (0, signal.SIGKILL), f"operation {number}: {status}"
     return status == signal.SIGKILL
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file below, without what differs each time; of pages their words alone."""
-    found = {}
-    for path in folder.rglob("*"):
-        data = path.read_bytes() if path.is_file() else b""
-        if path.suffix in (".json", ".jsonl"):
-            data = TIMES.sub(rb"\1", data)
-        elif path.suffix in (".md", ".html"):
-            data = re.sub(rb"[\d.e-]+", b"", data)
-        elif path.suffix == ".toml":
-            data = re.sub(rb"(resume|force) = \w+", b"", data)
-        found[str(path.relative_to(folder))] = data
-    return found
 
 
 def prepare(here: Path, command: Command) -> None:

@@ -1,5 +1,6 @@
 """What a checkpoint may say of itself, and what it is not believed."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -10,12 +11,21 @@ from typing import Any
 import pytest
 import torch
 
+import lftpipe
 from lftpipe.errors import TeacherError
+from lftpipe.student.loading import load_model
+from lftpipe.teacher import gguf
 from lftpipe.teacher.checkpoint import Checkpoint
 from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher, open_teacher
 
 WORKSPACE = Path("unused")
+
+GGUF = Path(str(gguf.__file__))
+
+
+def load_teacher_of(folder: Path) -> None:
+    open_teacher(str(folder), WORKSPACE)
 
 
 def copy_of(teacher: Teacher, folder: Path, **config: Any) -> Path:
@@ -97,3 +107,38 @@ def test_a_tokenizer_with_code_neither_asks_nor_runs(neox_teacher, tmp_path):
     done = subprocess.run(command, input="y\ny\n", capture_output=True, text=True, timeout=120)
     assert not (tmp_path / "ran").exists()
     assert "[y/N]" not in done.stdout + done.stderr
+
+
+def calls_of_transformers() -> dict[str, set[str]]:
+    """The keywords of every call of transformers' automatic classes, by where it is."""
+    found = {}
+    for path in sorted(Path(lftpipe.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                name = ast.unparse(node.func)
+                if name.startswith("Auto") and node.func.attr in ("from_pretrained", "from_config"):
+                    place = f"{path.name}:{node.lineno} {name}"
+                    found[place] = {ast.unparse(keyword) for keyword in node.keywords}
+    return found
+
+
+def test_every_call_of_transformers_trusts_no_code_and_no_pickle():
+    calls = calls_of_transformers()
+    assert len(calls) >= 7
+    for place, keywords in calls.items():
+        if "**where" in keywords:  # of a GGUF file
+            assert place.startswith("gguf.py") and '"trust_remote_code": False' in GGUF.read_text()
+            continue
+        assert "trust_remote_code=False" in keywords, place
+        if "Model" in place and "from_pretrained" in place:
+            assert "use_safetensors=True" in keywords, place
+
+
+@pytest.mark.parametrize("load", [load_model, load_teacher_of], ids=["student", "teacher"])
+def test_an_index_that_leads_elsewhere_is_refused_however_a_model_is_loaded(neox_teacher, tmp_path, load):
+    folder = copy_of(neox_teacher, tmp_path / "copy")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index_of(folder, "../outside.safetensors")
+    (folder / "inside.safetensors").touch()
+    with pytest.raises(TeacherError, match="expected: safetensors files of the same folder"):
+        load(folder)

@@ -34,7 +34,9 @@ def test_a_checkpoint_in_several_files_is_the_same_teacher(neox_teacher, tmp_pat
         ours, theirs = (load_layer(each, layer).state_dict() for each in (sharded, neox_teacher))
         torch.testing.assert_close(ours, theirs)
     (sharded.folder / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(TeacherError, match=r"damaged .*index\.json / expected: .* / do: fetch it again"):
+    with pytest.raises(
+        TeacherError, match=r"damaged .*index\.json \(.+\) / expected: .* / do: fetch it again"
+    ):
         open_teacher(str(sharded.folder), WORKSPACE)
 
 
