@@ -32,7 +32,7 @@ class Result(Mapping[str, Any]):
     values
         What the stage returned.
     summary
-        From the values to what the command line shows of them.
+        From that to what the command line shows of it.
     """
 
     def __init__(self, stage: str, values: Mapping[str, Any], summary: Callable[[Any], Any]) -> None:
@@ -89,7 +89,6 @@ def _stage(kind: Callable[Options, Common], place: str) -> Callable[Options, Res
 
         stage = importlib.import_module(module)
         values = mirror.run(getattr(stage, name), kind(*arguments, **options))
-        values = values.to_json() if hasattr(values, "to_json") else values
         return Result(name, values, stage.summary)
 
     run.__name__ = run.__qualname__ = name

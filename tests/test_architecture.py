@@ -69,14 +69,14 @@ ROOMS: dict[str, tuple[str, str]] = {
     "batch": ("corpus device store teacher", "transformers zarr"),
     "live": ("batch store teacher", "transformers zarr"),
     "extraction": (
-        "batch errors config corpus device files objects progress store teacher workspace",
+        "artefacts batch errors config corpus device files objects progress store teacher workspace",
         "zarr",
     ),
     "recoupling": ("artefacts errors config corpus device flow outputs progress store", "transformers zarr"),
     "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
     "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
     "training": (
-        "batch config device errors files flow live objects outputs progress runs store teacher",
+        "artefacts batch config device errors files flow live objects outputs progress runs store teacher",
         "transformers zarr",
     ),
     "student": ("artefacts config errors flow runs teacher", "zarr"),
@@ -112,7 +112,10 @@ STRICTER: dict[str, tuple[str, str]] = {
         "torch transformers",
     ),
     "evaluation.correlation": ("", "torch transformers zarr"),
-    "stages.train": ("config device errors recoupling runs store teacher training workspace", "transformers"),
+    "stages.train": (
+        "artefacts config device errors recoupling runs store teacher training workspace",
+        "transformers",
+    ),
     "stages.recouple": (
         "artefacts config device errors outputs recoupling reporting store workspace",
         "transformers",

@@ -64,15 +64,28 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Artefact:
+class JsonObject:
+    """Fields that are the keys of a JSON object."""
+
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are left out of the object where they are None."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object, in the order of the fields."""
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {
+            name: _plain(value) for name, value in values if value is not None or name not in self.LEFT_OUT
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Artefact(JsonObject):
     """A JSON object that is written to be read again."""
 
     NAME: ClassVar[str] = "an artefact"
     """What it is called in errors."""
     CURE: ClassVar[str] = "make it again"
     """What to do if it is damaged."""
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are left out of the file where they are None."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = READ_STRICTLY
 
@@ -90,13 +103,6 @@ class Artefact:
             What to do about it.
         """
         return RunError(given, expected, do)
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object, in the order of the fields."""
-        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return {
-            name: _plain(value) for name, value in values if value is not None or name not in self.LEFT_OUT
-        }
 
     @classmethod
     def from_json(cls: type[Kind], path: Path) -> Kind:
@@ -196,10 +202,10 @@ def _reader(kind: type[Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Artefacts within as objects; everything else is JSON-plain as it is."""
-    if isinstance(value, Artefact):
+    """Objects within as such; everything else is JSON-plain as it is."""
+    if isinstance(value, JsonObject):
         return value.to_json()
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Artefact):
+    if isinstance(value, list | tuple) and value and isinstance(value[0], JsonObject):
         return [each.to_json() for each in value]
     return value
 

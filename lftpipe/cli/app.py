@@ -216,7 +216,7 @@ def _function(name: str) -> Callable[..., None]:
             if not progress.speaks():
                 return
             if as_json:
-                print(json.dumps(result))
+                print(json.dumps(result.to_json()))
             else:
                 _print(stage.summary(result))
             if cure := result.get("failed"):

@@ -5,12 +5,12 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from lftpipe import progress
+from lftpipe.artefacts.outcomes.pipeline import PlannedExtraction
 from lftpipe.config.layers import parse_layers
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.corpus.readers import Corpus, open_corpus
@@ -232,7 +232,7 @@ def check_disk(plan: Plan) -> None:
         )
 
 
-def dry_run(plan: Plan) -> dict[str, Any]:
+def dry_run(plan: Plan) -> PlannedExtraction:
     """The plan's figures, with a time estimated from a short measured probe.
 
     Parameters
@@ -256,22 +256,21 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     parent = next(folder for folder in (plan.path, *plan.path.parents) if folder.exists())
     by_array = plan.array_bytes()
     tokens = {split: count * plan.context for split, count in plan.wanted.items()}
-    return {
-        "store": str(plan.path),
-        "dry_run": True,
-        "teacher": plan.teacher.name,
-        "corpus": plan.corpus.name,
-        "tokens": tokens,
-        "layers": list(plan.layers),
-        "attention_layers": list(plan.attention_layers),
-        "logits": plan.logits,
-        "dtype": plan.dtype,
-        "compute_dtype": dtype_name(plan.compute_dtype),
-        "bytes": sum(by_array.values()),
-        "bytes_by_array": by_array,
-        "free_bytes": shutil.disk_usage(parent).free,
-        "batch_sequences": plan.batch_sequences,
-        "batch_asked": plan.batch_asked,
-        "probe_tokens_per_second": round(rate, 1),
-        "seconds": round(sum(tokens.values()) / rate, 1),
-    }
+    return PlannedExtraction(
+        store=str(plan.path),
+        teacher=plan.teacher.name,
+        corpus=plan.corpus.name,
+        tokens=tokens,
+        layers=list(plan.layers),
+        attention_layers=list(plan.attention_layers),
+        logits=plan.logits,
+        dtype=plan.dtype,
+        compute_dtype=dtype_name(plan.compute_dtype),
+        bytes=sum(by_array.values()),
+        bytes_by_array=by_array,
+        free_bytes=shutil.disk_usage(parent).free,
+        batch_sequences=plan.batch_sequences,
+        batch_asked=plan.batch_asked,
+        probe_tokens_per_second=round(rate, 1),
+        seconds=round(sum(tokens.values()) / rate, 1),
+    )

@@ -146,7 +146,7 @@ def run(stage: Callable[[S], Any], settings: S) -> Any:
     Parameters
     ----------
     stage
-        Takes settings, gives a result that is JSON-plain.
+        Takes settings, gives a dataclass of what is JSON-plain.
     settings
         A dataclass.
 
@@ -238,12 +238,15 @@ def _localised(settings: S, mirrors: list[Mirror], told: dict[str, str]) -> S:
 
 
 def _renamed(value: Any, told: dict[str, str]) -> Any:
-    """A JSON-plain value that names URLs, not mirrors."""
+    """A result that names URLs, not mirrors."""
     if isinstance(value, str):
         for folder, url in told.items():
             value = value.replace(folder, url)
     elif isinstance(value, dict):
         return {_renamed(key, told): _renamed(each, told) for key, each in value.items()}
     elif isinstance(value, list | tuple):
-        return [_renamed(each, told) for each in value]
+        return type(value)(_renamed(each, told) for each in value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **_renamed(fields, told))
     return value

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lftpipe.artefacts.outcomes.student import Exported
 from lftpipe.artefacts.results import Results, Score
 from lftpipe.errors import LftpipeError
 from lftpipe.reporting.runs import scores_of
@@ -17,7 +18,7 @@ TAGS = ("lftpipe", "latent-flow-transformer")
 
 
 def student_card(
-    result: dict[str, Any],
+    result: Exported,
     teacher: "Teacher",
     opened: Sequence["Run"],
     *,
@@ -38,15 +39,15 @@ def student_card(
         Of the weights; None names none.
     """
     hub_id = _hub_id(teacher.identity())
-    named, blocks = escaped(hub_id), escaped(" and ".join(result["blocks"]))
+    named, blocks = escaped(hub_id), escaped(" and ".join(result.blocks))
     layers = " and ".join(f"layers {run.block[0]} to {run.block[1] - 1}" for run in opened)
     lines = [
         *_metadata_of_model(hub_id, "transformers", licence),
         f"# {escaped(teacher.name)}, layers {blocks} as a latent flow",
         "",
         f"The {teacher.num_layers} layers of {named} with {layers} replaced by "
-        f"{'one flow layer' if len(opened) == 1 else 'flow layers'}, run in {result['k']} "
-        f"{result['solver']} steps (Latent Flow Transformer, arXiv 2505.14513).",
+        f"{'one flow layer' if len(opened) == 1 else 'flow layers'}, run in {result.k} "
+        f"{result.solver} steps (Latent Flow Transformer, arXiv 2505.14513).",
         "",
         *_unrolled(result),
         *_trained(opened),
@@ -183,14 +184,14 @@ def _front(data: Any) -> list[str]:
     return ["---", *data.to_yaml().splitlines(), "---", ""]
 
 
-def _unrolled(result: dict[str, Any]) -> list[str]:
+def _unrolled(result: Exported) -> list[str]:
     """What a plain export is."""
-    if result["form"] != "plain":
+    if result.form != "plain":
         return []
     return [
-        f"The steps are unrolled exactly into ordinary layers: this is a {result['model_type']} "
-        f"checkpoint of {result['layers']} layers that any runtime of that family loads. Its logits "
-        f"differ from the flow's by at most {result['max_logit_difference']:.1e} in float32, on random "
+        f"The steps are unrolled exactly into ordinary layers: this is a {result.model_type} "
+        f"checkpoint of {result.layers} layers that any runtime of that family loads. Its logits "
+        f"differ from the flow's by at most {result.max_logit_difference:.1e} in float32, on random "
         "tokens.",
         "",
     ]
@@ -212,9 +213,9 @@ def _trained(opened: Sequence["Run"]) -> list[str]:
     return markdown_lines(["run", "block", "objective", "seed", "training tokens", "store"], rows)
 
 
-def _usage(result: dict[str, Any], module: str) -> list[str]:
+def _usage(result: Exported, module: str) -> list[str]:
     """How to load it."""
-    plain = result["form"] == "plain"
+    plain = result.form == "plain"
     trust = "" if plain else ", trust_remote_code=True"
     return [
         "## Use",
@@ -225,14 +226,14 @@ def _usage(result: dict[str, Any], module: str) -> list[str]:
         "",
         f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-        *([] if plain else [f"model.set_steps({result['k']})  # another number of steps, at run time"]),
+        *([] if plain else [f"model.set_steps({result.k})  # another number of steps, at run time"]),
         'tokens = tokenizer("Once", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))",
         "```",
     ]
 
 
-def _measured(result: dict[str, Any], opened: Sequence["Run"]) -> list[str]:
+def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
     """Rows of Table 1 for this student, if `lftpipe evaluate` wrote them."""
     table = opened[0].path.parent.parent / "results.json"
     try:
@@ -243,12 +244,12 @@ def _measured(result: dict[str, Any], opened: Sequence["Run"]) -> list[str]:
     if len(rows) > 1:
         return markdown_table(rows)
     names = " ".join(run.path.name for run in opened) + (" --together" if len(opened) > 1 else "")
-    solver = "" if all(run.solver == result["solver"] for run in opened) else f" --solver {result['solver']}"
-    return [f"Not measured yet: `lftpipe evaluate {names} --k {result['k']}{solver}` does."]
+    solver = "" if all(run.solver == result.solver for run in opened) else f" --solver {result.solver}"
+    return [f"Not measured yet: `lftpipe evaluate {names} --k {result.k}{solver}` does."]
 
 
-def _is_of(row: Score, result: dict[str, Any], opened: Sequence["Run"]) -> bool:
+def _is_of(row: Score, result: Exported, opened: Sequence["Run"]) -> bool:
     """Whether a row was measured on just these weights, run in this way."""
     digests = " + ".join(run.weights_digest for run in opened)
-    asked = (digests, result["k"], result["solver"])
+    asked = (digests, result.k, result.solver)
     return (row.weights_digest, row.k, row.solver) == asked

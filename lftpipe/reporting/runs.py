@@ -2,12 +2,12 @@
 
 import json
 import tomllib
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lftpipe.artefacts.base import read_json
 from lftpipe.artefacts.metrics import read_metrics
+from lftpipe.artefacts.outcomes.look import Comparison, RunLine
 from lftpipe.artefacts.results import Results, Score
 from lftpipe.artefacts.run import RunManifest
 from lftpipe.errors import LftpipeError
@@ -31,34 +31,6 @@ MEASURES = {
     "parameters": "parameters",
     "ms_per_token": "ms/token",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunLine:
-    """What a folder says of its run; None is what it does not say."""
-
-    teacher: str
-    """The folder of the experiment."""
-    run: str
-    state: str
-    """`finished`, `unfinished`, `diverged` or `damaged`."""
-    block: str | None = None
-    objective: str | None = None
-    solver: str | None = None
-    seed: int | None = None
-    train_tokens: int | None = None
-    healed: bool = False
-    k: int | None = None
-    """Steps of the scores: those with the lowest KL that `evaluate` found."""
-    nfe: int | float | None = None
-    kl: float | None = None
-    ppl: float | None = None
-    agreement: float | None = None
-    path: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
 
 
 def line_of(folder: Path) -> RunLine:
@@ -167,7 +139,7 @@ def best_score(folder: Path) -> Score | None:
     return min(scored, key=lambda row: row.kl or 0.0, default=None)
 
 
-def comparison(one: Path, other: Path) -> dict[str, Any]:
+def comparison(one: Path, other: Path) -> Comparison:
     """What differs between two finished runs.
 
     Parameters
@@ -177,10 +149,8 @@ def comparison(one: Path, other: Path) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        `runs`, the two lines; `settings`, those that differ, as pairs; `same_settings`, how many do not;
-        `made_from`, differences of teacher, store and versions; `results`, pairs of the best scores of both,
-        empty unless both were evaluated.
+    Comparison
+        Settings, origins and scores, as pairs where they differ.
 
     Raises
     ------
@@ -197,13 +167,13 @@ def comparison(one: Path, other: Path) -> dict[str, Any]:
     if scores[0] and scores[1]:
         pairs = {key: [getattr(score, key) for score in scores] for key in MEASURES}
         results = {key: pair for key, pair in pairs.items() if pair != [None, None]}
-    return {
-        "runs": [line_of(one).to_json(), line_of(other).to_json()],
-        "settings": differing,
-        "same_settings": len(settings[0].keys() | settings[1].keys()) - len(differing),
-        "made_from": _differences(*facts),
-        "results": results,
-    }
+    return Comparison(
+        runs=[line_of(one), line_of(other)],
+        settings=differing,
+        same_settings=len(settings[0].keys() | settings[1].keys()) - len(differing),
+        made_from=_differences(*facts),
+        results=results,
+    )
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]:

@@ -1,6 +1,9 @@
 """What a sweep found, as tables and a Markdown page. No torch."""
 
-from lftpipe.artefacts.sweep import Correlation, Sweep
+import numpy as np
+
+from lftpipe.artefacts.recoupling import RecouplingMap
+from lftpipe.artefacts.sweep import Choice, Correlation, Sweep, SweptBlock
 from lftpipe.evaluation import correlation
 from lftpipe.outputs import COMMENT
 from lftpipe.recoupling import ranking
@@ -83,3 +86,67 @@ def markdown(result: Sweep) -> str:
     lines += ["## What each would choose", "", *markdown_lines(*_choice_table(result)), "", "## Blocks", ""]
     table = [[cell(getattr(row, key)) for key in columns] for row in result.rows]
     return "\n".join([*lines, *markdown_lines(columns, table), "", COMMENT]) + "\n"
+
+
+def correlations(rows: list[SweptBlock], lengths: list[int], seed: int) -> list[Correlation]:
+    """Of every predictor with every outcome: over all blocks (`length` null), and within each length.
+
+    Over all blocks their mere length is a predictor too: what the others have to beat. A predictor that the
+    map lacks is left out.
+
+    Parameters
+    ----------
+    rows
+        The swept blocks.
+    lengths
+        Their lengths.
+    seed
+        Of the bootstrap.
+    """
+    keys = [key for key in ranking.PREDICTORS.values() if None not in (getattr(row, key) for row in rows)]
+    found = []
+    for against in AGAINST:
+        for length in (None, *lengths):
+            here = [row for row in rows if length in (None, row.length)]
+            y = np.array([getattr(row, against) for row in here])
+            for predictor in (*keys, *(["length"] if length is None else [])):
+                x = np.array([getattr(row, predictor) for row in here], np.float64)
+                entry = correlation.correlate(x, y, seed)
+                found.append(Correlation(against=against, predictor=predictor, length=length, **entry))
+    return found
+
+
+def choices(found: RecouplingMap, rows: list[SweptBlock], lengths: list[int]) -> list[Choice]:
+    """Which block each predictor would choose, what it reached, and which place that is, 1 the best.
+
+    Parameters
+    ----------
+    found
+        The map.
+    rows
+        The swept blocks.
+    lengths
+        Their lengths.
+    """
+    chosen = []
+    for length in lengths:
+        order = sorted((row for row in rows if row.length == length), key=lambda row: row.kl)
+        names = [row.block for row in order]
+        for by, key in ranking.PREDICTORS.items():
+            if getattr(found, key) is None:
+                continue
+            m, n = ranking.rank_blocks(found, length, by)[0]
+            place = names.index(f"{m}:{n}")
+            chosen.append(
+                Choice(
+                    rank_by=by,
+                    length=length,
+                    block=f"{m}:{n}",
+                    kl=order[place].kl,
+                    place=place + 1,
+                    of=len(order),
+                    best_block=names[0],
+                    best_kl=order[0].kl,
+                )
+            )
+    return chosen

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Group
 
+from lftpipe.artefacts.outcomes.look import Comparison
 from lftpipe.config.settings import CompareSettings
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.reporting.runs import MEASURES, comparison, shown
@@ -14,7 +15,7 @@ from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.workspace import find_run
 
 
-def compare(settings: CompareSettings) -> dict[str, Any]:
+def compare(settings: CompareSettings) -> Comparison:
     """Compare two finished runs.
 
     Parameters
@@ -24,8 +25,8 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        `runs`, `settings`, `same_settings`, `made_from` and `results`; what differs is a pair of values.
+    Comparison
+        Settings, origins and scores; what differs is a pair of values.
 
     Raises
     ------
@@ -44,20 +45,26 @@ def _finished(run: Path) -> Path:
     return run
 
 
-def summary(result: dict[str, Any]) -> Group:
-    """A table of settings, one of where they come from, one of results."""
-    one, other = (row["run"] for row in result["runs"])
-    heads = [one, other] if one != other else [row["path"] for row in result["runs"]]
+def summary(result: Comparison) -> Group:
+    """A table of settings, one of where they come from, one of results.
+
+    Parameters
+    ----------
+    result
+        What `compare` returned.
+    """
+    one, other = (row.run for row in result.runs)
+    heads = [one, other] if one != other else [row.path for row in result.runs]
 
     def table(title: str, rows: list[list[str]], caption: str = "") -> FittedTable:
         columns = [Column("", "left"), *(Column(name, "left", folds=True) for name in heads)]
         return FittedTable(columns, rows, title=title, caption=caption)
 
-    parts: list[Any] = [_pairs(table, "settings that differ", result["settings"], result["same_settings"])]
-    if result["made_from"]:
-        parts.append(_pairs(table, "\nmade from", result["made_from"]))
-    if result["results"]:
-        rows = [[MEASURES[key], *map(cell, pair)] for key, pair in result["results"].items()]
+    parts: list[Any] = [_pairs(table, "settings that differ", result.settings, result.same_settings)]
+    if result.made_from:
+        parts.append(_pairs(table, "\nmade from", result.made_from))
+    if result.results:
+        rows = [[MEASURES[key], *map(cell, pair)] for key, pair in result.results.items()]
         parts.append(table("\nresults, at the steps with the lowest KL of each", rows))
     else:
         parts.append("\nno results: `lftpipe evaluate` scores both")

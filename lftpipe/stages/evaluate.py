@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe import runs
+from lftpipe.artefacts.outcomes.pipeline import Evaluation
 from lftpipe.artefacts.results import AdaptiveScore, Results
 from lftpipe.config.layers import check_apart
 from lftpipe.config.settings import EvaluateSettings, recorded
@@ -46,7 +47,7 @@ def _elsewhere() -> Any:
     return other_corpus
 
 
-def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
+def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Score teacher, skips and runs over the whole validation split, and write the table.
 
     Parameters
@@ -56,8 +57,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        The content of the JSON file (`lftpipe.artefacts.results.Results`), and `out`.
+    Evaluation
+        The table, and where it was written.
 
     Raises
     ------
@@ -74,7 +75,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         result = _results(settings, store_path)
         result.write(staging.path(out))
         staging.path(page).write_text(markdown(result), encoding="utf-8")
-    return result.to_json() | {"out": str(out)}
+    return Evaluation(results=result, out=str(out))
 
 
 def _results(settings: EvaluateSettings, store_path: Path) -> Results:
@@ -184,7 +185,13 @@ def _predictors(
 
 
 def markdown(result: Results) -> str:
-    """The table as a Markdown page."""
+    """The table as a Markdown page.
+
+    Parameters
+    ----------
+    result
+        The table.
+    """
     introduction = (
         f"{result.validation_tokens:,} validation tokens{_of_corpus(result.corpus)}, evaluated in "
         f"{result.compute_dtype}. "
@@ -198,17 +205,22 @@ def _of_corpus(corpus: str | None) -> str:
     return "" if corpus is None else f" of {corpus}"
 
 
-def summary(result: dict[str, Any]) -> FittedTable:
-    """The table for a terminal."""
-    shown = ("method", "block", "k", "solver", "nfe", *METRICS)
-    rows = [row | {"method": row["run"] or row["method"]} for row in result["rows"]]
+def summary(result: Evaluation) -> FittedTable:
+    """The table for a terminal.
+
+    Parameters
+    ----------
+    result
+        What `evaluate` returned.
+    """
+    shown, found = ("method", "block", "k", "solver", "nfe", *METRICS), result.results
+    rows = [row.to_json() | {"method": row.run or row.method} for row in found.rows]
     rows += [
-        row | {"method": f"{row['run']} below {row['threshold']:g}", "k": f"<= {row['k']}"}
-        for row in result.get("adaptive", [])
+        row.to_json() | {"method": f"{row.run} below {row.threshold:g}", "k": f"<= {row.k}"}
+        for row in found.adaptive or []
     ]
-    page = result["out"].removesuffix(".json") + ".md"  # a text: a path would fold a URL's slashes
-    draw = "" if Path(page).name != "results.md" else f"\nnext: lftpipe report --store {result['store']}"
-    corpus = _of_corpus(result.get("corpus"))
+    page = result.out.removesuffix(".json") + ".md"  # a text: a path would fold a URL's slashes
+    draw = "" if Path(page).name != "results.md" else f"\nnext: lftpipe report --store {found.store}"
     return FittedTable(
         [
             Column(
@@ -220,7 +232,7 @@ def summary(result: dict[str, Any]) -> FittedTable:
             for key in shown
         ],
         [[cell(row[key]) for key in shown] for row in rows],
-        title=f"{result['teacher']}: {result['validation_tokens']:,} validation tokens{corpus}",
-        caption=f"written to {result['out']} and {page}{draw}",
+        title=f"{found.teacher}: {found.validation_tokens:,} validation tokens{_of_corpus(found.corpus)}",
+        caption=f"written to {result.out} and {page}{draw}",
         complete=f"{Path(page).name} has them",
     )

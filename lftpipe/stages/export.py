@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import lftpipe
 from lftpipe import progress, runs
 from lftpipe.artefacts.export import SOURCE, ExportSource
+from lftpipe.artefacts.outcomes.student import Exported
 from lftpipe.config.settings import ExportSettings
 from lftpipe.device import prepare_processor
 from lftpipe.errors import RunError, SettingsError
@@ -36,7 +38,7 @@ _OLDER_FILES = re.compile(
 COMPARED_TOKENS = 64
 
 
-def export(settings: ExportSettings) -> dict[str, Any]:
+def export(settings: ExportSettings) -> Exported:
     """Write a student with tokenizer, generation config and model card.
 
     Parameters
@@ -46,8 +48,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        Where it is and what it is made of, JSON-plain.
+    Exported
+        Where it is and what it is made of.
 
     Raises
     ------
@@ -70,11 +72,16 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     with making_folder(out) as folder:
         _check_free(out, settings.force, teacher)
         model, difference = _in_form(student, settings.form)
-        result = _described(settings, teacher, opened, student, model) | {"max_logit_difference": difference}
+        result = replace(
+            _described(settings, teacher, opened, student, model),
+            out=str(out),
+            max_logit_difference=difference,
+        )
         card = student_card(result, teacher, opened, module=MODULE, licence=settings.license)
-        result["bytes"] = _write(model.to(getattr(torch, settings.dtype)), teacher, card, result, folder)
+        size = _write(model.to(getattr(torch, settings.dtype)), teacher, card, result, folder)
+    result = replace(result, bytes=size)
     if repository is not None:
-        result["pushed"] = repository.upload(out, only=["*"], private=settings.private)
+        result = replace(result, pushed=repository.upload(out, only=["*"], private=settings.private))
     return result
 
 
@@ -96,23 +103,24 @@ def _in_form(student: Any, form: str) -> tuple[Any, float | None]:
 
 def _described(
     settings: ExportSettings, teacher: Teacher, opened: Sequence[Run], student: Any, model: Any
-) -> dict[str, Any]:
-    """What there is to say of an export, JSON-plain."""
-    return {
-        "out": str(settings.out or opened[0].path / f"export-{settings.form}-k{student.config.steps}"),
-        "form": settings.form,
-        "model_type": model.config.model_type,
-        "teacher": teacher.name,
-        "blocks": [f"{run.block[0]}:{run.block[1]}" for run in opened],
-        "runs": [str(run.path) for run in opened],
-        "k": student.config.steps,
-        "solver": student.config.solver,
-        "layers": len(model.base_model.layers),
-        "attention_evaluations": model.config.num_hidden_layers,
-        "parameters": model.num_parameters(),
-        "dtype": settings.dtype,
-        "pushed": None,
-    }
+) -> Exported:
+    """What there is to say of an export before it is written."""
+    return Exported(
+        out="",
+        form=settings.form,
+        model_type=model.config.model_type,
+        teacher=teacher.name,
+        blocks=[f"{run.block[0]}:{run.block[1]}" for run in opened],
+        runs=[str(run.path) for run in opened],
+        k=student.config.steps,
+        solver=student.config.solver,
+        layers=len(model.base_model.layers),
+        attention_evaluations=model.config.num_hidden_layers,
+        parameters=model.num_parameters(),
+        dtype=settings.dtype,
+        max_logit_difference=None,
+        bytes=0,
+    )
 
 
 def _check_free(out: Path, force: bool, teacher: Teacher) -> None:
@@ -142,17 +150,17 @@ def _largest_difference(model: Any, student: Any) -> float:
     return (model(tokens).logits - student(tokens).logits).abs().max().item()
 
 
-def _write(model: Any, teacher: Teacher, card: str, result: dict[str, Any], folder: Path) -> int:
+def _write(model: Any, teacher: Teacher, card: str, result: Exported, folder: Path) -> int:
     """Write everything into a folder; the bytes written."""
-    with progress.task(f"export to {result['out']}", 1, "models") as task, quiet_transformers():
-        if result["form"] == "latent-flow":
+    with progress.task(f"export to {result.out}", 1, "models") as task, quiet_transformers():
+        if result.form == "latent-flow":
             model.config.auto_map = auto_map(model)
             (folder / f"{MODULE}.py").write_text(modelling_file(model), encoding="utf-8")
         model.save_pretrained(folder)
         load_tokenizer(teacher).save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         files = sorted({SOURCE, *(entry.name for entry in folder.iterdir())})
-        of_result = {key: result[key] for key in ("form", "blocks", "runs", "k", "solver")}
+        of_result = {key: getattr(result, key) for key in ("form", "blocks", "runs", "k", "solver")}
         recorded: Any = teacher.identity() | {"tokenizer_digest": teacher.tokenizer_digest}
         source = ExportSource(**of_result, teacher=recorded, lftpipe=lftpipe.__version__, files=files)
         source.write(folder / SOURCE)
@@ -160,17 +168,22 @@ def _write(model: Any, teacher: Teacher, card: str, result: dict[str, Any], fold
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What was made, where, and what to type next."""
+def summary(result: Exported) -> str:
+    """What was made, where, and what to type next.
+
+    Parameters
+    ----------
+    result
+        What `export` returned.
+    """
     lines = [
-        f"{result['out']}: {result['model_type']}, {result['layers']} layers, "
-        f"{result['parameters']:,} parameters, {progress.human_bytes(result['bytes'])} of {result['dtype']}",
-        f"  blocks {', '.join(result['blocks'])} of {result['teacher']}, "
-        f"{result['k']} {result['solver']} steps",
+        f"{result.out}: {result.model_type}, {result.layers} layers, "
+        f"{result.parameters:,} parameters, {progress.human_bytes(result.bytes)} of {result.dtype}",
+        f"  blocks {', '.join(result.blocks)} of {result.teacher}, {result.k} {result.solver} steps",
     ]
-    if result["max_logit_difference"] is not None:
-        lines.append(f"  logits differ from the student's by at most {result['max_logit_difference']:.1e}")
-    if result["pushed"]:
-        lines.append(f"  uploaded to {result['pushed']}")
-    lines.append(f"next: lftpipe generate {result['out']} --prompt TEXT")
+    if result.max_logit_difference is not None:
+        lines.append(f"  logits differ from the student's by at most {result.max_logit_difference:.1e}")
+    if result.pushed:
+        lines.append(f"  uploaded to {result.pushed}")
+    lines.append(f"next: lftpipe generate {result.out} --prompt TEXT")
     return "\n".join(lines)

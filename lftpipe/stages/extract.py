@@ -1,9 +1,10 @@
 """`lftpipe extract`: run the frozen teacher once and write its states to the store."""
 
 import time
-from typing import Any
+from dataclasses import replace
 
 from lftpipe import progress
+from lftpipe.artefacts.outcomes.pipeline import Extraction, PlannedExtraction
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.corpus.packing import SPLITS
 from lftpipe.device import dtype_name, prepare
@@ -24,13 +25,18 @@ from lftpipe.objects import storage_of
 from lftpipe.store import StoreSpec, StoreWriter, abandon, verify_store
 
 
-def extract(settings: ExtractSettings) -> dict[str, Any]:
+def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
     """Run the teacher over a corpus and store its states; resumes what was interrupted.
+
+    Parameters
+    ----------
+    settings
+        Teacher, corpus, what is stored of it, and where.
 
     Returns
     -------
-    dict
-        The plan's figures for `--dry-run`, else what was stored, JSON-plain.
+    PlannedExtraction or Extraction
+        The plan's figures for `--dry-run`, else what was stored.
 
     Raises
     ------
@@ -107,7 +113,7 @@ def _tokens(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> None:
         raise
 
 
-def _part(plan: Plan, settings: ExtractSettings, part: Part, started: float) -> dict[str, Any]:
+def _part(plan: Plan, settings: ExtractSettings, part: Part, started: float) -> Extraction:
     """Compute one part; complete the store if all parts are there."""
     found = open_when_free(plan, settings)
     if isinstance(found, StoreWriter):
@@ -122,69 +128,89 @@ def _part(plan: Plan, settings: ExtractSettings, part: Part, started: float) -> 
     whole = all_done(found, part.count)
     if whole:
         spec = complete_when_free(plan, settings)
-    return _result(plan, spec, computed, started) | {"part": [part.index, part.count], "complete": whole}
+    told = _result(plan, spec, computed, started)
+    return replace(told, part=[part.index, part.count], complete=whole)
 
 
-def _result(plan: Plan, spec: StoreSpec, computed: int, started: float) -> dict[str, Any]:
+def _result(plan: Plan, spec: StoreSpec, computed: int, started: float) -> Extraction:
     seconds = time.monotonic() - started
-    return {
-        "store": str(plan.path),
-        "teacher": plan.teacher.name,
-        "already_complete": not computed,
-        "tokens": {split: spec.sequences[split] * plan.context for split in SPLITS},
-        "tokens_asked": {split: count * plan.context for split, count in plan.wanted.items()},
-        "documents": spec.details["corpus_documents"],
-        "layers": list(plan.layers),
-        "attention_layers": list(plan.attention_layers),
-        "logits": plan.logits,
-        "compute_dtype": dtype_name(plan.compute_dtype),
-        "batch_sequences": plan.batch_sequences,
-        "batch_asked": plan.batch_asked,
-        "bytes": storage_of(plan.path).total_bytes(),
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(computed / max(seconds, 1e-9), 1),
-    }
+    return Extraction(
+        store=str(plan.path),
+        teacher=plan.teacher.name,
+        already_complete=not computed,
+        tokens={split: spec.sequences[split] * plan.context for split in SPLITS},
+        tokens_asked={split: count * plan.context for split, count in plan.wanted.items()},
+        documents=spec.details["corpus_documents"],
+        layers=list(plan.layers),
+        attention_layers=list(plan.attention_layers),
+        logits=plan.logits,
+        compute_dtype=dtype_name(plan.compute_dtype),
+        batch_sequences=plan.batch_sequences,
+        batch_asked=plan.batch_asked,
+        bytes=storage_of(plan.path).total_bytes(),
+        seconds=round(seconds, 3),
+        tokens_per_second=round(computed / max(seconds, 1e-9), 1),
+    )
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What was made, where, and what to type next."""
-    size = progress.human_bytes(result["bytes"])
-    tokens = " and ".join(f"{count:,} {split}" for split, count in result["tokens"].items())
-    layers = f"{len(result['layers'])} states and {len(result['attention_layers'])} attention outputs"
-    if result["logits"]:
-        layers += f" and {result['logits']} logits"
-    if not result["layers"]:
-        layers = "no states"
+def summary(result: PlannedExtraction | Extraction) -> str:
+    """What was made, where, and what to type next.
+
+    Parameters
+    ----------
+    result
+        What `extract` returned.
+    """
+    if isinstance(result, PlannedExtraction):
+        return "\n".join([*_planned(result), *_batch_lines(result)])
     lines = []
-    if result.get("dry_run"):
-        arrays = ", ".join(
-            f"{name} {progress.human_bytes(n)}" for name, n in result["bytes_by_array"].items()
-        )
-        free = progress.human_bytes(result["free_bytes"])
-        lines += [
-            f"{result['store']} would hold {tokens} tokens x {layers}",
-            f"  {size} as {result['dtype']} ({arrays}); {free} are free",
-            f"  about {result['seconds']:.0f} s at {result['probe_tokens_per_second']:,.0f} tokens/s "
-            f"({result['compute_dtype']})",
-        ]
-    elif not result.get("complete", True):
-        index, count = result["part"]
-        lines.append(f"part {index} of {count} of {result['store']} is done; others are not yet")
+    if result.complete is False and result.part:
+        index, count = result.part
+        lines.append(f"part {index} of {count} of {result.store} is done; others are not yet")
     else:
-        lines.append(f"{result['store']} holds {tokens} tokens of {result['teacher']} x {layers}, {size}")
-        if result["already_complete"]:
+        size = progress.human_bytes(result.bytes)
+        held = f"{_tokens_text(result)} of {result.teacher} x {_layers(result)}, {size}"
+        lines.append(f"{result.store} holds {held}")
+        if result.already_complete:
             lines.append("  it was complete already: nothing was computed")
         else:
-            lines.append(f"  {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tokens/s")
-        for split, asked in result["tokens_asked"].items():
-            if result["tokens"][split] < asked:
+            lines.append(f"  {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s")
+        for split, asked in result.tokens_asked.items():
+            if result.tokens[split] < asked:
                 lines.append(f"  the corpus ended before the {asked:,} {split} tokens asked for")
-    if result["layers"] and result["batch_sequences"] < result["batch_asked"]:
-        lines.append(
-            f"  a batch has {result['batch_sequences']} sequences, not {result['batch_asked']}: a shard "
-            "holds no more; a new store with a larger --shard-bytes does"
-        )
-    if not result.get("dry_run") and result.get("complete", True):
-        step = "recouple" if result["layers"] else "train --from-teacher --block M:N"
-        lines.append(f"next: lftpipe {step} --store {result['store']}")
+    lines += _batch_lines(result)
+    if result.complete is not False:
+        step = "recouple" if result.layers else "train --from-teacher --block M:N"
+        lines.append(f"next: lftpipe {step} --store {result.store}")
     return "\n".join(lines)
+
+
+def _planned(result: PlannedExtraction) -> list[str]:
+    arrays = ", ".join(f"{name} {progress.human_bytes(n)}" for name, n in result.bytes_by_array.items())
+    size, free = progress.human_bytes(result.bytes), progress.human_bytes(result.free_bytes)
+    return [
+        f"{result.store} would hold {_tokens_text(result)} x {_layers(result)}",
+        f"  {size} as {result.dtype} ({arrays}); {free} are free",
+        f"  about {result.seconds:.0f} s at {result.probe_tokens_per_second:,.0f} tokens/s "
+        f"({result.compute_dtype})",
+    ]
+
+
+def _tokens_text(result: PlannedExtraction | Extraction) -> str:
+    return " and ".join(f"{count:,} {split}" for split, count in result.tokens.items()) + " tokens"
+
+
+def _layers(result: PlannedExtraction | Extraction) -> str:
+    if not result.layers:
+        return "no states"
+    layers = f"{len(result.layers)} states and {len(result.attention_layers)} attention outputs"
+    return layers + (f" and {result.logits} logits" if result.logits else "")
+
+
+def _batch_lines(result: PlannedExtraction | Extraction) -> list[str]:
+    if not result.layers or result.batch_sequences >= result.batch_asked:
+        return []
+    return [
+        f"  a batch has {result.batch_sequences} sequences, not {result.batch_asked}: a shard "
+        "holds no more; a new store with a larger --shard-bytes does"
+    ]

@@ -9,6 +9,14 @@ import torch
 from rich.table import Table
 
 from lftpipe import runs
+from lftpipe.artefacts.outcomes.student import (
+    BesideTeacher,
+    Drafted,
+    Drafting,
+    Generation,
+    WriterFacts,
+    Written,
+)
 from lftpipe.artefacts.samples import SAMPLES, Sample, keep_sample
 from lftpipe.config.settings import GenerateSettings
 from lftpipe.device import prepare
@@ -37,21 +45,20 @@ class Writer:
     path: Path
     is_run: bool
 
-    def plain(self) -> dict[str, Any]:
-        """What it is, JSON-plain."""
-        facts: dict[str, Any] = {"model": str(self.path), "k": None, "solver": None, "nfe": None}
-        if _has_steps(self.model):
-            config = self.model.config
-            steps, solver = config.steps, config.solver
-            facts |= {"k": steps, "solver": solver, "nfe": EVALUATIONS[solver] * steps}
-        return facts
+    @property
+    def facts(self) -> WriterFacts:
+        """Where it is, and a student's steps."""
+        if not _has_steps(self.model):
+            return WriterFacts(model=str(self.path))
+        steps, solver = self.model.config.steps, self.model.config.solver
+        return WriterFacts(model=str(self.path), k=steps, solver=solver, nfe=EVALUATIONS[solver] * steps)
 
 
 def _has_steps(model: Any) -> bool:
     return isinstance(model, LatentFlow)
 
 
-def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> dict[str, Any]:
+def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> Generation | Drafting:
     """Continue a prompt.
 
     Parameters
@@ -63,8 +70,8 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> dict[
 
     Returns
     -------
-    dict
-        Text and speed, JSON-plain; with `compare` and `draft` also the other models'.
+    Generation or Drafting
+        Text and speed; with `compare` and `draft` also the other models'.
 
     Raises
     ------
@@ -80,14 +87,22 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> dict[
     if settings.keep and not writer.is_run:
         raise RunError(f"--keep for {writer.path}, a folder", "a run", "name the run it was exported from")
     _check_length(writer, settings.prompt, settings)
-    result = {"prompt": settings.prompt, "temperature": settings.temperature, "seed": settings.seed}
-    if not (settings.compare or settings.keep):
+    if settings.compare or settings.keep:
+        written, beside = _compared(settings, settings.prompt, writer)
+    else:
         with quiet_transformers():
-            return result | writer.plain() | _write(writer.model, writer.tokenizer, settings, out).plain()
-    return result | _compared(settings, settings.prompt, writer)
+            written, beside = _write(writer.model, writer.tokenizer, settings, out).told(), None
+    return Generation(
+        prompt=settings.prompt,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        writer=writer.facts,
+        written=written,
+        beside=beside,
+    )
 
 
-def _compared(settings: GenerateSettings, prompt: str, writer: Writer) -> dict[str, Any]:
+def _compared(settings: GenerateSettings, prompt: str, writer: Writer) -> tuple[Written, BesideTeacher]:
     """The student's text beside its teacher's; kept with the run if that is asked for."""
     teacher = _teacher_of(writer, settings)
     with quiet_transformers():
@@ -95,7 +110,7 @@ def _compared(settings: GenerateSettings, prompt: str, writer: Writer) -> dict[s
         for model in models:
             warm_up(model, writer.tokenizer, prompt)
         ours, theirs = (_write(model, writer.tokenizer, settings, None) for model in models)
-    facts, common = writer.plain(), _common(ours.tokens, theirs.tokens)
+    facts, common = writer.facts, _common(ours.tokens, theirs.tokens)
     kept = None
     if settings.keep:
         kept = writer.path / SAMPLES
@@ -106,22 +121,19 @@ def _compared(settings: GenerateSettings, prompt: str, writer: Writer) -> dict[s
             teacher_text=theirs.text,
             student_text=ours.text,
             common_tokens=common,
-            k=facts["k"],
-            solver=facts["solver"],
+            k=facts.k,
+            solver=facts.solver,
             temperature=settings.temperature,
             seed=settings.seed,
         )
         with one_writer(writer.path):
             keep_sample(kept, sample)
-    return (
-        facts
-        | ours.plain()
-        | {
-            "teacher": {"model": teacher.name} | theirs.plain(),
-            "common_tokens": common,
-            "speed_up": round(ours.tokens_per_second / theirs.tokens_per_second, 4),
-            "kept": str(kept) if kept else None,
-        }
+    return ours.told(), BesideTeacher(
+        name=teacher.name,
+        written=theirs.told(),
+        common_tokens=common,
+        speed_up=round(ours.tokens_per_second / theirs.tokens_per_second, 4),
+        kept=str(kept) if kept else None,
     )
 
 
@@ -192,7 +204,7 @@ def _write(model: Any, tokenizer: Any, settings: GenerateSettings, out: TextIOBa
     )
 
 
-def _drafted(settings: GenerateSettings, prompt: str, out: TextIOBase | None) -> dict[str, Any]:
+def _drafted(settings: GenerateSettings, prompt: str, out: TextIOBase | None) -> Drafting:
     """The teacher alone, with the student as its draft, and with a draft that skips the block."""
     draft = _open(settings, settings.draft or "")
     _check_length(draft, prompt, settings)
@@ -211,18 +223,13 @@ def _drafted(settings: GenerateSettings, prompt: str, out: TextIOBase | None) ->
             out.write(prompt)
         ours = speculate(model, draft.model, draft.tokenizer, prompt, count, out=out)
         skip = speculate(model, skipping, draft.tokenizer, prompt, count)
-
-    def compared(speculation: Any) -> dict[str, Any]:
-        return {
-            "equals_teacher": speculation.continuation.tokens == alone.tokens,
-            "speed_up": round(alone.seconds / speculation.continuation.seconds, 4),
-        }
-
-    return (
-        {"prompt": prompt, "teacher": teacher.name, "draft": draft.plain()}
-        | ours.plain()
-        | compared(ours)
-        | {"teacher_alone": alone.plain(), "skip_draft": skip.plain() | compared(skip)}
+    return Drafting(
+        prompt=prompt,
+        teacher=teacher.name,
+        draft=draft.facts,
+        written=ours.told(alone),
+        teacher_alone=alone.told(),
+        skip_draft=skip.told(alone),
     )
 
 
@@ -234,53 +241,55 @@ def _common(ours: list[int], theirs: list[int]) -> int:
     return min(len(ours), len(theirs))
 
 
-def summary(result: dict[str, Any]) -> str | Table:
-    """Speed; the text was streamed. With `compare`, both texts side by side."""
-    if "skip_draft" in result:
+def summary(result: Generation | Drafting) -> str | Table:
+    """Speed; the text was streamed. With `compare`, both texts side by side.
+
+    Parameters
+    ----------
+    result
+        What `generate` returned.
+    """
+    if isinstance(result, Drafting):
         return _draft_summary(result)
-    if "teacher" in result:
-        return _side_by_side(result)
-    return f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s{_steps(result)}"
+    if result.beside is not None:
+        return _side_by_side(result, result.beside)
+    written = result.written
+    return f"{written.new_tokens} tokens, {written.tokens_per_second:.1f} tokens/s{_steps(result.writer)}"
 
 
-def _steps(facts: dict[str, Any]) -> str:
-    if not facts["k"]:
+def _steps(facts: WriterFacts) -> str:
+    if not facts.k:
         return ""
-    return f", {facts['k']} {facts['solver']} step{'s' if facts['k'] > 1 else ''} (NFE {facts['nfe']})"
+    return f", {facts.k} {facts.solver} step{'s' if facts.k > 1 else ''} (NFE {facts.nfe})"
 
 
-def _side_by_side(result: dict[str, Any]) -> Table:
+def _side_by_side(result: Generation, beside: BesideTeacher) -> Table:
     from rich.markup import escape
 
-    table = Table(title=escape(result["prompt"]), show_lines=True)
-    theirs = result["teacher"]
-    for facts, name in ((theirs, f"teacher {theirs['model']}"), (result, f"student{_steps(result)}")):
-        table.add_column(
-            f"{escape(name)}: {facts['tokens_per_second']:.1f} tokens/s", ratio=1, overflow="fold"
-        )
-    table.add_row(escape(theirs["text"]), escape(result["text"]))
+    table = Table(title=escape(result.prompt), show_lines=True)
+    ours, theirs = result.written, beside.written
+    for written, name in ((theirs, f"teacher {beside.name}"), (ours, f"student{_steps(result.writer)}")):
+        speed = f"{written.tokens_per_second:.1f} tokens/s"
+        table.add_column(f"{escape(name)}: {speed}", ratio=1, overflow="fold")
+    table.add_row(escape(theirs.text), escape(ours.text))
     table.caption = (
-        f"the first {result['common_tokens']} tokens agree; student at {result['speed_up']:.2f} of the speed"
+        f"the first {beside.common_tokens} tokens agree; student at {beside.speed_up:.2f} of the speed"
     )
-    if result["kept"]:
-        table.caption += f"; kept in {escape(result['kept'])}"
+    if beside.kept:
+        table.caption += f"; kept in {escape(beside.kept)}"
     return table
 
 
-def _draft_summary(result: dict[str, Any]) -> str:
-    lines = [f"teacher alone: {result['teacher_alone']['tokens_per_second']:.1f} tokens/s"]
-    skip = result["skip_draft"]
-    for name, facts in (
-        (f"drafted by the student{_steps(result['draft'])}", result),
-        ("drafted by skipping", skip),
-    ):
-        rate = facts["acceptance_rate"]
-        accepted = (
-            "nothing proposed"
-            if rate is None
-            else f"{100 * rate:.0f} % of {facts['proposed_tokens']} accepted"
-        )
-        same = "the same text" if facts["equals_teacher"] else "ANOTHER TEXT than the teacher's"
-        speed = f"{facts['tokens_per_second']:.1f} tokens/s ({facts['speed_up']:.2f}x)"
+def _draft_summary(result: Drafting) -> str:
+    lines = [f"teacher alone: {result.teacher_alone.tokens_per_second:.1f} tokens/s"]
+    named: tuple[tuple[str, Drafted], ...] = (
+        (f"drafted by the student{_steps(result.draft)}", result.written),
+        ("drafted by skipping", result.skip_draft),
+    )
+    for name, text in named:
+        rate, proposed = text.acceptance_rate, text.proposed_tokens
+        accepted = "nothing proposed" if rate is None else f"{100 * rate:.0f} % of {proposed} accepted"
+        same = "the same text" if text.equals_teacher else "ANOTHER TEXT than the teacher's"
+        speed = f"{text.tokens_per_second:.1f} tokens/s ({text.speed_up:.2f}x)"
         lines.append(f"{name}: {speed}, {accepted}, {same}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import torch
 
 import lftpipe
 from lftpipe import runs
+from lftpipe.artefacts.outcomes.pipeline import Healing
 from lftpipe.config.loss import ON_STORED_LOGITS
 from lftpipe.config.settings import ComputeDtype, HealSettings
 from lftpipe.device import dtype_name, prepare, resolve_compute_dtype
@@ -28,13 +29,18 @@ from lftpipe.workspace import find_runs, find_store, run_path
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
-def heal(settings: HealSettings) -> dict[str, Any]:
+def heal(settings: HealSettings) -> Healing:
     """Train a finished run's student further, and write it as a run of its own.
+
+    Parameters
+    ----------
+    settings
+        Which run, what of its student is trained, and where the new run goes.
 
     Returns
     -------
-    dict
-        Where the run is and how it ended, JSON-plain.
+    Healing
+        Where the run is and how it ended.
 
     Raises
     ------
@@ -51,18 +57,16 @@ def heal(settings: HealSettings) -> dict[str, Any]:
     if folder.resolve() == source.path.resolve():
         raise SettingsError(f"--run {settings.run}, the run that is healed", "a new name", "give another")
     teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
-    given = {"store": str(store_path), "healed": str(source.path), "block": list(source.block)}
     refuse_foreign(folder, settings)
     with one_writer(folder):
-        return _healed(folder, settings, store, teacher, source) | given
+        return _healed(folder, settings, store, teacher, source)
 
 
-def _healed(
-    folder: Path, settings: HealSettings, store: Store, teacher: Teacher, source: Run
-) -> dict[str, Any]:
+def _healed(folder: Path, settings: HealSettings, store: Store, teacher: Teacher, source: Run) -> Healing:
     """What is left to do of a run whose only writer this process is."""
+    told = Healing(run=str(folder), store=str(store.path), healed=str(source.path), block=list(source.block))
     if claim(folder, settings, store):
-        return {"run": str(folder), "already_finished": True}
+        return replace(told, already_finished=True)
     student = _student(source, teacher, settings)
     work = prepare_healing(folder, settings, store, teacher, student, student.first, student.trained)
     result = work.run()
@@ -71,7 +75,7 @@ def _healed(
     manifest = _manifest(source, settings, trained_tokens)
     runs.save_run(folder, merged.flow, manifest, merged.teacher)
     drop_checkpoints(folder)
-    return {"run": str(folder), "objective": source.objective, "train_tokens": trained_tokens} | result
+    return replace(told, objective=source.objective, train_tokens=trained_tokens, **result)
 
 
 def _find(store_path: Path, target: str | None) -> Path:
@@ -168,16 +172,22 @@ def _manifest(source: Run, settings: HealSettings, tokens: int) -> dict[str, Any
     }
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What was made, where, and what to type next."""
-    lines = [f"{result['run']}: {result['healed']}, healed"]
-    if result.get("already_finished"):
+def summary(result: Healing) -> str:
+    """What was made, where, and what to type next.
+
+    Parameters
+    ----------
+    result
+        What `heal` returned.
+    """
+    lines = [f"{result.run}: {result.healed}, healed"]
+    if result.already_finished:
         return "\n".join([*lines, "  it was finished already: nothing was computed"])
-    held = result["held_back_loss"]
+    held = result.held_back_loss
     told = "" if held is None else f", {held:.4f} on what was held back"
     lines.append(
-        f"  {result['train_tokens']:,} tokens in {result['seconds']:.0f} s, "
-        f"{result['tokens_per_second']:,.0f} tokens/s, last loss {result['loss']:.4f}{told}"
+        f"  {result.train_tokens:,} tokens in {result.seconds:.0f} s, "
+        f"{result.tokens_per_second:,.0f} tokens/s, last loss {result.loss:.4f}{told}"
     )
-    lines.append(f"next: lftpipe evaluate {result['healed']} {result['run']} --store {result['store']}")
+    lines.append(f"next: lftpipe evaluate {result.healed} {result.run} --store {result.store}")
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Group
@@ -10,6 +9,7 @@ from rich.console import Group
 from lftpipe import progress, runs
 from lftpipe.artefacts.base import read_json
 from lftpipe.artefacts.metrics import read_metrics
+from lftpipe.artefacts.outcomes.look import RunFacts, StateStatistics, StoreFacts
 from lftpipe.config.settings import InfoSettings
 from lftpipe.corpus.packing import SPLITS
 from lftpipe.errors import SettingsError
@@ -22,13 +22,18 @@ from lftpipe.workspace import find_run, find_store
 SAMPLED_SEQUENCES = 16
 
 
-def info(settings: InfoSettings) -> dict[str, Any]:
+def info(settings: InfoSettings) -> StoreFacts | RunFacts:
     """Describe a store, or a run.
+
+    Parameters
+    ----------
+    settings
+        Which.
 
     Returns
     -------
-    dict
-        `kind` ("store" or "run") and what is known of it, JSON-plain.
+    StoreFacts or RunFacts
+        What is known of it.
 
     Raises
     ------
@@ -44,46 +49,44 @@ def info(settings: InfoSettings) -> dict[str, Any]:
     return _of_run(run)
 
 
-def _of_run(path: Path) -> dict[str, Any]:
+def _of_run(path: Path) -> RunFacts:
     run = runs.open_run(path)
     metrics = read_metrics(path / runs.METRICS, run.metrics_digest)
-    return {
-        "kind": "run",
-        "path": str(run.path),
-        **read_json(path / runs.MANIFEST),
-        "last_metrics": metrics.rows[-1] if metrics.rows else None,
-        "damaged_metrics": metrics.damage,
-        "weights_bytes": (path / runs.WEIGHTS).stat().st_size,
-    }
+    return RunFacts(
+        path=str(run.path),
+        manifest=read_json(path / runs.MANIFEST),
+        last_metrics=metrics.rows[-1] if metrics.rows else None,
+        damaged_metrics=metrics.damage,
+        weights_bytes=(path / runs.WEIGHTS).stat().st_size,
+    )
 
 
-def _of_store(store: Store) -> dict[str, Any]:
+def _of_store(store: Store) -> StoreFacts:
     size = storage_of(store.path).total_bytes()
     coded = store.shards.num_bytes("hidden", "attention")
     states = sum(store.num_sequences(split) for split in SPLITS) * store.context * store.width
     states *= len(store.layers) + len(store.attention_layers)
-    return {
-        "kind": "store",
-        "path": str(store.path),
-        "fingerprint": store.fingerprint,
-        "identity": store.identity,
-        "details": store.spec.details,
-        "compute_error": store.spec.details.get("compute_error"),
-        "layers": list(store.layers),
-        "attention_layers": list(store.attention_layers),
-        "logits": store.spec.logits,
-        "context": store.context,
-        "width": store.width,
-        "dtype": store.dtype,
-        "tokens": {split: store.num_sequences(split) * store.context for split in SPLITS},
-        "bytes": size,
-        "bytes_of_float16_states": 2 * states,
-        "compression": round(2 * states / max(coded, 1), 4),
-        "statistics": [_statistics(store, layer) for layer in store.layers],
-    }
+    return StoreFacts(
+        path=str(store.path),
+        fingerprint=store.fingerprint,
+        identity=store.identity,
+        details=store.spec.details,
+        compute_error=store.spec.details.get("compute_error"),
+        layers=list(store.layers),
+        attention_layers=list(store.attention_layers),
+        logits=store.spec.logits,
+        context=store.context,
+        width=store.width,
+        dtype=store.dtype,
+        tokens={split: store.num_sequences(split) * store.context for split in SPLITS},
+        bytes=size,
+        bytes_of_float16_states=2 * states,
+        compression=round(2 * states / max(coded, 1), 4),
+        statistics=[_statistics(store, layer) for layer in store.layers],
+    )
 
 
-def _statistics(store: Store, layer: int) -> dict[str, Any]:
+def _statistics(store: Store, layer: int) -> StateStatistics:
     """RMS and the largest activation of one state, over sequences spread over the store."""
     total = store.num_sequences("train")
     rows = sorted({int(row) for row in np.linspace(0, total - 1, SAMPLED_SEQUENCES)}) if total else []
@@ -101,73 +104,81 @@ def _statistics(store: Store, layer: int) -> dict[str, Any]:
         if abs(state[position, channel]) > largest:
             largest = float(abs(state[position, channel]))
             where = (row, int(position), int(channel))
-    return {
-        "layer": layer,
-        "rms": float(np.sqrt(energy / max(count, 1))),
-        "rms_without_first": float(np.sqrt(energy_rest / max(count_rest, 1))),
-        "largest": largest,
-        "sequence": where[0],
-        "position": where[1],
-        "channel": where[2],
-    }
+    return StateStatistics(
+        layer=layer,
+        rms=float(np.sqrt(energy / max(count, 1))),
+        rms_without_first=float(np.sqrt(energy_rest / max(count_rest, 1))),
+        largest=largest,
+        sequence=where[0],
+        position=where[1],
+        channel=where[2],
+    )
 
 
-def summary(result: dict[str, Any]) -> Group | FittedTable:
-    """Tables for a terminal."""
-    if result["kind"] == "run":
+def summary(result: StoreFacts | RunFacts) -> Group | FittedTable:
+    """Tables for a terminal.
+
+    Parameters
+    ----------
+    result
+        What `info` returned.
+    """
+    if isinstance(result, RunFacts):
         return _facts(
-            result["path"],
+            result.path,
             [
                 (key, json.dumps(value) if isinstance(value, dict | list) else str(value))
                 for key, value in result.items()
                 if key not in ("kind", "path")
             ],
         )
-    identity, details = result["identity"], result["details"]
+    return Group(_facts(result.path, _store_facts(result)), _activations(result))
+
+
+def _store_facts(result: StoreFacts) -> list[tuple[str, str]]:
+    identity, details, error = result.identity, result.details, result.compute_error
     teacher, digest = identity["teacher"], details["corpus_digest"]
-    tokens = ", ".join(f"{count:,} {split}" for split, count in result["tokens"].items())
-    size = progress.human_bytes(result["bytes"])
+    tokens = ", ".join(f"{count:,} {split}" for split, count in result.tokens.items())
     facts = [
         ("teacher", f"{teacher['name']} ({teacher['family']}, weights {teacher['weights_digest'][:12]})"),
         ("corpus", f"{identity['corpus']} (train {digest['train'][:12]})"),
-        ("tokens", f"{tokens}, in sequences of {result['context']}"),
-        ("states", f"{len(result['layers'])} x {result['width']} features, {result['dtype']}"),
-        ("attention outputs", str(len(result["attention_layers"]))),
-        ("logits", f"the largest {result['logits']}" if result["logits"] else "none"),
-        ("size", f"{size}, 1 : {result['compression']:.2f} to float16"),
+        ("tokens", f"{tokens}, in sequences of {result.context}"),
+        ("states", f"{len(result.layers)} x {result.width} features, {result.dtype}"),
+        ("attention outputs", str(len(result.attention_layers))),
+        ("logits", f"the largest {result.logits}" if result.logits else "none"),
+        ("size", f"{progress.human_bytes(result.bytes)}, 1 : {result.compression:.2f} to float16"),
         ("computed in", identity["compute_dtype"]),
     ]
-    error = result["compute_error"]
     if error:
         nmse = error["hidden"]["nmse"]
-        worst = result["layers"][int(np.argmax(nmse))]
-        facts.append(
-            (
-                "its error",
-                f"NMSE to float32 {np.mean(nmse):.2g}, at most {max(nmse):.2g} (state {worst}), "
-                f"over {error['tokens']:,} tokens",
-            )
-        )
+        worst = result.layers[int(np.argmax(nmse))]
+        told = f"NMSE to float32 {np.mean(nmse):.2g}, at most {max(nmse):.2g} (state {worst}), "
+        facts.append(("its error", told + f"over {error['tokens']:,} tokens"))
     facts.append(("made by", ", ".join(f"{name} {version}" for name, version in details["versions"].items())))
-    facts.append(("fingerprint", result["fingerprint"]))
+    return [*facts, ("fingerprint", result.fingerprint)]
+
+
+def _activations(result: StoreFacts) -> FittedTable:
+    """A line for each state."""
     names = ["state", "RMS", "RMS w/o position 0", "largest", "position", "channel"]
+    error = result.compute_error
     rows = [
         [
-            str(row["layer"]),
-            f"{row['rms']:.3g}",
-            f"{row['rms_without_first']:.3g}",
-            f"{row['largest']:.4g}",
-            str(row["position"]),
-            str(row["channel"]),
+            str(row.layer),
+            f"{row.rms:.3g}",
+            f"{row.rms_without_first:.3g}",
+            f"{row.largest:.4g}",
+            str(row.position),
+            str(row.channel),
             *([f"{error['hidden']['nmse'][index]:.2g}"] if error else []),
         ]
-        for index, row in enumerate(result["statistics"])
+        for index, row in enumerate(result.statistics)
     ]
     columns = [
         Column(name, needed=name in ("state", "RMS", "largest"))
         for name in ([*names, "compute error"] if error else names)
     ]
-    return Group(_facts(result["path"], facts), FittedTable(columns, rows, title="\nactivations"))
+    return FittedTable(columns, rows, title="\nactivations")
 
 
 def _facts(title: str, facts: list[tuple[str, str]]) -> FittedTable:

@@ -1,8 +1,8 @@
 """`lftpipe recouple`: the recoupling ratio of all pairs of stored states, and the blocks that it suggests."""
 
 import time
-from typing import Any
 
+from lftpipe.artefacts.outcomes.pipeline import Recoupling
 from lftpipe.artefacts.recoupling import RecouplingMap
 from lftpipe.config.layers import parse_block
 from lftpipe.config.settings import RecoupleSettings
@@ -20,7 +20,7 @@ from lftpipe.workspace import find_store, require_json_name
 FRACTIONS = (0.125, 0.25, 0.375, 0.5)
 
 
-def recouple(settings: RecoupleSettings) -> dict[str, Any]:
+def recouple(settings: RecoupleSettings) -> Recoupling:
     """Map all pairs `m < n` of a store's states, write the map as JSON, PNG and an HTML page.
 
     Parameters
@@ -30,8 +30,8 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        The content of the JSON file (docs/recoupling.md describes it), and `out`, `pictures`, `seconds`.
+    Recoupling
+        The map (docs/recoupling.md describes it), and where it was written.
 
     Raises
     ------
@@ -51,12 +51,13 @@ def recouple(settings: RecoupleSettings) -> dict[str, Any]:
         draw_recoupling(result, shown or _default_shown(result), staging.path(picture))
         staging.path(page).write_text(recoupling_page(result), encoding="utf-8")
         result.write(staging.path(out))
-    return result.to_json() | {
-        "store": str(path),
-        "out": str(out),
-        "pictures": [str(picture), str(page)],
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    return Recoupling(
+        map=result,
+        store=str(path),
+        out=str(out),
+        pictures=[str(picture), str(page)],
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 def _shown(
@@ -80,10 +81,15 @@ def _default_shown(result: RecouplingMap) -> list[tuple[int, int]]:
     return [first] if best == first else [first, best]
 
 
-def summary(result: dict[str, Any]) -> FittedTable:
-    """The best blocks for common fractions of the layers, and where the map is."""
-    recoupling = RecouplingMap.from_plain(result)
-    rows = []
+def summary(result: Recoupling) -> FittedTable:
+    """The best blocks for common fractions of the layers, and where the map is.
+
+    Parameters
+    ----------
+    result
+        What `recouple` returned.
+    """
+    recoupling, rows = result.map, []
     lengths = {entry.length: entry.blocks for entry in recoupling.ranking}
     wanted = {ranking.block_length(recoupling.num_layers, fraction) for fraction in FRACTIONS}
     for length in sorted(wanted & lengths.keys()) or sorted(lengths)[:4]:
@@ -114,8 +120,8 @@ def summary(result: dict[str, Any]) -> FittedTable:
         + (f"; ranked by {used['rank_by']}" if used["rank_by"] != "ratio" else "")
     )
     tail = (
-        f"{result['out']} and {', '.join(result['pictures'])}, {result['seconds']:.1f} s\n"
-        f"next: lftpipe train --from-cache --store {result['store']}"
+        f"{result.out} and {', '.join(result.pictures)}, {result.seconds:.1f} s\n"
+        f"next: lftpipe train --from-cache --store {result.store}"
     )
     names = ("replace", "block", "R", "raw", "gap", "displacement", "next best")
     columns = [

@@ -1,8 +1,8 @@
 """`lftpipe report`: everything that lies beside a store, as one HTML page and as Markdown. No torch."""
 
 from pathlib import Path
-from typing import Any
 
+from lftpipe.artefacts.outcomes.pipeline import ReportPage
 from lftpipe.config.settings import ReportSettings
 from lftpipe.errors import RunError, StoreError
 from lftpipe.outputs import COMMENT, MARK, Staging, making
@@ -19,7 +19,7 @@ MARKS = (MARK, b" validation tokens; store ")
 PICTURES = ("steps.png", "adaptive.png", "training.png")
 
 
-def report(settings: ReportSettings) -> dict[str, Any]:
+def report(settings: ReportSettings) -> ReportPage:
     """Write one self-contained HTML page, and the same as Markdown with pictures, of what is beside a store.
 
     Parameters
@@ -29,7 +29,7 @@ def report(settings: ReportSettings) -> dict[str, Any]:
 
     Returns
     -------
-    dict
+    ReportPage
         The pages' paths, the pictures, and `damaged`: what could not be read.
 
     Raises
@@ -54,7 +54,7 @@ def report(settings: ReportSettings) -> dict[str, Any]:
         staging.path(page).write_text(report_page(found), encoding="utf-8")
         staging.path(out).write_text(_page(found, pictures, out), encoding="utf-8")
     shown = [str(path) for path in pictures.values()]
-    return {"report": str(page), "markdown": str(out), "pictures": shown, "damaged": found.damage}
+    return ReportPage(report=str(page), markdown=str(out), pictures=shown, damaged=found.damage)
 
 
 def _draw(found: Found, out: Path, staging: Staging) -> dict[str, Path]:
@@ -89,7 +89,13 @@ def _relative(path: Path, page: Path) -> str:
     return path.name if same else f"<{path.resolve()}>"
 
 
-def summary(result: dict[str, Any]) -> str:
-    """Where the page is, and what is damaged."""
-    lines = [f"{result['report']}: open it in a browser; {result['markdown']} has the same in Markdown"]
-    return "\n".join([*lines, *(f"  {each}" for each in result["damaged"])])
+def summary(result: ReportPage) -> str:
+    """Where the page is, and what is damaged.
+
+    Parameters
+    ----------
+    result
+        What `report` returned.
+    """
+    lines = [f"{result.report}: open it in a browser; {result.markdown} has the same in Markdown"]
+    return "\n".join([*lines, *(f"  {each}" for each in result.damaged)])

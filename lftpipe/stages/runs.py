@@ -1,7 +1,6 @@
 """`lftpipe runs`: every run of a workspace, with what it was made with and what it reached. No torch."""
 
-from typing import Any
-
+from lftpipe.artefacts.outcomes.look import RunList
 from lftpipe.config.settings import RunsSettings
 from lftpipe.errors import RunError
 from lftpipe.reporting.runs import line_of
@@ -29,7 +28,7 @@ COLUMNS = {
 _TEXTS = ("teacher", "run", "block", "objective", "solver", "state")
 
 
-def runs(settings: RunsSettings) -> dict[str, Any]:
+def runs(settings: RunsSettings) -> RunList:
     """List the runs of a workspace, or those beside one store; the lowest KL of each teacher first.
 
     Parameters
@@ -39,8 +38,8 @@ def runs(settings: RunsSettings) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        `rows`, one for each run, JSON-plain.
+    RunList
+        A line for each run.
 
     Raises
     ------
@@ -57,18 +56,24 @@ def runs(settings: RunsSettings) -> dict[str, Any]:
     if not lines:
         raise RunError(f"{place} without runs", "at least one", "make one with `lftpipe train --from-cache`")
     lines.sort(key=lambda line: (line.teacher, line.kl is None, line.kl or 0.0, line.run))
-    return {"rows": [line.to_json() for line in lines]}
+    return RunList(rows=lines)
 
 
-def summary(result: dict[str, Any]) -> FittedTable:
-    """One line a run."""
-    rows = [[cell(row[key]) for key in COLUMNS] for row in result["rows"]]
+def summary(result: RunList) -> FittedTable:
+    """One line a run.
+
+    Parameters
+    ----------
+    result
+        What `runs` returned.
+    """
+    rows = [[cell(getattr(row, key)) for key in COLUMNS] for row in result.rows]
     columns = [
         Column(name, "left" if key in _TEXTS else "right", folds=key in ("teacher", "run"), needed=needed)
         for key, (name, needed) in COLUMNS.items()
     ]
-    finished = sum(row["state"] == "finished" for row in result["rows"])
-    unscored = sum(row["state"] == "finished" and row["kl"] is None for row in result["rows"])
-    words = f"{len(rows)} runs, {finished} finished"
+    finished = [row for row in result.rows if row.state == "finished"]
+    unscored = sum(row.kl is None for row in finished)
+    words = f"{len(rows)} runs, {len(finished)} finished"
     words += f"; {unscored} not evaluated: lftpipe evaluate" if unscored else ""
     return FittedTable(columns, rows, caption=words)

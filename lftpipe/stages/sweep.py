@@ -2,15 +2,15 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import lftpipe
 from lftpipe import progress, runs
+from lftpipe.artefacts.outcomes.pipeline import Sweeping
 from lftpipe.artefacts.recoupling import Matrix, RecouplingMap
 from lftpipe.artefacts.results import Score
-from lftpipe.artefacts.sweep import Choice, Correlation, Sweep, SweptBlock, SweptRun
+from lftpipe.artefacts.sweep import Sweep, SweptBlock, SweptRun
 from lftpipe.config.settings import RecoupleSettings, SweepSettings, TrainSettings, recorded
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError, StoreError
@@ -22,7 +22,7 @@ from lftpipe.recoupling import ranking
 from lftpipe.recoupling.artefact import open_map
 from lftpipe.recoupling.probe import draw_parts, probe_residual
 from lftpipe.reporting.plots import draw_sweep
-from lftpipe.reporting.sweep import AGAINST, OUTCOMES, correlation_table, markdown
+from lftpipe.reporting.sweep import OUTCOMES, choices, correlation_table, correlations, markdown
 from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded, record_of
@@ -42,17 +42,21 @@ FRACTIONS = (0.25, 0.5)
 SCORE_TOKENS = 2048
 
 
-def sweep(settings: SweepSettings) -> dict[str, Any]:
+def sweep(settings: SweepSettings) -> Sweeping:
     """Train every block of some lengths alike, score them, and correlate the map's figures with the scores.
 
     Finished runs are not trained again, unfinished ones go on; `force` writes over the results, and over
     runs that were begun with other settings.
 
+    Parameters
+    ----------
+    settings
+        Which lengths, how long each run, and where the results go.
+
     Returns
     -------
-    dict
-        The content of the JSON file (docs/recoupling.md describes it), `out`, and `trained`, the number of
-        runs that were trained now.
+    Sweeping
+        What the blocks reached (docs/recoupling.md describes it), and how many runs were trained now.
 
     Raises
     ------
@@ -70,7 +74,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         draw_sweep(result, staging.path(picture))
         staging.path(page).write_text(markdown(result), encoding="utf-8")
         result.write(staging.path(out))
-    return result.to_json() | {"out": str(out), "trained": trained}
+    return Sweeping(sweep=result, out=str(out), trained=trained)
 
 
 def _swept(settings: SweepSettings, store_path: Path, folder: Path) -> tuple[int, Sweep]:
@@ -99,8 +103,8 @@ def _swept(settings: SweepSettings, store_path: Path, folder: Path) -> tuple[int
         settings=recorded(settings),
         lftpipe=lftpipe.__version__,
         rows=rows,
-        correlations=_correlations(rows, lengths, settings.seed),
-        choices=_choices(found, rows, lengths),
+        correlations=correlations(rows, lengths, settings.seed),
+        choices=choices(found, rows, lengths),
     )
 
 
@@ -235,61 +239,21 @@ def _rows(found: RecouplingMap, swept: list[ranking.Block], scored: list[Score])
     return rows
 
 
-def _correlations(rows: list[SweptBlock], lengths: list[int], seed: int) -> list[Correlation]:
-    """Of every predictor with every outcome: over all blocks (`length` null), and within each length.
+def summary(result: Sweeping) -> FittedTable:
+    """The correlations with KL for a terminal.
 
-    Over all blocks their mere length is a predictor too: what the others have to beat. A predictor that the
-    map lacks is left out.
+    Parameters
+    ----------
+    result
+        What `sweep` returned.
     """
-    keys = [key for key in ranking.PREDICTORS.values() if None not in (getattr(row, key) for row in rows)]
-    found = []
-    for against in AGAINST:
-        for length in (None, *lengths):
-            here = [row for row in rows if length in (None, row.length)]
-            y = np.array([getattr(row, against) for row in here])
-            for predictor in (*keys, *(["length"] if length is None else [])):
-                x = np.array([getattr(row, predictor) for row in here], np.float64)
-                entry = correlation.correlate(x, y, seed)
-                found.append(Correlation(against=against, predictor=predictor, length=length, **entry))
-    return found
-
-
-def _choices(found: RecouplingMap, rows: list[SweptBlock], lengths: list[int]) -> list[Choice]:
-    """Which block each predictor would choose, what it reached, and which place that is, 1 the best."""
-    choices = []
-    for length in lengths:
-        order = sorted((row for row in rows if row.length == length), key=lambda row: row.kl)
-        names = [row.block for row in order]
-        for by, key in ranking.PREDICTORS.items():
-            if getattr(found, key) is None:
-                continue
-            m, n = ranking.rank_blocks(found, length, by)[0]
-            place = names.index(f"{m}:{n}")
-            choices.append(
-                Choice(
-                    rank_by=by,
-                    length=length,
-                    block=f"{m}:{n}",
-                    kl=order[place].kl,
-                    place=place + 1,
-                    of=len(order),
-                    best_block=names[0],
-                    best_kl=order[0].kl,
-                )
-            )
-    return choices
-
-
-def summary(result: dict[str, Any]) -> FittedTable:
-    """The correlations with KL for a terminal."""
-    heading, rows = correlation_table(Sweep.from_plain(result), "kl")
-    out = Path(result["out"])
+    heading, rows = correlation_table(result.sweep, "kl")
+    out = Path(result.out)
     return FittedTable(
         [Column(name, "left", needed=index < 2) for index, name in enumerate(heading)],
         rows,
-        title=f"{result['teacher']}: Spearman's coefficient with the KL reached, "
-        f"{len(result['rows'])} blocks",
-        caption=f"{result['trained']} runs trained; "
-        f"{out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}",
+        title=f"{result.sweep.teacher}: Spearman's coefficient with the KL reached, "
+        f"{len(result.sweep.rows)} blocks",
+        caption=f"{result.trained} runs trained; {out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}",
         complete=f"{out.with_suffix('.md').name} has them",
     )

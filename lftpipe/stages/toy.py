@@ -1,7 +1,6 @@
 """`lftpipe toy`: figure 3, paired points of the plane under every objective."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,6 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lftpipe import progress
+from lftpipe.artefacts.outcomes.pipeline import ToyFigure
 from lftpipe.artefacts.sweep import Panel, Toy
 from lftpipe.config.settings import ToySettings
 from lftpipe.device import prepare_processor
@@ -35,7 +35,7 @@ MARKS = (b'"pairs_kept"', b'"panels"')
 DRAWN_POINTS = 80
 
 
-def toy(settings: ToySettings) -> dict[str, Any]:
+def toy(settings: ToySettings) -> ToyFigure:
     """Learn to carry two clusters to each other's place, crosswise, and draw the trajectories.
 
     Straight lines between partners all cross in the middle. There standard flow matching averages
@@ -49,8 +49,8 @@ def toy(settings: ToySettings) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        The content of the JSON file (`lftpipe.artefacts.sweep.Toy`), and `out`.
+    ToyFigure
+        What each panel kept, and where it was written.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def toy(settings: ToySettings) -> dict[str, Any]:
         result = Toy(seed=settings.seed, steps=settings.steps, panels=panels)
         _draw(panels, drawn, pairs(2000, settings.seed + 1), staging.path(picture))
         result.write(staging.path(out))
-    return result.to_json() | {"out": str(out)}
+    return ToyFigure(toy=result, out=str(out))
 
 
 def _panel(
@@ -182,11 +182,17 @@ def _draw(panels: list[Panel], drawn: list[list[Tensor]], cloud: tuple[Tensor, T
     save(figure, path, dpi=130)
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What each panel kept."""
+def summary(result: ToyFigure) -> str:
+    """What each panel kept.
+
+    Parameters
+    ----------
+    result
+        What `toy` returned.
+    """
     lines = [
-        f"{panel['panel']}: {panel['pairs_kept']:.1%} of the pairs kept, NMSE {panel['nmse']:.4f} "
-        f"({panel['k']} {panel['solver']} steps)"
-        for panel in result["panels"]
+        f"{panel.panel}: {panel.pairs_kept:.1%} of the pairs kept, NMSE {panel.nmse:.4f} "
+        f"({panel.k} {panel.solver} steps)"
+        for panel in result.toy.panels
     ]
-    return "\n".join([*lines, f"{result['out']} and {Path(result['out']).with_suffix('.png')}"])
+    return "\n".join([*lines, f"{result.out} and {Path(result.out).with_suffix('.png')}"])

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from lftpipe.artefacts.outcomes.pipeline import TrainedRun, Training
 from lftpipe.config.layers import parse_block
 from lftpipe.config.settings import TrainSettings
 from lftpipe.device import prepare
@@ -16,13 +16,18 @@ from lftpipe.training.together import train_runs
 from lftpipe.workspace import find_store, run_path
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(settings: TrainSettings) -> Training:
     """Train a flow layer and write its run; or several, from the same batches.
+
+    Parameters
+    ----------
+    settings
+        What is trained, on which store, and where the run goes.
 
     Returns
     -------
-    dict
-        Where the run is and how it ended, JSON-plain; of several, a list of such under `runs`.
+    Training
+        Where the runs are and how they ended.
 
     Raises
     ------
@@ -49,8 +54,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         results = train_runs(wanted, store, teacher, joint=settings.joint)
     finally:
         processes.leave()
-    given = {"store": str(store_path)}
-    return results[0] | given if len(results) == 1 else {"runs": results} | given
+    return Training(runs=results, store=str(store_path))
 
 
 def _block(text: str, settings: TrainSettings, store_path: Path, teacher: Teacher) -> tuple[int, int]:
@@ -61,17 +65,24 @@ def _block(text: str, settings: TrainSettings, store_path: Path, teacher: Teache
     return parse_block(text, teacher.num_layers)
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What was made, where, and what to type next."""
-    if "runs" in result:
-        return "\n".join(summary({**each, "store": result["store"]}) for each in result["runs"])
-    m, n = result["block"]
-    lines = [f"{result['run']}: {result['objective']} flow layer for layers {m} to {n - 1}"]
-    if result.get("already_finished"):
-        lines.append("  it was finished already: nothing was computed")
-        return "\n".join(lines)
-    speed = f", {result['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in result else ""
-    loss = f", last loss {result['loss']:.4f}" if "loss" in result else ""
-    lines.append(f"  {result['train_tokens']:,} tokens in {result['seconds']:.0f} s{speed}{loss}")
-    lines.append(f"next: lftpipe evaluate {result['run']} --store {result['store']}")
+def summary(result: Training) -> str:
+    """What was made, where, and what to type next.
+
+    Parameters
+    ----------
+    result
+        What `train` returned.
+    """
+    return "\n".join(_lines(run, result.store) for run in result.runs)
+
+
+def _lines(run: TrainedRun, store: str) -> str:
+    m, n = run.block
+    lines = [f"{run.run}: {run.objective} flow layer for layers {m} to {n - 1}"]
+    if run.already_finished:
+        return "\n".join([*lines, "  it was finished already: nothing was computed"])
+    speed = "" if run.tokens_per_second is None else f", {run.tokens_per_second:,.0f} tokens/s"
+    loss = "" if run.loss is None else f", last loss {run.loss:.4f}"
+    lines.append(f"  {run.train_tokens:,} tokens in {run.seconds:.0f} s{speed}{loss}")
+    lines.append(f"next: lftpipe evaluate {run.run} --store {store}")
     return "\n".join(lines)

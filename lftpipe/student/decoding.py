@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, TextStreamer
 
+from lftpipe.artefacts.outcomes.student import Drafted, Written
+
 #: Tokens of the pass that is not timed: the first calls of a process set up kernels and threads.
 WARM_UP_TOKENS = 2
 
@@ -28,14 +30,15 @@ class Continuation:
         """New tokens a second, the prompt's pass included."""
         return len(self.tokens) / self.seconds
 
-    def plain(self) -> dict[str, Any]:
-        return {
-            "text": self.text,
-            "new_tokens": len(self.tokens),
-            "seconds": round(self.seconds, 4),
-            "first_token_seconds": round(self.first_token_seconds, 4),
-            "tokens_per_second": round(self.tokens_per_second, 2),
-        }
+    def told(self) -> Written:
+        """Text and speed, rounded."""
+        return Written(
+            text=self.text,
+            new_tokens=len(self.tokens),
+            seconds=round(self.seconds, 4),
+            first_token_seconds=round(self.first_token_seconds, 4),
+            tokens_per_second=round(self.tokens_per_second, 2),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,23 @@ class Speculation:
     """Those of them that the teacher would have written."""
     teacher_calls: int
 
-    def plain(self) -> dict[str, Any]:
-        return self.continuation.plain() | {
-            "proposed_tokens": self.proposed,
-            "accepted_tokens": self.accepted,
-            "acceptance_rate": round(self.accepted / self.proposed, 4) if self.proposed else None,
-            "teacher_calls": self.teacher_calls,
-        }
+    def told(self, alone: Continuation) -> Drafted:
+        """Text and speed, beside the teacher without a draft.
+
+        Parameters
+        ----------
+        alone
+            What the teacher wrote without one.
+        """
+        return Drafted(
+            **self.continuation.told().to_json(),
+            proposed_tokens=self.proposed,
+            accepted_tokens=self.accepted,
+            acceptance_rate=round(self.accepted / self.proposed, 4) if self.proposed else None,
+            teacher_calls=self.teacher_calls,
+            equals_teacher=self.continuation.tokens == alone.tokens,
+            speed_up=round(alone.seconds / self.continuation.seconds, 4),
+        )
 
 
 class _Streamer(TextStreamer):

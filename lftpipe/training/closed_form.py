@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lftpipe import progress, runs
+from lftpipe.artefacts.outcomes.pipeline import TrainedRun
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import SettingsError
 from lftpipe.flow.hadamard import hadamard
@@ -34,7 +35,7 @@ Fitted = tuple[nn.Module, tuple[int, int], dict[str, Any], int]
 
 def fit_closed_form(
     folder: Path, settings: TrainSettings, store: Store, teacher: Teacher, block: tuple[int, int]
-) -> dict[str, Any]:
+) -> TrainedRun:
     """Fit and write a run of an objective that needs no steps.
 
     Parameters
@@ -50,20 +51,20 @@ def fit_closed_form(
 
     Returns
     -------
-    dict
-        Where the run is and how long it took, JSON-plain.
+    TrainedRun
+        Where the run is and how long it took.
     """
     started = time.monotonic()
     module, replaced, shape, seen = _FITS[settings.objective](folder.name, settings, store, teacher, block)
     manifest = manifest_of(settings, store, replaced, {"time": False, "shift": False} | shape)
     runs.save_run(folder, module, manifest | {"train_tokens": seen})
-    return {
-        "run": str(folder),
-        "block": list(replaced),
-        "objective": settings.objective,
-        "train_tokens": seen,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    return TrainedRun(
+        run=str(folder),
+        block=list(replaced),
+        objective=settings.objective,
+        train_tokens=seen,
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 def _batches(name: str, settings: TrainSettings, store: Store, parts: _Parts) -> Iterator[list[Tensor]]:

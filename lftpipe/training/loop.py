@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from lftpipe import progress
+from lftpipe.artefacts.outcomes.pipeline import TrainedRun
 from lftpipe.batch import Batch, BatchFields
 from lftpipe.errors import DivergenceError
 from lftpipe.teacher.parts import load_bridges
@@ -159,7 +160,7 @@ class Chain:
         for log, rate, nmse in zip(self._logs, rates, nmses, strict=True):
             log.write(rate, nmse, found.get(log.run.folder, {}))
 
-    def finish(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[TrainedRun]:
         """Write every run's weights and manifest."""
         results = [run.finish() for run in self.runs]
         self._checkpoint.drop()
@@ -167,7 +168,7 @@ class Chain:
         return results
 
 
-def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[str, Any]]:
+def train_together(chains: list[Chain], *, resume: bool = False) -> list[TrainedRun]:
     """Train chains that share store, batches and seed from one stream of batches, each read once.
 
     Parameters
@@ -179,7 +180,7 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[dict[st
 
     Returns
     -------
-    list of dict
+    list of TrainedRun
         Of every run: where it is and how it ended.
 
     Raises

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import lftpipe
 from lftpipe import runs
+from lftpipe.artefacts.outcomes.pipeline import TrainedRun
 from lftpipe.batch import BatchFields, BatchOrder, BatchReader
 from lftpipe.config.loss import ON_LOGITS, ON_STORED_LOGITS, Stage, parse_loss, stage_starts
 from lftpipe.config.objectives import CLOSED_FORM
@@ -193,7 +194,7 @@ class TrainingRun:
         if processes.rank() == 0:
             runs.drop_metrics_after(self.folder, self.step)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> TrainedRun:
         """Write weights and manifest; what to tell of the run."""
         self.weights.settle()
         shape = description(self.flow, self.settings)
@@ -201,17 +202,17 @@ class TrainingRun:
         manifest["train_tokens"] = self.step * self.tokens_per_step
         if processes.rank() == 0:
             runs.save_run(self.folder, self.flow, manifest)
-        return {
-            "run": str(self.folder),
-            "block": list(self.block),
-            "objective": self.settings.objective,
-            "steps": self.step,
-            "train_tokens": self.step * self.tokens_per_step,
-            "loss": self.loss,
-            "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.step * self.tokens_per_step / max(self.seconds, 1e-9), 1),
-            "data_wait_share": round(self.waited / max(self.seconds, 1e-9), 4),
-        }
+        return TrainedRun(
+            run=str(self.folder),
+            block=list(self.block),
+            objective=self.settings.objective,
+            steps=self.step,
+            train_tokens=self.step * self.tokens_per_step,
+            loss=self.loss,
+            seconds=round(self.seconds, 3),
+            tokens_per_second=round(self.step * self.tokens_per_step / max(self.seconds, 1e-9), 1),
+            data_wait_share=round(self.waited / max(self.seconds, 1e-9), 4),
+        )
 
 
 def order_of(settings: TrainSettings, store: Store) -> BatchOrder:

@@ -2,11 +2,11 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lftpipe import runs
+from lftpipe.artefacts.outcomes.pipeline import TrainedRun
 from lftpipe.config.layers import check_apart
 from lftpipe.config.objectives import CLOSED_FORM
 from lftpipe.config.settings import TrainSettings
@@ -28,7 +28,7 @@ _SHARED = ("batch_tokens", "seed", "hold_back", "from_teacher", "resume", "devic
 
 def train_runs(
     wanted: list[Wanted], store: Store, teacher: Teacher, *, joint: bool = False
-) -> list[dict[str, Any]]:
+) -> list[TrainedRun]:
     """Train runs with `resolved` settings, or go on with them; finished ones are left as they are.
 
     Parameters
@@ -44,7 +44,7 @@ def train_runs(
 
     Returns
     -------
-    list of dict
+    list of TrainedRun
         Of every run: where it is and how it ended.
 
     Raises
@@ -70,7 +70,7 @@ def _claim(locks: ExitStack, run: Path, settings: TrainSettings, store: Store) -
 
 def _train_claimed(
     wanted: list[Wanted], finished: list[bool], store: Store, teacher: Teacher, *, joint: bool
-) -> list[dict[str, Any]]:
+) -> list[TrainedRun]:
     if joint and any(finished) and not all(finished):
         raise RunError(
             "runs to be trained jointly, of which some are finished",
@@ -93,19 +93,19 @@ def _train_claimed(
     if training:
         chains = [Chain(training)] if joint else [Chain([each]) for each in training]
         done = train_together(chains, resume=training[0].settings.resume)
-        results |= {Path(result["run"]): result for result in done}
+        results |= {Path(result.run): result for result in done}
     return [results[run] for run, _, _ in wanted]
 
 
-def _finished(run: Path) -> dict[str, Any]:
+def _finished(run: Path) -> TrainedRun:
     finished = runs.open_run(run)
-    return {
-        "run": str(run),
-        "block": list(finished.block),
-        "objective": finished.objective,
-        "train_tokens": finished.train_tokens,
-        "already_finished": True,
-    }
+    return TrainedRun(
+        run=str(run),
+        block=list(finished.block),
+        objective=finished.objective,
+        train_tokens=finished.train_tokens,
+        already_finished=True,
+    )
 
 
 def check_together(wanted: list[Wanted], joint: bool) -> None:
