@@ -79,7 +79,7 @@ def test_corpora_that_make_no_sense(settings, tmp_path):
 
 
 def test_errors_are_one_line_and_json_plain_results(settings):
-    json.dumps(extract(settings))
+    json.dumps(extract(settings).to_json())
     with pytest.raises(LftpipeError) as caught:
         extract(change(settings, layers="9:4"))
     assert "\n" not in str(caught.value)
