@@ -164,12 +164,28 @@ class Background:
         self._ended: deque[_ShardThread] = deque()
 
     def begin_shard(self, key: ShardKey) -> None:
-        """Open the next shard."""
+        """Open the next shard.
+
+        Parameters
+        ----------
+        key
+            Which shard.
+        """
         before = self._ended[-1] if self._ended else None
         self._current = _ShardThread(self._opening, key, self._commit, self._transfer, before)
 
     def put(self, array: str, layer: int | None, first: int, values: Tensor) -> None:
-        """Queue a batch of the current shard; waits while the queue is full."""
+        """Queue a batch of the current shard; waits while the queue is full.
+
+        Parameters
+        ----------
+        array, layer
+            Which array of the shard, and which layer of it.
+        first
+            Index within the shard of the batch's first sequence.
+        values
+            The batch, which may be overwritten once this returns.
+        """
         assert self._current is not None, "no shard was begun"
         self._raise_errors()  # at once: the current shard may take minutes to fill
         try:

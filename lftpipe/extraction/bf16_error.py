@@ -78,7 +78,15 @@ def bf16_error(
 
 @contextmanager
 def layer_by_layer(trunk: Trunk, device: torch.device) -> Iterator[Trunk]:
-    """A trunk on the processor, to be run on a device that holds no more than one of its layers."""
+    """A trunk on the processor, to be run on a device that holds no more than one of its layers.
+
+    Parameters
+    ----------
+    trunk
+        On the processor.
+    device
+        Where its layers run.
+    """
     if device == trunk.device:
         yield trunk
         return

@@ -34,7 +34,17 @@ class Work(NamedTuple):
 
 
 def compute(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> int:
-    """Compute and commit every pending shard; how many tokens that were."""
+    """Compute and commit every pending shard; how many tokens that were.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    writer
+        The open store.
+    settings
+        How the work is spread.
+    """
     pending = writer.pending()
     if not pending:
         return 0
@@ -64,7 +74,17 @@ def compute(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> int:
 
 
 def freeze(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> FrozenPlan:
-    """Write `plan.json`; results of earlier drivers are void from now on."""
+    """Write `plan.json`; results of earlier drivers are void from now on.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    writer
+        The open store.
+    settings
+        The device, and where the teacher is.
+    """
     frozen = FrozenPlan(
         path=writer.path.resolve(),
         spec=writer.spec,
@@ -92,7 +112,13 @@ def _executor(settings: ExtractSettings) -> Callable[[Work], None]:
 
 
 def run_here(work: Work) -> None:
-    """Compute everything in this process."""
+    """Compute everything in this process.
+
+    Parameters
+    ----------
+    work
+        The shards, and what to do with them.
+    """
     producer = Producer(work.plan, work.settings.device, work.teacher)
     if work.measure:
         work.note(producer.measure())

@@ -92,5 +92,15 @@ class Passes:
 
 
 def batch_of(tokens: Store, split: str, rows: range, device: torch.device) -> Batch:
-    """Some sequences, without states, on the device."""
+    """Some sequences, without states, on the device.
+
+    Parameters
+    ----------
+    tokens
+        The store that has the tokens.
+    split, rows
+        Which sequences.
+    device
+        Where the batch is to be.
+    """
     return make_batch(tokens.tokens(split, rows), tokens.document(split, rows), device)

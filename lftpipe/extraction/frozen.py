@@ -49,6 +49,11 @@ class FrozenPlan:
     def check_teacher(self, teacher: Teacher) -> None:
         """Refuse weights that are not those of the plan, as another machine may have under the same name.
 
+        Parameters
+        ----------
+        teacher
+            The one that was opened here.
+
         Raises
         ------
         TeacherError
@@ -63,6 +68,11 @@ class FrozenPlan:
 
     def check_device(self, device: str) -> None:
         """Refuse another kind of device than the plan's.
+
+        Parameters
+        ----------
+        device
+            The one to be used here.
 
         Raises
         ------
@@ -98,7 +108,13 @@ class FrozenPlan:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "FrozenPlan":
-        """The plan that `to_json` gave."""
+        """The plan that `to_json` gave.
+
+        Parameters
+        ----------
+        value
+            A JSON object.
+        """
         return cls(
             path=Path(value["path"]),
             spec=StoreSpec.from_json(value["spec"]),
@@ -110,7 +126,13 @@ class FrozenPlan:
 
 
 def partly_stored(writer: StoreWriter) -> tuple[tuple[str, int, int], ...]:
-    """The shards that an earlier, smaller extraction left to be continued: at most the last of each split."""
+    """The shards that an earlier, smaller extraction left to be continued: at most the last of each split.
+
+    Parameters
+    ----------
+    writer
+        The open store.
+    """
     whole = {(key.split, key.index): key.sequences.start for key in writer.spec.shard_keys()}
     begun = ((key, key.sequences.start - whole[key.split, key.index]) for key in writer.pending())
     return tuple((key.split, key.index, count) for key, count in begun if count)

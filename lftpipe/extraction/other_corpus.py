@@ -13,7 +13,13 @@ from lftpipe.store import Store, StoreWriter
 
 
 def slug_of(corpus: str) -> str:
-    """A corpus as a part of a file's name: what it is called, and a digest of all of the name."""
+    """A corpus as a part of a file's name: what it is called, and a digest of all of the name.
+
+    Parameters
+    ----------
+    corpus
+        As `--corpus` takes it.
+    """
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(corpus).stem if "/" in corpus else corpus).strip("-.")
     whole = str(Path(corpus).resolve()) if Path(corpus).exists() else corpus
     return f"{name or 'corpus'}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"

@@ -38,6 +38,11 @@ class Part(NamedTuple):
 def parse_part(text: str) -> Part:
     """`3/8`, or `env`: what torchrun or Slurm say in the environment.
 
+    Parameters
+    ----------
+    text
+        As `--part` takes it.
+
     Raises
     ------
     SettingsError
@@ -78,7 +83,13 @@ def _from_environment() -> tuple[str, str]:
 
 
 def device_of_part(settings: ExtractSettings) -> str:
-    """The GPU of this process, if the machine's processes are numbered and each has not only its own."""
+    """The GPU of this process, if the machine's processes are numbered and each has not only its own.
+
+    Parameters
+    ----------
+    settings
+        The device that was asked for.
+    """
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         if settings.device == "cuda" and name in os.environ:
             import torch
@@ -88,7 +99,13 @@ def device_of_part(settings: ExtractSettings) -> str:
 
 
 def frozen_plan(plan: Plan) -> FrozenPlan | None:
-    """The plan in the store's folder, if it is for what is asked; None without one."""
+    """The plan in the store's folder, if it is for what is asked; None without one.
+
+    Parameters
+    ----------
+    plan
+        What is asked for.
+    """
     if (found := read_plan(plan.path)) is None:
         return None
     frozen, asked = FrozenPlan.from_json(found), spec_of(plan)
@@ -113,6 +130,17 @@ def frozen_plan(plan: Plan) -> FrozenPlan | None:
 
 def compute_part(plan: Plan, frozen: FrozenPlan, settings: ExtractSettings, part: Part) -> int:
     """Compute what this part still lacks; how many tokens that were.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    frozen
+        The plan that all parts share.
+    settings
+        The device, and how to run the teacher.
+    part
+        Which part.
 
     Raises
     ------
@@ -146,13 +174,27 @@ def _is_done(frozen: FrozenPlan, key: ShardKey, journal: PartJournal, stored: di
 
 
 def all_done(frozen: FrozenPlan, count: int) -> bool:
-    """Whether all of so many parts are whole."""
+    """Whether all of so many parts are whole.
+
+    Parameters
+    ----------
+    frozen
+        The plan that the parts share.
+    count
+        How many parts there are.
+    """
     parts = read_parts(frozen.path, frozen.digest)
     return sum(each.done for each in parts if each.count == count) == count
 
 
 def absorb_parts(writer: StoreWriter) -> None:
-    """Take into the store what processes with `--part` have computed for it."""
+    """Take into the store what processes with `--part` have computed for it.
+
+    Parameters
+    ----------
+    writer
+        The open store.
+    """
     found = read_plan(writer.path)
     if found is None or not (parts := read_parts(writer.path, FrozenPlan.from_json(found).digest)):
         return
@@ -165,7 +207,15 @@ def absorb_parts(writer: StoreWriter) -> None:
 
 
 def open_when_free(plan: Plan, settings: ExtractSettings) -> StoreWriter | FrozenPlan:
-    """The store to write, or as soon as another process has frozen it, its plan."""
+    """The store to write, or as soon as another process has frozen it, its plan.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    settings
+        How the store is opened.
+    """
     while True:
         if frozen := frozen_plan(plan):
             return frozen
@@ -179,6 +229,13 @@ def complete_when_free(plan: Plan, settings: ExtractSettings) -> StoreSpec:
     """Complete a store whose parts are all there; what it then holds.
 
     Another process may do it at the same time: it is waited for.
+
+    Parameters
+    ----------
+    plan
+        What is extracted.
+    settings
+        How the store is opened.
     """
     while True:
         try:

@@ -48,7 +48,17 @@ class Producer:
         self.teacher = teacher
 
     def run(self, keys: Iterable[ShardKey], commit: Commit, advance: Advance = lambda _: None) -> None:
-        """Compute shards one after the other; see `Passes.run`."""
+        """Compute shards one after the other; see `Passes.run`.
+
+        Parameters
+        ----------
+        keys
+            Which shards.
+        commit
+            Takes each shard that is on the disk.
+        advance
+            Is told how many tokens were computed.
+        """
         self._passes.run(keys, commit, advance)
 
     def measure(self) -> dict[str, Any]:
@@ -86,7 +96,13 @@ class Producer:
 
 
 def needs_measure(plan: FrozenPlan) -> bool:
-    """Whether the error of the compute dtype is still to be measured: once in a store's life."""
+    """Whether the error of the compute dtype is still to be measured: once in a store's life.
+
+    Parameters
+    ----------
+    plan
+        The plan of the store.
+    """
     spec = plan.spec
     exact = spec.identity["compute_dtype"] == "float32"
     return not exact and "compute_error" not in spec.details and bool(spec.sequences["train"])
@@ -116,5 +132,13 @@ def produce(plan: dict[str, Any], key: ShardKey, device: str = "cpu") -> Sealed:
 
 @functools.lru_cache(maxsize=1)
 def producer_of(plan: str, device: str) -> Producer:
-    """The producer of a plan in JSON, kept for the next shard."""
+    """The producer of a plan in JSON, kept for the next shard.
+
+    Parameters
+    ----------
+    plan
+        As `FrozenPlan.to_json` gives it, as text.
+    device
+        Where to compute.
+    """
     return Producer(FrozenPlan.from_json(json.loads(plan)), device)

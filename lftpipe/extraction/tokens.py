@@ -63,7 +63,13 @@ def fitted(plan: Plan) -> Plan:
 
 
 def are_stored(writer: StoreWriter) -> bool:
-    """Whether all tokens are stored that are asked for, and the corpus was read to the end for them."""
+    """Whether all tokens are stored that are asked for, and the corpus was read to the end for them.
+
+    Parameters
+    ----------
+    writer
+        The open store.
+    """
     return "corpus_digest" in writer.spec.details and writer.missing_tokens() is None
 
 

@@ -39,7 +39,19 @@ class Transfer(Protocol):
     """Moves batches from where they were computed."""
 
     def send(self, shard: ShardWriter, array: str, layer: int | None, first: int, values: Tensor) -> Sent:
-        """Begin to move a batch, which may be overwritten once this returns; waits where there is no room."""
+        """Begin to move a batch, which may be overwritten once this returns; waits where there is no room.
+
+        Parameters
+        ----------
+        shard
+            Where the batch goes.
+        array, layer
+            Which array of the shard, and which layer of it.
+        first
+            Index within the shard of the batch's first sequence.
+        values
+            The batch, on the device.
+        """
         ...
 
     def close(self) -> None:
@@ -68,7 +80,13 @@ class Direct:
     """
 
     def send(self, shard: ShardWriter, array: str, layer: int | None, first: int, values: Tensor) -> Sent:
-        """See `Transfer.send`."""
+        """See `Transfer.send`.
+
+        Parameters
+        ----------
+        shard, array, layer, first, values
+            As there.
+        """
         slot = shard.slot(array, layer, first, len(values))
         fill(slot, values)
         return _Filled(slot)
@@ -78,7 +96,15 @@ class Direct:
 
 
 def fill(slot: Slot, values: Tensor) -> None:
-    """Round a batch into a slot."""
+    """Round a batch into a slot.
+
+    Parameters
+    ----------
+    slot
+        Memory in the storage format.
+    values
+        The batch.
+    """
     for out, sequence in zip(torch.from_numpy(slot.values), values, strict=True):
         if sequence.dtype == torch.bfloat16:  # directly to float16 takes torch six times as long
             sequence = sequence.float()  # one by one they stay in the processor's cache
@@ -99,11 +125,25 @@ class Stream(Protocol):
     """Where copies are made, one after the other, behind the back of the one who asks for them."""
 
     def memory(self, num_bytes: int) -> Tensor:
-        """Bytes that copies may end in."""
+        """Bytes that copies may end in.
+
+        Parameters
+        ----------
+        num_bytes
+            How many.
+        """
         ...
 
     def copy(self, target: Tensor, source: Tensor) -> Event:
-        """Begin a copy; `source` stays as it is until the event."""
+        """Begin a copy; `source` stays as it is until the event.
+
+        Parameters
+        ----------
+        target
+            Where the copy goes.
+        source
+            What is copied.
+        """
         ...
 
 
@@ -115,11 +155,23 @@ class CudaStream:
         self._device = device
 
     def memory(self, num_bytes: int) -> Tensor:
-        """See `Stream.memory`."""
+        """See `Stream.memory`.
+
+        Parameters
+        ----------
+        num_bytes
+            How many.
+        """
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> Event:
-        """See `Stream.copy`."""
+        """See `Stream.copy`.
+
+        Parameters
+        ----------
+        target, source
+            As there.
+        """
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -157,7 +209,13 @@ class Ring:
         self._closed = False
 
     def send(self, shard: ShardWriter, array: str, layer: int | None, first: int, values: Tensor) -> Sent:
-        """See `Transfer.send`."""
+        """See `Transfer.send`.
+
+        Parameters
+        ----------
+        shard, array, layer, first, values
+            As there.
+        """
         dtype = getattr(torch, shard.dtype(array))
         rounded = values.to(dtype, copy=True).contiguous()  # the caller may overwrite its own
         region = self._take(rounded.nbytes)
@@ -172,7 +230,13 @@ class Ring:
             self._room.notify_all()
 
     def give_back(self, region: _Region) -> None:
-        """The batch in it was fetched."""
+        """The batch in it was fetched.
+
+        Parameters
+        ----------
+        region
+            Where the batch was.
+        """
         with self._room:
             region.free = True
             while self._used and self._used[0].free:
@@ -231,5 +295,11 @@ class _OnItsWay:
 
 
 def transfer_from(device: torch.device) -> Transfer:
-    """What suits a device."""
+    """What suits a device.
+
+    Parameters
+    ----------
+    device
+        Where batches are computed.
+    """
     return Ring(CudaStream(device)) if device.type == "cuda" else Direct()

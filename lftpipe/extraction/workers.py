@@ -28,6 +28,11 @@ MOST_DEATHS = 5
 def run_workers(work: Work) -> None:
     """Compute a plan's shards in `settings.workers` spawned processes, each committed as it comes.
 
+    Parameters
+    ----------
+    work
+        The shards, and what to do with them.
+
     Raises
     ------
     LftpipeError

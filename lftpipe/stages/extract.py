@@ -72,6 +72,11 @@ def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
 def check(settings: ExtractSettings) -> None:
     """Refuse settings that contradict.
 
+    Parameters
+    ----------
+    settings
+        Those of `extract`.
+
     Raises
     ------
     SettingsError

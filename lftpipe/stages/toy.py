@@ -106,12 +106,31 @@ class PlaneVelocity(nn.Module):
         )
 
     def forward(self, x: States, t: Times, step_size: Times) -> States:
+        """The velocity at places and times.
+
+        Parameters
+        ----------
+        x
+            Places, a point for each sequence.
+        t
+            Times, in `[0, 1]`.
+        step_size
+            Of the step that is taken, which changes nothing.
+        """
         del step_size  # one velocity for steps of every size
         return self.layers(torch.cat([x, t[:, None, None].expand(-1, x.shape[1], 1)], -1))
 
 
 def pairs(count: int, seed: int) -> tuple[States, States]:
-    """`x_0` in two clusters on the left and `x_1` in two on the right, each at the other one's height."""
+    """`x_0` in two clusters on the left and `x_1` in two on the right, each at the other one's height.
+
+    Parameters
+    ----------
+    count
+        How many pairs.
+    seed
+        Of the draw.
+    """
     generator = torch.Generator().manual_seed(seed)
     side = torch.randint(2, (count, 1), generator=generator) * 2.0 - 1
     x_0 = torch.cat([-torch.ones_like(side), side], -1) + 0.15 * torch.randn(count, 2, generator=generator)
@@ -120,7 +139,15 @@ def pairs(count: int, seed: int) -> tuple[States, States]:
 
 
 def keeps_pair(end: States, x_1: States) -> Bool[Tensor, "point"]:
-    """Whether a point ended on its partner's side of the middle."""
+    """Whether a point ended on its partner's side of the middle.
+
+    Parameters
+    ----------
+    end
+        Where the points ended.
+    x_1
+        Their partners.
+    """
     return (end[:, 0, 1] * x_1[:, 0, 1]) > 0
 
 

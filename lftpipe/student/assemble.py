@@ -93,7 +93,17 @@ def _kind_for(teacher: Teacher) -> Any:
 
 
 def fill(model: Any, tensors: Mapping[str, Tensor], generation_config: GenerationConfig) -> Any:
-    """Give a model made on the meta device its weights, and what else it needs to run."""
+    """Give a model made on the meta device its weights, and what else it needs to run.
+
+    Parameters
+    ----------
+    model
+        On the meta device.
+    tensors
+        Weights by name; those that are tied may be left out.
+    generation_config
+        How it writes where nothing else is asked.
+    """
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     materialise_buffers(model, model)  # rotary frequencies are no weights
@@ -104,7 +114,17 @@ def fill(model: Any, tensors: Mapping[str, Tensor], generation_config: Generatio
 
 
 def without_layers(model: Any, teacher: Teacher, blocks: Sequence[tuple[int, int]]) -> Any:
-    """The teacher with the layers of these blocks left out: the draft to beat. It shares all tensors."""
+    """The teacher with the layers of these blocks left out: the draft to beat. It shares all tensors.
+
+    Parameters
+    ----------
+    model
+        The whole teacher as a language model.
+    teacher
+        The same, opened.
+    blocks
+        Start and end of each.
+    """
     skipped = {layer for m, n in blocks for layer in range(m, n)}
     kept = [layer for layer in range(teacher.num_layers) if layer not in skipped]
     prefix = teacher.family.layers_prefix

@@ -97,7 +97,13 @@ class FlowLayout:
         return places
 
     def evaluations(self, place: int | Block) -> int:
-        """How often attention runs in that place, for one forward pass."""
+        """How often attention runs in that place, for one forward pass.
+
+        Parameters
+        ----------
+        place
+            A layer of the teacher, or a block that is replaced.
+        """
         if isinstance(place, int) or place.kind == "layer":
             return 1
         if place.kind == "layers":

@@ -156,6 +156,21 @@ def speculate(
 
     The draft proposes some tokens, the teacher checks them in one pass, keeps those it would have
     written and adds one of its own. So its passes are `new tokens - accepted`.
+
+    Parameters
+    ----------
+    teacher
+        Who decides.
+    draft
+        Who writes ahead.
+    tokenizer
+        Of both.
+    prompt
+        What is continued.
+    max_new_tokens
+        At most; the end-of-text token ends the text before.
+    out
+        Where words are written as they are made.
     """
     seen = 0
     calls = 0
@@ -176,6 +191,12 @@ def speculate(
 
 
 def warm_up(model: Any, tokenizer: Any, prompt: str) -> None:
-    """Run a model once without timing it."""
+    """Run a model once without timing it.
+
+    Parameters
+    ----------
+    model, tokenizer, prompt
+        Who continues what.
+    """
     with torch.inference_mode():
         continue_prompt(model, tokenizer, prompt, WARM_UP_TOKENS)

@@ -98,6 +98,13 @@ class DerivedFlowLayer(FlowLayer):
             return getattr(self.__dict__["_stands_for"][0], name)  # models read `layer.attention_type`, say
 
     def forward(self, *given: Any, **named: Any) -> Any:
+        """From the block's start to its end.
+
+        Parameters
+        ----------
+        *given, **named
+            As the family's own layer takes them; of them only the cache is looked at.
+        """
         arguments = dict(self._signature.bind(*given, **named).arguments)
         states: Tensor = arguments.pop(next(iter(self._signature.parameters)))
         for parameter in self._signature.parameters.values():
@@ -141,7 +148,13 @@ class DerivedLatentFlow(LatentFlow):
         self.post_init()  # pyright: ignore[reportAttributeAccessIssue]
 
     def generate(self, *given: Any, **options: Any) -> Any:
-        """As transformers has it; without a cache where layers keep more than keys and values."""
+        """As transformers has it; without a cache where layers keep more than keys and values.
+
+        Parameters
+        ----------
+        *given, **options
+            As `transformers.GenerationMixin.generate` takes them.
+        """
         if not self.caches:
             options["use_cache"] = False
         return super().generate(*given, **options)  # pyright: ignore[reportAttributeAccessIssue]
@@ -168,7 +181,15 @@ class DerivedLatentFlow(LatentFlow):
 
 
 def refuse_without_flow(structure: Structure, name: str) -> None:
-    """Refuse students of families that have no flow layers."""
+    """Refuse students of families that have no flow layers.
+
+    Parameters
+    ----------
+    structure
+        Of the teacher's model.
+    name
+        Of the teacher, for the error.
+    """
     if structure.without_flow:
         raise TeacherError(
             f"a student of a {name} model", f"flow layers, but {structure.without_flow}", "choose another"
@@ -220,7 +241,13 @@ def student_class(model_type: str) -> Any:
 
 
 def per_layer_lists(config: Any) -> dict[str, list[Any]]:
-    """What a teacher's config says of each of its layers, by field."""
+    """What a teacher's config says of each of its layers, by field.
+
+    Parameters
+    ----------
+    config
+        Of the teacher.
+    """
     count = config.num_hidden_layers
     return {
         name: value

@@ -89,12 +89,35 @@ class FlowLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **arguments: Any,
     ) -> Float[Tensor, "sequence position feature"]:
+        """From the block's start to its end, called as the family's own layer is.
+
+        Parameters
+        ----------
+        hidden_states
+            States at the block's start.
+        attention_mask
+            What the model made of its mask.
+        position_ids
+            The place of each token in its segment.
+        position_embeddings
+            Cosines and sines of the rotary embedding.
+        **arguments
+            Of them only the cache is looked at.
+        """
         assert position_ids is not None and position_embeddings is not None
         context = AttentionContext(position_embeddings, attention_mask, position_ids)
         return self.carry(hidden_states, self._contexts(context, arguments.get(self.cache_argument)))
 
     def carry(self, hidden_states: States, contexts: Iterator[AttentionContext]) -> States:
-        """From the block's start to its end; each evaluation has a context of its own."""
+        """From the block's start to its end; each evaluation has a context of its own.
+
+        Parameters
+        ----------
+        hidden_states
+            States at the block's start.
+        contexts
+            One for each evaluation.
+        """
         if isinstance(self.velocity, LayerStack):
             return self.velocity.run(hidden_states, contexts)
         evaluations = itertools.count()

@@ -43,6 +43,13 @@ class LatentFlow:
 
         A KV cache made before does not fit any more.
 
+        Parameters
+        ----------
+        steps
+            At least 1.
+        solver
+            `euler` or `midpoint`; left out, the present one.
+
         Raises
         ------
         SettingsError
@@ -89,6 +96,11 @@ class LatentFlow:
         """As transformers has it, but a tensor that is missing, extra or misshapen is an error.
 
         Pickles are never loaded.
+
+        Parameters
+        ----------
+        folder, *arguments, **options
+            As `transformers.PreTrainedModel.from_pretrained` takes them.
 
         Raises
         ------

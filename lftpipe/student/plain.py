@@ -29,6 +29,11 @@ OLD_ROTARY_NAMES = {
 def check_foldable(student: Any) -> None:
     """Refuse what no ordinary layers compute exactly.
 
+    Parameters
+    ----------
+    student
+        As a language model.
+
     Raises
     ------
     RunError
@@ -79,6 +84,11 @@ def check_foldable(student: Any) -> None:
 
 def unroll(student: Any) -> Any:
     """The same function as an ordinary model of the teacher's family, with `m + k + (L - n)` layers.
+
+    Parameters
+    ----------
+    student
+        As a language model.
 
     Returns
     -------

@@ -14,5 +14,16 @@ class Slot:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
+        """Keys and values of this evaluation, behind those it had before.
+
+        Parameters
+        ----------
+        keys, values
+            Of the new positions.
+        layer_idx
+            Of the layer that asks, which has a slot of its own instead.
+        *rest, **named
+            As `transformers.Cache.update` takes them.
+        """
         del layer_idx
         return self._cache.update(keys, values, self._index, *rest, **named)

@@ -168,7 +168,15 @@ def _compare(states: dict[int, Tensor], theirs: Any, name: str, deepest: int) ->
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether two states are the same up to rounding."""
+    """Whether two states are the same up to rounding.
+
+    Parameters
+    ----------
+    a, b
+        The states.
+    tolerance
+        Of the largest difference, relative to the largest value.
+    """
     if a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):
         return False
     a, b = a.nan_to_num(), b.nan_to_num()  # whoever stores them says where a teacher computes NaN

@@ -75,6 +75,11 @@ class Checkpoint:
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named tensors, as float32.
 
+        Parameters
+        ----------
+        names
+            In the checkpoint.
+
         Raises
         ------
         TeacherError
@@ -105,6 +110,13 @@ class Checkpoint:
         return total.hexdigest()
 
     def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name.
+
+        Parameters
+        ----------
+        name
+            In the checkpoint.
+        """
         return name in self._file_of
 
 
@@ -126,7 +138,13 @@ class Overlay(Checkpoint):
         self.changed = changed
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """The named tensors, as float32; those that were changed in their new form."""
+        """The named tensors, as float32; those that were changed in their new form.
+
+        Parameters
+        ----------
+        names
+            In the checkpoint.
+        """
         kept = super().read([name for name in names if name not in self.changed])
         return {name: self.changed[name] if name in self.changed else kept[name] for name in names}
 

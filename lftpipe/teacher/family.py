@@ -78,7 +78,13 @@ class Family:
     """Why the family can be extracted and mapped, but has no flow layers."""
 
     def parallel_residual(self, config: Any) -> bool:
-        """Whether attention and MLP both read the layer's input."""
+        """Whether attention and MLP both read the layer's input.
+
+        Parameters
+        ----------
+        config
+            Of the model.
+        """
         form = self.form(config, 0)
         return form is not None and form.parallel
 
@@ -102,7 +108,13 @@ class AttentionContext:
     """Whether segments must be run one by one, since the layers would not keep them apart."""
 
     def rows(self, rows: slice) -> "AttentionContext":
-        """Of some of the sequences."""
+        """Of some of the sequences.
+
+        Parameters
+        ----------
+        rows
+            Which of them.
+        """
         places = self.position_ids[rows] if len(self.position_ids) > 1 else self.position_ids
         if self.again is not None:
             return self.again(places)
@@ -167,7 +179,15 @@ class Branches(nn.Module):
     def attention(
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext
     ) -> Float[Tensor, "sequence position feature"]:
-        """The attention branch's output for normed states `x`, as it is added to the stream."""
+        """The attention branch's output for normed states `x`, as it is added to the stream.
+
+        Parameters
+        ----------
+        x
+            What the norm before the branch gave.
+        context
+            Positions and mask.
+        """
         branch = self._branch("attention")
         module = self.layer.get_submodule(branch.module)
         if context.layers is None:
@@ -181,7 +201,15 @@ class Branches(nn.Module):
     def mlp(
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext | None = None
     ) -> Float[Tensor, "sequence position feature"]:
-        """The MLP branch's output for normed states `x`, as it is added to the stream."""
+        """The MLP branch's output for normed states `x`, as it is added to the stream.
+
+        Parameters
+        ----------
+        x
+            What the norm before the branch gave.
+        context
+            Positions and mask, which some families' MLPs look at.
+        """
         branch = self._branch("mlp")
         if context is not None and context.apart:  # RWKV's mixes positions too
             return _one_by_one(self.mlp, x, context)
@@ -191,7 +219,15 @@ class Branches(nn.Module):
     def forward(
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext
     ) -> Float[Tensor, "sequence position feature"]:
-        """The layer's output, as the teacher computes it."""
+        """The layer's output, as the teacher computes it.
+
+        Parameters
+        ----------
+        x
+            The states that enter the layer.
+        context
+            Positions and mask.
+        """
         if self.whole:
             if context.apart:
                 return _one_by_one(self.forward, x, context)
@@ -204,7 +240,15 @@ class Branches(nn.Module):
     def own(
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext
     ) -> Float[Tensor, "sequence position feature"]:
-        """The layer's output by its own forward pass, whose sums are in the teacher's order."""
+        """The layer's output by its own forward pass, whose sums are in the teacher's order.
+
+        Parameters
+        ----------
+        x
+            The states that enter the layer.
+        context
+            Positions and mask.
+        """
         if context.layers is not None:
             return _first(self.layer(x, **context.layers[self.index]))
         return _first(

@@ -37,6 +37,13 @@ class Recorder(nn.Module):
             return getattr(self.__dict__["_stood_for"][0], name)  # models read `layer.attention_type`, say
 
     def forward(self, *given: Any, **named: Any) -> Any:
+        """Note what the layer is called with.
+
+        Parameters
+        ----------
+        *given, **named
+            Whatever the model gives it.
+        """
         bound = self._signature.bind(*given, **named)
         arguments = dict(bound.arguments)
         states = arguments.pop(next(iter(arguments)))
@@ -55,6 +62,15 @@ class Zeros(nn.Module):
         self.width = width
 
     def forward(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Zeros of the embedding's shape.
+
+        Parameters
+        ----------
+        ids
+            Token ids.
+        *_, **__
+            Whatever else the model gives.
+        """
         return torch.zeros(*ids.shape, self.width, device=ids.device)
 
 
@@ -74,6 +90,15 @@ class Passed(Zeros):
             return getattr(self.__dict__["_stood_for"][0], name)
 
     def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The states, as they are.
+
+        Parameters
+        ----------
+        states
+            Of any shape.
+        *_, **__
+            Whatever else the model gives.
+        """
         self.read, self.made = states, states.clone()
         return self.made
 
@@ -185,7 +210,15 @@ class Frame(nn.Module):
     def arguments(
         self, position_ids: Int[Tensor, "sequence position"], embeddings: Tensor | None = None
     ) -> dict[int, Arguments]:
-        """What every layer is called with, beside the states, by index."""
+        """What every layer is called with, beside the states, by index.
+
+        Parameters
+        ----------
+        position_ids
+            The place of each token in its segment.
+        embeddings
+            Of the tokens, where layers look at them too.
+        """
         if embeddings is None:
             embeddings = torch.zeros(*position_ids.shape, self.width, device=position_ids.device)
         given: dict[str, Any] = {"inputs_embeds": embeddings, "use_cache": False}
@@ -202,7 +235,13 @@ class Frame(nn.Module):
 
     @torch.no_grad()
     def context(self, position_ids: Int[Tensor, "sequence position"]) -> AttentionContext:
-        """Everything that layers need to know of a batch."""
+        """Everything that layers need to know of a batch.
+
+        Parameters
+        ----------
+        position_ids
+            The place of each token in its segment.
+        """
         several = bool((position_ids[:, 1:] == 0).any())
         apart = self.apart and several
         nothing = torch.empty(0, device=position_ids.device)

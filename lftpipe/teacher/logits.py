@@ -40,7 +40,13 @@ class Head:
 
     @torch.inference_mode()
     def top(self, state: Float[Tensor, "sequence position feature"]) -> TopLogits:
-        """The largest logits of a batch of last states."""
+        """The largest logits of a batch of last states.
+
+        Parameters
+        ----------
+        state
+            `h[L]`, before the final norm.
+        """
         pieces = []
         for piece in state.flatten(0, 1).float().split(self._piece):
             logits = self._tail.head(self._tail.norm(piece))

@@ -82,6 +82,13 @@ class NamedCheckpoint(Checkpoint):
         return name in self._parameters and (name in self._sources or name in self._first_of)
 
     def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name.
+
+        Parameters
+        ----------
+        name
+            As the model has it.
+        """
         return name in self._sources or name in self._first_of
 
     def read(self, names: list[str]) -> dict[str, Tensor]:

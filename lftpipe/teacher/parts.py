@@ -22,6 +22,13 @@ from lftpipe.teacher.structure import Logits, structure_of
 def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
     """A layer of the teacher's shape, on the meta device, to be filled with other weights.
 
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    index
+        Which layer's shape.
+
     Raises
     ------
     TeacherError
@@ -39,6 +46,13 @@ def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
 
 def load_layer(teacher: Teacher, index: int) -> Branches:
     """Layer `index` with the teacher's weights, in float32.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    index
+        Which layer.
 
     Raises
     ------
@@ -69,6 +83,13 @@ def _check_branches(layer: Branches, teacher: Teacher) -> None:
 def load_norm(teacher: Teacher, index: int) -> nn.Module:
     """What `h[index]` is first read through: the norm before attention of that layer, or the final one.
 
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    index
+        Which state.
+
     Raises
     ------
     TeacherError
@@ -89,12 +110,23 @@ def load_norm(teacher: Teacher, index: int) -> nn.Module:
 
 
 def load_rotary(teacher: Teacher) -> nn.Module:
-    """What `attention_context` turns position ids into a context with."""
+    """What `attention_context` turns position ids into a context with.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    """
     return teacher.family.frame(teacher.config)
 
 
 def load_embedding(teacher: Teacher) -> nn.Module:
     """From token ids to `h[0]`.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
 
     Raises
     ------
@@ -144,7 +176,17 @@ class Tail(nn.Module):
         start: int,
         stop: int,
     ) -> Float[Tensor, "sequence position feature"]:
-        """From `h[start]` to `h[stop]` through the teacher's own layers."""
+        """From `h[start]` to `h[stop]` through the teacher's own layers.
+
+        Parameters
+        ----------
+        h
+            States that enter layer `start`.
+        context
+            Positions and mask.
+        start, stop
+            From where to where, within the tail.
+        """
         for layer in self.layers[start - self.start : stop - self.start]:
             h = layer(h, context)
         return h
@@ -156,14 +198,30 @@ class Tail(nn.Module):
         *,
         start: int | None = None,
     ) -> Float[Tensor, "sequence position vocabulary"]:
-        """Next-token logits from `h[start]`; `start` defaults to the tail's own."""
+        """Next-token logits from `h[start]`; `start` defaults to the tail's own.
+
+        Parameters
+        ----------
+        h
+            States that enter layer `start`.
+        context
+            Positions and mask.
+        start
+            Which layer is the first to run.
+        """
         start = self.start if start is None else start
         h = self.states(h, context, start=start, stop=self.start + len(self.layers))
         return self.head(self.norm(h))
 
 
 def count_parameters(teacher: Teacher) -> int:
-    """Parameters of the whole teacher, from the checkpoint's headers; a tied head counts once."""
+    """Parameters of the whole teacher, from the checkpoint's headers; a tied head counts once.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    """
     if teacher.family.derived:
         return sum(teacher.checkpoint.sizes.values())
     family, sizes = teacher.family, teacher.checkpoint.sizes
@@ -175,7 +233,13 @@ def count_parameters(teacher: Teacher) -> int:
 
 
 def count_layer_parameters(teacher: Teacher) -> int:
-    """Parameters of one layer."""
+    """Parameters of one layer.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    """
     return sum(parameter.numel() for parameter in empty_layer(teacher).parameters())
 
 
@@ -183,6 +247,11 @@ def keys_share(teacher: Teacher) -> float:
     """Share of a layer's parameters that make keys and values.
 
     It is what a position costs at least that others still attend to.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
     """
     config = teacher.config
     if teacher.family.form(config, 0) is None:
@@ -232,7 +301,15 @@ def _fill(module: nn.Module, teacher: Teacher, prefix: str, *, strip: str = "") 
 
 
 def fill_buffers(teacher: Teacher, module: nn.Module) -> None:
-    """Give a module the buffers that no checkpoint holds; those of written-out families have none."""
+    """Give a module the buffers that no checkpoint holds; those of written-out families have none.
+
+    Parameters
+    ----------
+    teacher
+        Whose config gives the values.
+    module
+        Of the teacher's layers, on the meta device or with weights.
+    """
     if teacher.family.derived:
         materialise_buffers(structure_of(teacher.config).model, module)
 

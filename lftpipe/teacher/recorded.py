@@ -12,7 +12,13 @@ PARTS = ("weights", "config", "tokenizer")
 
 
 def record_of(identity: dict[str, Any]) -> dict[str, Any]:
-    """What a store's identity records of its teacher, with the tokenizer's digest that stands beside it."""
+    """What a store's identity records of its teacher, with the tokenizer's digest that stands beside it.
+
+    Parameters
+    ----------
+    identity
+        Of a store.
+    """
     known = {"tokenizer_digest": identity["tokenizer_digest"]} if "tokenizer_digest" in identity else {}
     return identity["teacher"] | known
 

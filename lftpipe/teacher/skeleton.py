@@ -53,6 +53,11 @@ def layers_path(model: Any) -> str:
     The layer's class is the one that the model itself records hidden states of (`_can_record_outputs`);
     where it names none, the layers are the longest list of modules of `num_hidden_layers`.
 
+    Parameters
+    ----------
+    model
+        A language model of transformers.
+
     Raises
     ------
     TeacherError
@@ -78,7 +83,13 @@ def layers_path(model: Any) -> str:
 
 
 def takes_any_attention(model: Any) -> bool:
-    """Whether torch's own attention computes all that this model's does: no sinks, soft-caps or biases."""
+    """Whether torch's own attention computes all that this model's does: no sinks, soft-caps or biases.
+
+    Parameters
+    ----------
+    model
+        A language model of transformers.
+    """
     parts = [part for part in model.modules() if hasattr(part, "_supports_sdpa")]
     return all(part._supports_sdpa for part in parts) and not any(
         getattr(model.config, name, None) for name in ("attn_logit_softcapping", "attn_logit_softcap")

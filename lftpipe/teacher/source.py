@@ -102,6 +102,15 @@ class Teacher:
 def open_teacher(model: str, workspace: Path, *, revision: str | None = None) -> Teacher:
     """Find a teacher by registered name, Hub id, local folder or `.gguf` file.
 
+    Parameters
+    ----------
+    model
+        Name, id, folder or file.
+    workspace
+        Where folders of teachers are looked for, and GGUF files are converted to.
+    revision
+        On the Hub.
+
     Raises
     ------
     TeacherError

@@ -45,7 +45,13 @@ class Logits(nn.Module):
         return self.model.get_output_embeddings()
 
     def forward(self, states: Tensor) -> Tensor:
-        """Logits of normed states `(..., feature)`."""
+        """Logits of normed states `(..., feature)`.
+
+        Parameters
+        ----------
+        states
+            After the final norm.
+        """
         self.handed.states = states.reshape(1, -1, states.shape[-1])
         ids = torch.zeros(self.handed.states.shape[:2], dtype=torch.long, device=states.device)
         logits = self.model(input_ids=ids, use_cache=False).logits
@@ -145,7 +151,13 @@ class Structure:
         return AttentionContext((nothing, nothing), None, places, layers=self._arguments)
 
     def form(self, index: int) -> LayerForm | None:
-        """The branches of a layer."""
+        """The branches of a layer.
+
+        Parameters
+        ----------
+        index
+            Which layer.
+        """
         if self._frame is None:
             return None
         if index not in self._forms:
@@ -165,7 +177,13 @@ class Structure:
         return Frame(self.config, self.implementation)
 
     def layer(self, index: int) -> nn.Module:
-        """One layer, on the meta device."""
+        """One layer, on the meta device.
+
+        Parameters
+        ----------
+        index
+            Which layer.
+        """
         return copy.deepcopy(self.layers[index])
 
     def norm(self) -> nn.Module:
@@ -179,7 +197,13 @@ class Structure:
         return Logits(skeleton.build(self.config, self.implementation), around)
 
     def name_of(self, module: nn.Module | None) -> str:
-        """A module's path in the model."""
+        """A module's path in the model.
+
+        Parameters
+        ----------
+        module
+            A module of the model; None has an empty path.
+        """
         return next((name for name, each in self.model.named_modules() if each is module), "")
 
     def family(self) -> Family:
@@ -245,6 +269,11 @@ class _Held:
 
 def structure_of(config: Any) -> Structure:
     """The structure of a config's model; models of equal configs share it.
+
+    Parameters
+    ----------
+    config
+        Of a model of transformers.
 
     Raises
     ------
