@@ -27,10 +27,11 @@ from lftpipe.errors import LftpipeError
 from lftpipe.flow.velocity import Velocity
 from lftpipe.student.assemble import build_student
 from lftpipe.student.plain import unroll
-from lftpipe.teacher.family import attention_context
+from lftpipe.teacher.context import attention_context
 from lftpipe.teacher.kinds import check_attention, check_kind
-from lftpipe.teacher.parts import Tail, load_layer, load_rotary
+from lftpipe.teacher.parts import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.trunk import Trunk
 
 #: Seconds after which a model counts as failed.

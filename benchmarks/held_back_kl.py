@@ -15,8 +15,8 @@ from lftpipe.config.settings.base import default_workspace
 from lftpipe.evaluation.predictors import run_predictors
 from lftpipe.flow.distillation import full_divergence
 from lftpipe.store import Store
-from lftpipe.teacher.parts import Tail
 from lftpipe.teacher.recorded import open_recorded, record_of
+from lftpipe.teacher.tail import Tail
 from lftpipe.workspace import find_runs
 
 

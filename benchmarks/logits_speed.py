@@ -18,8 +18,9 @@ from torch import Tensor
 from lftpipe.batch import Batch
 from lftpipe.config.layers import parse_block
 from lftpipe.flow.distillation import full_divergence
-from lftpipe.teacher.parts import Tail, TopLogits, load_layer, load_rotary
+from lftpipe.teacher.parts import load_layer, load_rotary
 from lftpipe.teacher.source import open_teacher
+from lftpipe.teacher.tail import Tail, TopLogits
 from lftpipe.training.logit_terms import logit_divergence, sampled_logit_divergence, top_logit_divergence
 
 

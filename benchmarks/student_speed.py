@@ -89,7 +89,7 @@ def speeds(
     found = interleaved(entries, texts, options.rounds, measure)
     rows = []
     for entry in entries:
-        row = entry.plain() | {"model": label(entry)}
+        row = entry.to_json() | {"model": label(entry)}
         row["cache_places"] = entry.ready().config.num_hidden_layers
         row["parameters"], row["bytes"] = entry.model.num_parameters(), bytes_on_disk(entry.model)
         for key, values in found[label(entry)].items():
@@ -133,7 +133,7 @@ def drafts(
         pairs = zip(found["teacher"]["seconds"], values["seconds"], strict=True)
         ratios = sorted(one / other for one, other in pairs)
         rows.append(
-            entry.plain()
+            entry.to_json()
             | {
                 "model": label(entry),
                 "acceptance_rate": sum(values["accepted"]) / proposed if proposed else None,

@@ -34,7 +34,7 @@ class Entry:
             self.model.set_steps(self.steps, self.solver)
         return self.model
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The entry as it stands in the JSON output."""
         nfe = EVALUATIONS[self.solver] * self.steps if self.steps and self.solver else None
         return {"model": self.name, "k": self.steps, "solver": self.solver, "nfe": nfe}

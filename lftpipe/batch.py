@@ -18,9 +18,10 @@ from lftpipe.corpus.packing import positions
 from lftpipe.device import CopyStream, move
 from lftpipe.store import Batch as StoredBatch
 from lftpipe.store import Store
-from lftpipe.teacher.family import AttentionContext, attention_context
-from lftpipe.teacher.parts import TopLogits, load_rotary
+from lftpipe.teacher.context import AttentionContext, attention_context
+from lftpipe.teacher.parts import load_rotary
 from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tail import TopLogits
 
 States = Float[Tensor, "sequence position feature"]
 #: A slice is not hashable before Python 3.12, and so no default of a dataclass.

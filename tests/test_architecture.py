@@ -73,7 +73,10 @@ ROOMS: dict[str, tuple[str, str]] = {
         "zarr",
     ),
     "recoupling": ("artefacts errors config corpus device flow outputs progress store", "transformers zarr"),
-    "flow": ("teacher.family", "transformers safetensors zarr pathlib json os"),
+    "flow": (
+        "teacher.branches teacher.context teacher.family",
+        "transformers safetensors zarr pathlib json os",
+    ),
     "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
     "training": (
         "artefacts batch config device errors files flow live objects outputs progress runs store teacher",
@@ -106,6 +109,8 @@ STRICTER: dict[str, tuple[str, str]] = {
     "cli.guard": ("errors cli.interrupt progress", "torch numpy transformers zarr pydantic"),
     "reporting.terminal": ("", "torch numpy transformers zarr pydantic"),
     "teacher.family": ("", "transformers pathlib"),
+    "teacher.context": ("", "transformers pathlib"),
+    "teacher.branches": ("teacher.context teacher.family", "transformers pathlib"),
     "recoupling.assignment": ("", "torch transformers zarr"),
     "recoupling.coupling": (
         "config recoupling.assignment recoupling.clouds recoupling.costs",

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from lftpipe import runs
 from lftpipe.batch import Batch
 from lftpipe.flow.path import States
-from lftpipe.teacher.family import AttentionContext
-from lftpipe.teacher.parts import (
-    Tail,
-)
+from lftpipe.teacher.context import AttentionContext
+from lftpipe.teacher.tail import Tail
 
 Predict = Callable[[States, AttentionContext], States]
 

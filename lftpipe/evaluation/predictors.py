@@ -11,17 +11,11 @@ from lftpipe.flow.adaptive import sample_adaptively
 from lftpipe.flow.path import States
 from lftpipe.flow.solver import Method, ODESolver, VelocityField
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.family import AttentionContext
-from lftpipe.teacher.parts import (
-    Layers,
-    Tail,
-    count_layer_parameters,
-    count_parameters,
-    keys_share,
-    load_bridges,
-    load_embedding,
-)
+from lftpipe.teacher.context import AttentionContext
+from lftpipe.teacher.parts import load_embedding
+from lftpipe.teacher.sizes import count_layer_parameters, count_parameters, keys_fraction
 from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tail import Layers, Tail, load_bridges
 
 
 def teacher_predictor(teacher: Teacher) -> Predictor:
@@ -98,7 +92,7 @@ def run_predictors(
     most = max(step_counts)
     for threshold in thresholds:
         assert method == "euler"
-        chosen = Evaluations(threshold, keys_share(teacher))
+        chosen = Evaluations(threshold, keys_fraction(teacher))
         found.append(predictor(_choosing(flow, most, chosen), Steps(most, method, most, chosen)))
     return found
 

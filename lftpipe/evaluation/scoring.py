@@ -21,8 +21,8 @@ from lftpipe.evaluation.metrics import LogitMetrics, Reference, StateMetrics
 from lftpipe.evaluation.predictor import Predictor
 from lftpipe.live import reader_of, states_at_hand
 from lftpipe.store import Store
-from lftpipe.teacher.parts import Tail
 from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tail import Tail
 
 
 def _batches(reader: BatchReader, fields: BatchFields, batch_tokens: int) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lftpipe.flow.path import States, Times
-from lftpipe.teacher.family import AttentionContext
+from lftpipe.teacher.context import AttentionContext
 
 #: Fraction of each input's own variance added to it, so that channels that never vary stay solvable.
 RIDGE = 1e-6

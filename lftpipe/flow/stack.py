@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lftpipe.flow.path import States, Times
-from lftpipe.teacher.family import AttentionContext, Branches
+from lftpipe.teacher.branches import Branches
+from lftpipe.teacher.context import AttentionContext
 
 
 class LayerStack(nn.Module):

@@ -1,4 +1,4 @@
-"""`lftpipe sweep`: a short run for every block of some lengths: did the map predict what they reach?"""
+"""`lftpipe sweep`: a short run for every block of some lengths, to see whether the map predicts."""
 
 from dataclasses import fields, replace
 from pathlib import Path

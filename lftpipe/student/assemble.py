@@ -73,7 +73,7 @@ def build_student(
         **plain,
         teacher_layers=teacher.num_layers,
         **({"teacher_lists": per_layer_lists(teacher.config)} if teacher.family.derived else {}),
-        blocks=[_block(run).plain() for run in opened],
+        blocks=[_block(run).to_json() for run in opened],
         solver=solver,
         steps=steps,
     )

@@ -31,7 +31,8 @@ class Block:
     depth: int = 1
     loops: int = 1
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
+        """As a config has it."""
         return asdict(self)
 
 
@@ -82,6 +83,7 @@ class FlowLayout:
 
     @property
     def flow_blocks(self) -> list[Block]:
+        """The blocks that are replaced, in order."""
         return [Block(**block) for block in self.blocks or []]
 
     def places(self) -> list[int | Block]:

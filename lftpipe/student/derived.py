@@ -20,7 +20,8 @@ from lftpipe.errors import TeacherError
 from lftpipe.student.config import Block, FlowLayout
 from lftpipe.student.flow_layer import FlowLayer
 from lftpipe.student.model import LatentFlow
-from lftpipe.teacher.family import Arguments, AttentionContext, Family
+from lftpipe.teacher.context import Arguments, AttentionContext
+from lftpipe.teacher.family import Family
 from lftpipe.teacher.structure import Structure, structure_of
 
 #: Model types of students begin with it.
@@ -161,6 +162,7 @@ class DerivedLatentFlow(LatentFlow):
 
     @property
     def student_layers(self) -> nn.ModuleList:
+        """Kept layers and flow layers, in order."""
         return self.get_submodule(self.family.layers_prefix)  # pyright: ignore
 
     def _number_slots(self) -> None:

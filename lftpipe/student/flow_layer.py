@@ -17,7 +17,9 @@ from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Modulations, Velocity
 from lftpipe.student.config import Block
 from lftpipe.student.slot import Slot
-from lftpipe.teacher.family import AttentionContext, Branches, Family
+from lftpipe.teacher.branches import Branches
+from lftpipe.teacher.context import AttentionContext
+from lftpipe.teacher.family import Family
 
 
 class FlowLayer(GradientCheckpointingLayer):

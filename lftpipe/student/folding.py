@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lftpipe.teacher.family import Branch, Branches
+from lftpipe.teacher.branches import Branches
+from lftpipe.teacher.family import Branch
 
 Tensors = dict[str, Tensor]
 

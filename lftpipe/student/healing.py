@@ -14,7 +14,7 @@ from lftpipe.flow.solver import Method, ODESolver
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
 from lftpipe.runs import Run
-from lftpipe.teacher.family import AttentionContext
+from lftpipe.teacher.context import AttentionContext
 from lftpipe.teacher.parts import load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 

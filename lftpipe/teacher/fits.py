@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from lftpipe.errors import TeacherError, foreign
+from lftpipe.teacher.branches import Branches
 from lftpipe.teacher.checkpoint import Checkpoint
-from lftpipe.teacher.family import AttentionContext, Branches, Family, attention_context
+from lftpipe.teacher.context import AttentionContext, attention_context
+from lftpipe.teacher.family import Family
 from lftpipe.teacher.skeleton import LARGEST_BUFFER
 
 

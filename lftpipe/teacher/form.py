@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lftpipe.teacher.family import Arguments, Branch, LayerForm
+from lftpipe.teacher.context import Arguments
+from lftpipe.teacher.family import Branch, LayerForm
 
 #: Relative error up to which two sums of random states are the same.
 CLOSE = 1e-4
@@ -35,6 +36,7 @@ class Call:
 
     @property
     def is_norm(self) -> bool:
+        """Whether its class is a norm by its name."""
         return "norm" in type(self.module).__name__.lower()
 
 

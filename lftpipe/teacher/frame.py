@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lftpipe.teacher import skeleton
-from lftpipe.teacher.family import Arguments, AttentionContext
+from lftpipe.teacher.context import Arguments, AttentionContext
 
 #: What a recorder returns beside the states, in the order in which it is tried: the model may unpack it.
 LAYER_ARITIES = (0, 1, 2, 3)

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lftpipe.teacher.parts import Tail, TopLogits
 from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tail import Tail, TopLogits
 from lftpipe.teacher.trunk import Trunk
 
 #: Called with an array's name in the store, the layer (None for logits), and a batch of it.

@@ -47,6 +47,7 @@ class Teacher:
 
     @property
     def num_layers(self) -> int:
+        """Layers of the model."""
         return self.config.num_hidden_layers
 
     @property

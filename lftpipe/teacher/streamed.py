@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lftpipe.device import cast_linear
 from lftpipe.teacher import capture
+from lftpipe.teacher.branches import Branches
 from lftpipe.teacher.capture import Sink
-from lftpipe.teacher.family import AttentionContext, Branches, attention_context
+from lftpipe.teacher.context import AttentionContext, attention_context
 from lftpipe.teacher.parts import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.trunk import Trunk

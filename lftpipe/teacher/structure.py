@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lftpipe.errors import TeacherError, reason_of
 from lftpipe.teacher import skeleton
-from lftpipe.teacher.family import AttentionContext, Family, LayerForm
+from lftpipe.teacher.context import AttentionContext
+from lftpipe.teacher.family import Family, LayerForm
 from lftpipe.teacher.form import find_form
 from lftpipe.teacher.frame import Frame
 

@@ -71,6 +71,7 @@ class Trunk:
 
     @property
     def num_parameters(self) -> int:
+        """Of all its layers."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property

@@ -18,7 +18,7 @@ from lftpipe.flow.linear import LeastSquares, LinearMap
 from lftpipe.flow.stack import NoLayer
 from lftpipe.flow.velocity import Velocity
 from lftpipe.store import Store, read_in_turn
-from lftpipe.teacher.family import Branches
+from lftpipe.teacher.branches import Branches
 from lftpipe.teacher.parts import load_layer
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.run import manifest_of, order_of

@@ -9,7 +9,7 @@ from lftpipe.config.objectives import TIMELESS
 from lftpipe.config.settings import TrainSettings
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.family import Branches
+from lftpipe.teacher.branches import Branches
 from lftpipe.teacher.parts import load_layer
 from lftpipe.teacher.source import Teacher
 

@@ -17,9 +17,10 @@ from lftpipe.flow.distillation import by_pieces, full_divergence, next_token_los
 from lftpipe.flow.path import States
 from lftpipe.flow.sampled_softmax import draw, sampled_divergence
 from lftpipe.store import Store
-from lftpipe.teacher.family import AttentionContext
-from lftpipe.teacher.parts import Tail, load_embedding
+from lftpipe.teacher.context import AttentionContext
+from lftpipe.teacher.parts import load_embedding
 from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tail import Tail
 from lftpipe.training.healing import Healing
 from lftpipe.training.logit_terms import check_head
 

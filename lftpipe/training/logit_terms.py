@@ -19,8 +19,8 @@ from lftpipe.flow.distillation import by_pieces, full_divergence, top_divergence
 from lftpipe.flow.objective import Loss
 from lftpipe.flow.path import States
 from lftpipe.flow.sampled_softmax import draw, sampled_divergence
-from lftpipe.teacher.parts import Tail
 from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tail import Tail
 
 #: Bytes of logits in float32 that are made at a time, by the kind of device. A processor is fastest where
 #: they are not much more than its caches hold.

@@ -12,7 +12,7 @@ from lftpipe import progress
 from lftpipe.artefacts.outcomes.pipeline import TrainedRun
 from lftpipe.batch import Batch, BatchFields
 from lftpipe.errors import DivergenceError
-from lftpipe.teacher.parts import load_bridges
+from lftpipe.teacher.tail import load_bridges
 from lftpipe.training import processes, readout
 from lftpipe.training.checkpoint import Checkpoint
 from lftpipe.training.holdout import HoldOut

@@ -16,7 +16,7 @@ from lftpipe.device import move
 from lftpipe.errors import DivergenceError
 from lftpipe.flow.objective import Loss, walk_times
 from lftpipe.flow.path import States
-from lftpipe.teacher.parts import Layers
+from lftpipe.teacher.tail import Layers
 from lftpipe.training import processes
 from lftpipe.training.optimizer import gradient_norm
 from lftpipe.training.run import TrainingRun

@@ -14,7 +14,7 @@ from lftpipe.flow.path import LinearPath, PiecewiseLinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.parts import Tail
+from lftpipe.teacher.tail import Tail
 from lftpipe.training.logit_terms import logit_divergence, sampled_logit_divergence, top_logit_divergence
 
 

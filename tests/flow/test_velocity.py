@@ -8,7 +8,7 @@ from lftpipe.flow.linear import LeastSquares, LinearMap
 from lftpipe.flow.objective import ErrorScale, flow_walking, walk_times
 from lftpipe.flow.solver import EVALUATIONS, ODESolver
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.family import AttentionContext, attention_context
+from lftpipe.teacher.context import AttentionContext, attention_context
 from lftpipe.teacher.parts import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher
 

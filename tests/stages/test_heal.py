@@ -104,7 +104,7 @@ def test_healing_lowers_the_divergence_and_every_form_of_the_run_agrees(
 
 
 def _context(teacher, ids):
-    from lftpipe.teacher.family import attention_context
+    from lftpipe.teacher.context import attention_context
     from lftpipe.teacher.parts import load_rotary
 
     places = torch.arange(ids.shape[1])[None].expand(len(ids), -1)

@@ -16,9 +16,10 @@ from lftpipe.flow.solver import ODESolver
 from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import load_model
 from lftpipe.student.plain import unroll
-from lftpipe.teacher.family import attention_context
-from lftpipe.teacher.parts import Tail, load_rotary
+from lftpipe.teacher.context import attention_context
+from lftpipe.teacher.parts import load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.trunk import Trunk
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

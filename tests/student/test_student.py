@@ -16,9 +16,10 @@ from lftpipe.student.assemble import build_student
 from lftpipe.student.config import LatentFlowGPTNeoXConfig
 from lftpipe.student.loading import load_teacher
 from lftpipe.student.model import LatentFlowGPTNeoXForCausalLM
-from lftpipe.teacher.family import attention_context
-from lftpipe.teacher.parts import Tail, load_layer, load_rotary
+from lftpipe.teacher.context import attention_context
+from lftpipe.teacher.parts import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.trunk import Trunk
 
 ATOL = 1e-4

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lftpipe.teacher.attention import BLOCK, attention, causal_attention
-from lftpipe.teacher.family import AttentionContext, attention_context
+from lftpipe.teacher.context import AttentionContext, attention_context
 from lftpipe.teacher.parts import load_layer, load_rotary
 
 #: bfloat16 keeps eight bits: what one rounding loses at most, relatively.

@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lftpipe.errors import TeacherError
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.family import AttentionContext, Branches, attention_context
+from lftpipe.teacher.branches import Branches
+from lftpipe.teacher.context import AttentionContext, attention_context
 from lftpipe.teacher.kinds import check_attention
-from lftpipe.teacher.parts import Tail, count_parameters, load_layer, load_rotary
+from lftpipe.teacher.parts import load_layer, load_rotary
+from lftpipe.teacher.sizes import count_parameters
 from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.trunk import Trunk
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}

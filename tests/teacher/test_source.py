@@ -14,13 +14,11 @@ from transformers import BertConfig, BertModel
 from lftpipe.device import resolve_compute_dtype
 from lftpipe.errors import TeacherError
 from lftpipe.teacher import capture, source
-from lftpipe.teacher.parts import (
-    Tail,
-    count_parameters,
-    load_layer,
-)
+from lftpipe.teacher.parts import load_layer
 from lftpipe.teacher.registry import REGISTERED
+from lftpipe.teacher.sizes import count_parameters
 from lftpipe.teacher.source import open_teacher
+from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.tokenizer import load_tokenizer
 from lftpipe.teacher.trunk import Trunk
 

@@ -6,14 +6,10 @@ from conftest import CONTEXT, VOCABULARY
 from teachers import whole
 from torch import Tensor
 
-from lftpipe.teacher.family import attention_context
-from lftpipe.teacher.parts import (
-    Tail,
-    count_layer_parameters,
-    count_parameters,
-    load_layer,
-    load_rotary,
-)
+from lftpipe.teacher.context import attention_context
+from lftpipe.teacher.parts import load_layer, load_rotary
+from lftpipe.teacher.sizes import count_layer_parameters, count_parameters
+from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.trunk import Trunk
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}

@@ -19,8 +19,8 @@ from lftpipe.flow.distillation import full_divergence, top_divergence
 from lftpipe.flow.sampled_softmax import Drawn, draw, sampled_divergence
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.teacher.parts import Tail
 from lftpipe.teacher.structure import Logits
+from lftpipe.teacher.tail import Tail
 from lftpipe.training import logit_terms
 from lftpipe.training.logit_terms import (
     FrozenTails,

@@ -1,0 +1,169 @@
+"""Several of the teacher's layers in a row: from a state to the logits, or between two blocks."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Int32
+from torch import Tensor, nn
+
+from lftpipe.teacher.context import AttentionContext
+from lftpipe.teacher.parts import fill, load_layer, load_norm
+from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.structure import Logits
+
+
+class Tail(nn.Module):
+    """The frozen end of the teacher: layers `start .. L-1`, final norm and LM head."""
+
+    def __init__(self, teacher: Teacher, start: int) -> None:
+        super().__init__()
+        self.start, self.vocabulary = start, teacher.config.vocab_size
+        self.layers = nn.ModuleList(load_layer(teacher, l) for l in range(start, teacher.num_layers))  # noqa: E741
+        self.norm = load_norm(teacher, teacher.num_layers)
+        self.head = _load_head(teacher)
+        self.eval().requires_grad_(False)
+
+    @cached_property
+    def linear_head(self) -> nn.Linear | None:
+        """The head where it is one linear map: no soft-cap, no scale, as a look at random states shows."""
+        if isinstance(self.head, nn.Linear):
+            return self.head
+        own = self.head.get_output_embeddings() if isinstance(self.head, Logits) else None
+        if not isinstance(own, nn.Linear):
+            return None
+        x = torch.randn(4, own.in_features, generator=torch.Generator().manual_seed(0)).to(own.weight)
+        with torch.no_grad():
+            same = torch.allclose(own(x).float(), self.head(x).float(), rtol=1e-3, atol=1e-3)
+        return own if same else None
+
+    def states(
+        self,
+        h: Float[Tensor, "sequence position feature"],
+        context: AttentionContext,
+        *,
+        start: int,
+        stop: int,
+    ) -> Float[Tensor, "sequence position feature"]:
+        """From `h[start]` to `h[stop]` through the teacher's own layers.
+
+        Parameters
+        ----------
+        h
+            States that enter layer `start`.
+        context
+            Positions and mask.
+        start, stop
+            From where to where, within the tail.
+        """
+        for layer in self.layers[start - self.start : stop - self.start]:
+            h = layer(h, context)
+        return h
+
+    def forward(
+        self,
+        h: Float[Tensor, "sequence position feature"],
+        context: AttentionContext,
+        *,
+        start: int | None = None,
+    ) -> Float[Tensor, "sequence position vocabulary"]:
+        """Next-token logits from `h[start]`; `start` defaults to the tail's own.
+
+        Parameters
+        ----------
+        h
+            States that enter layer `start`.
+        context
+            Positions and mask.
+        start
+            Which layer is the first to run.
+        """
+        start = self.start if start is None else start
+        h = self.states(h, context, start=start, stop=self.start + len(self.layers))
+        return self.head(self.norm(h))
+
+
+def head_names(teacher: Teacher) -> list[str]:
+    """The head's weight in the checkpoint; empty where it is tied to the embedding.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    """
+    return [name for name in teacher.family.head_names if teacher.checkpoint.has(name)][:1]
+
+
+def _load_head(teacher: Teacher) -> nn.Module:
+    family = teacher.family
+    if family.head is not None:
+        head = family.head(teacher.config)
+        fill(head, teacher, "", strip="model.")
+        return head
+    head = nn.Linear(teacher.width, teacher.config.vocab_size, bias=False, device="meta")
+    head.load_state_dict({"weight": _head_weight(teacher)}, assign=True)
+    return head
+
+
+def _head_weight(teacher: Teacher) -> Tensor:
+    name = (head_names(teacher) or [f"{teacher.family.embedding_prefix}.weight"])[0]
+    return teacher.checkpoint.read([name])[name]
+
+
+class TopLogits(NamedTuple):
+    """The largest logits of every position, descending, their tokens, and all logits' log-sum-exp."""
+
+    values: Float[Tensor, "sequence position rank"]
+    ids: Int32[Tensor, "sequence position rank"]
+    normaliser: Float32[Tensor, "sequence position"]
+
+
+class Layers(nn.Module):
+    """Some of the teacher's own layers, one after the other.
+
+    Parameters
+    ----------
+    teacher
+        Whose layers.
+    start, stop
+        From `h[start]` to `h[stop]`.
+    """
+
+    def __init__(self, teacher: Teacher, start: int, stop: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(load_layer(teacher, index) for index in range(start, stop))
+
+    def forward(
+        self, h: Float[Tensor, "sequence position feature"], context: AttentionContext
+    ) -> Float[Tensor, "sequence position feature"]:
+        """The states after the layers.
+
+        Parameters
+        ----------
+        h
+            The states before them.
+        context
+            Positions and mask of the sequences.
+        """
+        for layer in self.layers:
+            h = layer(h, context)
+        return h
+
+
+def load_bridges(
+    teacher: Teacher, blocks: Sequence[tuple[int, int]], device: str | torch.device
+) -> list[Layers]:
+    """The layers between each block and the next one, for students of several flow layers.
+
+    Parameters
+    ----------
+    teacher
+        Whose layers.
+    blocks
+        Half-open, in order.
+    device
+        Where they run.
+    """
+    return [Layers(teacher, n, m).to(device) for (_, n), (m, _) in pairwise(blocks)]
