@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lftpipe.store import ShardWriter, Slot
 
@@ -73,20 +74,14 @@ class _Filled:
         return self.filled
 
 
-class Direct:
+class Direct(Transfer):
     """Rounds a batch in the calling thread to where it will be written from.
 
     The threads of a matrix product would all wait for one that loses its core to a rounding writer.
     """
 
+    @override
     def send(self, shard: ShardWriter, array: str, layer: int | None, first: int, values: Tensor) -> Sent:
-        """See `Transfer.send`.
-
-        Parameters
-        ----------
-        shard, array, layer, first, values
-            As there.
-        """
         slot = shard.slot(array, layer, first, len(values))
         fill(slot, values)
         return _Filled(slot)
@@ -147,31 +142,19 @@ class Stream(Protocol):
         ...
 
 
-class CudaStream:
+class CudaStream(Stream):
     """A stream of a CUDA device beside the one that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._device = device
 
+    @override
     def memory(self, num_bytes: int) -> Tensor:
-        """See `Stream.memory`.
-
-        Parameters
-        ----------
-        num_bytes
-            How many.
-        """
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
+    @override
     def copy(self, target: Tensor, source: Tensor) -> Event:
-        """See `Stream.copy`.
-
-        Parameters
-        ----------
-        target, source
-            As there.
-        """
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -190,7 +173,7 @@ class _Region:
         self.start, self.stop, self.free = start, stop, False
 
 
-class Ring:
+class Ring(Transfer):
     """Rounds on the device and copies into a ring of pinned memory.
 
     Parameters
@@ -208,14 +191,8 @@ class Ring:
         self._room = threading.Condition()
         self._closed = False
 
+    @override
     def send(self, shard: ShardWriter, array: str, layer: int | None, first: int, values: Tensor) -> Sent:
-        """See `Transfer.send`.
-
-        Parameters
-        ----------
-        shard, array, layer, first, values
-            As there.
-        """
         dtype = getattr(torch, shard.dtype(array))
         rounded = values.to(dtype, copy=True).contiguous()  # the caller may overwrite its own
         region = self._take(rounded.nbytes)
