@@ -1,4 +1,4 @@
-"""Extraction of all states and attention contexts against the bare trunk, and its peak memory.
+"""Extraction of all states and attention outputs against the bare trunk, and its peak memory.
 
     python benchmarks/extract_speed.py [--model pythia-tiny] [--tokens 16384] [--context 512] [--threads 2]
 
@@ -158,7 +158,7 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     cpu = statistics.median(processor["bare"]) / statistics.median(processor["extraction"])
     kind = str(plan.compute_dtype).removeprefix("torch.")
     print(
-        f"{plan.teacher.name}: {len(plan.layers)} states, {len(plan.attention_layers)} attention contexts, "
+        f"{plan.teacher.name}: {len(plan.layers)} states, {len(plan.attention_layers)} attention outputs, "
         f"{plan.dtype}, computed in {kind}, {torch.get_num_threads()} threads, {positions:,} tokens, "
         f"{size / 2**20:,.0f} MiB, {options.rounds} rounds"
     )

@@ -1,4 +1,4 @@
-"""Extraction of all states and attention contexts against SAELens's extraction of one state.
+"""Extraction of all states and attention outputs against SAELens's extraction of one state.
 
     python -m venv saelens-venv
     saelens-venv/bin/pip install torch==<the version here> sae-lens
@@ -12,7 +12,7 @@ The same random tokens go through both in turn, on the same machine in the same 
 own that stays loaded between rounds. Only forward and write count: `CacheActivationsRunner.run` there, here
 everything from opening a new store to its final check. Neither imports, loading nor tokenising count, nor
 the first round. SAELens writes one state, that of the last layer, in float32 (its default), and does not wait
-for the disk; we write all of them with the attention contexts, and do.
+for the disk; we write all of them with the attention outputs, and do.
 
 How SAELens computes: `float32` is its default; `autocast` is its `autocast_lm` (residual stream in float32,
 as ours); `bfloat16` loads the weights so (residual in bfloat16). Its buffer is its default of 2 GB, cut to
@@ -195,7 +195,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             worker.close()
     print(
         f"{options.model}: {count * options.context:,} tokens, {options.threads or 'all'} threads, "
-        f"{options.rounds} rounds; ours all states and attention contexts as {options.dtype}, "
+        f"{options.rounds} rounds; ours all states and attention outputs as {options.dtype}, "
         f"SAELens the last state as float32"
     )
     for side in sides:

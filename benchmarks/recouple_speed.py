@@ -33,7 +33,7 @@ from lftpipe.recoupling.sinkhorn import couple_approximately
 
 Key = tuple[int, int, int]
 
-#: Decay of the channels' sizes, and a step's size as a share of the stream's. About half of the pairs have
+#: Decay of the channels' sizes, and a step's size as a fraction of the stream's. About half of the pairs have
 #: R = 0 and the mean is about 0.15.
 DECAY, STEP = 0.5, 0.25
 

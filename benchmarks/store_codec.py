@@ -3,7 +3,7 @@
     lftpipe extract --model smollm2-135m --layers all --tokens 8192 --validation-tokens 0 --store smol.zarr
     python benchmarks/store_codec.py smol.zarr
 
-Prints, layer by layer, the share of float16's bytes, the NMSE with and without the first position of every
+Prints, layer by layer, the fraction of float16's bytes, the NMSE with and without the first position of every
 sequence, and the worst single token; then the speeds on one core, and those of the lossless codec.
 """
 

@@ -48,8 +48,8 @@ class Task:
         elif speaks() and time.monotonic() - self._printed > PLAIN_INTERVAL:
             self._printed = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)
-            share = f"{100 * self.done / max(self.total, 1):.0f} %"
-            print(f"{self.label}: {share}, {rate}, {left:.0f} s left  {shown}", file=sys.stderr, flush=True)
+            percent = f"{100 * self.done / max(self.total, 1):.0f} %"
+            print(f"{self.label}: {percent}, {rate}, {left:.0f} s left  {shown}", file=sys.stderr, flush=True)
 
 
 @contextmanager

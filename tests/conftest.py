@@ -155,7 +155,7 @@ def neox_teacher(teachers: dict[str, Path]) -> Teacher:
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty short documents: enough that the usual share of them is held out."""
+    """Sixty short documents: enough that the usual fraction of them is held out."""
     folder = tmp_path_factory.mktemp("text")
     for seed in range(60):
         (folder / f"{seed:02d}.md").write_text(text_of(seed, 20 + 3 * seed))

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import with_config
+from pydantic import AliasChoices, Field, with_config
 from typing_extensions import TypedDict
 
 from lftpipe.artefacts.base import Artefact, require
@@ -43,7 +43,8 @@ class Ranked(Artefact):
     """All blocks of one length, the best first."""
 
     length: int
-    share: float
+    fraction: Annotated[float, Field(validation_alias=AliasChoices("fraction", "share"))]
+    """Of the teacher's layers; older maps call it `share`."""
     blocks: list[tuple[int, int]]
 
     def to_json(self) -> dict[str, Any]:

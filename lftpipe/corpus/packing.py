@@ -19,9 +19,9 @@ from lftpipe.errors import CorpusError
 
 SPLITS: tuple[str, ...] = ("train", "validation")
 
-#: Share of the documents that are held out, by the hash of their text. One in sixteen is
+#: Fraction of the documents that are held out, by the hash of their text. One in sixteen is
 #: enough for the usual ten-to-one budgets, and a teacher trained on the rest never saw them.
-VALIDATION_SHARE = 1 / 16
+VALIDATION_FRACTION = 1 / 16
 
 #: Documents tokenised in one call, which the tokenizer spreads over the processors.
 DOCUMENTS_PER_CALL = 64
@@ -47,7 +47,7 @@ def text_hash(document: Document) -> int:
 
 def default_threshold() -> int:
     """Documents whose hash is below this are held out for validation."""
-    return int(VALIDATION_SHARE * 2**64)
+    return int(VALIDATION_FRACTION * 2**64)
 
 
 @dataclass
@@ -191,7 +191,7 @@ class Packing:
             start = stop
 
     def fit_to_small_corpus(self) -> None:
-        """Move the hold-out threshold if the corpus is too small for the usual share.
+        """Move the hold-out threshold if the corpus is too small for the usual fraction.
 
         Of a corpus that ends before `validation` is full, or with nothing left to train on, the
         documents with the lowest hashes are held out, just as many as it takes, and never all.

@@ -15,12 +15,12 @@ try:  # the older package `lap` has the same module name, and no lapjvx
 except ImportError:
     lapjvx = None
 
-#: Share of rows that have an entry below their own, from which on the solver gets a start: below, lapx alone
-#: is faster than the start is made.
+#: Fraction of rows that have an entry below their own, from which on the solver gets a start: below, lapx
+#: alone is faster than the start is made.
 FAR = 0.7
 
-#: The entropy that the solver's start is blurred by, as a share of the mean cost, the stages in which it is
-#: halved, and the rounds of each.
+#: The entropy that the solver's start is blurred by, as a fraction of the mean cost, the stages in which it
+#: is halved, and the rounds of each.
 BLUR, STAGES, ROUNDS = 0.2, 3, 3
 
 

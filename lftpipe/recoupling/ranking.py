@@ -80,7 +80,7 @@ def rank_blocks(recoupling: RecouplingMap, length: int, by: Predictor = "ratio")
 
 
 def block_length(num_layers: int, replace: float) -> int:
-    """How many of the layers a share is: at least one.
+    """How many of the layers a fraction is: at least one.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def block_length(num_layers: int, replace: float) -> int:
 
 
 def best_block(recoupling: RecouplingMap, num_layers: int, replace: float, by: Predictor = "ratio") -> Block:
-    """The best block that replaces a share of the teacher's layers.
+    """The best block that replaces a fraction of the teacher's layers.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def ranking(recoupling: RecouplingMap, num_layers: int, by: Predictor = "ratio")
     """
     lengths = {length: rank_blocks(recoupling, length, by) for length in range(1, num_layers + 1)}
     return [
-        Ranked(length=length, share=length / num_layers, blocks=blocks)
+        Ranked(length=length, fraction=length / num_layers, blocks=blocks)
         for length, blocks in lengths.items()
         if blocks
     ]

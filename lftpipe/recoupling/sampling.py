@@ -44,11 +44,11 @@ def draw_samples(
     """
     rng = np.random.default_rng(seed)
     available = store.num_sequences("train")
-    share = min(max(sequences, -(-2 * tokens // store.context)), available)
+    each = min(max(sequences, -(-2 * tokens // store.context)), available)
     order = rng.permutation(available)
-    if share and batches * share <= available:
+    if each and batches * each <= available:
         pools = [
-            _candidates(store, rows, skip_first) for rows in order[: batches * share].reshape(batches, -1)
+            _candidates(store, rows, skip_first) for rows in order[: batches * each].reshape(batches, -1)
         ]
         short = min(len(pool) for pool in pools) < tokens
         drawn = [] if short else [pool[rng.choice(len(pool), tokens, replace=False)] for pool in pools]

@@ -12,7 +12,7 @@ from lftpipe.recoupling.clouds import Cloud
 from lftpipe.recoupling.costs import cost_matrix, relative_displacement, squared_displacement
 from lftpipe.recoupling.coupling import Coupling, recoupled
 
-#: Entropic regularisation as a share of the costs' interquartile range, which massive activations do not
+#: Entropic regularisation as a fraction of the costs' interquartile range, which massive activations do not
 #: stretch, and the iterations it is given.
 REGULARISATION = 0.05
 ITERATIONS = 500

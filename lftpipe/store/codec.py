@@ -158,10 +158,10 @@ def _centre(
     """
     energy = np.einsum("pf,pf->p", wide, wide)
     counts = energy <= _SINK_ENERGY * np.median(energy)
-    share = counts.astype(np.float32) / max(int(counts.sum()), 1)
-    mean = (share @ wide).astype(np.float16)
+    weight = counts.astype(np.float32) / max(int(counts.sum()), 1)
+    mean = (weight @ wide).astype(np.float16)
     wide -= mean.astype(np.float32)
-    return mean, _DEVIATIONS * np.sqrt(share @ np.square(wide))
+    return mean, _DEVIATIONS * np.sqrt(weight @ np.square(wide))
 
 
 def _outliers(

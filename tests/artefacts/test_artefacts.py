@@ -71,6 +71,15 @@ def test_a_file_without_a_digest_and_with_newer_keys_is_read(artefact, tmp_path)
     assert type(artefact).from_json(tmp_path / "file.json") == artefact
 
 
+def test_a_map_whose_ranking_has_the_older_word_is_read(tmp_path):
+    value = ARTEFACTS["map"].to_json()
+    for ranked in value["ranking"]:
+        ranked["share"] = ranked.pop("fraction")
+    (tmp_path / "map.json").write_text(json.dumps(value))
+    assert value["ranking"]
+    assert RecouplingMap.from_json(tmp_path / "map.json") == ARTEFACTS["map"]
+
+
 def test_a_change_of_any_value_is_found(artefact, tmp_path):
     file = tmp_path / "file.json"
     artefact.write(file)

@@ -134,7 +134,7 @@ def test_equal_documents_are_shared_out_so_that_each_split_gets_its_sequence(cou
     assert made.made["validation"] * context <= count * (2 * context + 1) / 2 + 2 * context + 1
 
 
-def test_a_large_corpus_keeps_the_usual_share_whatever_is_asked_for():
+def test_a_large_corpus_keeps_the_usual_fraction_whatever_is_asked_for():
     texts = [f"document {i} of many" for i in range(2000)]
     thresholds = set()
     for train, validation in ((10, 2), (100, 20), (20, 0)):
@@ -175,10 +175,10 @@ def test_a_corpus_without_text_or_with_too_little_is_refused():
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
-def test_positions_restart_with_each_piece(lengths):
+def test_positions_restart_with_each_segment(lengths):
     document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     expected = np.concatenate([np.arange(length) for length in lengths])
     assert positions(document).tolist() == expected.tolist()
-    # Each sequence of a batch for itself: a piece cut by a sequence's end starts anew.
+    # Each sequence of a batch for itself: a segment cut by a sequence's end starts anew.
     both = positions(np.stack([document, document]))
     assert both.tolist() == [expected.tolist()] * 2

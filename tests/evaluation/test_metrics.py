@@ -14,7 +14,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def first_of(*rows: str) -> Tensor:
-    """`"x..x."` marks the first positions of pieces."""
+    """`"x..x."` marks the first positions of segments."""
     return torch.tensor([[character == "x" for character in row] for row in rows])
 
 
@@ -93,7 +93,7 @@ def test_a_uniform_student_has_the_perplexity_of_its_vocabulary():
     tokens = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(0))
     metrics = logit_scored(torch.zeros(3, 5, 11), torch.zeros(3, 5, 11), tokens, FIRST)
     assert metrics.perplexity == pytest.approx(11)
-    assert metrics.num_targets == 4 * 3 - 2  # what starts a piece is no target
+    assert metrics.num_targets == 4 * 3 - 2  # what starts a segment is no target
 
 
 def test_a_massive_first_position_rules_the_nmse_and_not_the_one_without_it():

@@ -84,7 +84,7 @@ def test_a_shift_is_predicted_only_where_a_norm_can_take_it_up(teacher):
     assert velocity.shift == (teacher.family.name == "gpt_neox")
 
 
-def test_the_velocity_sees_no_later_position_and_no_other_piece(teacher):
+def test_the_velocity_sees_no_later_position_and_no_other_segment(teacher):
     velocity, _ = flow_of(teacher, 6)
     trained(velocity)
     places = torch.tensor([[0, 1, 2, 0, 1, 2]])

@@ -43,7 +43,7 @@ def test_all_else_equal_the_earliest_block_comes_first():
     ("replace", "num_layers", "length"),
     [(0.25, 24, 6), (0.5, 24, 12), (0.01, 24, 1), (1.0, 6, 6), (0.25, 6, 2)],
 )
-def test_a_share_is_rounded_to_whole_layers(replace, num_layers, length):
+def test_a_fraction_is_rounded_to_whole_layers(replace, num_layers, length):
     assert block_length(num_layers, replace) == length
 
 
@@ -68,8 +68,8 @@ def test_states_that_are_not_on_the_map_are_no_blocks():
 def test_the_ranking_lists_every_length_there_is():
     table = ranking(a_map([0, 2, 4]), 4)
     assert table == [
-        Ranked(length=2, share=0.5, blocks=[(0, 2), (2, 4)]),
-        Ranked(length=4, share=1.0, blocks=[(0, 4)]),
+        Ranked(length=2, fraction=0.5, blocks=[(0, 2), (2, 4)]),
+        Ranked(length=4, fraction=1.0, blocks=[(0, 4)]),
     ]
 
 

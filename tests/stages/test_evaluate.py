@@ -81,7 +81,7 @@ def test_a_perfect_prediction_has_no_divergence_and_the_teachers_perplexity(resu
     assert perfect["agreement"] == 1 and perfect["ppl_ratio"] == pytest.approx(1, rel=1e-3)
 
 
-def test_the_teachers_perplexity_is_that_of_the_whole_model_run_on_each_piece(result):
+def test_the_teachers_perplexity_is_that_of_the_whole_model_run_on_each_segment(result):
     store = Store.open(Path(result["store"]))
     folder = store.identity["teacher"]["model"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

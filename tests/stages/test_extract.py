@@ -26,11 +26,11 @@ def settings(tmp_path: Path, teachers: dict[str, Path], text_folder: Path) -> Ex
 
 
 @pytest.mark.parametrize("name", ["neox", "neox-sequential", "llama"])
-def test_a_stored_piece_is_what_the_teacher_computes_on_it_alone(settings, teachers, name):
+def test_a_stored_segment_is_what_the_teacher_computes_on_it_alone(settings, teachers, name):
     result = extract(change(settings, model=str(teachers[name])))
     store = Store.open(Path(result["store"]))
     model = AutoModelForCausalLM.from_pretrained(teachers[name], dtype=torch.float32).eval()
-    pieces = 0
+    segments = 0
     for row in range(0, store.num_sequences("train"), 7):
         tokens, document = store.tokens("train")[row], store.document("train")[row]
         starts = [*np.flatnonzero(positions(document) == 0), CONTEXT]
@@ -41,8 +41,8 @@ def test_a_stored_piece_is_what_the_teacher_computes_on_it_alone(settings, teach
             for layer in range(model.config.num_hidden_layers):  # the last is after the final norm
                 stored = store.read("train", layer, [row])[0, start:stop]
                 np.testing.assert_allclose(stored, expected[layer][0].numpy(), rtol=1e-4, atol=1e-5)
-            pieces += 1
-    assert pieces > 6  # there were sequences of several pieces among them
+            segments += 1
+    assert segments > 6  # there were sequences of several segments among them
 
 
 def test_the_last_state_is_before_the_final_norm(settings, teachers):

@@ -24,19 +24,21 @@ def error(found: Tensor, expected: Tensor) -> float:
     return ((found.float() - expected).norm() / expected.norm()).item()
 
 
-def pieces(positions: int, *starts: int) -> Tensor:
-    """The mask of one sequence of several pieces."""
-    piece = torch.zeros(positions, dtype=torch.long)
-    piece[list(starts)] = 1
-    piece = piece.cumsum(0)
-    return ((piece[:, None] == piece) & torch.ones(positions, positions, dtype=torch.bool).tril())[None, None]
+def segments(positions: int, *starts: int) -> Tensor:
+    """The mask of one sequence of several segments."""
+    segment = torch.zeros(positions, dtype=torch.long)
+    segment[list(starts)] = 1
+    segment = segment.cumsum(0)
+    return ((segment[:, None] == segment) & torch.ones(positions, positions, dtype=torch.bool).tril())[
+        None, None
+    ]
 
 
 @pytest.mark.parametrize("positions", [3, BLOCK - 1, BLOCK, 2 * BLOCK + 5])
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
 @pytest.mark.parametrize("packed", [False, True])
 def test_values_and_gradients_are_those_of_torch(positions, kv_heads, packed):
-    mask = pieces(positions, positions // 3 + 1) if packed else None
+    mask = segments(positions, positions // 3 + 1) if packed else None
     query = heads(0, 2, 6, positions, 16).requires_grad_()
     key, value = (heads(seed, 2, kv_heads, positions, 16).requires_grad_() for seed in (1, 2))
     expected = scaled_dot_product_attention(
@@ -52,14 +54,14 @@ def test_values_and_gradients_are_those_of_torch(positions, kv_heads, packed):
 
 
 def test_a_mask_to_add_is_a_mask_of_truths():
-    mask = pieces(BLOCK + 7, 20)
+    mask = segments(BLOCK + 7, 20)
     query, key, value = (heads(seed, 1, 2, BLOCK + 7, 8) for seed in range(3))
     to_add = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     assert torch.equal(causal_attention(query, key, value, mask), causal_attention(query, key, value, to_add))
 
 
-def test_no_position_sees_a_later_one_or_another_piece():
-    mask = pieces(2 * BLOCK, 150)
+def test_no_position_sees_a_later_one_or_another_segment():
+    mask = segments(2 * BLOCK, 150)
     query, key, value = (heads(seed, 1, 2, 2 * BLOCK, 8) for seed in range(3))
     before = causal_attention(query, key, value, mask)
     key[:, :, 200:], value[:, :, 200:] = 9.0, -9.0

@@ -102,12 +102,12 @@ def test_a_packed_segment_is_what_the_teacher_computes_on_it_alone(teacher, leng
     h, a = captured(trunk, tokens, places(*lengths))
     start = 0
     for length in lengths:
-        piece = slice(start, start + length)
-        h_alone, a_alone = captured(trunk, tokens[:, piece], places(length))
+        segment = slice(start, start + length)
+        h_alone, a_alone = captured(trunk, tokens[:, segment], places(length))
         for layer, state in h_alone.items():
-            torch.testing.assert_close(h[layer][:, piece], state, **EXACT)
+            torch.testing.assert_close(h[layer][:, segment], state, **EXACT)
         for layer, state in a_alone.items():
-            torch.testing.assert_close(a[layer][:, piece], state, **EXACT)
+            torch.testing.assert_close(a[layer][:, segment], state, **EXACT)
         start += length
 
 

@@ -51,12 +51,12 @@ def test_together_is_the_exported_students_divergence(trained, tmp_path):
     nats, count = 0.0, 0
     for ids, places in zip(tokens, document, strict=True):
         for number in dict.fromkeys(places.tolist()):
-            piece = torch.from_numpy(ids[places == number]).long()[None]
-            if piece.shape[1] > 1:
+            segment = torch.from_numpy(ids[places == number]).long()[None]
+            if segment.shape[1] > 1:
                 with torch.no_grad():
-                    log = model(piece).logits[0, :-1].log_softmax(-1)
-                nats -= log.gather(-1, piece[0, 1:, None]).sum().item()
-                count += piece.shape[1] - 1
+                    log = model(segment).logits[0, :-1].log_softmax(-1)
+                nats -= log.gather(-1, segment[0, 1:, None]).sum().item()
+                count += segment.shape[1] - 1
     perplexity = torch.tensor(nats / count).exp().item()
     assert perplexity == pytest.approx(rows[1]["ppl"], rel=1e-3)
 
