@@ -13,7 +13,7 @@ from fake_maps import make_map
 
 from lftpipe.artefacts.base import Artefact, read_json
 from lftpipe.artefacts.metrics import read_metrics
-from lftpipe.artefacts.recoupling import RecouplingMap
+from lftpipe.artefacts.recoupling import Ranked, RecouplingMap
 from lftpipe.artefacts.results import AdaptiveScore, Results, Score
 from lftpipe.artefacts.run import RunManifest
 from lftpipe.artefacts.samples import Sample, keep_sample, read_samples
@@ -72,12 +72,11 @@ def test_a_file_without_a_digest_and_with_newer_keys_is_read(artefact, tmp_path)
 
 
 def test_a_map_whose_ranking_has_the_older_word_is_read(tmp_path):
-    value = ARTEFACTS["map"].to_json()
-    for ranked in value["ranking"]:
-        ranked["share"] = ranked.pop("fraction")
+    made = make_map(4, 8, ranking=[Ranked(length=1, fraction=0.25, blocks=[(2, 3), (0, 1)])])
+    value = made.to_json()
+    value["ranking"] = [{"length": 1, "share": 0.25, "blocks": [[2, 3], [0, 1]]}]
     (tmp_path / "map.json").write_text(json.dumps(value))
-    assert value["ranking"]
-    assert RecouplingMap.from_json(tmp_path / "map.json") == ARTEFACTS["map"]
+    assert RecouplingMap.from_json(tmp_path / "map.json") == made
 
 
 def test_a_change_of_any_value_is_found(artefact, tmp_path):
