@@ -14,48 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from s3_server import make_bucket, s3_server
 
 from lftpipe.objects.places import mirror_of
 from lftpipe.store import Store, StoreSpec, StoreWriter, batch_sequences
 
 CONTEXT, BATCH, STEPS = 256, 8, 4
-SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    """The URL of a bucket of a server of this machine; its credentials are in the environment."""
-    command = [sys.executable, "-W", "ignore", "-c", SERVER]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout
-        endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        os.environ |= {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-        }
-        request = urllib.request.Request(f"{endpoint}/bucket", method="PUT")
-        urllib.request.urlopen(request).close()
-        try:
-            yield "s3://bucket"
-        finally:
-            process.kill()
 
 
 def make_store(path: Path, options: argparse.Namespace) -> float:
@@ -169,7 +137,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     os.environ["LFTPIPE_CACHE"] = str(folder / "mirrors")
     try:
-        with server() as url:
+        with s3_server() as endpoint:
+            url = make_bucket(endpoint, "bucket")
             found: dict[str, object] = {"reads": compare_reads(url, folder, options)}
             if not options.no_pipeline:
                 found["pipeline_seconds"] = pipeline(url, folder)

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lftpipe import runs
 from lftpipe.teacher.source import Teacher, open_teacher
 
 torch.set_num_threads(1)
@@ -151,6 +152,35 @@ def teacher(request: pytest.FixtureRequest, teachers: dict[str, Path]) -> Teache
 @pytest.fixture(scope="session")
 def neox_teacher(teachers: dict[str, Path]) -> Teacher:
     return open_teacher(str(teachers["neox"]), Path("unused"))
+
+
+@pytest.fixture
+def run(teacher: Teacher, tmp_path: Path) -> runs.Run:
+    from tiny_students import save_run
+
+    return save_run(tmp_path / "flow", teacher, (1, 3))
+
+
+@pytest.fixture
+def student(teacher: Teacher, run: runs.Run) -> Any:
+    """The student of `run`, a random flow in place of layers 1 and 2."""
+    from lftpipe.student.assemble import build_student
+
+    return build_student(teacher, [run])
+
+
+@pytest.fixture
+def neox_run(neox_teacher: Teacher, tmp_path: Path) -> runs.Run:
+    from tiny_students import save_run
+
+    return save_run(tmp_path / "neox-flow", neox_teacher, (1, 3))
+
+
+@pytest.fixture
+def neox_student(neox_teacher: Teacher, neox_run: runs.Run) -> Any:
+    from lftpipe.student.assemble import build_student
+
+    return build_student(neox_teacher, [neox_run])
 
 
 @pytest.fixture(scope="session")

@@ -1,56 +1,7 @@
-"""An S3 server of this machine, and a proxy before it that can be told to misbehave."""
+"""A proxy before an S3 server of this machine that can be told to misbehave."""
 
 import socket
-import subprocess
-import sys
 import threading
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import pytest
-
-#: In a process of its own: it leaves sockets behind, and warnings are errors here.
-CODE = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def s3_server() -> Iterator[str]:
-    """The endpoint of a server in memory; credentials for it are in the environment."""
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
-    with (
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as process,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        assert process.stdin and process.stdout
-        endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        for name, value in (
-            ("AWS_ENDPOINT_URL", endpoint),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_REGION", "us-east-1"),
-            ("LFTPIPE_RETRY_SECONDS", "3"),
-        ):
-            patch.setenv(name, value)
-        try:
-            yield endpoint
-        finally:
-            process.kill()
-
-
-def make_bucket(endpoint: str, name: str) -> str:
-    """An empty bucket's URL."""
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT")).close()
-    return f"s3://{name}"
 
 
 class Proxy:

@@ -86,23 +86,10 @@ class Artefact(JsonObject):
     """What it is called in errors."""
     CURE: ClassVar[str] = "make it again"
     """What to do if it is damaged."""
+    ERROR: ClassVar[type[LftpipeError]] = RunError
+    """What is raised if it is damaged."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = READ_STRICTLY
-
-    @classmethod
-    def error(cls, given: str, expected: str, do: str) -> LftpipeError:
-        """What is raised if such a file is damaged.
-
-        Parameters
-        ----------
-        given
-            What was found.
-        expected
-            What should be there.
-        do
-            What to do about it.
-        """
-        return RunError(given, expected, do)
 
     @classmethod
     def from_json(cls: type[Kind], path: Path) -> Kind:
@@ -125,7 +112,7 @@ class Artefact(JsonObject):
         except FileNotFoundError:
             raise
         except (OSError, ValueError) as error:
-            raise cls.error(
+            raise cls.ERROR(
                 f"{path}: {reason_of(error)}", f"{cls.NAME} as it was written", cls.CURE
             ) from None
 

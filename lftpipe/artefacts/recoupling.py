@@ -58,6 +58,7 @@ class RecouplingMap(Artefact):
 
     NAME: ClassVar[str] = "a recoupling map"
     CURE: ClassVar[str] = "run `lftpipe recouple --force`"
+    ERROR: ClassVar[type[LftpipeError]] = SettingsError  # `--out` or `--store` led here
     LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"influence", "probe_residual"})
 
     layers: list[int]
@@ -85,21 +86,6 @@ class RecouplingMap(Artefact):
     probe_residual: Matrix | None = None
     """A linear map's residual, if blocks are ranked by it."""
     ranking: list[Ranked]
-
-    @classmethod
-    def error(cls, given: str, expected: str, do: str) -> LftpipeError:
-        """A setting's, since `--out` or `--store` led here.
-
-        Parameters
-        ----------
-        given
-            What was found.
-        expected
-            What should be there.
-        do
-            What to do about it.
-        """
-        return SettingsError(given, expected, do)
 
     def text(self, value: dict[str, Any]) -> str:
         """One key a line: readable, and a small file.

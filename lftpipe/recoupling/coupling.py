@@ -128,6 +128,35 @@ def _couple(
 ) -> Coupling:
     """The coupling under the costs; overwrites `spare`."""
     partner = assign(cost, spare)
+    transported = float(cost[np.arange(len(cost)), partner].mean())
+    return coupling_of(x_0, x_1, cost, partner, transported, displacement)
+
+
+def coupling_of(
+    x_0: Cloud,
+    x_1: Cloud,
+    cost: Float64[np.ndarray, "sample sample"],
+    partner: Int64[np.ndarray, " sample"],
+    transport_cost: float,
+    displacement: Float64[np.ndarray, " sample"],
+) -> Coupling:
+    """What a plan says.
+
+    Parameters
+    ----------
+    x_0
+        Points of the first cloud.
+    x_1
+        Points of the second, in the same order.
+    cost
+        Of every point of the first against every point of the second.
+    partner
+        For each point of the first cloud, its partner in the second by the plan.
+    transport_cost
+        Mean cost of the plan.
+    displacement
+        Squared distance of each given pair.
+    """
     if x_0.has_ties or x_1.has_ties:
         ratio, ratio_raw = recoupled(partner, x_0.groups, x_1.groups)
     else:
@@ -136,7 +165,7 @@ def _couple(
         partner=partner,
         ratio=ratio,
         ratio_raw=ratio_raw,
-        transport_cost=float(cost[np.arange(len(cost)), partner].mean()),
+        transport_cost=transport_cost,
         identity_cost=float(cost.diagonal().mean()),
         random_cost=float(cost.mean()),
         displacement=relative_displacement(x_1, displacement),

@@ -9,8 +9,8 @@ from jaxtyping import Float64
 
 from lftpipe.config.settings import Metric
 from lftpipe.recoupling.clouds import Cloud
-from lftpipe.recoupling.costs import cost_matrix, relative_displacement, squared_displacement
-from lftpipe.recoupling.coupling import Coupling, recoupled
+from lftpipe.recoupling.costs import cost_matrix, squared_displacement
+from lftpipe.recoupling.coupling import Coupling, coupling_of
 
 #: Entropic regularisation as a fraction of the costs' interquartile range, which massive activations do not
 #: stretch, and the iterations it is given.
@@ -69,14 +69,5 @@ def couple_approximately(x_0: Cloud, x_1: Cloud, metric: Metric, device: str) ->
     """
     cost = cost_matrix(x_0, x_1, metric)
     plan = sinkhorn_plan(cost, device)
-    partner = plan.argmax(1)
-    ratio, ratio_raw = recoupled(partner, x_0.groups, x_1.groups)
-    return Coupling(
-        partner=partner,
-        ratio=ratio,
-        ratio_raw=ratio_raw,
-        transport_cost=float((plan * cost).sum()),
-        identity_cost=float(cost.diagonal().mean()),
-        random_cost=float(cost.mean()),
-        displacement=relative_displacement(x_1, squared_displacement(x_0, x_1)),
-    )
+    displacement = squared_displacement(x_0, x_1)
+    return coupling_of(x_0, x_1, cost, plan.argmax(1), float((plan * cost).sum()), displacement)

@@ -5,7 +5,8 @@ is a function of the run's seed and the batch's number. Nothing here waits for t
 whether losses were finite, which is not taken in every step (`watch.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from lftpipe.training import processes
 from lftpipe.training.optimizer import gradient_norm
 from lftpipe.training.run import TrainingRun
 from lftpipe.training.terms import Problem, weighted_sum
+
+T = TypeVar("T")
 
 
 def take_step(
@@ -66,15 +69,30 @@ def losses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Ba
     batch
         Whose loss.
     """
-    losses: list[Loss] = []
+
+    def loss(run: TrainingRun, x_0: States | None) -> tuple[Loss, States]:
+        found, problem = loss_of(run, batch, x_0)
+        return found, problem.end
+
+    return _in_order(joint, bridges, batch, loss)
+
+
+def _in_order(
+    joint: Sequence[TrainingRun],
+    bridges: Sequence[Layers],
+    batch: Batch,
+    measure: Callable[[TrainingRun, States | None], tuple[T, States]],
+) -> list[T]:
+    """What is measured of each run, and where it ends: there, through the bridge, the next one begins."""
+    found: list[T] = []
     x_0: States | None = None
     for index, run in enumerate(joint):
-        loss, problem = loss_of(run, batch, x_0)
-        losses.append(loss)
+        one, end = measure(run, x_0)
+        found.append(one)
         if index < len(bridges):
             with run.autocast():
-                x_0 = bridges[index](problem.end, batch.context)
-    return losses
+                x_0 = bridges[index](end, batch.context)
+    return found
 
 
 def loss_of(run: TrainingRun, batch: Batch, x_0: States | None = None) -> tuple[Loss, Problem]:
@@ -189,16 +207,13 @@ def nmses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Bat
     batch
         What is predicted.
     """
-    found: list[float] = []
-    x_0: States | None = None
-    for index, run in enumerate(joint):
+
+    def nmse(run: TrainingRun, x_0: States | None) -> tuple[float, States]:
         with run.autocast():
             end = pose(run, batch, x_0, equal_steps=True).end
-        found.append(_nmse(end, batch.states[run.n]))
-        if index < len(bridges):
-            with run.autocast():
-                x_0 = bridges[index](end, batch.context)
-    return found
+        return _nmse(end, batch.states[run.n]), end
+
+    return _in_order(joint, bridges, batch, nmse)
 
 
 def _nmse(end: Tensor, x_1: Tensor) -> float:

@@ -1,6 +1,5 @@
 """Every JSON file that is read again: what is written is read, older files too, and nothing else."""
 
-import copy
 import json
 import os
 import random
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 from fake_maps import make_map
+from fuzz.mutations import edited
 
 from lftpipe.artefacts.base import Artefact, read_json
 from lftpipe.artefacts.metrics import read_metrics
@@ -105,31 +105,11 @@ def test_every_flipped_byte_is_found_or_changes_nothing(artefact, tmp_path):
     assert len(refused) > 200 and not any("\n" in line for line in refused)
 
 
-def mutated(value: Any, rng: random.Random) -> Any:
-    """A value with one of its parts replaced, removed, or doubled."""
-    value = copy.deepcopy(value)
-    place = value
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = rng.choice(keys)
-        if isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
-            place = place[key]
-            continue
-        action = rng.randrange(3)
-        if action == 0:
-            del place[key]
-        elif action == 1 and isinstance(place, list):
-            place.append(place[key])
-        else:
-            place[key] = rng.choice([None, True, -1, 1e308, 10**40, "", "x" * 99, [], {}, [[]], [None] * 9])
-        return value
-
-
 def test_mutations_without_a_digest_are_read_or_refused_in_one_line(artefact, tmp_path):
     """Types and laws alone: whatever is read has them."""
     file, rng, refused = tmp_path / "file.json", random.Random(1), []
     for _ in range(400):
-        file.write_text(json.dumps(mutated(artefact.to_json(), rng)))
+        file.write_text(json.dumps(edited(artefact.to_json(), rng)))
         try:
             type(artefact).from_json(file).to_json()
         except LftpipeError as error:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import xxhash
 from fake_states import files, make_spec, write
-from object_server import Proxy, make_bucket, s3_server
+from object_server import Proxy
+from s3_server import make_bucket, s3_server
 
 from lftpipe.config.settings import (
     EvaluateSettings,
@@ -39,6 +40,7 @@ def server() -> Iterator[str]:
 def machine(tmp_path, monkeypatch) -> Path:
     """A machine that never saw a bucket."""
     monkeypatch.setenv("LFTPIPE_CACHE", str(tmp_path / "machine"))
+    monkeypatch.setenv("LFTPIPE_RETRY_SECONDS", "3")
     return tmp_path
 
 

@@ -10,7 +10,7 @@ import fake_states
 import numpy as np
 import pytest
 from fake_states import fill, make_spec, states, tokens, write
-from object_server import make_bucket, s3_server
+from s3_server import make_bucket, s3_server
 
 from lftpipe.errors import StoreError
 from lftpipe.objects import storage_of
@@ -34,6 +34,7 @@ def place(request, tmp_path, monkeypatch) -> Iterator[Callable[[str], Path]]:
         yield lambda name: tmp_path / name
         return
     monkeypatch.setenv("LFTPIPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LFTPIPE_RETRY_SECONDS", "3")
     endpoint = request.getfixturevalue("server")
     url = make_bucket(endpoint, f"bucket{next(NUMBERS)}")
     yield lambda name: mirror_of(f"{url}/experiment") / name

@@ -9,21 +9,10 @@ from tiny_students import save_run, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lftpipe.errors import RunError, TeacherError
-from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import load_model, load_teacher, teacher_of_run
-from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.source import open_teacher
 
 ATOL = 1e-4
-
-
-@pytest.fixture
-def student(teacher: Teacher, tmp_path: Path) -> Any:
-    return build_student(teacher, [save_run(tmp_path / "flow", teacher, (1, 3))])
-
-
-@pytest.fixture
-def neox_student(neox_teacher: Teacher, tmp_path: Path) -> Any:
-    return build_student(neox_teacher, [save_run(tmp_path / "neox-flow", neox_teacher, (1, 3))])
 
 
 @torch.inference_mode()

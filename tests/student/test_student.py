@@ -25,26 +25,6 @@ from lftpipe.teacher.trunk import Trunk
 ATOL = 1e-4
 
 
-@pytest.fixture
-def run(teacher: Teacher, tmp_path: Path) -> runs.Run:
-    return save_run(tmp_path / "flow", teacher, (1, 3))
-
-
-@pytest.fixture
-def student(teacher: Teacher, run: runs.Run) -> Any:
-    return build_student(teacher, [run])
-
-
-@pytest.fixture
-def neox_run(neox_teacher: Teacher, tmp_path: Path) -> runs.Run:
-    return save_run(tmp_path / "neox-flow", neox_teacher, (1, 3))
-
-
-@pytest.fixture
-def neox_student(neox_teacher: Teacher, neox_run: runs.Run) -> Any:
-    return build_student(neox_teacher, [neox_run])
-
-
 @pytest.mark.parametrize(("k", "solver"), [(1, "euler"), (3, "midpoint")])
 @torch.inference_mode()
 def test_logits_are_trunk_then_flow_then_tail(

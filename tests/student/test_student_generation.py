@@ -1,26 +1,12 @@
 """A student generates as any model of transformers: cached, padded, sampled, by beams."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_students import greedy, save_run, tokens
-
-from lftpipe.student.assemble import build_student
-from lftpipe.teacher.source import Teacher
+from tiny_students import greedy, tokens
 
 ATOL = 1e-4
-
-
-@pytest.fixture
-def student(teacher: Teacher, tmp_path: Path) -> Any:
-    return build_student(teacher, [save_run(tmp_path / "flow", teacher, (1, 3))])
-
-
-@pytest.fixture
-def neox_student(neox_teacher: Teacher, tmp_path: Path) -> Any:
-    return build_student(neox_teacher, [save_run(tmp_path / "neox-flow", neox_teacher, (1, 3))])
 
 
 @torch.inference_mode()
