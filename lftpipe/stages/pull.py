@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe import progress, runs
+from lftpipe.artefacts.outcomes.hub import Pulled
 from lftpipe.artefacts.samples import SAMPLES
 from lftpipe.config.settings import PullSettings
 from lftpipe.errors import LftpipeError, RunError, SettingsError, StoreError
@@ -16,7 +17,7 @@ from lftpipe.workspace import STORE_NAME
 _OF_A_RUN = (runs.SETTINGS, runs.METRICS, runs.WEIGHTS, SAMPLES, runs.MANIFEST)
 
 
-def pull(settings: PullSettings) -> dict[str, Any]:
+def pull(settings: PullSettings) -> Pulled:
     """Download into a hidden folder of the workspace, check, and put it in its place.
 
     Parameters
@@ -26,8 +27,8 @@ def pull(settings: PullSettings) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        `kind` ("store" or "run"), `path`, `teacher`, and whether it was `already_there`.
+    Pulled
+        Where it is, and whether it was there already.
 
     Raises
     ------
@@ -48,7 +49,7 @@ def pull(settings: PullSettings) -> dict[str, Any]:
         placed = _place_store if kind == "store" else _place_run
         result = placed(staging, settings, repository)
         shutil.rmtree(staging)
-    return {"kind": kind, "source": repository.url} | result
+    return result
 
 
 def _kind(repository: Repository, names: list[str]) -> str:
@@ -69,7 +70,7 @@ def _kind(repository: Repository, names: list[str]) -> str:
     )
 
 
-def _place_store(staging: Path, settings: PullSettings, repository: Repository) -> dict[str, Any]:
+def _place_store(staging: Path, settings: PullSettings, repository: Repository) -> Pulled:
     here = staging / STORE_NAME
     report = verify_store(here)
     if not report.ok:
@@ -89,10 +90,10 @@ def _place_store(staging: Path, settings: PullSettings, repository: Repository) 
     if not there:
         out.parent.mkdir(parents=True, exist_ok=True)
         here.rename(out)
-    return {"path": str(out), "teacher": teacher, "already_there": there}
+    return Pulled(kind="store", source=repository.url, path=str(out), teacher=teacher, already_there=there)
 
 
-def _place_run(staging: Path, settings: PullSettings, repository: Repository) -> dict[str, Any]:
+def _place_run(staging: Path, settings: PullSettings, repository: Repository) -> Pulled:
     try:
         run = runs.open_run(staging)
     except LftpipeError as error:
@@ -114,19 +115,25 @@ def _place_run(staging: Path, settings: PullSettings, repository: Repository) ->
         for file in _OF_A_RUN:  # the manifest last: it says that the run is finished
             if (staging / file).is_file():
                 (staging / file).rename(out / file)
-    return {"path": str(out), "teacher": teacher, "already_there": there}
+    return Pulled(kind="run", source=repository.url, path=str(out), teacher=teacher, already_there=there)
 
 
 def _occupied(out: Path, option: str) -> LftpipeError:
     return SettingsError(f"{out}, which is another one", "a free place", f"pass {option}")
 
 
-def summary(result: dict[str, Any]) -> str:
-    """Where it is, and what to type next."""
-    told = "is there already" if result["already_there"] else "is whole"
-    lines = [f"{result['path']}: {result['kind']} of {result['teacher']} from {result['source']}, {told}"]
-    if result["kind"] == "store":
-        lines.append(f"next: lftpipe train --from-cache --store {result['path']}")
+def summary(result: Pulled) -> str:
+    """Where it is, and what to type next.
+
+    Parameters
+    ----------
+    result
+        What `pull` returned.
+    """
+    told = "is there already" if result.already_there else "is whole"
+    lines = [f"{result.path}: {result.kind} of {result.teacher} from {result.source}, {told}"]
+    if result.kind == "store":
+        lines.append(f"next: lftpipe train --from-cache --store {result.path}")
     else:
-        lines.append(f"next: lftpipe generate {result['path']} --prompt TEXT")
+        lines.append(f"next: lftpipe generate {result.path} --prompt TEXT")
     return "\n".join(lines)

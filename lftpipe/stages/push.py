@@ -5,6 +5,7 @@ from typing import Any
 
 from lftpipe import progress, runs
 from lftpipe.artefacts.export import SOURCE, ExportSource
+from lftpipe.artefacts.outcomes.hub import Pushed
 from lftpipe.artefacts.samples import SAMPLES
 from lftpipe.config.settings import PushSettings
 from lftpipe.corpus.packing import SPLITS
@@ -21,7 +22,7 @@ OF_A_RUN = (runs.MANIFEST, runs.SETTINGS, runs.METRICS, runs.WEIGHTS, SAMPLES)
 OF_A_STORE = ("zarr.json", "manifest.json", "train/*", "validation/*")
 
 
-def push(settings: PushSettings) -> dict[str, Any]:
+def push(settings: PushSettings) -> Pushed:
     """Upload, with a card.
 
     Parameters
@@ -31,9 +32,8 @@ def push(settings: PushSettings) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        `kind`, the repository's `url` for `lftpipe pull`, its page on the `web`, and the `bytes` of what is
-        there.
+    Pushed
+        Where it is on the Hub.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def push(settings: PushSettings) -> dict[str, Any]:
     return _sent("run", run.path, OF_A_RUN, repository, card, settings.private)
 
 
-def _push_store(store: Store, settings: PushSettings, name: str) -> dict[str, Any]:
+def _push_store(store: Store, settings: PushSettings, name: str) -> Pushed:
     repository = Repository(name, "dataset")
     facts = {
         "layers": store.layers,
@@ -78,18 +78,24 @@ def _sent(
     card: str | None,
     private: bool,
     under: str = "",
-) -> dict[str, Any]:
+) -> Pushed:
     files = {path for pattern in only for path in folder.glob(pattern) if path.is_file()}
     with progress.task(f"push {folder.name} to {repository.url}", 1, "repositories") as task:
         web = repository.upload(folder, under=under, card=card, only=list(only), private=private)
         task.advance(1)
     sizes = sum(path.stat().st_size for path in files)
-    return {"kind": kind, "path": str(folder), "url": repository.url, "web": web, "bytes": sizes}
+    return Pushed(kind=kind, path=str(folder), url=repository.url, web=web, bytes=sizes)
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What went where, and how to get it back."""
-    lines = [f"{result['path']}: {progress.human_bytes(result['bytes'])} uploaded to {result['web']}"]
-    if result["kind"] != "student":
-        lines.append(f"next, on another machine: lftpipe pull {result['url']}")
+def summary(result: Pushed) -> str:
+    """What went where, and how to get it back.
+
+    Parameters
+    ----------
+    result
+        What `push` returned.
+    """
+    lines = [f"{result.path}: {progress.human_bytes(result.bytes)} uploaded to {result.web}"]
+    if result.kind != "student":
+        lines.append(f"next, on another machine: lftpipe pull {result.url}")
     return "\n".join(lines)

@@ -1,0 +1,31 @@
+"""What comes of sharing by the Hugging Face Hub: push, pull."""
+
+import dataclasses
+
+from lftpipe.artefacts.outcomes.base import Outcome
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pushed(Outcome):
+    """`push`: what was uploaded, and where it is now."""
+
+    kind: str
+    """`store`, `run` or `student`."""
+    path: str
+    url: str
+    """As `lftpipe pull` takes it."""
+    web: str
+    """The repository's page."""
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pulled(Outcome):
+    """`pull`: what came, and where it is now."""
+
+    kind: str
+    """`store` or `run`."""
+    source: str
+    path: str
+    teacher: str
+    already_there: bool
