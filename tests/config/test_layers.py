@@ -1,15 +1,30 @@
 """Blocks that one student can have together, and those that it can't."""
 
+import itertools
+
 import pytest
 
 from lftpipe.config.layers import check_apart
 from lftpipe.errors import SettingsError
 
 
-@pytest.mark.parametrize("blocks", [[], [(0, 3)], [(0, 3), (3, 4)], [(1, 2), (5, 9)]])
-def test_blocks_in_order_that_do_not_overlap_are_accepted(blocks):
-    check_apart(blocks, "--joint with blocks")
-    check_apart(blocks, "--joint with blocks", 9)
+def accepted(blocks: list[tuple[int, int]], num_layers: int | None = None) -> bool:
+    try:
+        check_apart(blocks, "--joint with blocks", *([] if num_layers is None else [num_layers]))
+    except SettingsError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("num_layers", [None, 3])
+def test_just_those_blocks_are_accepted_of_which_no_layer_is_in_two_and_that_ascend(num_layers):
+    every = list(itertools.product(range(5), repeat=2))
+    for count in range(3):
+        for blocks in itertools.product(every, repeat=count):
+            layers = [layer for block in blocks for layer in range(*block)]
+            whole = all(m < n <= (num_layers or n) for m, n in blocks)
+            ascend = whole and layers == sorted(set(layers))
+            assert accepted(list(blocks), num_layers) == ascend, blocks
 
 
 @pytest.mark.parametrize("blocks", [[(0, 3), (2, 4)], [(3, 4), (0, 3)], [(1, 1)], [(3, 2)], [(0, 2), (0, 2)]])

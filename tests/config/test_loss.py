@@ -74,7 +74,8 @@ def test_the_largest_logits_bound_the_divergence_from_below(kept, seed):
     values, ids = teacher.topk(kept)
     bound = top_divergence(values, ids, teacher.logsumexp(-1), student)
     whole = full_divergence(teacher, student)
-    assert -1e-5 <= bound <= whole + 1e-5 * (1 + whole)  # float32
+    # What 1 minus a sum leaves of the rest is right to 1e-6 in float32; its logarithm is 16 at most.
+    assert -1e-5 <= bound <= whole + 3e-5
     if kept == 12:
         torch.testing.assert_close(bound, whole, rtol=1e-4, atol=1e-5)
 
@@ -95,7 +96,7 @@ def test_a_divergence_is_zero_for_equal_distributions_and_has_no_gradient_there(
 # Branches
 
 
-def test_branches_that_carry_their_own_shares_have_no_loss_and_swapped_ones_have():
+def test_branches_that_carry_their_own_parts_have_no_loss_and_swapped_ones_have():
     attention, mlp, x_1 = (random(seed, 2, 3, 4) for seed in range(3))
     scale = ErrorScale("token")
     assert branch_matching((attention, mlp), (attention, mlp), x_1, scale) == 0

@@ -1,3 +1,4 @@
+import tomllib
 import tracemalloc
 from pathlib import Path
 
@@ -40,8 +41,11 @@ def test_settings_survive_the_way_through_a_recipe(recipe):
 @pytest.mark.parametrize("path", sorted(PIPELINES.glob("*.toml")), ids=lambda path: path.name)
 def test_the_recipes_of_the_repository_are_valid(path):
     kinds = {"extract": ExtractSettings, "train": TrainSettings, "evaluate": EvaluateSettings}
+    given = tomllib.loads(path.read_text())
+    assert given.keys() & kinds.keys()
     for table, kind in kinds.items():
-        from_recipe(kind, path, table, {})
+        read = to_json(from_recipe(kind, path, table, {}))
+        assert {key: read[key] for key in given.get(table, {})} == given.get(table, {})
 
 
 @pytest.mark.parametrize(
