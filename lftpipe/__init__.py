@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lftpipe.api import (
+        add_term,
         compare_runs,
         evaluate,
         export,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LftpipeError",
     "__version__",
+    "add_term",
     "compare_runs",
     "evaluate",
     "export",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from lftpipe.config import settings
+from lftpipe.config.outside import add_term as add_term
 from lftpipe.config.settings import Common
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from lftpipe.config.outside import outside_terms
 from lftpipe.errors import SettingsError
 
 #: Every term, and what it regresses or compares (lftpipe.training.terms computes them).
@@ -74,9 +75,10 @@ def _parse_stage(part: str, text: str) -> tuple[float | None, dict[str, float]]:
     weights: dict[str, float] = {}
     for term in sum_.split(","):
         name, colon, weight = term.strip().partition(":")
-        if name not in TERMS:
+        if name not in TERMS and name not in (outside := outside_terms()):
+            known = ", ".join((*TERMS, *outside))
             raise SettingsError(
-                f"{name!r} in --loss {text}", f"one of {', '.join(TERMS)}", "pass fw, or fw:1,logits:0.1"
+                f"{name!r} in --loss {text}", f"one of {known}", "pass fw, or fw:1,logits:0.1"
             )
         if name in weights:
             raise SettingsError(f"{name} twice in --loss {text}", "each term once", "add up its weights")

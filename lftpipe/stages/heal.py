@@ -23,6 +23,7 @@ from lftpipe.teacher.source import Teacher
 from lftpipe.training.checkpoint import drop_checkpoints
 from lftpipe.training.healing_loss import prepare_healing
 from lftpipe.training.resume import claim, refuse_foreign
+from lftpipe.training.trackers import check_tracker
 from lftpipe.workspace import find_runs, find_store, run_path
 
 #: Peak learning rates, where none is given.
@@ -57,6 +58,7 @@ def heal(settings: HealSettings) -> Healing:
     if folder.resolve() == source.path.resolve():
         raise SettingsError(f"--run {settings.run}, the run that is healed", "a new name", "give another")
     teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
+    check_tracker(settings)
     refuse_foreign(folder, settings)
     with one_writer(folder):
         return _healed(folder, settings, store, teacher, source)

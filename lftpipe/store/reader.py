@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int32
@@ -16,6 +16,9 @@ from lftpipe.store.expected import Expected, expected_shards
 from lftpipe.store.layout import LOGIT_ARRAYS, StoreSpec
 from lftpipe.store.manifest import finished_manifest
 from lftpipe.store.shards import Shards
+
+if TYPE_CHECKING:
+    from xarray import Dataset
 
 Indices = Sequence[int] | np.ndarray
 _ALL = slice(None)
@@ -168,6 +171,23 @@ class Store(Description):
             If there is no such sequence.
         """
         return self._rows(array, split, layer, sequences, out)
+
+    def to_xarray(self, split: str = "train") -> "Dataset":
+        """A split as a lazy data set: `hidden` and `attention` by layer, sequence, position and feature.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+
+        Raises
+        ------
+        StoreError
+            If xarray is not installed, or the store is at a URL.
+        """
+        from lftpipe.store.labelled import as_dataset
+
+        return as_dataset(local_path(self.path), split, self.layers, self.attention_layers)
 
     def batches(
         self,

@@ -1,5 +1,6 @@
 """The loop of healing: batches in, a student whose layers know of one another out, resumable bit for bit."""
 
+import contextlib
 import json
 import math
 import time
@@ -17,6 +18,7 @@ from lftpipe.errors import DivergenceError
 from lftpipe.files import fingerprint
 from lftpipe.training.checkpoint import restore_newest, write_checkpoint
 from lftpipe.training.optimizer import BETAS, gradient_norm, rate_fraction
+from lftpipe.training.trackers import Tracker, tracker_of
 
 #: Sequences held back that an evaluation looks at, at most.
 SEQUENCES = 64
@@ -73,6 +75,7 @@ class Healing:
             fused=True,
         )
         self.step, self.loss, self.seconds = 0, math.nan, 0.0
+        self._tracker: Tracker | None = None
         self._best: dict[str, Tensor] = self._copy()
         self._best_loss = math.inf
 
@@ -94,7 +97,11 @@ class Healing:
         if self.settings.resume:
             self._restore()
         total, done = self.num_steps * self.tokens_per_step, self.step * self.tokens_per_step
-        with (self.folder / runs.METRICS).open("a" if self.step else "w") as log:
+        with contextlib.ExitStack() as files:
+            log = files.enter_context((self.folder / runs.METRICS).open("a" if self.step else "w"))
+            self._tracker = tracker_of(self.settings, self.folder, done)
+            if self._tracker:
+                files.callback(self._tracker.close)
             if self.step == 0:
                 self._write(log, 0.0, self._evaluate())
             with progress.task(f"heal {self.folder.name}", total, "tokens", done=done) as task:
@@ -174,6 +181,8 @@ class Healing:
             **found,
         }
         log.write(json.dumps(row) + "\n")
+        if self._tracker:
+            self._tracker.write(row)
 
     def _save(self) -> None:
         """All that a killed run needs to go on."""

@@ -1,12 +1,11 @@
-"""A run's metrics: one JSON object a logged step, and TensorBoard's events if wanted."""
+"""A run's metrics: one JSON object a logged step, and a tracker if wanted."""
 
 import json
-from typing import Any
 
 from lftpipe import runs
-from lftpipe.errors import SettingsError
 from lftpipe.training import processes
 from lftpipe.training.run import TrainingRun
+from lftpipe.training.trackers import tracker_of
 
 
 class Log:
@@ -22,7 +21,8 @@ class Log:
         self.run = run
         writes = processes.rank() == 0
         self._file = (run.folder / runs.METRICS).open("a" if run.step else "w") if writes else None
-        self._board = _board(run) if writes and run.settings.tensorboard else None
+        done = run.step * run.tokens_per_step
+        self._tracker = tracker_of(run.settings, run.folder, done) if writes else None
 
     def write(self, learning_rate: float, nmse: float, evaluated: dict[str, float]) -> None:
         """A line for the step just done.
@@ -49,10 +49,8 @@ class Log:
         }
         if self._file:
             self._file.write(json.dumps(row) + "\n")
-        if self._board:
-            for key, value in row.items():
-                if key not in ("step", "tokens"):
-                    self._board.add_scalar(key, value, row["tokens"])
+        if self._tracker:
+            self._tracker.write(row)
 
     def flush(self) -> None:
         """Hand all lines to the system, before a checkpoint that comes after them."""
@@ -63,15 +61,5 @@ class Log:
         """Close the files."""
         if self._file:
             self._file.close()
-        if self._board:
-            self._board.close()
-
-
-def _board(run: TrainingRun) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise SettingsError(
-            "--tensorboard without TensorBoard", "the tensorboard package", "pip install tensorboard"
-        ) from error
-    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step * run.tokens_per_step)
+        if self._tracker:
+            self._tracker.close()

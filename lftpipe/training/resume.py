@@ -30,6 +30,7 @@ _MAY_DIFFER = {
     "rank_by",
     "variants",
     "tensorboard",
+    "track",
     "device",
     "threads",
 }

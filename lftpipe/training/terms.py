@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lftpipe.batch import Batch
+from lftpipe.config.outside import load_term
+from lftpipe.errors import SettingsError
 from lftpipe.flow.objective import ErrorScale, Loss, branch_matching, flow_matching, flow_walking
 from lftpipe.flow.path import LinearPath, PiecewiseLinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver
@@ -120,4 +123,19 @@ def weighted_sum(problem: Problem, weights: dict[str, float]) -> Loss:
     weights
         By the name of the term.
     """
-    return sum((weight * TERMS[name](problem) for name, weight in weights.items()), problem.x_0.new_zeros(()))
+    return sum((weight * _term(name, problem) for name, weight in weights.items()), problem.x_0.new_zeros(()))
+
+
+def _term(name: str, problem: Problem) -> Loss:
+    """One term; of one from outside it is checked what it gives."""
+    if name in TERMS:
+        return TERMS[name](problem)
+    value: Any = load_term(name)(problem)
+    if not isinstance(value, Tensor) or value.shape != () or not value.is_floating_point():
+        given = (
+            f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        )
+        raise SettingsError(
+            f"the term {name!r}, which gives {given}", "a scalar", "take the mean over positions"
+        )
+    return value

@@ -21,6 +21,7 @@ from lftpipe.training.loop import Chain, train_together
 from lftpipe.training.resolve import Wanted
 from lftpipe.training.resume import claim, refuse_foreign
 from lftpipe.training.run import TrainingRun
+from lftpipe.training.trackers import check_tracker
 
 #: What runs have in common that are trained from the same batches.
 _SHARED = ("batch_tokens", "seed", "hold_back", "from_teacher", "resume", "device")
@@ -63,6 +64,7 @@ def train_runs(
 
 def _claim(locks: ExitStack, run: Path, settings: TrainSettings, store: Store) -> bool:
     """Be the run's only writer, and say whether it is finished already."""
+    check_tracker(settings)
     refuse_foreign(run, settings)
     locks.enter_context(one_writer(run))
     return claim(run, settings, store)

@@ -184,9 +184,3 @@ def test_validation_is_logged_and_decides_nothing(settings, tmp_path):
     rows = [row for row in log_of(settings.run) if "validation_nmse" in row]
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
     assert not any("held_back_loss" in row for row in rows)
-
-
-def test_tensorboards_events_are_written(settings):
-    pytest.importorskip("tensorboard")
-    train(change(settings, tensorboard=True))
-    assert list((Path(settings.run) / "tensorboard").glob("events.*"))

@@ -77,6 +77,7 @@ WalkTimes = Literal["uniform", "equal", "mixed"]
 Init = Literal["layer", "readout", "mean"]
 Condition = Literal["none", "source", "step"]
 Form = Literal["latent-flow", "plain"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 WeightsDtype = Literal["float32", "bfloat16", "float16"]
 
 DEFAULT_WORKSPACE = "data"

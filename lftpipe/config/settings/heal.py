@@ -18,6 +18,7 @@ from lftpipe.config.settings.base import (
     Role,
     Seeded,
     Text,
+    TrackerName,
     Writing,
 )
 
@@ -63,6 +64,8 @@ class HealSettings(OfStore, OnDevice, Seeded, Writing):
     """Name or path of the new run; default: the healed run's name with `-healed`."""
     resume: bool = False
     """Continue an interrupted healing."""
+    track: TrackerName | None = None
+    """Also send the metrics to a tracker: `tensorboard` writes into the run's folder."""
     log_every: Count = 20
     """Steps between lines of `metrics.jsonl`."""
     checkpoint_every: Count = 200
@@ -70,5 +73,5 @@ class HealSettings(OfStore, OnDevice, Seeded, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "train adapter rank loss tokens learning_rate run seed device store workspace resume force",
-        "The steps": "batch_tokens warmup weight_decay clip hold_back evaluate_every",
+        "The steps": "batch_tokens warmup weight_decay clip hold_back evaluate_every track",
     }

@@ -29,6 +29,7 @@ from lftpipe.config.settings.base import (
     SolverName,
     Steps,
     Text,
+    TrackerName,
     WalkTimes,
     Writing,
 )
@@ -101,8 +102,10 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
     with `--hold-back`."""
     patience: CountOrZero = 0
     """Stop after this many evaluations without a better loss on the sequences held back; 0: never."""
+    track: TrackerName | None = None
+    """Also send the metrics to a tracker: `tensorboard` writes into the run's folder."""
     tensorboard: bool = False
-    """Also write metrics for TensorBoard into the run's folder."""
+    """The same as `--track tensorboard`."""
     compute_dtype: ComputeDtype = "auto"
     """Number format of matrix products; `auto`: bfloat16 if the processor has it, else float32."""
     from_teacher: bool = False
@@ -130,7 +133,7 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
         "The objective": "walk_steps solver loss alpha condition walk_times loss_scale",
         "The steps": "batch_tokens optimizer muon_dtype learning_rate warmup weight_decay clip ema",
         "Watching the run": "hold_back evaluate_every patience log_every checkpoint_minutes checkpoint_every "
-        "tensorboard",
+        "track tensorboard",
     }
 
 

@@ -1,0 +1,144 @@
+"""Trackers: a run's metrics as they come, in TensorBoard's files, Weights & Biases or Trackio."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lftpipe.config.settings import HealSettings, TrainSettings, to_json
+from lftpipe.errors import SettingsError
+from lftpipe.files import fingerprint
+
+#: Under which the services list all runs.
+PROJECT = "lftpipe"
+
+#: What is no figure of its own.
+_PLACE = ("step", "tokens")
+
+
+class TensorBoard:
+    """Event files in the run's folder, over tokens.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+    tokens
+        Where it goes on; later events of a run that was killed are hidden.
+    """
+
+    def __init__(self, folder: Path, tokens: int) -> None:
+        self._writer = _needed("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+            str(folder / "tensorboard"), purge_step=tokens
+        )
+
+    def write(self, row: Mapping[str, int | float]) -> None:
+        """Track one line.
+
+        Parameters
+        ----------
+        row
+            With `step` and `tokens`.
+        """
+        for key, value in _figures(row).items():
+            self._writer.add_scalar(key, value, row["tokens"])
+
+    def close(self) -> None:
+        """Hand over what is left."""
+        self._writer.close()
+
+
+class Service:
+    """A run of Weights & Biases or of Trackio, which have the same calls.
+
+    Parameters
+    ----------
+    package
+        Its name: of the module, and of lftpipe's extra.
+    folder
+        Of the run.
+    options
+        The run's settings.
+    """
+
+    def __init__(self, package: str, folder: Path, options: dict[str, Any]) -> None:
+        own: dict[str, Any] = {}
+        if package == "wandb":  # resumed under its id; one command may train several runs
+            name = fingerprint([str(folder.resolve())])[:16]
+            own = {"id": name, "dir": str(folder), "reinit": "create_new"}
+        self._run = _needed(package, package).init(
+            project=PROJECT, name=folder.name, config=options, resume="allow", **own
+        )
+
+    def write(self, row: Mapping[str, int | float]) -> None:
+        """Track one line.
+
+        Parameters
+        ----------
+        row
+            With `step` and `tokens`.
+        """
+        self._run.log({**_figures(row), "tokens": row["tokens"]}, step=int(row["step"]))
+
+    def close(self) -> None:
+        """Hand over what is left."""
+        self._run.finish()
+
+
+Tracker = TensorBoard | Service
+
+
+def tracker_of(settings: TrainSettings | HealSettings, folder: Path, tokens: int) -> Tracker | None:
+    """The tracker that `--track` names; None without one.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+    folder
+        Of the run.
+    tokens
+        Trained on so far.
+
+    Raises
+    ------
+    SettingsError
+        If its package is not installed.
+    """
+    if settings.track == "tensorboard" or (
+        settings.track is None and getattr(settings, "tensorboard", False)
+    ):
+        return TensorBoard(folder, tokens)
+    return Service(settings.track, folder, to_json(settings)) if settings.track else None
+
+
+def check_tracker(settings: TrainSettings | HealSettings) -> None:
+    """Refuse a tracker that is not installed, before anything is computed.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+
+    Raises
+    ------
+    SettingsError
+        If its package is not installed.
+    """
+    if settings.track is not None:
+        _needed(
+            "torch.utils.tensorboard" if settings.track == "tensorboard" else settings.track, settings.track
+        )
+
+
+def _needed(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SettingsError(
+            f"--track {extra} without the package {extra}", "that package", f'pip install "lftpipe[{extra}]"'
+        ) from error
+
+
+def _figures(row: Mapping[str, int | float]) -> dict[str, int | float]:
+    return {key: value for key, value in row.items() if key not in _PLACE}
