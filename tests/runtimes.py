@@ -1,4 +1,4 @@
-"""Plain exports in other people's runtimes, each in a process that cannot import lftpipe.
+"""Exports in other people's runtimes, each in a process that cannot import lftpipe.
 
 Used by test_runtimes.py and runtime_matrix.py; `make runtimes` installs lm_eval and llama.cpp.
 """
@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM
 tokens, answers = json.loads(sys.argv[1]), []
 for folder in sys.argv[2:]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+        model.eval()
         with torch.inference_mode():
             answers.append(model(torch.tensor([tokens])).logits[0].tolist())
     except Exception as error:
@@ -49,7 +50,7 @@ for folder in sys.argv[3:]:
     try:
         result = simple_evaluate(
             model="hf",
-            model_args={"pretrained": folder, "dtype": "float32"},
+            model_args={"pretrained": folder, "dtype": "float32", "trust_remote_code": True},
             tasks=["documents"],
             task_manager=manager,
             device="cpu",

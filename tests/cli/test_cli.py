@@ -138,7 +138,7 @@ def test_wrong_usage_exits_with_2(run, arguments):
     assert "Error" in err
 
 
-@pytest.mark.parametrize("command", ["verify", "info", "generate", "export", "evaluate"])
+@pytest.mark.parametrize("command", ["verify", "info", "generate", "export", "evaluate", "heal", "push"])
 def test_what_stands_behind_a_command_is_its_subject(run, monkeypatch, command):
     seen = []
     fake = SimpleNamespace(

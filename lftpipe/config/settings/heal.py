@@ -31,7 +31,7 @@ HealLoss = Literal["top-logits", "sampled-logits", "logits", "tokens"]
 class HealSettings(OfStore, OnDevice, Seeded, Writing):
     """Of `lftpipe heal`."""
 
-    target: Annotated[Text, Role.ARGUMENT] | None = None
+    target: Annotated[Text | None, Role.ARGUMENT] = None
     """Name or path of the run to heal; default: the store's only one."""
     train: Trained = "tail"
     """What learns: `tail`, the flow layer and those after it, from cached states; `student`, all layers."""
