@@ -153,3 +153,9 @@ def test_the_map_shows_what_is_hovered(tmp_path):
     assert "<title>true</title>" in shown
     assert "block 2:4, 2 layers" in shown
     assert f'<td class="text">R</td><td>{recoupling.ratio[2][4]:.4g}</td>' in shown
+
+
+@needs_browser
+def test_a_chart_of_one_run_has_no_legend_and_nothing_in_its_place(tmp_path):
+    shown = in_browser(whole(results=results(seeds=1)), "", tmp_path)
+    assert shown.count("<figure>") >= 2 and "</svg>null" not in shown

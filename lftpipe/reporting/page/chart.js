@@ -1,6 +1,6 @@
 // Line and point charts in SVG: hover, touch, or focus the chart and use the arrow keys to read a point.
 
-const WIDTH = 560, HEIGHT = 330, LEFT = 62, RIGHT = 14, TOP = 12, BOTTOM = 46;
+const WIDTH = 560, HEIGHT = 330, LEFT = 84, RIGHT = 14, TOP = 12, BOTTOM = 46;
 
 function scaleOf(values, log, low, high) {
   values = log ? values.filter(value => value > 0) : values;  // an interval may reach below zero
@@ -101,18 +101,18 @@ function chart(place, {title, labels, series, levels = [], front = [], logX = fa
     svg.append(element);
     return element;
   });
-  figure.append(svg, legend(series), readout(svg, points, marks, x, y));
+  figure.append(svg, ...legend(series), readout(svg, points, marks, x, y));
   place.append(figure);
 }
 
 function legend(series) {
-  if (series.length < 2) return null;
-  return make("ul", {class: "legend"}, ...series.map(one => {
+  if (series.length < 2) return [];
+  return [make("ul", {class: "legend"}, ...series.map(one => {
     const {colour, dash, shape} = style(one.index), svg = make("svg", {viewBox: "0 0 34 16", "aria-hidden": "true"});
     if (one.line) svg.append(make("line", {x1: 0, x2: 34, y1: 8, y2: 8, stroke: colour, "stroke-width": 2, "stroke-dasharray": dash}));
     svg.append(mark(shape, 17, 8, colour));
     return make("li", {}, svg, " " + one.name);
-  }));
+  }))];
 }
 
 // What the pointer, a finger or the arrow keys are at, as a line of text that screen readers hear too.

@@ -46,7 +46,7 @@ function headline() {
     card(`${number(best.ppl, 4)}`, `perplexity (teacher ${number(teacher.ppl, 4)}, × ${number(best.ppl / teacher.ppl, 4)})`);
     card(`${number(100 * best.parameters / teacher.parameters, 3)} %`, `of the parameters (${number(best.parameters)})`);
     if (best.ms_per_token && teacher.ms_per_token)
-      card(`× ${number(teacher.ms_per_token / best.ms_per_token, 3)}`, `the teacher's speed on the same stretch, ${best.k} ${best.solver} steps (NFE ${best.nfe})`);
+      card(`× ${number(teacher.ms_per_token / best.ms_per_token, 3)}`, `the teacher's speed on the same stretch, ${best.k} ${best.solver} step${best.k > 1 ? "s" : ""} (NFE ${best.nfe})`);
   }
 }
 
