@@ -87,7 +87,10 @@ def try_family(model_type: str, folder: Path) -> Line:
         line.why = _reason(error)
         if not line.states:
             return line
-    assert teacher is not None and tokens is not None and states is not None and logits is not None
+    assert teacher is not None
+    assert tokens is not None
+    assert states is not None
+    assert logits is not None
     try:
         run = _train(teacher, states, logits, folder / "run")
         line.flow = "whole" if load_layer(teacher, 1).whole else "branches"

@@ -247,7 +247,8 @@ class BatchReader:
 
     def _moved(self, stored: StoredBatch, part: slice) -> Batch:
         """What was read, on the device. On a processor it is copied: the reader uses its buffers again."""
-        assert stored.tokens is not None and stored.document is not None
+        assert stored.tokens is not None
+        assert stored.document is not None
         states, attention = (
             {layer: self._put(state, copy=True) for layer, state in each.items()}
             for each in (stored.states, stored.attention)

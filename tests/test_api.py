@@ -66,8 +66,11 @@ def test_a_result_shows_itself_as_a_table_without_markup_from_outside():
     result = Result("evaluate", {"rows": rows}, lambda values: f"{len(values['rows'])} rows")
     assert (len(result), list(result), repr(result)) == (1, ["rows"], "2 rows")
     html = result._repr_html_()
-    assert "<th>KL</th>" in html and "<td>0.25</td>" in html and "<td>1,000</td>" in html
-    assert "&lt;b&gt;teacher" in html and "<b>" not in html
+    assert "<th>KL</th>" in html
+    assert "<td>0.25</td>" in html
+    assert "<td>1,000</td>" in html
+    assert "&lt;b&gt;teacher" in html
+    assert "<b>" not in html
 
 
 def test_a_result_without_rows_shows_its_summary():

@@ -263,4 +263,5 @@ for command in {commands}:
     code = code.replace("{commands}", repr(commands))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert (run / "flow.safetensors").is_file() and results.is_file()
+    assert (run / "flow.safetensors").is_file()
+    assert results.is_file()

@@ -72,7 +72,8 @@ def test_every_process_takes_its_part_of_a_batch(reader):
 def test_a_live_batch_is_the_cached_one(store, reader):
     cached = next(reader.shuffled(FIELDS, ORDER, 1))
     live = next(LiveReader(store, teacher_of(store), "cpu").shuffled(FIELDS, ORDER, 1))
-    assert torch.equal(live.tokens, cached.tokens) and live.step == cached.step
+    assert torch.equal(live.tokens, cached.tokens)
+    assert live.step == cached.step
     torch.testing.assert_close(live.states, cached.states)
     torch.testing.assert_close(live.attention, cached.attention)
 

@@ -106,7 +106,8 @@ class FlowLayer(GradientCheckpointingLayer):
         **arguments
             Of them only the cache is looked at.
         """
-        assert position_ids is not None and position_embeddings is not None
+        assert position_ids is not None
+        assert position_embeddings is not None
         context = AttentionContext(position_embeddings, attention_mask, position_ids)
         return self.carry(hidden_states, self._contexts(context, arguments.get(self.cache_argument)))
 

@@ -65,15 +65,21 @@ finally:
 def test_every_command_explains_itself(run, command):
     status, out, err = run(command, "--help")
     assert (status, err) == (0, "")
-    assert "--workspace" in out and "--json" in out and "--debug" in out
+    assert "--workspace" in out
+    assert "--json" in out
+    assert "--debug" in out
 
 
 def test_the_help_lists_what_one_always_needs_first_and_experts_options_last(run):
     out = run("train", "--help")[1]
     titles = re.findall(r"╭─ ([^─]+) ─", out)
-    assert titles[0] == "Options" and titles[-2:] == ["For experts", "Every command"]
+    assert titles[0] == "Options"
+    assert titles[-2:] == ["For experts", "Every command"]
     first, rest = out.split("╰", 1)
-    assert "--block" in first and "--run" in first and "--clip" not in first and "--clip" in rest
+    assert "--block" in first
+    assert "--run" in first
+    assert "--clip" not in first
+    assert "--clip" in rest
 
 
 def test_every_option_has_a_help_and_shows_its_default():
@@ -208,8 +214,10 @@ def test_an_error_is_one_line_with_the_cure_and_debug_shows_where(run, stage, er
     for json_option in ([], ["--json"]):
         status, out, err = run("train", *json_option)
         assert (status, out) == (1, "")
-        assert err.startswith(line) and " / do: " in err
-        assert err.count("\n") == 1 and "Traceback" not in err
+        assert err.startswith(line)
+        assert " / do: " in err
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
     with pytest.raises(type(error)) as raised:
         cli.app(["train", "--debug"], prog_name="lftpipe")
     assert raised.value is error
@@ -227,7 +235,8 @@ main()
 """
     done = python(code, "train", "--debug")
     assert done.returncode == 1
-    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("lftpipe.errors.StoreError")
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lftpipe.errors.StoreError")
     done = python(code, "train")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: given: no store / expected: one / do: make it\n"
@@ -237,7 +246,8 @@ def test_an_interrupt_is_no_traceback(run, stage):
     stage(failing(KeyboardInterrupt()))
     status, out, err = run("train")
     assert (status, out) == (130, "")
-    assert "--resume goes on" in err and err.count("\n") == 1
+    assert "--resume goes on" in err
+    assert err.count("\n") == 1
 
 
 def test_an_interrupted_sweep_needs_no_resume(run, monkeypatch):
@@ -245,7 +255,8 @@ def test_an_interrupted_sweep_needs_no_resume(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lftpipe.stages.sweep", fake)
     status, out, err = run("sweep")
     assert (status, out) == (130, "")
-    assert "do: run the same command again" in err and "--resume" not in err
+    assert "do: run the same command again" in err
+    assert "--resume" not in err
 
 
 def test_a_recipe_with_an_unknown_key_is_refused_before_the_stage_runs(run, stage, tmp_path):

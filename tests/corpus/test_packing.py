@@ -73,7 +73,8 @@ def test_asking_for_more_gives_the_same_first_sequences(texts, context, train, v
 def test_never_more_than_asked_for_and_again_the_same(texts, context, train, validation):
     made = packing(texts, context, train, validation)
     first, counts, digest = by_split(made), made.made, made.digest
-    assert counts["train"] <= train and counts["validation"] <= validation
+    assert counts["train"] <= train
+    assert counts["validation"] <= validation
     assert {split: len(tokens) for split, (tokens, _) in first.items()} == {
         split: count * context for split, count in counts.items()
     }

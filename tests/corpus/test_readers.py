@@ -197,7 +197,8 @@ def test_python_stdlib_is_the_running_interpreters_and_always_the_same():
     documents = first(60)
     assert documents == first(60)
     names = [document.name for document in documents]
-    assert "abc.py" in names and "argparse.py" in names
+    assert "abc.py" in names
+    assert "argparse.py" in names
     assert not any("site-packages" in name for name in names)
     assert documents[names.index("abc.py")].text == Path(abc.__file__).read_text()
 

@@ -77,7 +77,8 @@ def test_each_sequence_walks_by_its_own_times():
 def test_a_walk_goes_from_0_to_1_in_order(draws, seed):
     grid = walk_times(torch.rand(draws, 3, generator=torch.Generator().manual_seed(seed)))
     assert grid.shape == (draws + 2, 3)
-    assert (grid[0] == 0).all() and (grid[-1] == 1).all()
+    assert (grid[0] == 0).all()
+    assert (grid[-1] == 1).all()
     assert (grid.diff(dim=0) >= 0).all()
 
 

@@ -35,7 +35,9 @@ def answer_of(reader: Reader) -> str:
         reader.read()
     except (LftpipeError, OSError) as error:
         line = line_of(error)
-        assert line.startswith("given: ") and "\n" not in line and len(line) < 2000
+        assert line.startswith("given: ")
+        assert "\n" not in line
+        assert len(line) < 2000
         return line
     finally:
         assert sys.getrecursionlimit() == limit

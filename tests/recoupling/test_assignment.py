@@ -79,4 +79,5 @@ def test_the_costs_are_left_as_they_were():
 
 def test_the_solver_is_named_with_its_version(solved_by):
     name, version = solver().split()
-    assert name == solved_by and version[0].isdigit()
+    assert name == solved_by
+    assert version[0].isdigit()

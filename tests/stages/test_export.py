@@ -198,7 +198,10 @@ def test_the_card_takes_its_rows_from_the_table(neox_run: runs.Run, tmp_path: Pa
     results(rows=[teacher, older, ours, other]).write(tmp_path / "neox" / "results.json")
     export(settings(neox_run, tmp_path, k=3))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "9.02" in card and "11.86" in card and "12.42" not in card and "15.11" not in card
+    assert "9.02" in card
+    assert "11.86" in card
+    assert "12.42" not in card
+    assert "15.11" not in card
     assert "trust_remote_code=True" in card
 
 

@@ -45,7 +45,8 @@ def test_what_is_beside_an_export_is_not_touched(neox_run: runs.Run, tmp_path: P
     export(settings(neox_run, tmp_path, k=1))
     export(settings(neox_run, tmp_path, k=2, force=True))
     assert {entry.name for entry in tmp_path.iterdir()} == {"neox", "out", "out.old", "out.partial"}
-    assert (tmp_path / "out.old/mine.txt").exists() and (tmp_path / "out.partial/mine.txt").exists()
+    assert (tmp_path / "out.old/mine.txt").exists()
+    assert (tmp_path / "out.partial/mine.txt").exists()
 
 
 def test_force_spares_files_that_were_put_into_an_export(neox_run: runs.Run, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_again_does_nothing(settings, monkeypatch):
     monkeypatch.setattr("lftpipe.extraction.produce.Trunk", None)  # the teacher cannot even be loaded
     monkeypatch.setattr("lftpipe.stages.extract.packing_of", None)  # nor is the corpus read
     again = extract(settings)
-    assert again["already_complete"] and not first["already_complete"]
+    assert again["already_complete"]
+    assert not first["already_complete"]
     assert contents(Path(again["store"])) == before
 
 

@@ -93,7 +93,8 @@ def test_kept_texts_are_read_again_and_asking_again_replaces_them(neox_run: runs
         result = generate(settings(tmp_path, target="flow", keep=True, prompt=prompt))
     assert result["kept"] == str(neox_run.path / "samples.jsonl")
     samples, damage = read_samples(Path(result["kept"]))
-    assert damage == [] and [sample.prompt for sample in samples] == ["return self", PROMPT]
+    assert damage == []
+    assert [sample.prompt for sample in samples] == ["return self", PROMPT]
     assert (samples[1].student_text, samples[1].teacher_text) == (result["text"], result["teacher"]["text"])
     assert (samples[1].run, samples[1].k, samples[1].solver) == ("flow", 3, "euler")
     assert "samples.jsonl" in str(summary(result).caption)  # pyright: ignore[reportAttributeAccessIssue]
@@ -108,7 +109,8 @@ def test_texts_of_an_exported_folder_are_not_kept(neox_run: runs.Run, tmp_path: 
 def test_a_draft_never_changes_the_text(run: runs.Run, teacher: Teacher, tmp_path: Path) -> None:
     out = io.StringIO()
     result = generate(settings(tmp_path, draft="flow", max_new_tokens=24), out)
-    assert result["equals_teacher"] and result["skip_draft"]["equals_teacher"]
+    assert result["equals_teacher"]
+    assert result["skip_draft"]["equals_teacher"]
     assert result["text"] == result["teacher_alone"]["text"]
     assert out.getvalue() == PROMPT + result["text"] + "\n"
     assert 0 <= result["accepted_tokens"] <= result["proposed_tokens"]

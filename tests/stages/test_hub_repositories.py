@@ -45,10 +45,12 @@ def pulled(tmp_path: Path, source: str, **options: Any) -> dict[str, Any]:
 
 def test_a_run_comes_back_as_it_was(hub: FakeHub, flow: runs.Run, tmp_path: Path) -> None:
     there = pushed(tmp_path, "flow", license="apache-2.0", private=True)
-    assert there["url"] == "hf://org/thing" and hub.calls == [("create_repo", True)]
+    assert there["url"] == "hf://org/thing"
+    assert hub.calls == [("create_repo", True)]
     assert there["web"] in push_stage.summary(there)
     back = pulled(tmp_path, "hf://org/thing")
-    assert back["path"] == str(tmp_path / "there/neox/runs/thing") and not back["already_there"]
+    assert back["path"] == str(tmp_path / "there/neox/runs/thing")
+    assert not back["already_there"]
     assert runs.open_run(Path(back["path"])).weights_digest == flow.weights_digest
     assert sorted(path.name for path in Path(back["path"]).iterdir()) == [
         "flow.safetensors",
@@ -70,7 +72,8 @@ def test_the_card_of_a_run_has_the_hubs_metadata(hub: FakeHub, flow: runs.Run, t
         "neox",
     )
     assert "latent-flow-transformer" in data["tags"]
-    assert "lftpipe pull hf://org/thing" in card.text and "| flow | 1:3 | fw |" in card.text
+    assert "lftpipe pull hf://org/thing" in card.text
+    assert "| flow | 1:3 | fw |" in card.text
 
 
 def test_a_store_comes_back_byte_for_byte(hub: FakeHub, stores: dict[str, Path], tmp_path: Path) -> None:
@@ -78,7 +81,8 @@ def test_a_store_comes_back_byte_for_byte(hub: FakeHub, stores: dict[str, Path],
     assert there["url"] == "hf://datasets/org/states"
     card = DatasetCard((hub.folder("org/states", "dataset") / "README.md").read_text())
     data = card.data.to_dict()
-    assert "zarr" in data["tags"] and "1,536 train and 224 validation" in card.text
+    assert "zarr" in data["tags"]
+    assert "1,536 train and 224 validation" in card.text
     assert "lftpipe pull hf://datasets/org/states" in card.text
     back = pulled(tmp_path, "hf://datasets/org/states")
     assert back["path"] == str(tmp_path / "there/neox/states.zarr")

@@ -79,8 +79,11 @@ def test_a_damaged_run_is_a_line_of_the_table(workspace: Path) -> None:
 
 def test_a_narrow_terminal_keeps_run_block_and_divergence(workspace: Path) -> None:
     shown = text_of(runs_stage.summary(runs(RunsSettings(workspace=workspace))), width=90)
-    assert "walk-seed0" in shown and "1:3" in shown and "0.1" in shown
-    assert "4 runs, 2 finished" in shown and "--json has all" in shown
+    assert "walk-seed0" in shown
+    assert "1:3" in shown
+    assert "0.1" in shown
+    assert "4 runs, 2 finished" in shown
+    assert "--json has all" in shown
 
 
 def test_a_workspace_without_runs_is_refused(tmp_path: Path) -> None:
@@ -95,7 +98,9 @@ def test_only_what_differs_is_compared(workspace: Path) -> None:
     assert found["made_from"] == {}
     assert found["results"]["kl"] == [pytest.approx(0.1), pytest.approx(0.12)]
     shown = text_of(compare_stage.summary(found))
-    assert "seed" in shown and "4 settings are the same" in shown and "0.12" in shown
+    assert "seed" in shown
+    assert "4 settings are the same" in shown
+    assert "0.12" in shown
     assert json.loads(json.dumps(found.to_json())) == dict(found)
 
 

@@ -46,7 +46,8 @@ def test_another_corpus_gives_other_figures_and_the_own_one_the_same(
     own = evaluate(settings(store, tmp_path, other, corpus=None))
     there = evaluate(settings(store, tmp_path, other))
     assert Path(there["out"]).name.startswith("results-other-")
-    assert there["corpus"] == str(other) and own["corpus"] is None
+    assert there["corpus"] == str(other)
+    assert own["corpus"] is None
     assert there["rows"][-1]["kl"] != own["rows"][-1]["kl"]
     assert f"of {other}" in Path(there["out"]).with_suffix(".md").read_text()
 

@@ -63,7 +63,8 @@ def test_the_story(type_, teachers, text_folder, family):
     for command in (["info"], ["info", flowing["run"]], ["verify"], ["report"]):
         assert type_(*command, json_=False).strip()
     page = (store.parent / "report.md").read_text()
-    assert "recoupling.png" in page and "| fw |" in page
+    assert "recoupling.png" in page
+    assert "| fw |" in page
     assert type_("verify")["ok"]
 
 
@@ -78,4 +79,6 @@ def test_what_is_there_is_not_written_over(type_, teachers, text_folder, capsys)
             cli.app([str(word) for word in command], prog_name="lftpipe")
         assert exit_.value.code == 1
         out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1 and "--force" in err
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "--force" in err

@@ -74,14 +74,16 @@ def test_the_files_hold_what_is_returned(swept):
     assert content == {k: v for k, v in swept.items() if k not in ("out", "trained")}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page = out.with_suffix(".md").read_text()
-    assert "| probe |" in page and "| 2:4 |" in page
+    assert "| probe |" in page
+    assert "| 2:4 |" in page
     assert {path.name for path in (out.parent / "sweep").iterdir()} == {
         run["run"] for row in swept["rows"] for run in row["runs"]
     }
     console = Console(width=80)
     with console.capture() as shown:
         console.print(summary(swept))
-    assert "7 runs trained" in shown.get() and "length 2 (3)" in shown.get()
+    assert "7 runs trained" in shown.get()
+    assert "length 2 (3)" in shown.get()
     assert "…" not in shown.get()
 
 
@@ -153,7 +155,7 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(swept, store, tmp_path, monkey
         done.append(run.folder.name)
         return real(run, batch, x_0)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patch.setattr(training_step, "loss_of", loss_of)
         sweep(settings_of(store, tmp_path))
     assert not (tmp_path / "sweep.json").exists()
@@ -216,7 +218,8 @@ def test_lengths_that_are_no_lengths_are_one_line_errors(store, tmp_path, capsys
         cli.app(["sweep", "--store", str(store), "--lengths", lengths, "--out", out], prog_name="lftpipe")
     printed = capsys.readouterr()
     assert (exit_.value.code, printed.out) == (1, "")
-    assert line in printed.err and printed.err.count("\n") == 1
+    assert line in printed.err
+    assert printed.err.count("\n") == 1
 
 
 def test_a_length_without_states_on_the_map_is_refused(store, tmp_path):

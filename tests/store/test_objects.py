@@ -240,7 +240,8 @@ def test_a_forked_process_is_told_to_be_spawned(server, tmp_path, monkeypatch):
     path = mirror_of(f"{make_bucket(server, 'forked')}/experiment") / "states.zarr"
     write(path, make_spec())
     storage = storage_of(path)
-    assert isinstance(storage, BucketStorage) and storage.client
+    assert isinstance(storage, BucketStorage)
+    assert storage.client
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         try:

@@ -25,7 +25,7 @@ def test_an_error_within_a_shard_leaves_nothing_behind(path):
     spec = make_spec()
     with StoreWriter.open(path, spec) as writer:
         key = writer.pending()[0]
-        with pytest.raises(RuntimeError, match="teacher fell over"), writer.shard(key) as shard:
+        with pytest.raises(RuntimeError, match="teacher fell over"), writer.shard(key) as shard:  # noqa: PT012
             shard.put("hidden", 0, 0, states(spec, "train", "hidden", 0, range(3)))
             raise RuntimeError("teacher fell over")
         assert writer.pending()[0] == key
@@ -38,11 +38,11 @@ def test_a_shard_must_be_whole(path):
     with StoreWriter.open(path, spec) as writer:
         key = writer.pending()[0]
         message = "attention layer 3 of train sequence 2 was never put"
-        with pytest.raises(ValueError, match=message), writer.shard(key) as shard:
+        with pytest.raises(ValueError, match=message), writer.shard(key) as shard:  # noqa: PT012
             for array, layer in (("hidden", 0), ("hidden", 2), ("hidden", 3), ("attention", 2)):
                 shard.put(array, layer, 0, states(spec, "train", array, layer, range(4)))
             shard.put("attention", 3, 0, states(spec, "train", "attention", 3, range(2)))
-        with pytest.raises(ValueError, match="put twice"), writer.shard(key) as shard:
+        with pytest.raises(ValueError, match="put twice"), writer.shard(key) as shard:  # noqa: PT012
             for _ in range(2):
                 shard.put("hidden", 0, 0, states(spec, "train", "hidden", 0, range(4)))
         with (

@@ -70,5 +70,6 @@ def test_the_file_is_named_in_the_config_and_among_the_files_of_the_export(neox_
 def test_the_file_is_made_of_the_modules_that_run_here(root):
     source = "\n\n".join(bundle(root))
     compile(source, MODULE, "exec")
-    assert "import lftpipe" not in source and "from lftpipe" not in source
+    assert "import lftpipe" not in source
+    assert "from lftpipe" not in source
     assert f"# --- {root}" in source

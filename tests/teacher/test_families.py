@@ -123,7 +123,8 @@ def test_gradients_reach_every_part_of_the_velocity(case: Case) -> None:
     velocity = Velocity(load_layer(case.teacher, 1), case.teacher.width).requires_grad_(True)
     x, context = case.hidden[1].clone(), case.context(case.places)
     velocity(x, torch.full((2,), 0.3), context).square().sum().backward()
-    assert velocity.modulation is not None and velocity.modulation.head.weight.grad is not None
+    assert velocity.modulation is not None
+    assert velocity.modulation.head.weight.grad is not None
     assert velocity.modulation.head.weight.grad.abs().sum() > 0
 
 

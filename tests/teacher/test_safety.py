@@ -127,7 +127,8 @@ def test_every_call_of_transformers_trusts_no_code_and_no_pickle():
     assert len(calls) >= 7
     for place, keywords in calls.items():
         if "**where" in keywords:  # of a GGUF file
-            assert place.startswith("gguf.py") and '"trust_remote_code": False' in GGUF.read_text()
+            assert place.startswith("gguf.py")
+            assert '"trust_remote_code": False' in GGUF.read_text()
             continue
         assert "trust_remote_code=False" in keywords, place
         if "Model" in place and "from_pretrained" in place:

@@ -151,7 +151,8 @@ def test_variants_that_share_the_teachers_logits_equal_runs_on_their_own(store, 
 
 def test_with_every_token_drawn_equally_often_the_sampled_divergence_is_the_exact_one(tail, batch):
     """What is drawn stands for itself when its weight is 1."""
-    assert batch.logits is not None and tail.linear_head is not None
+    assert batch.logits is not None
+    assert tail.linear_head is not None
     values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
     states = torch.randn(len(ids), tail.linear_head.in_features, generator=torch.Generator().manual_seed(1))
     everything = torch.arange(tail.vocabulary)

@@ -43,7 +43,8 @@ def test_a_finished_run_is_left_alone_without_force(settings, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("lftpipe.training.together.TrainingRun", None)
         again = train(settings)
-    assert again["already_finished"] and "nothing was computed" in summary(again)
+    assert again["already_finished"]
+    assert "nothing was computed" in summary(again)
     with pytest.raises(
         RunError, match=r"seed = 1 for .* / do: use the same settings, .* or overwrite it with --force"
     ):

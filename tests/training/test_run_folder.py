@@ -141,7 +141,8 @@ def test_the_manifest_knows_its_metrics(settings):
     train(settings)
     run = Path(str(settings.run))
     digest = RunManifest.from_json(run / runs.MANIFEST).metrics_digest
-    assert digest and read_metrics(run / runs.METRICS, digest).damage is None
+    assert digest
+    assert read_metrics(run / runs.METRICS, digest).damage is None
     lines = (run / runs.METRICS).read_text().splitlines()
     (run / runs.METRICS).write_text("\n".join(lines[:-1]) + "\n")
     assert "not as the run wrote it" in str(read_metrics(run / runs.METRICS, digest).damage)

@@ -105,7 +105,8 @@ def test_jointly_the_second_flow_layer_learns_from_where_the_first_ends(settings
     joint = train(change(settings, block="0:1,2:3", joint=True, run=str(tmp_path / "joint")))["runs"]
     # At the first step both second layers are the teacher's; only their inputs differ.
     first, second = ([log_of(each["run"])[0]["loss"] for each in both] for both in (apart, joint))
-    assert first[0] == second[0] and first[1] < second[1]
+    assert first[0] == second[0]
+    assert first[1] < second[1]
 
 
 def test_a_killed_joint_run_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):

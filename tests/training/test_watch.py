@@ -142,6 +142,7 @@ def test_each_batch_is_copied_while_the_one_before_is_used(stores):
     for number, batch in enumerate(expected, start=1):
         got = next(ahead)
         events.append(f"use {number}")
-        assert got.step == batch.step and got.tokens.shape == (4, CONTEXT)
+        assert got.step == batch.step
+        assert got.tokens.shape == (4, CONTEXT)
         assert torch.equal(got.states[3], batch.states[3])
     assert events[:8] == ["copy", "wait 1", "copy", "arrive 1", "use 1", "wait 2", "copy", "arrive 2"]
