@@ -10,7 +10,7 @@ from tiny_students import export_settings as settings
 from tiny_students import save_run
 
 from lftpipe import runs
-from lftpipe.errors import LftpipeError, RunError, SettingsError
+from lftpipe.errors import RunError, SettingsError
 from lftpipe.stages.export import export
 from lftpipe.student.loading import load_model
 from lftpipe.teacher.source import Teacher, open_teacher
@@ -122,14 +122,7 @@ def test_an_edited_manifest_is_refused(neox_run: runs.Run, tmp_path: Path, key: 
         ({"k": 0}, SettingsError, "--k 0"),
     ],
 )
-def test_senseless_settings_are_refused(
-    neox_run: runs.Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, Any],
-    kind: type[LftpipeError],
-    message: str,
-) -> None:
+def test_exports_that_make_no_sense_are_refused(neox_run, tmp_path, monkeypatch, options, kind, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(kind, match=message):
         export(settings(neox_run, tmp_path, **options))

@@ -14,7 +14,7 @@ from lftpipe import runs
 from lftpipe.artefacts.samples import read_samples
 from lftpipe.cli.app import app
 from lftpipe.config.settings import ExportSettings, GenerateSettings
-from lftpipe.errors import LftpipeError, RunError, SettingsError
+from lftpipe.errors import RunError, SettingsError
 from lftpipe.stages.export import export
 from lftpipe.stages.generate import generate, summary
 from lftpipe.student.assemble import build_student, without_layers
@@ -167,14 +167,7 @@ def test_a_skipping_draft_is_the_teacher_without_those_layers(teacher: Teacher) 
         ({"target": "foreign", "compare": True}, RunError, "names its teacher"),
     ],
 )
-def test_senseless_settings_are_refused(
-    neox_run: runs.Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, Any],
-    kind: type[LftpipeError],
-    message: str,
-) -> None:
+def test_writing_that_makes_no_sense_is_refused(neox_run, tmp_path, monkeypatch, options, kind, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for name in ("plain", "foreign"):
