@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lftpipe.artefacts.outcomes.pipeline import Recoupling
 from lftpipe.config.settings import RecoupleSettings
 from lftpipe.stages.recouple import recouple
 from lftpipe.store import Store, StoreSpec, StoreWriter
@@ -47,7 +48,7 @@ def write_store(path: Path, sequences=24, layers=tuple(range(LAYERS + 1))) -> St
     return Store.open(path)
 
 
-def short_map(store: Store, out: Path, /, **changes: Any) -> dict[str, Any]:
+def short_map(store: Store, out: Path, /, **changes: Any) -> Recoupling:
     """`recouple` with few tokens."""
     given = {"store": store.path, "tokens": 24, "batches": 3, "sequences": 6, "out": out}
     return recouple(RecoupleSettings(**(given | changes)))

@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from tiny_students import save_run
 
 from lftpipe import runs
+from lftpipe.artefacts.outcomes.hub import Pulled, Pushed
 from lftpipe.config.settings import ExportSettings, PullSettings, PushSettings
 from lftpipe.errors import LftpipeError
 from lftpipe.stages import pull as pull_stage
@@ -35,11 +36,11 @@ def flow(neox_teacher: Teacher, tmp_path: Path) -> runs.Run:
     return runs.open_run(path)
 
 
-def pushed(tmp_path: Path, target: object, name: str = "org/thing", **options: Any) -> dict[str, Any]:
+def pushed(tmp_path: Path, target: object, name: str = "org/thing", **options: Any) -> Pushed:
     return push(PushSettings(workspace=tmp_path / "here", target=str(target), repository=name, **options))
 
 
-def pulled(tmp_path: Path, source: str, **options: Any) -> dict[str, Any]:
+def pulled(tmp_path: Path, source: str, **options: Any) -> Pulled:
     return pull(PullSettings(workspace=tmp_path / "there", source=source, **options))
 
 

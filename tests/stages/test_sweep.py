@@ -13,6 +13,7 @@ from rich.console import Console
 from scipy import stats
 
 from lftpipe import runs
+from lftpipe.artefacts.outcomes.pipeline import Sweeping
 from lftpipe.artefacts.recoupling import RecouplingMap
 from lftpipe.cli import app as cli
 from lftpipe.config.settings import EvaluateSettings, RecoupleSettings, SweepSettings
@@ -49,11 +50,11 @@ def settings_of(store: Path, folder: Path, **changes: Any) -> SweepSettings:
 
 
 @pytest.fixture(scope="module")
-def swept(store, tmp_path_factory) -> dict[str, Any]:
+def swept(store, tmp_path_factory) -> Sweeping:
     return sweep(settings_of(store, tmp_path_factory.mktemp("once")))
 
 
-def written(result: dict[str, Any]) -> bytes:
+def written(result: Sweeping) -> bytes:
     return Path(result["out"]).read_bytes()
 
 
