@@ -167,7 +167,7 @@ def sweep_it(here: Path, force: bool) -> None:
     sweep(
         SweepSettings(
             store=here / "states.zarr",
-            lengths=(3,),
+            lengths=(2,),
             tokens=2 * BATCH,
             batch_tokens=BATCH,
             compute_dtype="float32",

@@ -80,6 +80,8 @@ def line_of(error: Exception) -> str:
         cure = _CURES.get(error.errno or 0, "see what is there, or run again with --debug")
         where = f" at {error.filename}" if error.filename else ""
         return f"given: {error.strerror or reason}{where} / expected: to read and write there / do: {cure}"
+    if os.strerror(errno.ENOSPC) in reason:  # a library's own type of error, as safetensors has it
+        return f"given: {reason} / expected: to write there / do: {_CURES[errno.ENOSPC]}"
     if _is_out_of_memory(error):
         return (
             f"given: {reason or 'a computation'} / expected: enough memory / "

@@ -145,4 +145,10 @@ def test_too_little_memory_is_no_defect(error):
 def test_what_nobody_foresaw_is_a_defect_and_a_full_disk_is_none():
     assert "expected: no such thing, a defect of lftpipe" in line_of(ZeroDivisionError("x"))
     assert "No space left on device at /x" in line_of(OSError(28, "No space left on device", "/x"))
+
+    class SafetensorError(Exception):
+        """As Rust's library has it: no OSError, no number."""
+
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "(os error 28) / expected: to write there / do: free space on that disk" in line_of(full)
     assert "do: choose a shorter name" in line_of(OSError(36, "File name too long", "/x"))
