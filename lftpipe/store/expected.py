@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lftpipe.store.layout import StoreSpec
-from lftpipe.store.parsing import Records
+from lftpipe.store.parsing import Records, files_of
 
 
 class Expected(NamedTuple):
@@ -37,11 +37,10 @@ def expected_shards(spec: StoreSpec, shards: Records) -> dict[tuple[str, str], E
     """
     found: dict[tuple[str, str], Expected] = {}
     for split, count in spec.sequences.items():
-        indices = range(-(-count // spec.sequences_per_shard))
         for array in spec.arrays.values():
-            records = [shards[array.file(split, index)] for index in indices]
+            records = [shards[file] for file in files_of(array, split, count)]
             found[array.name, split] = Expected(
-                np.array([record.bytes for record in records], np.uint64),
-                np.array([int(record.tail or "0", 16) for record in records], np.uint64),
+                np.fromiter((record.bytes for record in records), np.uint64, len(records)),
+                np.fromiter((int(record.tail or "0", 16) for record in records), np.uint64, len(records)),
             )
     return found

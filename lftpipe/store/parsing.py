@@ -6,10 +6,10 @@ are compared with each other before anything is opened or any memory is asked fo
 
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from lftpipe.store.layout import StoreSpec
+from lftpipe.store.layout import ArrayLayout, StoreSpec
 from lftpipe.store.shard import Record
 
 Records = dict[str, Record]  # shard file, relative to the store -> what is known of it
@@ -102,6 +102,24 @@ def num_shards(spec: StoreSpec) -> int:
     return sum(-(-count // spec.sequences_per_shard) for count in spec.sequences.values())
 
 
+def files_of(array: ArrayLayout, split: str, sequences: int) -> Iterator[str]:
+    """The shard files of an array, in order: `ArrayLayout.file` for stores of a million of them.
+
+    Parameters
+    ----------
+    array
+        Which one.
+    split
+        `train` or `validation`.
+    sequences
+        How many the split has.
+    """
+    name = array.file(split, 0)
+    place = len(name) - 1 - 2 * len(array.chunk)  # of the shard's number
+    front, end = name[:place], name[place + 1 :]
+    return (f"{front}{index}{end}" for index in range(-(-sequences // array.sequences_per_shard)))
+
+
 def parse_records(value: Any, names: re.Pattern[str] = _SHARD) -> Records:
     """What is known of some files, by name.
 
@@ -118,15 +136,16 @@ def parse_records(value: Any, names: re.Pattern[str] = _SHARD) -> Records:
         If it is anything else.
     """
     records: Records = {}
+    is_name, is_digest, is_tail = names.fullmatch, _DIGEST.fullmatch, _TAIL.fullmatch
     for file, fields in _object(value).items():
-        if not names.fullmatch(file):
+        if not is_name(file):
             raise ValueError(f"{file[:80]!r} is no file of a store")
         if not isinstance(fields, list) or not 3 <= len(fields) <= 4:
             raise ValueError(f"{file} without its record")
-        sequences, num_bytes, digest, *tail = fields
-        record = Record(_number(sequences), _number(num_bytes), _text(digest), *map(_text, tail))
-        if not _DIGEST.fullmatch(record.digest) or not _TAIL.fullmatch(record.tail):
+        record = Record(*fields)
+        if not is_digest(_text(record.digest)) or not is_tail(_text(record.tail)):
             raise ValueError(f"{file} with a digest that is none")
+        _number(record.sequences), _number(record.bytes)
         records[file] = record
     return records
 
@@ -161,14 +180,18 @@ def check_shards(spec: StoreSpec, shards: Records) -> None:
     total = num_shards(spec) * len(arrays)
     if total != len(shards):
         raise ValueError(f"{len(shards)} shard files are listed of {total}")
-    for key in spec.shard_keys():
+    step, possible = spec.sequences_per_shard, set()
+    for split, count in spec.sequences.items():
         for array in arrays:
-            file = array.file(key.split, key.index)
-            record = shards.get(file)
-            if record is None or record.sequences != len(key.sequences):
-                raise ValueError(f"{file} is not listed with its {len(key.sequences)} sequences")
-            if not array.may_have(record.bytes, record.sequences):
-                raise ValueError(f"{file} cannot have {record.bytes} bytes")
+            for first, file in zip(range(0, count, step), files_of(array, split, count), strict=True):
+                record, sequences = shards.get(file), min(step, count - first)
+                if record is None or record.sequences != sequences:
+                    raise ValueError(f"{file} is not listed with its {sequences} sequences")
+                size = array.name, sequences, record.bytes
+                if size not in possible and not array.may_have(record.bytes, sequences):
+                    raise ValueError(f"{file} cannot have {record.bytes} bytes")
+                if not array.codec:  # then all have the same
+                    possible.add(size)
 
 
 def check_committed(spec: StoreSpec, records: Records) -> None:
