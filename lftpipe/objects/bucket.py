@@ -12,6 +12,7 @@ from typing_extensions import override
 from lftpipe.errors import StoreError
 from lftpipe.objects.cache import RangeCache
 from lftpipe.objects.client import client_of, refusals
+from lftpipe.objects.lease import Lease
 from lftpipe.objects.segments import SegmentLog
 from lftpipe.objects.storage import Opened, Storage
 
@@ -34,16 +35,18 @@ class BucketStorage(SegmentLog):
         other program: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_...
     cache
         Keeps ranges that were read.
+    place
+        The mirror on this machine, if there is one.
     """
 
-    def __init__(self, url: str, cache: RangeCache | None = None) -> None:
+    def __init__(self, url: str, cache: RangeCache | None = None, place: str = "") -> None:
         self.where, self.remote, self.concurrency = url.rstrip("/"), True, CONCURRENCY
-        self._cache = cache
+        self._cache, self._place = cache, place
         self._connected: tuple[int, Any] | None = None
-        self.begin_segments()
+        self.begin_segments(Lease(self.where, lambda: self.client, place))
 
-    def __reduce__(self) -> tuple[type["BucketStorage"], tuple[str, RangeCache | None]]:
-        return BucketStorage, (self.where, self._cache)
+    def __reduce__(self) -> tuple[type["BucketStorage"], tuple[str, RangeCache | None, str]]:
+        return BucketStorage, (self.where, self._cache, self._place)
 
     @property
     def client(self) -> Any:
@@ -252,7 +255,7 @@ class _ObjectFile(Opened):
         return wanted
 
 
-def connect(url: str, cache: RangeCache | None = None) -> Storage:
+def connect(url: str, cache: RangeCache | None = None, place: str = "") -> Storage:
     """The storage behind a URL.
 
     Parameters
@@ -261,6 +264,8 @@ def connect(url: str, cache: RangeCache | None = None) -> Storage:
         Of a bucket, or `hf://`.
     cache
         Keeps ranges that were read.
+    place
+        The mirror on this machine, if there is one.
 
     Raises
     ------
@@ -275,4 +280,4 @@ def connect(url: str, cache: RangeCache | None = None) -> Storage:
         import obstore  # noqa: F401
     except ImportError:
         raise StoreError(url, "obstore installed", 'run `pip install "lftpipe[objects]"`') from None
-    return BucketStorage(url, cache)
+    return BucketStorage(url, cache, place)

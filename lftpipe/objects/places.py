@@ -126,5 +126,6 @@ def storage_of(path: Path) -> Storage:
 
             kept = about.get("cache")
             cache = RangeCache(Path(kept) / "ranges", about.get("cache_bytes", CACHE_BYTES)) if kept else None
-            return connect(f"{about['url']}/{path.absolute().relative_to(folder).as_posix()}", cache)
+            inside = path.absolute().relative_to(folder).as_posix()
+            return connect(f"{about['url']}/{inside}", cache, str(folder))
     return LocalStorage(path)

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lftpipe.errors import StoreError
 from lftpipe.objects.client import refusals
+from lftpipe.objects.lease import Lease
 from lftpipe.objects.storage import Storage
 
 _SEGMENT = re.compile(r"journal\.(\d{12})\.jsonl")
@@ -36,13 +37,21 @@ class SegmentLog(Storage):
             Of the object.
         """
 
-    def begin_segments(self) -> None:
-        """Know of none yet."""
+    def begin_segments(self, lease: Lease) -> None:
+        """Know of none yet.
+
+        Parameters
+        ----------
+        lease
+            The right to write them.
+        """
+        self._lease = lease
         self._segment = -1  # the last one that this process made
         self._log = threading.Lock()
 
     @override
     def begin_log(self, data: bytes) -> None:
+        self._lease.take()
         with self._log:
             older = self._segments()
             if self._segment >= 0 and max(older, default=-1) != self._segment:
@@ -84,7 +93,7 @@ class SegmentLog(Storage):
 
     @override
     def close(self) -> None:
-        pass  # a later log of the same writer goes on from its last object
+        self._lease.release()  # a later log of the same writer goes on from its last object
 
     def _segments(self) -> list[int]:
         found = (_SEGMENT.fullmatch(name) for name in self.names())

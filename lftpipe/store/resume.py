@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lftpipe.errors import StoreError
 from lftpipe.files import differences, parse_json
 from lftpipe.objects import Storage, storage_of
+from lftpipe.objects.lease import LEASE
 from lftpipe.store.chunk_reader import ChunkReader
 from lftpipe.store.journal import Journal, on_disk
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, StoreSpec, root_attributes
@@ -189,11 +190,13 @@ def clear(path: Path) -> None:
         raise StoreError(
             f"{path} holds {min(names)} and no store", "a store to replace", "delete it yourself"
         )
-    storage.begin_log(b"")  # goes last: until then this is a store, and an unusable one
-    for name in sorted(names, key=lambda name: name != MANIFEST):
-        storage.delete(name)
-    storage.remove_log()
-    storage.close()
+    try:
+        storage.begin_log(b"")  # goes last: until then this is a store, and an unusable one
+        for name in sorted(names, key=lambda name: name != MANIFEST):
+            storage.delete(name)
+        storage.remove_log()
+    finally:
+        storage.close()
     if storage.remote:
         clear_leftovers(path)
 
@@ -223,6 +226,6 @@ def _names(storage: Storage) -> set[str]:
     """What is there beside the log, but for what a writer that was killed at its very first write leaves."""
     return {
         name
-        for name in storage.names() - {LOCK, JOURNAL, f"{JOURNAL}.partial"}
+        for name in storage.names() - {LOCK, LEASE, JOURNAL, f"{JOURNAL}.partial"}
         if not name.startswith("journal.0")
     }

@@ -105,6 +105,7 @@ class StoreWriter:
     def close(self) -> None:
         """Let go of the lock; what is not finished can be resumed."""
         self._ledger.close()
+        self.storage.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

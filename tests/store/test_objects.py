@@ -3,8 +3,10 @@
 import itertools
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fake_states
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from fake_states import fill, make_spec, states, tokens, write
 from s3_server import make_bucket, s3_server
 
-from lftpipe.errors import StoreError
+from lftpipe.errors import StoreBusyError, StoreError
 from lftpipe.objects import storage_of
 from lftpipe.objects.bucket import BucketStorage
 from lftpipe.objects.places import mirror_of
@@ -179,6 +181,30 @@ def test_two_writers_are_never_both_right(place):
     write(path, spec)
     check(path, spec)
     assert verify_store(path).ok
+
+
+def test_a_writer_on_another_machine_is_refused_while_the_first_one_lives(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("LFTPIPE_LEASE_SECONDS", "2")
+    path, spec = Path(f"{make_bucket(server, 'leased')}/work/states.zarr"), make_spec()
+    monkeypatch.setenv("LFTPIPE_CACHE", str(tmp_path / "one"))
+    first = StoreWriter.open(path, spec)
+    monkeypatch.setenv("LFTPIPE_CACHE", str(tmp_path / "two"))
+    for force in (False, True):
+        with pytest.raises(
+            StoreBusyError, match=r"s3://leased/work/.* is being written by another process, on"
+        ):
+            StoreWriter.open(path, spec, force=force)
+    first.put_tokens("train", *tokens(spec, "train"))  # it was not disturbed
+    lease: Any = first.storage._lease  # pyright: ignore[reportAttributeAccessIssue]
+    lease._stop.set()  # as if it were killed
+    began = time.monotonic()
+    write(path, spec)
+    assert time.monotonic() - began >= 2
+    with pytest.raises(StoreError, match="is being written by another process"):
+        first.put_tokens("validation", *tokens(spec, "validation"))
+    first.close()
+    check(path, spec)
+    assert not [name for name in content(path) if "lease" in name or "journal" in name]
 
 
 class Killed(BaseException):
