@@ -1,5 +1,6 @@
 """Progress on stderr: a live line in a terminal, a plain line now and then in a log file."""
 
+import multiprocessing
 import os
 import sys
 import time
@@ -84,8 +85,8 @@ def task(label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
 
 
 def speaks() -> bool:
-    """Whether this process is the one to say something: of those that `torchrun` started, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is the one to say something: no worker, and of torchrun's processes the first."""
+    return multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
 
 
 def human(number: int | float) -> str:

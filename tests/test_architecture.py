@@ -61,6 +61,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "progress": ("", "torch numpy transformers zarr"),
     "workspace": ("errors outputs", "torch numpy transformers zarr"),
     "device": ("errors", "transformers zarr"),
+    "spawned": ("", "transformers zarr"),
     "config": ("errors", "torch numpy transformers zarr"),
     "corpus": ("errors", "torch transformers zarr"),
     "teacher": ("errors device", "zarr"),
@@ -69,7 +70,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "batch": ("corpus device store teacher", "transformers zarr"),
     "live": ("batch store teacher", "transformers zarr"),
     "extraction": (
-        "artefacts batch errors config corpus device files objects progress store teacher workspace",
+        "artefacts batch errors config corpus device files objects progress spawned store teacher workspace",
         "zarr",
     ),
     "recoupling": ("artefacts errors config corpus device flow outputs progress store", "transformers zarr"),
@@ -79,7 +80,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
     "training": (
-        "artefacts batch config device errors files flow live objects outputs progress runs store teacher",
+        "artefacts batch config device errors files flow live objects outputs progress runs spawned store teacher",
         "transformers zarr",
     ),
     "student": ("artefacts config errors flow runs teacher", "zarr"),
@@ -118,7 +119,7 @@ STRICTER: dict[str, tuple[str, str]] = {
     ),
     "evaluation.correlation": ("", "torch transformers zarr"),
     "stages.train": (
-        "artefacts config device errors recoupling runs store teacher training workspace",
+        "artefacts config device errors progress recoupling runs store teacher training workspace",
         "transformers",
     ),
     "stages.recouple": (

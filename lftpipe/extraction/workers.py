@@ -1,9 +1,7 @@
 """Worker processes on this machine: each owns whole shards; whichever dies, its shards go to another."""
 
 import multiprocessing
-import os
 import pickle
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,8 +10,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
-
+from lftpipe import spawned
 from lftpipe.device import prepare
 from lftpipe.errors import LftpipeError, StoreError
 from lftpipe.extraction.compute import Work
@@ -92,7 +89,9 @@ class _Crew:
     def _start(self, number: int, deaths: int = 0) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        device, threads = _place(self._work, number, self._count)
+        device, threads = spawned.place_of(
+            self._work.settings.device, self._work.settings.threads, number, self._count
+        )
         measure = self._measure and number == 0
         process = context.Process(
             target=_work,
@@ -155,21 +154,11 @@ class _Crew:
         self._give()
 
 
-def _place(work: Work, number: int, count: int) -> tuple[str, int | None]:
-    """A worker's device and threads."""
-    device = work.settings.device
-    if device == "cuda":
-        return f"cuda:{number % max(torch.cuda.device_count(), 1)}", work.settings.threads
-    threads = work.settings.threads or torch.get_num_threads()
-    return device, max(1, threads // count)
-
-
 def _work(
     connection: Connection, plan: dict[str, Any], device: str, threads: int | None, measure: bool
 ) -> None:
     """A worker's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends it
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    spawned.begin()
     lock = threading.Lock()
 
     def say(kind: str, content: Any = None) -> None:
@@ -201,11 +190,3 @@ def _keys(connection: Connection, say: Callable[..., None]) -> Iterator[ShardKey
     while True:
         say("next")
         yield connection.recv()
-
-
-def _follow_parent() -> None:
-    """End with the driver, even if it was killed: nobody would take what is computed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -27,9 +27,9 @@ from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
-from lftpipe.training.resolve import resolved, run_name
+from lftpipe.training.apart import train_apart
+from lftpipe.training.resolve import Wanted, resolved, run_name
 from lftpipe.training.resume import changed_settings
-from lftpipe.training.together import train_runs
 from lftpipe.workspace import find_store, require_json_name
 
 #: Keys by which a sweep is known, whole or damaged.
@@ -158,32 +158,35 @@ def _train(
     settings: SweepSettings, store: Store, teacher: Teacher, swept: list[ranking.Block], folder: Path
 ) -> tuple[int, list[runs.Run]]:
     """How many runs were trained now, and all of them, finished."""
-    trained, finished = 0, []
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    with progress.task(f"sweep {teacher.name}", len(swept) * len(seeds), "runs") as task:
-        for block in swept:
-            for seed in seeds:
-                wanted = TrainSettings(
-                    workspace=settings.workspace,
-                    store=store.path,
-                    seed=seed,
-                    device=settings.device,
-                    objective=settings.objective,
-                    tokens=settings.tokens,
-                    batch_tokens=settings.batch_tokens,
-                    optimizer=settings.optimizer,
-                    learning_rate=settings.learning_rate,
-                    compute_dtype=settings.compute_dtype,
-                    resume=True,
-                )
-                wanted = resolved(wanted, store, block)
-                run = folder / run_name(wanted, block)
-                agreed = _agreed(run, wanted, store, settings.force)
-                (result,) = train_runs([(run, agreed, block)], store, teacher)
-                trained += not result.get("already_finished", False)
-                finished.append(runs.open_run(run))
-                task.advance(1)
-    return trained, finished
+    wanted: list[Wanted] = []
+    for block in swept:
+        for seed in range(settings.seed, settings.seed + settings.repeats):
+            one = TrainSettings(
+                workspace=settings.workspace,
+                store=store.path,
+                seed=seed,
+                device=settings.device,
+                objective=settings.objective,
+                tokens=settings.tokens,
+                batch_tokens=settings.batch_tokens,
+                optimizer=settings.optimizer,
+                learning_rate=settings.learning_rate,
+                compute_dtype=settings.compute_dtype,
+                resume=True,
+            )
+            one = resolved(one, store, block)
+            run = folder / run_name(one, block)
+            wanted.append((run, _agreed(run, one, store, settings.force), block))
+    with progress.task(f"sweep {teacher.name}", len(wanted), "runs") as task:
+        results = train_apart(
+            [[each] for each in wanted],
+            store,
+            teacher,
+            workers=settings.workers,
+            done=lambda: task.advance(1),
+        )
+    trained = sum(not result.already_finished for result in results)
+    return trained, [runs.open_run(run) for run, _, _ in wanted]
 
 
 def _agreed(run: Path, wanted: TrainSettings, store: Store, force: bool) -> TrainSettings:

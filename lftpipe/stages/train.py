@@ -3,16 +3,19 @@
 from dataclasses import replace
 from pathlib import Path
 
+from lftpipe import progress
 from lftpipe.artefacts.outcomes.pipeline import TrainedRun, Training
 from lftpipe.config.layers import parse_block
 from lftpipe.config.settings import TrainSettings
 from lftpipe.device import prepare
+from lftpipe.errors import SettingsError
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
-from lftpipe.training.resolve import resolved, run_name, variants_of
-from lftpipe.training.together import train_runs
+from lftpipe.training.apart import train_apart
+from lftpipe.training.resolve import Wanted, resolved, run_name, variants_of
+from lftpipe.training.together import check_together, train_runs
 from lftpipe.workspace import find_store, run_path
 
 
@@ -51,10 +54,29 @@ def train(settings: TrainSettings) -> Training:
                 if settings.variants:  # the same recipe may be trained with several seeds
                     name += f"-seed{settings.seed}"
                 wanted.append((run_path(store_path, name), one, block))
-        results = train_runs(wanted, store, teacher, joint=settings.joint)
+        if settings.workers == 1 or len(wanted) == 1:
+            results = train_runs(wanted, store, teacher, joint=settings.joint)
+        else:
+            results = _in_processes(wanted, settings, store, teacher)
     finally:
         processes.leave()
     return Training(runs=results, store=str(store_path))
+
+
+def _in_processes(
+    wanted: list[Wanted], settings: TrainSettings, store: Store, teacher: Teacher
+) -> list[TrainedRun]:
+    """Each process trains its part of the runs from the same batches."""
+    if settings.joint or processes.count() > 1:
+        other = "--joint" if settings.joint else "torchrun"
+        raise SettingsError(f"--workers with {other}", "one of the two", "leave out --workers")
+    check_together(wanted, joint=False)
+    count = min(settings.workers, len(wanted))
+    groups = [wanted[number::count] for number in range(count)]
+    with progress.task("train in processes", len(wanted), "runs") as task:
+        found = train_apart(groups, store, teacher, workers=count, done=lambda: task.advance(1))
+    by_name = {result.run: result for result in found}
+    return [by_name[str(run)] for run, _, _ in wanted]
 
 
 def _block(text: str, settings: TrainSettings, store_path: Path, teacher: Teacher) -> tuple[int, int]:

@@ -33,6 +33,7 @@ _MAY_DIFFER = {
     "track",
     "device",
     "threads",
+    "workers",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import CONTEXT, extracted
 from rich.console import Console
 from scipy import stats
@@ -66,6 +67,17 @@ def test_every_block_of_the_lengths_has_a_row(swept):
         assert row["length"] == int(row["block"][2]) - int(row["block"][0])
         assert all(np.isfinite(row[key]) for key in (*PREDICTORS.values(), "kl", "nmse", "ppl"))
         assert [run["train_tokens"] for run in row["runs"]] == [4 * 4 * CONTEXT]
+
+
+def test_in_two_processes_it_is_the_same_sweep(store, swept, tmp_path):
+    """With as many threads for each of them as the one process had."""
+    threads = torch.get_num_threads()
+    apart = sweep(settings_of(store, tmp_path, workers=2, threads=2 * threads))
+    assert apart["rows"] == swept["rows"]
+    assert apart["trained"] == 7
+    again = sweep(settings_of(store, tmp_path, workers=2, threads=2 * threads, force=True))
+    assert again["trained"] == 0
+    torch.set_num_threads(threads)
 
 
 def test_the_files_hold_what_is_returned(swept):

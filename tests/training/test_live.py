@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import extracted
-from training_runs import assert_same_weights, log_of, short_run
+from training_runs import assert_same_weights, change, log_of, short_run, weights_of
 
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import EvaluateSettings, TrainSettings
-from lftpipe.errors import SettingsError
+from lftpipe.errors import DivergenceError, SettingsError
 from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.train import train
 from lftpipe.teacher.trunk import Trunk
@@ -70,6 +71,30 @@ def test_the_variants_share_one_pass_of_the_teacher(tmp_path, stored, monkeypatc
     # Twelve steps; before them, what `--init readout` is fitted on, and the channels' variance.
     assert len(passes) == 12 + 12 + 1
     assert len(set(passes)) <= 4  # a trunk is loaded again only if other layers are asked for
+
+
+def test_variants_in_two_processes_are_those_of_one(tmp_path, stored):
+    threads = torch.get_num_threads()
+    try:
+        one = trained(tmp_path, stored["tokens"], seed=7)
+        weights = {name: weights_of(run) for name, run in one.items()}
+        trained(tmp_path, stored["tokens"], seed=7, workers=2, threads=2 * threads, force=True)
+        for name, run in one.items():
+            torch.testing.assert_close(weights_of(run), weights[name], rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_process_that_diverges_ends_the_others_no_sooner(tmp_path, stored):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[train.variants.wild]\nlearning_rate = 1e30\n[train.variants.tame]\n")
+    given = {"store": stored["whole"], "block": "1:3", "tokens": 12 * 4 * 32, "batch_tokens": 4 * 32}
+    settings = from_recipe(TrainSettings, path, "train", given | {"compute_dtype": "float32", "seed": 8})
+    with pytest.raises(DivergenceError, match="wild"):
+        train(change(settings, workers=2, threads=2))
+    assert (stored["whole"].parent / "runs/tame-1-3-seed8/manifest.json").exists()
+    with pytest.raises(SettingsError, match=r"--workers with --joint / expected: one of the two"):
+        train(change(settings, workers=2, joint=True))
 
 
 def test_a_run_of_a_store_of_tokens_alone_is_scored_as_one_of_a_whole_store(tmp_path, stored):

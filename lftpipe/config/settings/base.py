@@ -142,6 +142,15 @@ class OnDevice(Computing):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Spread(OnDevice):
+    """A stage that trains several runs."""
+
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes that train several runs at the same time: each has a GPU with `--device cuda`, else its part
+    of the threads."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Seeded(Common):
     """A stage that draws random numbers."""
 

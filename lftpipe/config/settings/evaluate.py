@@ -22,6 +22,7 @@ from lftpipe.config.settings.base import (
     OptimizerName,
     Seeded,
     SolverName,
+    Spread,
     Steps,
     Text,
     Writing,
@@ -64,7 +65,7 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class SweepSettings(OfStore, OnDevice, Seeded, Writing):
+class SweepSettings(OfStore, Spread, Seeded, Writing):
     """Of `lftpipe sweep`."""
 
     lengths: Counts = ()
@@ -90,7 +91,7 @@ class SweepSettings(OfStore, OnDevice, Seeded, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "lengths objective tokens seed device store workspace out force",
-        "The runs": "batch_tokens optimizer learning_rate repeats probe_tokens",
+        "The runs": "batch_tokens optimizer learning_rate repeats probe_tokens workers",
     }
 
 

@@ -21,12 +21,12 @@ from lftpipe.config.settings.base import (
     NonNegative,
     Objective,
     OfStore,
-    OnDevice,
     OptimizerName,
     Predictor,
     Role,
     Seeded,
     SolverName,
+    Spread,
     Steps,
     Text,
     TrackerName,
@@ -37,7 +37,7 @@ from lftpipe.config.words import check_names
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class TrainSettings(OfStore, OnDevice, Seeded, Writing):
+class TrainSettings(OfStore, Spread, Seeded, Writing):
     """Of `lftpipe train`."""
 
     block: Annotated[Text, Role.REPEATED] = "auto"
@@ -129,7 +129,7 @@ class TrainSettings(OfStore, OnDevice, Seeded, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "block objective tokens run seed from_teacher device store workspace resume force",
-        "The block": "replace rank_by joint init depth",
+        "The block": "replace rank_by joint init depth workers",
         "The objective": "walk_steps solver loss alpha condition walk_times loss_scale",
         "The steps": "batch_tokens optimizer muon_dtype learning_rate warmup weight_decay clip ema",
         "Watching the run": "hold_back evaluate_every patience log_every checkpoint_minutes checkpoint_every "
