@@ -48,6 +48,7 @@ def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
     plan = make_plan(settings)
     if settings.dry_run:
         return dry_run(fitted(plan))
+    _check_shared(plan, settings)
     started = time.monotonic()
     if settings.part is not None:
         return _part(plan, settings, parse_part(settings.part), started)
@@ -94,6 +95,18 @@ def check(settings: ExtractSettings) -> None:
         )
     if settings.tokens_only and settings.logits:
         raise SettingsError("--tokens-only with --logits", "one of the two", "leave out --logits")
+
+
+def _check_shared(plan: Plan, settings: ExtractSettings) -> None:
+    """Refuse to share the work with other machines where they would not see one another's files."""
+    elsewhere = settings.ray if settings.ray not in (None, "local") else None
+    given = f"--part {settings.part}" if settings.part is not None else f"--ray {elsewhere}"
+    if storage_of(plan.path).remote and (settings.part is not None or elsewhere):
+        raise SettingsError(
+            f"{given} with a store at {storage_of(plan.path).where}",
+            "a folder that all machines share",
+            "use --workers or --ray local, or extract into a shared folder and copy the store",
+        )
 
 
 def _check_disk(plan: Plan) -> None:

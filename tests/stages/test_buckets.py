@@ -20,7 +20,7 @@ from lftpipe.config.settings import (
     TrainSettings,
     VerifySettings,
 )
-from lftpipe.errors import StoreError
+from lftpipe.errors import SettingsError, StoreError
 from lftpipe.objects import bucket, mirror, storage_of, url_of
 from lftpipe.objects.bucket import BucketStorage
 from lftpipe.objects.cache import RangeCache
@@ -84,6 +84,18 @@ def test_the_whole_pipeline_works_on_a_bucket_as_on_a_folder(
         "states.zarr/manifest.json",
     }
     assert not [name for name in names if name.endswith((".partial", ".lock", "mirror.json"))]
+
+
+@pytest.mark.parametrize("given", [{"part": "1/2"}, {"ray": "auto"}], ids=["part", "ray"])
+def test_work_is_not_shared_with_machines_that_would_not_see_the_files(server, teachers, text_folder, given):
+    url = make_bucket(server, f"shared-{min(given)}")
+    settings = ExtractSettings(
+        model=str(teachers["neox"]), corpus=str(text_folder), context=32, workspace=f"{url}/work", **given
+    )
+    with pytest.raises(
+        SettingsError, match=r"with a store at s3://shared-.* a folder that all machines share"
+    ):
+        mirror.run(extract.extract, settings)
 
 
 def test_files_that_changed_on_two_machines_are_refused(server, machine, monkeypatch):
