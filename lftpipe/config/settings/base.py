@@ -192,11 +192,11 @@ def to_json(settings: Common) -> dict[str, Any]:
 
 
 def recorded(settings: Common) -> dict[str, Any]:
-    """Settings as a result records them: without `force`, which says nothing of what was made.
+    """Settings as a result records them: without `force` and `workers`, which say nothing of what was made.
 
     Parameters
     ----------
     settings
         Of any stage.
     """
-    return {key: value for key, value in to_json(settings).items() if key != "force"}
+    return {key: value for key, value in to_json(settings).items() if key not in ("force", "workers")}
