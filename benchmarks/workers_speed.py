@@ -61,6 +61,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 *given,
             )
             rates[way].append(found["tokens_per_second"])
+            print(f"{way}: {rates[way][-1]} tokens/s, load {os.getloadavg()[0]}", file=sys.stderr, flush=True)
         one, two = (contents(folder / way.split(",")[0]) for way in WAYS)
         equal &= one == two
     one, two = rates.values()

@@ -145,7 +145,8 @@ def parse_records(value: Any, names: re.Pattern[str] = _SHARD) -> Records:
         record = Record(*fields)
         if not is_digest(_text(record.digest)) or not is_tail(_text(record.tail)):
             raise ValueError(f"{file} with a digest that is none")
-        _number(record.sequences), _number(record.bytes)
+        for count in (record.sequences, record.bytes):
+            _number(count)
         records[file] = record
     return records
 
