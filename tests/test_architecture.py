@@ -81,7 +81,8 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
     "training": (
-        "artefacts batch config device errors files flow live objects outputs progress runs spawned store teacher",
+        "artefacts batch config device errors files flow live objects outputs progress runs spawned "
+        "store teacher",
         "transformers zarr",
     ),
     "student": ("artefacts config errors flow runs teacher", "zarr"),
