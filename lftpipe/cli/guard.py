@@ -17,6 +17,10 @@ from lftpipe.progress import speaks
 #: failed too, torchrun ends this one in that time, and the reason stands there once.
 GRACE = 5.0
 
+#: Seconds that any process waits before it says that another one is gone: that one has the reason, and may
+#: take long to end on a busy machine.
+GRACE_OF_THE_LEFT = 60.0
+
 #: Longest reason that a line quotes.
 _LONGEST = 300
 
@@ -62,6 +66,8 @@ def guarded(call: Callable[[], None], *, debug: bool, asks_to_resume: bool) -> N
     except Exception as error:
         if debug:
             raise
+        if _is_of_the_exchange(error):
+            time.sleep(GRACE_OF_THE_LEFT)
         fail(line_of(error))
 
 

@@ -111,6 +111,19 @@ def test_a_rank_that_fails_alone_says_so_in_the_end():
     assert other.returncode == 1
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_whose_partner_is_gone_leaves_the_word_to_it(rank):
+    gone = 'raise RuntimeError("gloo: Connection closed by peer")'
+    patient = start(gone, RANK=rank, WORLD_SIZE="2")
+    with pytest.raises(subprocess.TimeoutExpired):
+        patient.communicate(timeout=8)
+    patient.terminate()  # as torchrun does once a process has failed
+    assert patient.communicate(timeout=30)[1] == ""
+    hasty = "from lftpipe.cli import guard; guard.GRACE = guard.GRACE_OF_THE_LEFT = 0.1"
+    _, err = start(gone, hasty, RANK=rank, WORLD_SIZE="2").communicate(timeout=30)
+    assert "expected: all processes to go on to the end" in err and err.count("\n") == 1
+
+
 def test_a_terminal_of_ascii_shows_what_it_can():
     process = start(r'return {"run": "gr\xf6\xdfe\u20131"}', PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=30)
