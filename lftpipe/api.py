@@ -1,9 +1,21 @@
 """The public Python API: stores and students to open, and each stage as a function.
 
 >>> import lftpipe
->>> result = lftpipe.recouple(workspace="data", batches=2)              # doctest: +SKIP
->>> result["layers"]                                                    # doctest: +SKIP
-[0, 1, 2, 3]
+>>> options = {"layers": "5,8", "attention": False, "tokens": 2_048, "validation_tokens": 512}
+>>> made = lftpipe.extract(model="pythia-tiny", **options)
+>>> store = lftpipe.open_store(made["store"])
+>>> store.layers, store.read("train", 5, [0, 1]).shape
+((5, 8), (2, 512, 192))
+>>> batch = next(iter(store.batches("train", [5, 8], batch_size=2, seed=0)))
+>>> batch.states[8].shape
+(2, 512, 192)
+>>> run = lftpipe.train(block="5:8", objective="linear")
+>>> run["objective"], run["block"]
+('linear', [5, 8])
+>>> [row["run"] for row in lftpipe.list_runs()["rows"]]
+['5-8-linear-seed0']
+>>> type(lftpipe.load_student(run["run"])).__mro__[1].__name__
+'LatentFlow'
 """
 
 import importlib

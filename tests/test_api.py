@@ -1,5 +1,6 @@
 """The library: what `import lftpipe` loads, what it offers, and that each stage is a function."""
 
+import doctest
 import inspect
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 import lftpipe
+from lftpipe import api
 from lftpipe.api import Result
 from lftpipe.cli.app import COMMANDS
 from lftpipe.errors import LftpipeError
@@ -76,3 +78,10 @@ def test_a_result_shows_itself_as_a_table_without_markup_from_outside():
 def test_a_result_without_rows_shows_its_summary():
     result = Result("train", {"run": "a<b"}, lambda values: f"made {values['run']}")
     assert result._repr_html_() == "<pre>made a&lt;b</pre>"
+
+
+def test_the_examples_in_the_documentation_of_the_library_are_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LFTPIPE_WORKSPACE", raising=False)
+    found = doctest.testmod(api)
+    assert found.attempted > 5 and found.failed == 0
