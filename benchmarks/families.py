@@ -39,6 +39,9 @@ PATIENCE = 120
 
 CONTEXT = 12
 
+#: Parameters of a tiny model at most.
+LARGEST = 50_000_000
+
 #: What comes after it in a document is the table's.
 MARK = "<!-- made by `make families`; do not edit -->"
 
@@ -117,6 +120,10 @@ def _tiny(model_type: str) -> Any:
         check_kind(default, "")
     for config in tiny_configs(CONFIG_MAPPING[model_type]):
         try:
+            with torch.device("meta"):
+                size = AutoModelForCausalLM.from_config(config).num_parameters()
+            if size > LARGEST:
+                raise ValueError(f"{size:,} parameters, most of them not of its text part")
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
