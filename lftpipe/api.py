@@ -77,7 +77,8 @@ class Result(Mapping[str, Any]):
         from lftpipe.reporting.tables import COLUMNS, cell
 
         names = {key: name for key, name in COLUMNS.items() if any(key in row for row in rows)}
-        names = names or {key: key for key in rows[0]}
+        if "method" not in rows[0]:  # not Table 1: all there is
+            names = {str(key): COLUMNS.get(key) or str(key) for key in rows[0]}
         head = "".join(f"<th>{escape(name)}</th>" for name in names.values())
         body = "".join(
             "<tr>" + "".join(f"<td>{escape(cell(row.get(key)))}</td>" for key in names) + "</tr>"

@@ -75,6 +75,13 @@ def test_a_result_shows_itself_as_a_table_without_markup_from_outside():
     assert "<b>" not in html
 
 
+def test_a_table_that_is_not_table_1_shows_all_of_its_columns():
+    rows = [{"teacher": "tiny", "run": "a", "train_tokens": 64, "state": "finished"}]
+    html = Result("runs", {"rows": rows}, lambda values: "")._repr_html_()
+    for name in ("teacher", "run", "train tokens", "state"):
+        assert f"<th>{name}</th>" in html
+
+
 def test_a_result_without_rows_shows_its_summary():
     result = Result("train", {"run": "a<b"}, lambda values: f"made {values['run']}")
     assert result._repr_html_() == "<pre>made a&lt;b</pre>"
