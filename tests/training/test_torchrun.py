@@ -55,7 +55,8 @@ def torchrun(*command: str) -> tuple[int, str, list[str]]:
 def test_what_both_refuse_is_said_once(arguments):
     status, out, lines = torchrun("-m", "--", "lftpipe", *arguments, "--walk-steps", "0")
     assert (status, out) == (1, "")
-    assert len(lines) == 1 and lines[0].startswith("error: given: --walk-steps 0")
+    assert len(lines) == 1
+    assert lines[0].startswith("error: given: --walk-steps 0")
 
 
 @pytest.mark.slow
@@ -64,7 +65,8 @@ def test_what_the_first_refuses_is_said_once_and_the_other_ends(arguments, tmp_p
     (tmp_path / "run" / "notes").write_text("not a run")
     status, out, lines = torchrun("-m", "--", "lftpipe", *arguments)
     assert (status, out) == (1, "")
-    assert len(lines) == 1 and "which holds notes and no run" in lines[0]
+    assert len(lines) == 1
+    assert "which holds notes and no run" in lines[0]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes"]
 
 
@@ -74,12 +76,16 @@ def test_when_a_process_dies_the_other_ends_and_the_same_command_goes_on(argumen
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     status, out, lines = torchrun("--", str(script), rank, "7", *arguments)
-    assert status != 0 and out == ""
-    assert len(lines) <= 1 and not any("defect" in line or "Traceback" in line for line in lines)
+    assert status != 0
+    assert out == ""
+    assert len(lines) <= 1
+    assert not any("defect" in line or "Traceback" in line for line in lines)
     run = tmp_path / "run"
-    assert (run / runs.CHECKPOINT).exists() and not (run / runs.MANIFEST).exists()
+    assert (run / runs.CHECKPOINT).exists()
+    assert not (run / runs.MANIFEST).exists()
     status, out, lines = torchrun("-m", "--", "lftpipe", *arguments, "--resume")
-    assert (status, lines) == (0, []) and out.count("next: lftpipe evaluate") == 1
+    assert (status, lines) == (0, [])
+    assert out.count("next: lftpipe evaluate") == 1
     assert [row["step"] for row in log_of(run)] == list(range(1, 13))
     assert runs.open_run(Path(run)).train_tokens == 12 * 4 * CONTEXT
 

@@ -56,7 +56,8 @@ def test_every_line_of_the_metrics_reaches_the_service(
     assert [row["loss"] for _, row in fake.rows] == [line["loss"] for line in lines]
     (options,) = fake.inits
     assert (options["project"], options["name"], options["resume"]) == ("lftpipe", "run", "allow")
-    assert options["config"]["block"] == "1:3" and fake.finished == 1
+    assert options["config"]["block"] == "1:3"
+    assert fake.finished == 1
 
 
 def test_a_resumed_run_goes_on_as_the_same_run_of_the_service(
@@ -71,7 +72,8 @@ def test_a_resumed_run_goes_on_as_the_same_run_of_the_service(
     fake.finished = 0
     train(change(settings, track=name, resume=True))
     first, second = fake.inits
-    assert first.get("id") == second.get("id") and (name != "wandb" or first["id"])
+    assert first.get("id") == second.get("id")
+    assert name != "wandb" or first["id"]
     assert fake.rows[-1][0] == 12
 
 
@@ -84,7 +86,8 @@ def test_healing_is_tracked(
     options: dict[str, Any] = {"tokens": 256, "batch_tokens": 128, "compute_dtype": "float32", "log_every": 1}
     heal(HealSettings(store=settings.store, target=str(settings.run), run=run, track=name, **options))
     assert [row.get("loss") for _, row in fake.rows] == [line.get("loss") for line in log_of(run)]
-    assert fake.inits[0]["name"] == "healed" and fake.finished == 1
+    assert fake.inits[0]["name"] == "healed"
+    assert fake.finished == 1
 
 
 @pytest.mark.parametrize("options", [{"track": "tensorboard"}, {"tensorboard": True}])
