@@ -3,11 +3,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 
 import lftpipe
+from lftpipe.artefacts.outcomes.base import Outcome
 from lftpipe.cli import app as cli
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import RunError
@@ -85,6 +87,7 @@ def test_the_help_lists_what_one_always_needs_first_and_experts_options_last(run
 def test_every_option_has_a_help_and_shows_its_default():
     # In a process of its own: pydantic finds no docstrings in modules that jaxtyping's hook has rewritten.
     code = """
+from lftpipe.artefacts.outcomes.base import Outcome
 from lftpipe.cli import app as cli
 for name in cli.COMMANDS:
     for parameter in cli.command_of(name).params:
@@ -174,8 +177,16 @@ def test_options_become_settings(run, stage, tmp_path):
     assert seen[1] == TrainSettings()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Made(Outcome):
+    """What a stage returns."""
+
+    run: str
+    loss: float
+
+
 def test_json_is_exactly_one_object_and_the_summary_is_for_people(run, stage):
-    stage(lambda settings: {"run": "data/[x]/a", "loss": 0.5})
+    stage(lambda settings: Made(run="data/[x]/a", loss=0.5))
     status, out, err = run("train", "--json")
     assert (status, json.loads(out), err) == (0, {"run": "data/[x]/a", "loss": 0.5}, "")
     assert out.count("\n") == 1
