@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from lftpipe.objects import storage_of
+from lftpipe.objects import Storage
 from lftpipe.store.disk import disk_errors
 from lftpipe.store.journal import Journal
 from lftpipe.store.layout import ShardKey, StoreSpec
@@ -19,15 +19,17 @@ class Ledger:
     ----------
     path
         The store's folder.
+    storage
+        Its bytes, as the writer has them: a bucket lets one writer in.
     records
         All shards that count as done.
     checked
         Those whose bytes need not be read again: this process wrote them, or an earlier one checked them.
     """
 
-    def __init__(self, path: Path, records: Records, checked: Records) -> None:
+    def __init__(self, path: Path, storage: Storage, records: Records, checked: Records) -> None:
         self.records, self.checked = records, checked
-        self._path, self._storage = path, storage_of(path)
+        self._path, self._storage = path, storage
         self._journal: Journal | None = None
         self._commits = threading.Lock()
 

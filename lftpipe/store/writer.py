@@ -45,7 +45,7 @@ class StoreWriter:
         self.path, self.spec, self.complete, self.epoch, self.fresh = path, spec, False, 0, True
         self.storage = storage_of(path)
         self._lock = lock
-        self._ledger = Ledger(path, {}, {})
+        self._ledger = Ledger(path, self.storage, {}, {})
         self._free: list[np.ndarray] = []  # memory that shards written before let go
 
     @classmethod
@@ -104,11 +104,15 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let go of the lock; what is not finished can be resumed."""
-        self._ledger.close()
-        self.storage.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        try:
+            self._ledger.close()
+        finally:  # however that ended, the next one may write
+            try:
+                self.storage.close()
+            finally:
+                if self._lock >= 0:
+                    os.close(self._lock)
+                    self._lock = -1
 
     def pending(self) -> list[ShardKey]:
         """The shards whose states are still to be computed, in order."""
@@ -268,7 +272,7 @@ class StoreWriter:
             opening.clear(self.path)
         found = opening.find(self.path, self.spec, resume=resume, repair=repair, recheck=recheck)
         self.spec, self.complete = found.spec, found.complete
-        self._ledger = Ledger(self.path, found.records, found.checked)
+        self._ledger = Ledger(self.path, self.storage, found.records, found.checked)
         self.fresh = not (found.records or found.finished)
         if not self.complete:
             self._ledger.begin(self.spec)
