@@ -1,6 +1,7 @@
 """The notebooks of `examples/`: each runs from top to bottom in an empty folder, and carries no outputs."""
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -54,6 +55,16 @@ def test_a_notebook_is_small_and_carries_no_outputs(path: Path) -> None:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
     assert path.stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_is_there(path: Path) -> None:
+    """A name that has moved is noticed here, without running the notebook."""
+    for source in cells(path, "code"):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_a_batch_by_hand_takes_forty_lines() -> None:
