@@ -13,16 +13,15 @@ from lftpipe.config.loss import ON_STORED_LOGITS
 from lftpipe.config.settings import HealSettings
 from lftpipe.device import cast_linear
 from lftpipe.errors import RunError
-from lftpipe.flow.distillation import by_pieces, full_divergence, next_token_loss, top_divergence
+from lftpipe.flow.distillation import by_pieces, full_divergence, next_token_loss
 from lftpipe.flow.path import States
-from lftpipe.flow.sampled_softmax import draw, sampled_divergence
 from lftpipe.store import Store
 from lftpipe.teacher.context import AttentionContext
 from lftpipe.teacher.parts import load_embedding
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail
 from lftpipe.training.healing import Healing
-from lftpipe.training.logit_terms import check_head
+from lftpipe.training.logit_terms import Comparison, check_head, on_sampled_logits, on_top_logits
 
 #: Logits that are held at once: 32 MiB, as in training (`lftpipe.training.logit_terms`).
 PIECE_LOGITS = 2**23
@@ -101,32 +100,17 @@ def prepare_healing(
     )
 
 
-def _positions(tail: Tail) -> int:
-    vocabulary = next(tail.head.parameters()).shape[0]
-    return max(1, PIECE_LOGITS // vocabulary)
+def _by_pieces(states: Tensor, comparison: Comparison) -> Tensor:
+    compare, numbers = comparison
+    return by_pieces(states.flatten(0, 1), compare, max(1, PIECE_LOGITS // numbers))
 
 
 def _top_logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
-    assert batch.logits is not None
-    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
-
-    def compare(piece: Tensor, part: slice) -> Tensor:
-        return top_divergence(values[part], ids[part], normaliser[part], tail.head(piece))
-
-    return by_pieces(states.flatten(0, 1), compare, _positions(tail))
+    return _by_pieces(states, on_top_logits(tail, batch))
 
 
 def _sampled_logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
-    assert batch.logits is not None
-    assert tail.linear_head is not None
-    weight, bias = tail.linear_head.weight, tail.linear_head.bias
-    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
-    drawn = draw(ids, tail.vocabulary, batch.step)
-
-    def compare(piece: Tensor, part: slice) -> Tensor:
-        return sampled_divergence(values[part], ids[part], normaliser[part], piece, weight, bias, drawn)
-
-    return by_pieces(states.flatten(0, 1), compare, max(1, PIECE_LOGITS // (ids.shape[1] * weight.shape[1])))
+    return _by_pieces(states, on_sampled_logits(tail, batch))
 
 
 def _logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
@@ -141,7 +125,7 @@ def _logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
             teacher = tail.head(theirs[part])
         return full_divergence(teacher, tail.head(piece))
 
-    return by_pieces(states.flatten(0, 1), compare, _positions(tail))
+    return _by_pieces(states, (compare, tail.vocabulary))
 
 
 def _tokens(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
@@ -153,7 +137,7 @@ def _tokens(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
     def compare(piece: Tensor, part: slice) -> Tensor:
         return next_token_loss(following[part], targets[part], tail.head(piece))
 
-    return by_pieces(states.flatten(0, 1), compare, _positions(tail))
+    return _by_pieces(states, (compare, tail.vocabulary))
 
 
 _LOSSES = {

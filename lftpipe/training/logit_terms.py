@@ -32,6 +32,9 @@ KEPT_BYTES = 2**30
 
 Positions = Float[Tensor, "position feature"]
 
+#: The mean loss of a slice of positions from what the head reads there, and how many numbers each makes.
+Comparison = tuple[Callable[[Positions, slice], Loss], int]
+
 
 @dataclass
 class FrozenTails:
@@ -108,7 +111,7 @@ def logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
         key = (begin, next(tail.head.parameters()).dtype, part.start)
         return full_divergence(_teacher_logits(tail, teacher, batch, part, key), tail.head(student))
 
-    return _over_positions(tail, end, batch, start, divergence)
+    return _over_positions(tail, end, batch, start, (divergence, tail.vocabulary))
 
 
 def top_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
@@ -125,13 +128,7 @@ def top_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> L
     start
         The block's end.
     """
-    assert batch.logits is not None
-    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
-
-    def divergence(student: Positions, part: slice) -> Loss:
-        return top_divergence(values[part], ids[part], normaliser[part], tail.head(student))
-
-    return _over_positions(tail, end, batch, start, divergence)
+    return _over_positions(tail, end, batch, start, on_top_logits(tail, batch))
 
 
 def sampled_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
@@ -148,6 +145,38 @@ def sampled_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) 
     start
         The block's end.
     """
+    return _over_positions(tail, end, batch, start, on_sampled_logits(tail, batch))
+
+
+def on_top_logits(tail: Tail, batch: Batch) -> Comparison:
+    """How a student is compared with the teacher's largest logits.
+
+    Parameters
+    ----------
+    tail
+        With the head.
+    batch
+        The teacher's, with `logits`.
+    """
+    assert batch.logits is not None
+    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
+
+    def divergence(student: Positions, part: slice) -> Loss:
+        return top_divergence(values[part], ids[part], normaliser[part], tail.head(student))
+
+    return divergence, tail.vocabulary
+
+
+def on_sampled_logits(tail: Tail, batch: Batch) -> Comparison:
+    """The same, without a product with the whole head.
+
+    Parameters
+    ----------
+    tail
+        It has a `linear_head`.
+    batch
+        The teacher's, with `logits`; its number is the draw's seed.
+    """
     assert batch.logits is not None
     assert tail.linear_head is not None
     weight, bias = tail.linear_head.weight, tail.linear_head.bias
@@ -157,7 +186,7 @@ def sampled_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) 
     def divergence(student: Positions, part: slice) -> Loss:
         return sampled_divergence(values[part], ids[part], normaliser[part], student, weight, bias, drawn)
 
-    return _over_positions(tail, end, batch, start, divergence, ids.shape[1] * weight.shape[1])
+    return divergence, ids.shape[1] * weight.shape[1]
 
 
 def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, key: tuple[Any, ...]) -> Tensor:
@@ -171,16 +200,9 @@ def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, ke
     return logits
 
 
-def _over_positions(
-    tail: Tail,
-    end: States,
-    batch: Batch,
-    start: int,
-    divergence: Callable[[Positions, slice], Loss],
-    numbers: int | None = None,
-) -> Loss:
-    """The mean of `divergence` over positions, each of which makes so many numbers; default: all logits."""
+def _over_positions(tail: Tail, end: States, batch: Batch, start: int, comparison: Comparison) -> Loss:
+    """The mean of a comparison over all positions, some of them at a time."""
     states = tail.states(end, batch.context, start=start, stop=tail.start + len(tail.layers))
-    normed = tail.norm(states).flatten(0, 1)
-    size = max(1, PIECE_BYTES.get(end.device.type, OTHERWISE) // (4 * (numbers or tail.vocabulary)))
-    return by_pieces(normed, divergence, size)
+    divergence, numbers = comparison
+    size = max(1, PIECE_BYTES.get(end.device.type, OTHERWISE) // (4 * numbers))
+    return by_pieces(tail.norm(states).flatten(0, 1), divergence, size)
