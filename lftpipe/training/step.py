@@ -70,28 +70,27 @@ def losses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Ba
         Whose loss.
     """
 
-    def loss(run: TrainingRun, x_0: States | None) -> tuple[Loss, States]:
-        found, problem = loss_of(run, batch, x_0)
-        return found, problem.end
-
-    return _in_order(joint, bridges, batch, loss)
+    return _in_order(joint, bridges, batch, lambda run, x_0: loss_of(run, batch, x_0))
 
 
 def _in_order(
     joint: Sequence[TrainingRun],
     bridges: Sequence[Layers],
     batch: Batch,
-    measure: Callable[[TrainingRun, States | None], tuple[T, States]],
+    measure: Callable[[TrainingRun, States | None], tuple[T, Problem]],
 ) -> list[T]:
-    """What is measured of each run, and where it ends: there, through the bridge, the next one begins."""
+    """What is measured of each run's problem; where it ends, through the bridge, the next one begins.
+
+    The end is asked for only where another run begins: standard flow matching walks nowhere to learn.
+    """
     found: list[T] = []
     x_0: States | None = None
     for index, run in enumerate(joint):
-        one, end = measure(run, x_0)
+        one, problem = measure(run, x_0)
         found.append(one)
         if index < len(bridges):
             with run.autocast():
-                x_0 = bridges[index](end, batch.context)
+                x_0 = bridges[index](problem.end, batch.context)
     return found
 
 
@@ -208,10 +207,11 @@ def nmses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Bat
         What is predicted.
     """
 
-    def nmse(run: TrainingRun, x_0: States | None) -> tuple[float, States]:
+    def nmse(run: TrainingRun, x_0: States | None) -> tuple[float, Problem]:
         with run.autocast():
-            end = pose(run, batch, x_0, equal_steps=True).end
-        return _nmse(end, batch.states[run.n]), end
+            problem = pose(run, batch, x_0, equal_steps=True)
+            end = problem.end
+        return _nmse(end, batch.states[run.n]), problem
 
     return _in_order(joint, bridges, batch, nmse)
 

@@ -14,6 +14,7 @@ from lftpipe import runs
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import RunError, SettingsError
+from lftpipe.flow.velocity import Velocity
 from lftpipe.stages.train import summary, train
 
 OBJECTIVES = ("fw", "sfm", "hybrid", "regression", "trajectory")
@@ -183,3 +184,21 @@ def test_the_linear_map_is_a_finished_run(settings):
     run = runs.open_run(Path(result["run"]))
     assert (run.has_time, run.solver, run.walk_steps) == (False, "euler", 1)
     assert run.train_tokens == 48 * CONTEXT  # the whole split, once
+
+
+@pytest.mark.parametrize(
+    ("objective", "evaluations"), [("regression", 1), ("sfm", 1), ("fw", 4), ("hybrid", 5), ("trajectory", 1)]
+)
+def test_a_step_evaluates_the_velocity_no_more_often_than_its_objective_says(
+    settings, monkeypatch, objective, evaluations
+):
+    calls: list[bool] = []
+    branches = Velocity.branches
+
+    def counted(self, *arguments, **options):
+        calls.append(torch.is_grad_enabled())
+        return branches(self, *arguments, **options)
+
+    monkeypatch.setattr(Velocity, "branches", counted)
+    train(change(settings, objective=objective, tokens=4 * CONTEXT, log_every=1))
+    assert calls.count(True) == evaluations
