@@ -69,7 +69,6 @@ def losses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Ba
     batch
         Whose loss.
     """
-
     return _in_order(joint, bridges, batch, lambda run, x_0: loss_of(run, batch, x_0))
 
 
