@@ -1,8 +1,12 @@
 """Tiny decoders of many families with random weights: what the laws of teachers and students are tried on."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from conftest import randomise
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY, WIDTH, LAYERS = 320, 32, 4
 
@@ -56,3 +60,13 @@ def config_of(name: str) -> Any:
     unknown = UNKNOWN if name == "mamba2" else ()
     common = {key: value for key, value in COMMON.items() if key not in unknown}
     return AutoConfig.for_model(name, **(common | DECODERS[name]))
+
+
+def make_decoders(root: Path, names: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """A folder in transformers' format for some of `DECODERS`."""
+    for name in names:
+        model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+        randomise(model)
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return {name: root / name for name in names}

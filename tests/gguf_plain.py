@@ -10,7 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 #: By transformers' model type. GGUF has no architecture for flows.
-ARCHITECTURES = {"gpt_neox": gguf.MODEL_ARCH.GPTNEOX, "llama": gguf.MODEL_ARCH.LLAMA}
+ARCHITECTURES = {
+    "gpt_neox": gguf.MODEL_ARCH.GPTNEOX,
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
 
 
 def convert(folder: Path, out: Path) -> None:
@@ -33,8 +38,10 @@ def convert(folder: Path, out: Path) -> None:
     writer.add_embedding_length(width)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(config["intermediate_size"])
-    rotary = config["rope_parameters"]
-    writer.add_rope_dimension_count(int(width // heads * rotary.get("partial_rotary_factor", 1)))
+    rotary, size = config["rope_parameters"], config.get("head_dim") or width // heads
+    writer.add_rope_dimension_count(int(size * rotary.get("partial_rotary_factor", 1)))
+    writer.add_key_length(size)
+    writer.add_value_length(size)
     writer.add_rope_freq_base(rotary["rope_theta"])
     writer.add_head_count(heads)
     if architecture is gguf.MODEL_ARCH.GPTNEOX:
@@ -49,9 +56,9 @@ def convert(folder: Path, out: Path) -> None:
     for name, tensor in load_file(folder / "model.safetensors").items():
         if "query_key_value" in name:
             tensor = _by_kind(tensor, heads)
-        elif "q_proj" in name:
+        elif "q_proj" in name and config["model_type"] == "llama":
             tensor = _interleaved(tensor, heads)
-        elif "k_proj" in name:
+        elif "k_proj" in name and config["model_type"] == "llama":
             tensor = _interleaved(tensor, config["num_key_value_heads"])
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert new is not None, name

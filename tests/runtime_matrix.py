@@ -194,12 +194,13 @@ def _short(refusal: str) -> str:
     """The first sentence of a refusal, without what differs from student to student."""
     line = " ".join(refusal.split())
     line = re.sub(r"/\S*/", "", re.sub(r"in \d+ steps", "in k steps", line))
-    line = re.sub(r"latent_flow_(gpt_neox|llama)", "latent_flow_*", line)
+    line = re.sub(r"latent_flow_(gpt_neox|llama|qwen2|qwen3)", "latent_flow_*", line)
     return line if " / do: " in line else re.split(r"(?<=[.!]) ", line)[0]
 
 
 def main() -> None:
     from conftest import make_teachers, make_tokenizer
+    from decoders import make_decoders
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -208,7 +209,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        teachers = make_teachers(work, ("neox", "llama"), make_tokenizer())
+        tokenizer = make_tokenizer()
+        teachers = make_teachers(work, ("neox", "llama"), tokenizer)
+        teachers |= make_decoders(work, ("qwen2", "qwen3"), tokenizer)
         print("\n".join(markdown(matrix(teachers, work, flash=options.flash))))
 
 

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import randomise
-from decoders import DECODERS, LAYERS, config_of
+from decoders import DECODERS, LAYERS, make_decoders
 from tiny_students import save_run, tokens
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lftpipe import runs
 from lftpipe.errors import RunError
@@ -37,11 +36,8 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=list(DECODERS))
 def case(request: pytest.FixtureRequest, tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast) -> Case:
     name, root = request.param, tmp_path_factory.mktemp("derived")
-    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
-    randomise(model)
-    model.save_pretrained(root / name)
-    tokenizer.save_pretrained(root / name)
-    teacher = open_teacher(str(root / name), Path("unused"))
+    folder = make_decoders(root, [name], tokenizer)[name]
+    teacher = open_teacher(str(folder), Path("unused"))
     return Case(name, teacher, save_run(root / "run", teacher, (1, 3)))
 
 

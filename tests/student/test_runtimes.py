@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import make_decoders
 from runtime_matrix import Cell, matrix
 from runtimes import DOCUMENTS, byte_perplexities, llama_cpp_likelihoods, log_likelihood, usable_prompts
 from tiny_students import save_run, tokens
+from transformers import PreTrainedTokenizerFast
 
 from lftpipe.config.settings import ExportSettings
 from lftpipe.stages.export import export
@@ -55,8 +57,12 @@ def test_llama_cpp_agrees(exported: tuple[Path, Any], neox_teacher: Teacher, tmp
 
 
 @pytest.fixture(scope="module")
-def cells(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Cell]:
-    rows = matrix({name: teachers[name] for name in ("neox", "llama")}, tmp_path_factory.mktemp("matrix"))
+def cells(
+    teachers: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[Any, ...], Cell]:
+    work = tmp_path_factory.mktemp("matrix")
+    tried = {name: teachers[name] for name in ("neox", "llama")}
+    rows = matrix(tried | make_decoders(work, ("qwen2", "qwen3"), tokenizer), work)
     return {
         (row.family, row.solver, row.k, row.form, runtime): cell
         for row in rows
@@ -66,7 +72,7 @@ def cells(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 def test_what_works_agrees_and_what_cannot_is_refused(cells: dict[tuple[Any, ...], Cell]) -> None:
     """The whole matrix: plain exports run wherever their family does, flows wherever transformers runs."""
-    assert len(cells) == 2 * 2 * 3 * 2 * 5
+    assert len(cells) == 4 * 2 * 3 * 2 * 5
     for (family, solver, k, form, runtime), cell in cells.items():
         if not cell.installed:
             continue
@@ -75,7 +81,7 @@ def test_what_works_agrees_and_what_cannot_is_refused(cells: dict[tuple[Any, ...
         where = (family, solver, k, form, runtime)
         assert (cell.refusal is None) == works, (where, cell)
         if works:
-            # llama.cpp looks GELU, which Llama has none of, up in a table of half precision.
+            # llama.cpp looks GELU, which only GPT-NeoX has, up in a table of half precision.
             allowed = 5e-3 if (runtime, family) == ("llama.cpp", "neox") else 1e-4
             assert cell.difference is not None, (where, cell)
             assert cell.difference < allowed, (where, cell)
