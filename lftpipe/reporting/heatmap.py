@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lftpipe.artefacts.recoupling import RecouplingMap
 from lftpipe.reporting.plots import literal, save
@@ -34,7 +35,9 @@ def draw_recoupling(recoupling: RecouplingMap, shown: list[tuple[int, int]], pat
     side = max(CELL * len(recoupling.layers), 4.2)
     columns = -(-len(shown) // 2)
     small = max(side / 2 - 0.25, 2.4)
-    figure = Figure(figsize=(side + 1.9 + columns * (small + 0.9), side + 1.3), layout="constrained")
+    figure = Figure(
+        figsize=(side + 1.9 + columns * (small + 0.9), side + 1.3), layout=ConstrainedLayoutEngine(h_pad=0.12)
+    )
     grid = figure.add_gridspec(2, 1 + columns, width_ratios=[side + 1.2, *[small] * columns])
     _draw_map(figure, figure.add_subplot(grid[:, 0]), recoupling)
     for number, pair in enumerate(shown):
