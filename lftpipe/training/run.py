@@ -280,7 +280,8 @@ def manifest_of(
     return {
         "store_fingerprint": store.fingerprint,
         "store_origin": store.origin,
-        "store": url_of(store.shards.where) or str(store.path.resolve()),
+        # As it was typed: a pushed run is not to tell where somebody's home is.
+        "store": url_of(store.shards.where) or str(store.path),
         "teacher": record_of(store.identity),
         "block": list(block),
         "objective": settings.objective,
