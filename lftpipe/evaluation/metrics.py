@@ -1,6 +1,7 @@
 """The metrics of Table 1 (section 5.1), summed over batches in float64."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -62,15 +63,15 @@ class StateMetrics:
 
 @dataclass(frozen=True)
 class Reference:
-    """The teacher's next-token distribution for a batch, ready to compare students with."""
+    """The teacher's next-token distribution at some positions, ready to compare students with."""
 
-    logits: Float[Tensor, "sequence position vocabulary"]
-    probability: Float[Tensor, "sequence position vocabulary"]
-    negative_entropy: Float[Tensor, "sequence position"]
-    likeliest: Int[Tensor, "sequence position"]
+    logits: Float[Tensor, "token vocabulary"]
+    probability: Float[Tensor, "token vocabulary"]
+    negative_entropy: Float[Tensor, " token"]
+    likeliest: Int[Tensor, " token"]
 
     @staticmethod
-    def of(logits: Float[Tensor, "sequence position vocabulary"]) -> "Reference":
+    def of(logits: Float[Tensor, "token vocabulary"]) -> "Reference":
         """Of the teacher's logits.
 
         Parameters
@@ -78,14 +79,51 @@ class Reference:
         logits
             The teacher's logits.
         """
-        log = logits.float().log_softmax(-1)
-        probability = log.exp()
-        return Reference(logits, probability, (probability * log).sum(-1), logits.argmax(-1))
+        with torch.autocast(logits.device.type, enabled=False):
+            log = logits.float().log_softmax(-1)
+            probability = log.exp()
+            entropy = torch.linalg.vecdot(probability, log)
+        return Reference(logits, probability, entropy, logits.max(-1).indices)
 
     @property
     def finite(self) -> bool:
         """Whether all of it is numbers."""
         return bool(self.negative_entropy.isfinite().all())
+
+
+class NextTokens(NamedTuple):
+    """What comes after every position of a batch, flat."""
+
+    ids: Int[Tensor, " token"]
+    counted: Bool[Tensor, " token"]
+    """Whether it is a target: a token that starts a segment, or is not there, is none."""
+
+    @staticmethod
+    def of(
+        tokens: Int[Tensor, "sequence position"], first: Bool[Tensor, "sequence position"]
+    ) -> "NextTokens":
+        """Of a batch.
+
+        Parameters
+        ----------
+        tokens
+            Token ids.
+        first
+            Which positions are the first of their segment: nothing before them was seen.
+        """
+        last = torch.ones_like(first[:, :1])
+        counted = ~torch.cat([first[:, 1:], last], dim=1)
+        return NextTokens(tokens.long().roll(-1, dims=1).flatten(), counted.flatten())
+
+    def part(self, rows: slice) -> "NextTokens":
+        """At some of the positions.
+
+        Parameters
+        ----------
+        rows
+            Which.
+        """
+        return NextTokens(self.ids[rows], self.counted[rows])
 
 
 @dataclass
@@ -99,13 +137,9 @@ class LogitMetrics:
     num_targets: int = 0
 
     def add(
-        self,
-        student: Float[Tensor, "sequence position vocabulary"],
-        teacher: Reference,
-        tokens: Int[Tensor, "sequence position"],
-        first: Bool[Tensor, "sequence position"],
+        self, student: Float[Tensor, "token vocabulary"], teacher: Reference, following: NextTokens
     ) -> None:
-        """Add a batch. A token that starts a segment is no target: nothing before it was seen.
+        """Add some positions.
 
         Parameters
         ----------
@@ -113,22 +147,19 @@ class LogitMetrics:
             Logits of the student.
         teacher
             The teacher's, prepared.
-        tokens
-            Token ids.
-        first
-            Which positions are the first of their segment.
+        following
+            What comes after the same positions.
         """
-        student = student.float()
-        # KL = sum p log p - sum p log q with log q = logits - logsumexp: two passes over the vocabulary.
-        normaliser = student.logsumexp(-1)
-        cross = torch.einsum("spv,spv->sp", teacher.probability, student) - normaliser
-        self.kl_sum += (teacher.negative_entropy - cross).double().sum().item()
-        self.num_agreeing += int((student.argmax(-1) == teacher.likeliest).sum().item())
-        self.num_tokens += tokens.numel()
-        targets = ~first[:, 1:]
-        picked = student[:, :-1].gather(-1, tokens[:, 1:, None].long()).squeeze(-1) - normaliser[:, :-1]
-        self.nats -= picked[targets].double().sum().item()
-        self.num_targets += int(targets.sum().item())
+        # Autocast would take the products' sums in bfloat16.
+        with torch.autocast(student.device.type, enabled=False):
+            log = student.float().log_softmax(-1)
+            kl = teacher.negative_entropy - torch.linalg.vecdot(teacher.probability, log)
+        self.kl_sum += kl.double().sum().item()
+        self.num_agreeing += int((student.max(-1).indices == teacher.likeliest).sum().item())
+        self.num_tokens += len(student)
+        picked = log.gather(-1, following.ids[:, None]).squeeze(-1)
+        self.nats -= picked[following.counted].double().sum().item()
+        self.num_targets += int(following.counted.sum().item())
 
     @property
     def kl(self) -> float:

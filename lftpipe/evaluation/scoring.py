@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lftpipe import progress
 from lftpipe.artefacts.results import AdaptiveScore, Score
@@ -17,7 +18,7 @@ from lftpipe.batch import Batch, BatchFields, BatchReader
 from lftpipe.config.settings import ComputeDtype
 from lftpipe.device import cast_linear, resolve_compute_dtype
 from lftpipe.errors import TeacherError
-from lftpipe.evaluation.metrics import LogitMetrics, Reference, StateMetrics
+from lftpipe.evaluation.metrics import LogitMetrics, NextTokens, Reference, StateMetrics
 from lftpipe.evaluation.predictor import Predictor
 from lftpipe.live import reader_of, states_at_hand
 from lftpipe.store import Store
@@ -137,17 +138,36 @@ def score(
     with autocast, progress.task(f"evaluate {teacher.name}", total, "tokens") as task:
         for batch in _batches(reader, fields, batch_tokens):
             for n in sorted(ends):
-                reference = Reference.of(tail(batch.states[n], batch.context, start=n))
-                _refuse_nan(reference, teacher)
-                if n == max(ends):
-                    of_teacher.add(reference.logits, reference, batch.tokens, batch.first_of_segment)
-                for one in measured:
-                    if _end(one.predictor, stored) == n:
-                        _add(one, tail, batch, n, reference)
-                        task.advance(batch.tokens.numel())
+                here = [one for one in measured if _end(one.predictor, stored) == n]
+                totals = [of_teacher] if n == max(ends) else []
+                for advanced in _compare(here, totals, tail, batch, n, teacher):
+                    task.advance(advanced)
             if batch.step < timed_batches:
                 _time(measured, tail, batch, start)
     return [one.score(_finite(of_teacher.perplexity)) for one in measured]
+
+
+def _compare(
+    measured: list[Measured], totals: list[LogitMetrics], tail: Tail, batch: Batch, n: int, teacher: Teacher
+) -> Iterator[int]:
+    """Add what predictors make of a batch to their sums, and the teacher to its `totals`.
+
+    Logits are compared piece by piece of the positions: those of a whole batch would fill the memory, and
+    leave the processor's cache between one pass over them and the next.
+    """
+    true = tail.last(batch.states[n], batch.context, start=n).flatten(0, 1)
+    following = NextTokens.of(batch.tokens, batch.first_of_segment)
+    lasts = [_last(one, tail, batch, n) for one in measured]
+    for first in range(0, len(true), tail.piece):
+        rows = slice(first, first + tail.piece)
+        reference, targets = Reference.of(tail.logits(true[rows])), following.part(rows)
+        _refuse_nan(reference, teacher)
+        for each in totals:
+            each.add(reference.logits, reference, targets)
+        for one, last in zip(measured, lasts, strict=True):
+            own = one.predictor.tail or tail
+            one.logits.add(reference.logits if last is None else own.logits(last[rows]), reference, targets)
+        yield len(targets.ids) * len(measured)
 
 
 def _refuse_nan(reference: Reference, teacher: Teacher) -> None:
@@ -165,19 +185,17 @@ def _end(predictor: Predictor, stored: tuple[int, ...]) -> int:
     return block[1] if block and block[1] in stored else max(stored)
 
 
-def _add(one: Measured, tail: Tail, batch: Batch, n: int, reference: Reference) -> None:
+def _last(one: Measured, tail: Tail, batch: Batch, n: int) -> Tensor | None:
+    """A predictor's last states, flat, and their metrics added; the teacher's own are at hand."""
     block = one.predictor.block
     if block is None:
-        one.logits.add(reference.logits, reference, batch.tokens, batch.first_of_segment)
-        return
+        return None
     enter, own = one.predictor.enter, one.predictor.tail or tail
     x_0 = batch.states[block[0]] if enter is None else enter(batch)
     predicted = one.predictor.predict(x_0, batch.context).float()
     if block[1] == n:
         one.state.add(predicted, batch.states[n], batch.first_of_segment)
-    one.logits.add(
-        own(predicted, batch.context, start=block[1]), reference, batch.tokens, batch.first_of_segment
-    )
+    return own.last(predicted, batch.context, start=block[1]).flatten(0, 1)
 
 
 def _time(measured: list[Measured], tail: Tail, batch: Batch, start: int) -> None:

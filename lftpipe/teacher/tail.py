@@ -14,6 +14,9 @@ from lftpipe.teacher.parts import fill, load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.structure import Logits
 
+#: Logits that one piece of work holds at once: of a vocabulary of 50,000 for 320 positions.
+PIECE_LOGITS = 2**24
+
 
 class Tail(nn.Module):
     """The frozen end of the teacher: layers `start .. L-1`, final norm and LM head."""
@@ -80,9 +83,43 @@ class Tail(nn.Module):
         start
             Which layer is the first to run.
         """
+        return self.logits(self.last(h, context, start=start))
+
+    def last(
+        self,
+        h: Float[Tensor, "sequence position feature"],
+        context: AttentionContext,
+        *,
+        start: int | None = None,
+    ) -> Float[Tensor, "sequence position feature"]:
+        """From `h[start]` to the last state `h[L]`, before the final norm.
+
+        Parameters
+        ----------
+        h
+            States that enter layer `start`.
+        context
+            Positions and mask.
+        start
+            Which layer is the first to run; left out, the tail's own.
+        """
         start = self.start if start is None else start
-        h = self.states(h, context, start=start, stop=self.start + len(self.layers))
-        return self.head(self.norm(h))
+        return self.states(h, context, start=start, stop=self.start + len(self.layers))
+
+    def logits(self, last: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch vocabulary"]:
+        """Next-token logits of last states.
+
+        Parameters
+        ----------
+        last
+            `h[L]`, before the final norm.
+        """
+        return self.head(self.norm(last))
+
+    @property
+    def piece(self) -> int:
+        """How many positions' logits are held at once where all are not needed together: 64 MiB of them."""
+        return max(1, PIECE_LOGITS // self.vocabulary)
 
 
 def head_names(teacher: Teacher) -> list[str]:

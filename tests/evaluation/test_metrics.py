@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lftpipe.evaluation.metrics import LogitMetrics, Reference, StateMetrics, kl_divergence
+from lftpipe.evaluation.metrics import LogitMetrics, NextTokens, Reference, StateMetrics, kl_divergence
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -35,7 +35,7 @@ def logit_scored(
     for some, of, ids, starts in zip(
         *(each.split(split) for each in (student, teacher, tokens, first)), strict=True
     ):
-        metrics.add(some, Reference.of(of), ids, starts)
+        metrics.add(some.flatten(0, 1), Reference.of(of.flatten(0, 1)), NextTokens.of(ids, starts))
     return metrics
 
 
@@ -67,6 +67,14 @@ def test_the_metrics_of_logits_are_their_definitions(seed):
         if not FIRST[sequence, position]
     ]
     assert metrics.perplexity == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
+
+
+def test_products_in_bfloat16_leave_the_metrics_in_float32():
+    teacher, student = 5 * random(0, 3, 5, 7), 5 * random(1, 3, 5, 7)
+    tokens = torch.zeros(3, 5, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        metrics = logit_scored(student, teacher, tokens, FIRST)
+    assert metrics == logit_scored(student, teacher, tokens, FIRST)
 
 
 @given(st.integers(0, 100), st.integers(1, 3))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lftpipe.config.settings import EvaluateSettings
 from lftpipe.corpus.packing import positions
 from lftpipe.errors import RunError, SettingsError, StoreError
-from lftpipe.evaluation.metrics import LogitMetrics, Reference
+from lftpipe.evaluation.metrics import LogitMetrics, NextTokens, Reference
 from lftpipe.stages.evaluate import evaluate, summary
 from lftpipe.store import Store
 
@@ -95,7 +95,8 @@ def test_the_teachers_perplexity_is_that_of_the_whole_model_run_on_each_segment(
     with torch.no_grad():
         logits = model(tokens, position_ids=places, use_cache=False).logits
     metrics = LogitMetrics()
-    metrics.add(logits, Reference.of(logits), tokens, places == 0)
+    flat = logits.flatten(0, 1)
+    metrics.add(flat, Reference.of(flat), NextTokens.of(tokens, places == 0))
     assert row_of(result, method="teacher")["ppl"] == pytest.approx(metrics.perplexity, rel=1e-3)
 
 
@@ -110,7 +111,8 @@ def test_skipping_is_the_model_without_those_layers(result):
     with torch.no_grad():
         logits = model(tokens, position_ids=places, use_cache=False).logits
     metrics = LogitMetrics()
-    metrics.add(logits, Reference.of(logits), tokens, places == 0)
+    flat = logits.flatten(0, 1)
+    metrics.add(flat, Reference.of(flat), NextTokens.of(tokens, places == 0))
     skip = row_of(result, method="skip layers 1-2")
     assert skip["ppl"] == pytest.approx(metrics.perplexity, rel=1e-3)
     assert skip["parameters"] == sum(parameter.numel() for parameter in model.parameters())
