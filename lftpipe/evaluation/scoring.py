@@ -25,6 +25,11 @@ from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail
 
+#: Logits that are compared at a time: 16 MiB stay in the processor's cache from one pass to the next.
+PIECE_LOGITS = 2**22
+#: But positions enough that the head's weights are not read for few.
+LEAST_POSITIONS = 128
+
 
 def _batches(reader: BatchReader, fields: BatchFields, batch_tokens: int) -> Iterator[Batch]:
     """The whole validation split."""
@@ -158,8 +163,9 @@ def _compare(
     true = tail.last(batch.states[n], batch.context, start=n).flatten(0, 1)
     following = NextTokens.of(batch.tokens, batch.first_of_segment)
     lasts = [_last(one, tail, batch, n) for one in measured]
-    for first in range(0, len(true), tail.piece):
-        rows = slice(first, first + tail.piece)
+    size = max(LEAST_POSITIONS, PIECE_LOGITS // tail.vocabulary)
+    for first in range(0, len(true), size):
+        rows = slice(first, first + size)
         reference, targets = Reference.of(tail.logits(true[rows])), following.part(rows)
         _refuse_nan(reference, teacher)
         for each in totals:

@@ -13,6 +13,9 @@ from lftpipe.teacher.trunk import Trunk
 #: Called with an array's name in the store, the layer (None for logits), and a batch of it.
 Put = Callable[[str, int | None, Tensor], None]
 
+#: Logits of one piece of work are held at once: 64 MiB, of a vocabulary of 50,000 for 320 positions.
+PIECE_LOGITS = 2**24
+
 
 class Head:
     """From the last state `h[L]`, before the final norm, to the largest next-token logits.
@@ -33,6 +36,7 @@ class Head:
     def __init__(self, teacher: Teacher, count: int, device: str = "cpu") -> None:
         self._tail = Tail(teacher, teacher.num_layers).to(device)
         self._count = count
+        self._piece = max(1, PIECE_LOGITS // teacher.config.vocab_size)
 
     @torch.inference_mode()
     def top(self, state: Float[Tensor, "sequence position feature"]) -> TopLogits:
@@ -44,7 +48,7 @@ class Head:
             `h[L]`, before the final norm.
         """
         pieces = []
-        for piece in state.flatten(0, 1).float().split(self._tail.piece):
+        for piece in state.flatten(0, 1).float().split(self._piece):
             logits = self._tail.logits(piece)
             values, ids = logits.topk(self._count)
             pieces.append((values, ids.int(), logits.logsumexp(-1)))

@@ -14,9 +14,6 @@ from lftpipe.teacher.parts import fill, load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.structure import Logits
 
-#: Logits that one piece of work holds at once: of a vocabulary of 50,000 for 320 positions.
-PIECE_LOGITS = 2**24
-
 
 class Tail(nn.Module):
     """The frozen end of the teacher: layers `start .. L-1`, final norm and LM head."""
@@ -115,11 +112,6 @@ class Tail(nn.Module):
             `h[L]`, before the final norm.
         """
         return self.head(self.norm(last))
-
-    @property
-    def piece(self) -> int:
-        """How many positions' logits are held at once where all are not needed together: 64 MiB of them."""
-        return max(1, PIECE_LOGITS // self.vocabulary)
 
 
 def head_names(teacher: Teacher) -> list[str]:
