@@ -4,7 +4,7 @@
 needs to know. Nothing downstream looks at a document again.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -60,6 +60,8 @@ class BatchOrder:
     """Of the split, from its first."""
     part: slice = field(default_factory=lambda: _ALL)
     """Of each batch: what this process takes."""
+    window: int = 0
+    """Sequences that are shuffled among themselves; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,18 @@ class BatchReader:
         The store's; of it only the rotary embedding is made.
     device
         Where batches are to be.
+
+    Attributes
+    ----------
+    say
+        Takes a line when a shard of a rolling store is waited for.
     """
 
     def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:
         self.store, self.device = store, torch.device(device)
         self.rotary = load_rotary(teacher).to(self.device)
         self.copies = CopyStream(self.device)
+        self.say: Callable[[str], object] = print
 
     def read(self, split: str, sequences: range, fields: BatchFields, step: int = 0) -> Batch:
         """Some sequences of a split.
@@ -228,6 +236,8 @@ class BatchReader:
             num_sequences=order.num_sequences,
             part=order.part,
             with_logits=fields.logits,
+            window=order.window,
+            say=self.say,
             allocate=copies.allocate,
         )
         if not copies.beside:

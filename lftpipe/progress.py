@@ -52,6 +52,30 @@ class Task:
             percent = f"{100 * self.done / max(self.total, 1):.0f} %"
             print(f"{self.label}: {percent}, {rate}, {left:.0f} s left  {shown}", file=sys.stderr, flush=True)
 
+    def aim(self, total: int) -> None:
+        """Change how many units there are in all.
+
+        Parameters
+        ----------
+        total
+            Units in all.
+        """
+        self.total = total
+        if self._live:
+            self._live.update(self._id, total=total)
+
+
+def say(line: str) -> None:
+    """A line on stderr, above the live one.
+
+    Parameters
+    ----------
+    line
+        What to say.
+    """
+    if speaks():
+        print(line, file=sys.stderr, flush=True)
+
 
 @contextmanager
 def task(label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:

@@ -42,6 +42,9 @@ MOST_SHARD_SEQUENCES = 4096
 #: Of a store without states: tokens are small, and never worth a file for each sequence.
 SHARD_TOKENS = 2**21
 
+#: Shards that a rolling store has room for, if no shard has fewer sequences than a batch.
+SHARDS_UNDER_CAP = 16
+
 #: Room left free on the disk beside the store.
 DISK_MARGIN = 256 * 2**20
 
@@ -67,6 +70,8 @@ class Plan:
     batch_asked: int
     """Sequences of a batch as asked for: more than `batch_sequences` where a shard holds no more."""
     stream_layers: bool = False
+    rolling: int = 0
+    """Most bytes of states on the disk at a time; 0: all of them."""
 
     def load_trunk(self) -> Trunk:
         """The layers below the deepest state wanted; logits need the last state."""
@@ -102,6 +107,13 @@ class Plan:
             arrays["logit_ids"] = positions_ * self.logits * 4
             arrays["logit_normaliser"] = positions_ * 4
         return arrays
+
+    def disk_bytes(self) -> int:
+        """Bytes that the store takes on the disk at a time."""
+        arrays = self.array_bytes()
+        tokens = arrays["tokens"] + arrays["document"]
+        states = sum(arrays.values()) - tokens
+        return tokens + (min(states, self.rolling) if self.rolling else states)
 
 
 def state_bytes(dtype: str, context: int, width: int) -> int:
@@ -182,6 +194,7 @@ def make_plan(settings: ExtractSettings) -> Plan:
         device=settings.device,
         stream_layers=settings.stream_layers,
         batch_asked=batch,
+        rolling=settings.rolling or 0,
     )
 
 
@@ -198,6 +211,9 @@ def _sequences_per_shard(
         per_shard = max(1, SHARD_TOKENS // settings.context)
     elif settings.shard_bytes is not None:
         per_shard = min(max(1, settings.shard_bytes // sequence_bytes), MOST_SHARD_SEQUENCES)
+    elif settings.rolling is not None:
+        aim = min(SHARD_BYTES, settings.rolling // SHARDS_UNDER_CAP)
+        per_shard = min(max(batch, aim // sequence_bytes), SHARD_SEQUENCES)
     elif sequence_bytes * sequences > LARGE_STORE_BYTES:
         per_shard = min(max(1, LARGE_SHARD_BYTES // sequence_bytes), MOST_SHARD_SEQUENCES)
     else:
@@ -215,8 +231,7 @@ def check_disk(plan: Plan) -> None:
     """
     if storage_of(plan.path).remote:
         return  # only what is being written lies on this machine's disk
-    arrays = plan.array_bytes()
-    needed = sum(arrays.values())
+    needed = plan.disk_bytes()
     there = (
         sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file())
         if plan.path.exists()
@@ -266,7 +281,7 @@ def dry_run(plan: Plan) -> PlannedExtraction:
         logits=plan.logits,
         dtype=plan.dtype,
         compute_dtype=dtype_name(plan.compute_dtype),
-        bytes=sum(by_array.values()),
+        bytes=plan.disk_bytes(),
         bytes_by_array=by_array,
         free_bytes=shutil.disk_usage(parent).free,
         batch_sequences=plan.batch_sequences,

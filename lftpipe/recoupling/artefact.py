@@ -129,6 +129,12 @@ def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
         If the map was made from another store, or has no block of that length.
     """
     store = Store.open(store_path)
+    if store.spec.rolling:
+        raise SettingsError(
+            f"--block auto on the rolling store {store_path}",
+            "a block: the map needs all of the training states",
+            "give --block M:N, which `lftpipe recouple` finds on a whole store of fewer --tokens",
+        )
     made_with = RecoupleSettings(
         workspace=settings.workspace, store=store_path, threads=settings.threads, rank_by=settings.rank_by
     )

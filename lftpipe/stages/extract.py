@@ -20,6 +20,7 @@ from lftpipe.extraction.parts import (
     parse_part,
 )
 from lftpipe.extraction.plan import Plan, check_disk, dry_run, make_plan
+from lftpipe.extraction.rolling import check_rolling, roll, rolling_spec
 from lftpipe.extraction.tokens import are_stored, fitted, packing_of, spec_of, store_tokens
 from lftpipe.objects import storage_of
 from lftpipe.store import StoreSpec, StoreWriter, abandon, verify_store
@@ -46,6 +47,7 @@ def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
     check(settings)
     prepare(settings.device, settings.threads)
     plan = make_plan(settings)
+    spec = rolling_spec(plan, force=settings.force) if settings.rolling else spec_of(plan)
     if settings.dry_run:
         return dry_run(fitted(plan))
     _check_shared(plan, settings)
@@ -56,13 +58,16 @@ def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
     _check_disk(plan)
     with StoreWriter.open(
         plan.path,
-        spec_of(plan),
+        spec,
         resume=settings.resume,
         force=settings.force,
         repair=repair,
         recheck=settings.check_corpus,
     ) as writer:
         _tokens(plan, writer, settings)
+        if settings.rolling:
+            rolled, computed = roll(plan, writer, settings)
+            return replace(_result(plan, writer.spec, computed, started), rolling=rolled._asdict())
         if not writer.complete:
             absorb_parts(writer)
         computed = compute(plan, writer, settings)
@@ -93,6 +98,8 @@ def check(settings: ExtractSettings) -> None:
             "one process that does that",
             "run it once without --part first",
         )
+    if settings.rolling:
+        check_rolling(settings)
     if settings.tokens_only and settings.logits:
         raise SettingsError("--tokens-only with --logits", "one of the two", "leave out --logits")
 
@@ -189,7 +196,11 @@ def summary(result: PlannedExtraction | Extraction) -> str:
         size = progress.human_bytes(result.bytes)
         held = f"{_tokens_text(result)} of {result.teacher} x {_layers(result)}, {size}"
         lines.append(f"{result.store} holds {held}")
-        if result.already_complete:
+        if result.rolling:
+            lines.append("  {made} shards computed, {made_again} of them again".format(**result.rolling))
+            peak = progress.human_bytes(result.rolling["peak_bytes"])
+            lines.append(f"  {result.rolling['dropped']} dropped; never more than {peak} of states")
+        if result.already_complete and not result.rolling:
             lines.append("  it was complete already: nothing was computed")
         else:
             lines.append(f"  {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s")
@@ -197,7 +208,9 @@ def summary(result: PlannedExtraction | Extraction) -> str:
             if result.tokens[split] < asked:
                 lines.append(f"  the corpus ended before the {asked:,} {split} tokens asked for")
     lines += _batch_lines(result)
-    if result.complete is not False:
+    if result.rolling:
+        lines.append(f"next: lftpipe evaluate --store {result.store}")
+    elif result.complete is not False:
         step = "recouple" if result.layers else "train --from-teacher --block M:N"
         lines.append(f"next: lftpipe {step} --store {result.store}")
     return "\n".join(lines)

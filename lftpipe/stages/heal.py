@@ -51,6 +51,7 @@ def heal(settings: HealSettings) -> Healing:
     prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     store = Store.open(store_path)
+    store.need_whole("heal")
     source = runs.open_run(_find(store_path, settings.target))
     settings = _resolved(settings, source, store)
     assert settings.run is not None

@@ -64,7 +64,8 @@ def _of_run(path: Path) -> RunFacts:
 def _of_store(store: Store) -> StoreFacts:
     size = storage_of(store.path).total_bytes()
     coded = store.shards.num_bytes("hidden", "attention")
-    states = sum(store.num_sequences(split) for split in SPLITS) * store.context * store.width
+    stay = [split for split in SPLITS if not store.rolls(split)]
+    states = sum(store.num_sequences(split) for split in stay) * store.context * store.width
     states *= len(store.layers) + len(store.attention_layers)
     return StoreFacts(
         path=str(store.path),
@@ -82,19 +83,20 @@ def _of_store(store: Store) -> StoreFacts:
         bytes=size,
         bytes_of_float16_states=2 * states,
         compression=round(2 * states / max(coded, 1), 4),
-        statistics=[_statistics(store, layer) for layer in store.layers],
+        statistics=[_statistics(store, layer, stay[0]) for layer in store.layers],
+        window_sequences=store.windows.sequences if store.spec.rolling else None,
     )
 
 
-def _statistics(store: Store, layer: int) -> StateStatistics:
-    """RMS and the largest activation of one state, over sequences spread over the store."""
-    total = store.num_sequences("train")
+def _statistics(store: Store, layer: int, split: str) -> StateStatistics:
+    """RMS and the largest activation of one state, over sequences spread over a split."""
+    total = store.num_sequences(split)
     rows = sorted({int(row) for row in np.linspace(0, total - 1, SAMPLED_SEQUENCES)}) if total else []
     energy = energy_rest = 0.0
     count = count_rest = 0
     largest, where = -1.0, (0, 0, 0)
     for row in rows:
-        state = store.read("train", layer, [row])[0].astype(np.float32)
+        state = store.read(split, layer, [row])[0].astype(np.float32)
         squares = np.square(state, dtype=np.float64)
         energy += squares.sum()
         energy_rest += squares[1:].sum()
@@ -149,6 +151,8 @@ def _store_facts(result: StoreFacts) -> list[tuple[str, str]]:
         ("size", f"{progress.human_bytes(result.bytes)}, 1 : {result.compression:.2f} to float16"),
         ("computed in", identity["compute_dtype"]),
     ]
+    if result.window_sequences:
+        facts.append(("rolls", f"in windows of {result.window_sequences:,} sequences"))
     if error:
         nmse = error["hidden"]["nmse"]
         worst = result.layers[int(np.argmax(nmse))]

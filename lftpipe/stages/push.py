@@ -45,7 +45,9 @@ def push(settings: PushSettings) -> Pushed:
     require_token()
     path = Path(settings.target)
     if (path / "zarr.json").is_file():
-        return _push_store(Store.open(path), settings, settings.repository)
+        store = Store.open(path)
+        store.need_whole("push")
+        return _push_store(store, settings, settings.repository)
     repository = Repository(settings.repository, "model")
     if (path / SOURCE).is_file():
         names = ExportSource.of_folder(path).files or ["*"]

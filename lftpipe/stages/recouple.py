@@ -45,6 +45,7 @@ def recouple(settings: RecoupleSettings) -> Recoupling:
     picture, page = out.with_suffix(".png"), out.with_suffix(".html")
     with making(out, [picture, page], marks=MARKS, force=settings.force) as staging:
         store = Store.open(path)
+        store.need_whole("recouple")
         layers = map_layers(settings, store)
         shown = _shown(settings, layers, store.layers)
         result = make_map(settings, store, layers)

@@ -80,6 +80,7 @@ def sweep(settings: SweepSettings) -> Sweeping:
 def _swept(settings: SweepSettings, store_path: Path, folder: Path) -> tuple[int, Sweep]:
     """How many runs were trained now, into `folder`, and what all of them say."""
     store = Store.open(store_path)
+    store.need_whole("sweep")
     if store.num_sequences("validation") == 0:
         raise StoreError(
             f"store {store_path} without validation sequences",

@@ -35,6 +35,7 @@ def verify(settings: VerifySettings) -> Verification:
         failed="" if found.ok else _error(found),
         files=found.files,
         bytes=found.bytes,
+        absent_shards=found.absent,
         damaged=[DamagedFile(**asdict(damage), message=str(damage)) for damage in found.damaged],
     )
 
@@ -48,6 +49,11 @@ def summary(result: Verification) -> str:
         What `verify` returned.
     """
     size = f"{result.files} files, {progress.human_bytes(result.bytes)}"
+    if result.ok and result.absent_shards is not None:
+        absent = (
+            f"{result.absent_shards} training shards are not there now: runs get them when they need them"
+        )
+        return f"{result.store} rolls: {size}, every byte as it was written\n  {absent}"
     if result.ok:
         return f"{result.store} is whole: {size}, every byte as it was written"
     lines = [f"{result.store}: {len(result.damaged)} of {size} are damaged"]

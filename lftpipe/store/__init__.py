@@ -9,6 +9,8 @@ from lftpipe.store.parts import PartJournal, read_parts
 from lftpipe.store.plan import read_plan
 from lftpipe.store.reader import Store
 from lftpipe.store.resume import abandon
+from lftpipe.store.rolling import Roll, Rolled, window_shards
+from lftpipe.store.rolling_files import Reader, producing, register, registered, unregister
 from lftpipe.store.sealed import Sealed
 from lftpipe.store.shard_writer import ShardWriter, Slot, produce_shard
 from lftpipe.store.verify import Damage, Report, verify_store
@@ -19,7 +21,10 @@ __all__ = [
     "Damage",
     "Logits",
     "PartJournal",
+    "Reader",
     "Report",
+    "Roll",
+    "Rolled",
     "Sealed",
     "ShardKey",
     "ShardWriter",
@@ -31,9 +36,14 @@ __all__ = [
     "batch_sequences",
     "planned_spec",
     "produce_shard",
+    "producing",
     "read_in_turn",
     "read_parts",
     "read_plan",
+    "register",
+    "registered",
     "stored_records",
+    "unregister",
     "verify_store",
+    "window_shards",
 ]

@@ -42,14 +42,21 @@ class Batch:
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch(num_sequences: int, seed: int, epoch: int) -> Int64[np.ndarray, "sequence"]:
-    return np.random.default_rng([seed, epoch]).permutation(num_sequences)
+def _epoch(num_sequences: int, seed: int, epoch: int, window: int) -> Int64[np.ndarray, "sequence"]:
+    if not window:
+        return np.random.default_rng([seed, epoch]).permutation(num_sequences)
+    firsts = range(0, num_sequences, window)
+    parts = [
+        first + np.random.default_rng([seed, epoch, number]).permutation(min(window, num_sequences - first))
+        for number, first in enumerate(firsts)
+    ]
+    return np.concatenate(parts)
 
 
 def batch_sequences(
-    num_sequences: int, batch_size: int, seed: int, step: int
+    num_sequences: int, batch_size: int, seed: int, step: int, window: int = 0
 ) -> Int64[np.ndarray, "sequence"]:
-    """The sequences of one batch: a window of all epochs' permutations, one after the other.
+    """The sequences of one batch: a part of all epochs' permutations, one after the other.
 
     Every epoch shows every sequence once; a batch may end one epoch and begin the next.
 
@@ -63,15 +70,23 @@ def batch_sequences(
         Decides the order of each epoch.
     step
         Which batch, from 0.
+    window
+        Sequences that are shuffled among themselves, one window after the other; 0 shuffles the whole split.
     """
     place = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, within = np.divmod(place, num_sequences)
-    parts = [_epoch(num_sequences, seed, int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
+    parts = [
+        _epoch(num_sequences, seed, int(epoch), window)[within[epochs == epoch]]
+        for epoch in np.unique(epochs)
+    ]
     return np.concatenate(parts)
 
 
 def read_ahead(
-    fill: Callable[[int, Buffer], Batch], buffers: list[Buffer], start_step: int
+    fill: Callable[[int, Buffer], Batch],
+    buffers: list[Buffer],
+    start_step: int,
+    stop: threading.Event | None = None,
 ) -> Iterator[Batch]:
     """The batches that ``fill`` reads, one after the other, into the same few buffers.
 
@@ -84,12 +99,15 @@ def read_ahead(
         one each batch is read when it is asked for, without a thread.
     start_step
         Step of the first batch.
+    stop
+        Is set when no more batches are wanted, for a `fill` that waits.
     """
+    stop = stop or threading.Event()
     if len(buffers) == 1:
         yield from (fill(step, buffers[0]) for step in itertools.count(start_step))
     free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
     ready: queue.SimpleQueue[tuple[Batch, Buffer] | BaseException] = queue.SimpleQueue()
-    stop, owner = threading.Event(), os.getpid()
+    owner = os.getpid()
     for buffer in buffers:
         free.put(buffer)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from lftpipe.errors import StoreError
 from lftpipe.store.layout import ArrayLayout, StoreSpec
+from lftpipe.store.windows import ROLLING_SPLIT, Windows
 
 
 class Description:
@@ -51,6 +52,41 @@ class Description:
     def dtype(self) -> str:
         """How states are stored: float16, float32 or int8."""
         return self.spec.dtype
+
+    @property
+    def windows(self) -> Windows:
+        """Of a rolling store."""
+        return Windows(self.spec)
+
+    def rolls(self, split: str) -> bool:
+        """Whether the states of a split come and go.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        """
+        return bool(self.spec.rolling) and split == ROLLING_SPLIT
+
+    def need_whole(self, what: str) -> None:
+        """Refuse a rolling store, whose training states come and go.
+
+        Parameters
+        ----------
+        what
+            What needs them all.
+
+        Raises
+        ------
+        StoreError
+            If it is one.
+        """
+        if self.spec.rolling:
+            raise StoreError(
+                f"{what} on the rolling store {self.path}",
+                "a store that keeps all of its training states",
+                "extract one without --rolling into another --store; fewer --tokens will do",
+            )
 
     def num_sequences(self, split: str) -> int:
         """Sequences of a split.

@@ -42,6 +42,26 @@ def refuse_incomplete(writer: "StoreWriter", records: Records, checked: Records)
         )
     if missing := writer.missing_tokens():
         raise ValueError(f"{missing} was never put")
+    refuse_changed(writer, records, checked)
+
+
+def refuse_changed(writer: "StoreWriter", records: Records, checked: Records) -> None:
+    """What an earlier process wrote is what it wrote.
+
+    Parameters
+    ----------
+    writer
+        The open store.
+    records
+        Shards that count as done.
+    checked
+        Those whose bytes need not be read again.
+
+    Raises
+    ------
+    StoreError
+        If shards have changed: then they are pending again.
+    """
     if bad := _changed_files(writer.path, records, checked):
         writer.forget(bad)
         raise StoreError(

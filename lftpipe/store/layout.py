@@ -149,6 +149,7 @@ class StoreSpec:
     details: dict[str, Any] = field(default_factory=dict)
     logits: int = 0  # how many of the largest logits of each position; 0 = no such arrays
     compression: str = "none"  # of states of float16 and float32: none or blosc
+    rolling: int = 0  # shards of `train` that come and are dropped together; 0 = all stay
 
     def __post_init__(self) -> None:
         for name in ("identity", "details"):
@@ -165,8 +166,8 @@ class StoreSpec:
             raise ValueError(f"dtype must be float16, float32 or int8, not {self.dtype!r}")
         if self.compression not in ("none", "blosc") or (self.compression != "none" and self.dtype == "int8"):
             raise ValueError(f"compression must be none, or blosc of floats, not {self.compression!r}")
-        if self.logits < 0:
-            raise ValueError(f"logits must not be negative: {self.logits}")
+        if min(self.logits, self.rolling) < 0:
+            raise ValueError(f"logits and rolling must not be negative: {self.logits}, {self.rolling}")
         if any(count < 0 for count in self.sequences.values()):
             raise ValueError(f"numbers of sequences must not be negative: {self.sequences}")
         taken = (self._own.keys() | {"complete"}) & (self.identity.keys() | self.details.keys())
@@ -176,10 +177,9 @@ class StoreSpec:
     @property
     def _own(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if name not in ("identity", "details")}
-        if not self.logits:  # a store without them is what it was before there were any
-            del own["logits"]
-        if self.compression == "none":  # likewise
-            del own["compression"]
+        for name, nothing in (("logits", 0), ("compression", "none"), ("rolling", 0)):
+            if own[name] == nothing:  # a store without it is what it was before there was any
+                del own[name]
         return plain({"schema_version": SCHEMA_VERSION, **own})
 
     def to_json(self) -> dict[str, Any]:

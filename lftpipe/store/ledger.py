@@ -1,8 +1,10 @@
 """What of a store in the making counts as done: its shards' records, and the journal that outlives a kill."""
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
+from lftpipe.errors import StoreError
 from lftpipe.objects import Storage
 from lftpipe.store.disk import disk_errors
 from lftpipe.store.journal import Journal
@@ -25,12 +27,17 @@ class Ledger:
         All shards that count as done.
     checked
         Those whose bytes need not be read again: this process wrote them, or an earlier one checked them.
+    made
+        Of a rolling store, all that were ever made: one that was dropped must be the same again.
     """
 
-    def __init__(self, path: Path, storage: Storage, records: Records, checked: Records) -> None:
-        self.records, self.checked = records, checked
+    def __init__(
+        self, path: Path, storage: Storage, records: Records, checked: Records, made: Records | None = None
+    ) -> None:
+        self.records, self.checked, self.made = records, checked, made or {}
         self._path, self._storage = path, storage
         self._journal: Journal | None = None
+        self._rolling = False
         self._commits = threading.Lock()
 
     def begin(self, spec: StoreSpec) -> None:
@@ -44,7 +51,8 @@ class Ledger:
         with self._commits:
             if self._journal is not None:
                 self._journal.close()  # it stays ours, also where the new one cannot be begun
-            self._journal = Journal(self._storage, spec, self.records)
+            self._journal = Journal(self._storage, spec, {**self.made, **self.records})
+            self._rolling = bool(spec.rolling)
 
     def close(self) -> None:
         """Let go of the journal, which stays as it is."""
@@ -76,7 +84,8 @@ class Ledger:
         Raises
         ------
         StoreError
-            If the disk is full: those that are not taken are gone then.
+            If the disk is full, or a shard that was dropped is not the same again: those that are not taken
+            are gone then.
         """
         assert self._journal is not None, "a complete store takes no shards"
         with self._commits, disk_errors(self._path):
@@ -88,8 +97,9 @@ class Ledger:
                     each.discard(self._path)
             records = {file: record for each in taken.values() for file, record in each.records.items()}
             try:
-                if records:
-                    self._journal.append(records)
+                self._compare(records)
+                if news := dict(records.items() - self.made.items()):
+                    self._journal.append(news)
             except BaseException:
                 for each in taken.values():
                     each.discard(self._path)
@@ -98,7 +108,34 @@ class Ledger:
             self._storage.take(self._path, records)
             self.records.update(records)
             self.checked.update(records)
+            if self._rolling:
+                self.made.update(records)
         return len(taken)
+
+    def _compare(self, records: Records) -> None:
+        """A shard that was dropped is the same when it is made again, or runs would see other states."""
+        for file, record in records.items():
+            before = self.made.get(file)
+            if before and before.sequences == record.sequences and before.digest != record.digest:
+                raise StoreError(
+                    f"{file} of {self._path}, made again with other bytes than before",
+                    "the same bytes: same machine, versions, --device and --threads",
+                    "go on as the store was begun, or start it and its runs over (--force)",
+                )
+
+    def drop(self, files: Iterable[str]) -> None:
+        """Delete shard files that can be made again; what they were like is remembered.
+
+        Parameters
+        ----------
+        files
+            Shard files of a rolling store, relative to it.
+        """
+        with self._commits:
+            for file in files:
+                self._storage.delete(file)
+                self.records.pop(file, None)
+                self.checked.pop(file, None)
 
     def _wants(self, sealed: Sealed) -> bool:
         """Whether a file of it is news, and all are there."""
@@ -118,4 +155,6 @@ class Ledger:
         lost = {file: Record(0, 0, "") for file in files}
         with self._commits:
             self.records.update(lost)
+            for file in lost:
+                self.made.pop(file, None)
             self._journal.append(lost)

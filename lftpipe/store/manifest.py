@@ -125,6 +125,13 @@ def finished_manifest(path: Path) -> Manifest:
         raise StoreError(
             str(error), "an undamaged store", "run `lftpipe verify`, then `lftpipe extract --repair`"
         ) from None
+    rolling = manifest is None and (spec := planned_spec(path)) is not None and spec.rolling
+    if done is not None and rolling:
+        raise StoreError(
+            f"{path}, a rolling store whose validation states are not all there yet",
+            "a store that runs can begin on",
+            "wait until `lftpipe extract --rolling` says that they can",
+        )
     if done is not None:
         raise StoreError(
             f"{path}: store holds {done[0]} of {done[1]} shards",

@@ -11,6 +11,7 @@ from typing import Any
 
 from lftpipe.store.layout import ArrayLayout, StoreSpec
 from lftpipe.store.shard import Record
+from lftpipe.store.windows import rolls
 
 Records = dict[str, Record]  # shard file, relative to the store -> what is known of it
 
@@ -165,6 +166,8 @@ def parse_metadata(value: Any) -> Records:
 def check_shards(spec: StoreSpec, shards: Records) -> None:
     """See that a finished store's records are those of its specification, no more and no fewer.
 
+    Those of shards that come and go are the journal's.
+
     Parameters
     ----------
     spec
@@ -177,22 +180,23 @@ def check_shards(spec: StoreSpec, shards: Records) -> None:
     ValueError
         Naming the first that is missing or cannot be.
     """
-    arrays = list(spec.arrays.values())
-    total = num_shards(spec) * len(arrays)
+    stay = [(split, array) for split in spec.sequences for array in spec.arrays.values()]
+    stay = [(split, array) for split, array in stay if not rolls(spec, split, array)]
+    step, possible = spec.sequences_per_shard, set()
+    total = sum(-(-spec.sequences[split] // step) for split, _ in stay)
     if total != len(shards):
         raise ValueError(f"{len(shards)} shard files are listed of {total}")
-    step, possible = spec.sequences_per_shard, set()
-    for split, count in spec.sequences.items():
-        for array in arrays:
-            for first, file in zip(range(0, count, step), files_of(array, split, count), strict=True):
-                record, sequences = shards.get(file), min(step, count - first)
-                if record is None or record.sequences != sequences:
-                    raise ValueError(f"{file} is not listed with its {sequences} sequences")
-                size = array.name, sequences, record.bytes
-                if size not in possible and not array.may_have(record.bytes, sequences):
-                    raise ValueError(f"{file} cannot have {record.bytes} bytes")
-                if not array.codec:  # then all have the same
-                    possible.add(size)
+    for split, array in stay:
+        count = spec.sequences[split]
+        for first, file in zip(range(0, count, step), files_of(array, split, count), strict=True):
+            record, sequences = shards.get(file), min(step, count - first)
+            if record is None or record.sequences != sequences:
+                raise ValueError(f"{file} is not listed with its {sequences} sequences")
+            size = array.name, sequences, record.bytes
+            if size not in possible and not array.may_have(record.bytes, sequences):
+                raise ValueError(f"{file} cannot have {record.bytes} bytes")
+            if not array.codec:  # then all have the same
+                possible.add(size)
 
 
 def check_committed(spec: StoreSpec, records: Records) -> None:

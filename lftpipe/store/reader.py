@@ -10,6 +10,7 @@ from jaxtyping import Float, Int32
 
 from lftpipe.files import fingerprint
 from lftpipe.objects import local_path
+from lftpipe.store.arrivals import Arrivals
 from lftpipe.store.batches import Batch, Buffer, Logits, batch_sequences, read_ahead
 from lftpipe.store.description import Description
 from lftpipe.store.expected import Expected, expected_shards
@@ -203,6 +204,8 @@ class Store(Description):
         prefetch: int = 2,
         with_tokens: bool = True,
         with_logits: bool = False,
+        window: int = 0,
+        say: Callable[[str], object] = print,
         dtype: str | None = None,
         allocate: Callable[..., np.ndarray] = np.empty,
     ) -> Iterator[Batch]:
@@ -234,17 +237,18 @@ class Store(Description):
             Whether batches hold token ids and document numbers.
         with_logits
             Whether batches hold the teacher's largest logits.
+        window
+            Sequences that are shuffled among themselves; 0: all. `train` of a rolling store has its own.
+        say
+            Takes a line when a rolling store's shard is waited for.
         dtype
             Of the states: the storage dtype, or ``"float32"``.
         allocate
             ``(shape, dtype)`` to the memory that states are read into: pinned memory, for a GPU.
         """
         count = self.num_sequences(split) if num_sequences is None else num_sequences
-        if (
-            not 0 < count <= self.num_sequences(split)
-            or batch_size < 1
-            or min(prefetch, seed, start_step) < 0
-        ):
+        fits = 0 < count <= self.num_sequences(split) and batch_size >= 1
+        if not fits or min(prefetch, seed, start_step) < 0:
             given = f"{batch_size=}, {prefetch=}, {seed=}, {start_step=}"
             raise ValueError(f"there are no such batches of {count} {split} sequences: {given}")
         shape = (len(range(batch_size)[part]), self.context, self.width)
@@ -254,9 +258,10 @@ class Store(Description):
         }
         if with_logits:
             self.need_logits()
+        window = self.windows.sequences if self.rolls(split) else window
 
         def fill(step: int, buffer: Buffer) -> Batch:
-            wanted = batch_sequences(count, batch_size, seed, step)[part]
+            wanted = batch_sequences(count, batch_size, seed, step, window)[part]
             self.shards.together(
                 functools.partial(self.read, split, layer, wanted, array=array, out=out)
                 for array, states in buffer.items()
@@ -276,7 +281,10 @@ class Store(Description):
             }
             for _ in range(prefetch + 2 if prefetch else 1)
         ]
-        return read_ahead(fill, buffers, start_step)
+        if not self.rolls(split):
+            return read_ahead(fill, buffers, start_step)
+        arrivals = Arrivals(self.path, self.windows, self.shards, say)
+        return read_ahead(arrivals.patient(fill, batch_size), buffers, start_step, arrivals.stop)
 
     def _rows(
         self,

@@ -27,6 +27,8 @@ class Found(NamedTuple):
     """With the details that an earlier run noted."""
     records: Records
     """Of the shards that count as done."""
+    made: Records
+    """Of a rolling store: also of those that were dropped since."""
     checked: Records
     """Those that an earlier `StoreWriter.finish` read."""
     finished: bool
@@ -52,7 +54,7 @@ def find(path: Path, spec: StoreSpec, *, resume: bool, repair: Report | None, re
     """
     manifest, old = _existing(path, spec, salvage=repair is not None)
     if not old:
-        return Found(spec, {}, {}, False, False)
+        return Found(spec, {}, {}, {}, False, False)
     if not resume:
         raise StoreError(f"{path} exists", "a new store", "continue it (--resume) or start over (--force)")
     refuse_changes(path, old[0], spec)
@@ -64,12 +66,19 @@ def find(path: Path, spec: StoreSpec, *, resume: bool, repair: Report | None, re
     kept = {file: record for file, record in old[1].items() if file not in damaged}
     settle(path, kept)
     records = on_disk(path, kept)
+    made = {file: record for file, record in kept.items() if record.sequences} if spec.rolling else {}
     if not manifest:
-        return Found(spec, records, {}, False, False)
+        return Found(spec, records, made, {}, False, False)
+    if spec.rolling and manifest.spec.sequences != spec.sequences:
+        raise StoreError(
+            f"{spec.sequences} sequences for the rolling store {path} of {manifest.spec.sequences}",
+            "as many as it has: its windows are part of the order of training",
+            "ask for the same --tokens, name another --store, or start over (--force)",
+        )
     checked = dict(records.items() & manifest.shards.items())
     same = manifest.spec.sequences == spec.sequences and records == manifest.shards
     complete = same and not damaged and not Journal.exists(path)
-    return Found(spec, records, checked, True, complete)
+    return Found(spec, records, made, checked, True, complete)
 
 
 def _existing(
@@ -112,12 +121,13 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
     try:
         attributes = parse_json(storage.read("zarr.json"))["attributes"]
         given = root_attributes(spec)
-        own = given.keys() - spec.details.keys() | {"complete", "logits"}
+        own = given.keys() - spec.details.keys() | {"complete", "logits", "rolling"}
         details = {key: value for key, value in attributes.items() if key not in own}
         old = replace(spec, sequences=attributes["sequences"], details=details)
         free = spec.details.keys() | {"sequences"}
         attributes, given = (
-            {key: each.get(key) for key in (given.keys() | {"logits"}) - free} for each in (attributes, given)
+            {key: each.get(key) for key in (given.keys() | {"logits", "rolling"}) - free}
+            for each in (attributes, given)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(

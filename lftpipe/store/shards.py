@@ -17,8 +17,21 @@ from lftpipe.store.layout import ArrayLayout, StoreSpec
 from lftpipe.store.lossless import decompress
 from lftpipe.store.manifest import newest_record
 from lftpipe.store.shard import DamagedShardError, OtherShardError
+from lftpipe.store.windows import rolls
 
 _OPEN_FILES = 256  # far below the usual limit of 1024 a process
+
+
+class AbsentShardError(StoreError):
+    """A shard of a rolling store is not there: not yet, or no longer.
+
+    Attributes
+    ----------
+    file
+        Its name in the store.
+    """
+
+    file: str = ""
 
 
 class Shards:
@@ -38,7 +51,7 @@ class Shards:
         self.expected = expected
         self._path, self._storage = path, storage_of(path)
         self._threads: tuple[int, tuple[ThreadPoolExecutor, ThreadPoolExecutor]] | None = None
-        self._step, self._layouts = spec.sequences_per_shard, spec.arrays
+        self._spec, self._step, self._layouts = spec, spec.sequences_per_shard, spec.arrays
         # The cache's own lock is the interpreter's, so that a fork at any moment is safe.
         self._opened = functools.lru_cache(_OPEN_FILES)(self._open)
 
@@ -165,7 +178,13 @@ class Shards:
                 _read_chunk(layout, self._open(layout.name, split, index), chunk, row)
                 self._opened.cache_clear()
         except (DamagedShardError, FileNotFoundError) as error:
+            if isinstance(error, FileNotFoundError) and rolls(self._spec, split, layout):
+                raise _absent(layout, split, index) from None
             raise _damaged(layout, split, index, error) from None
+
+    def let_go(self) -> None:
+        """Close all files, so that those which were dropped meanwhile take no room on the disk."""
+        self._opened.cache_clear()
 
     def check_first(self, layout: ArrayLayout, split: str) -> None:
         """Open the first shard: a manifest alone is no reason to ask for memory.
@@ -182,6 +201,8 @@ class Shards:
         StoreError
             If it is not as it was written.
         """
+        if rolls(self._spec, split, layout):
+            return  # it may be dropped
         try:
             self._opened(layout.name, split, 0)
         except (DamagedShardError, FileNotFoundError) as error:
@@ -190,6 +211,11 @@ class Shards:
     def _open(self, array: str, split: str, index: int) -> ChunkReader:
         layout = self._layouts[array]
         file = layout.file(split, index)
+        if rolls(self._spec, split, layout):
+            newest = newest_record(self._path, file)
+            if newest is None or not newest.sequences:
+                raise FileNotFoundError(file)
+            return ChunkReader(self._storage, file, layout.chunks_per_shard, (newest.bytes, newest.tail))
         expected = self.expected[array, split].of(index) if self.expected else None
         try:
             return ChunkReader(self._storage, file, layout.chunks_per_shard, expected)
@@ -206,6 +232,16 @@ def _damaged(layout: ArrayLayout, split: str, index: int, error: Exception) -> S
         "undamaged bytes",
         "run `lftpipe verify`, then `lftpipe extract --repair`",
     )
+
+
+def _absent(layout: ArrayLayout, split: str, index: int) -> AbsentShardError:
+    error = AbsentShardError(
+        f"{layout.name} of {split}, shard {index}, which this rolling store does not hold now",
+        "a shard that is there",
+        "train beside `lftpipe extract --rolling`, which makes it; or extract a whole store",
+    )
+    error.file = layout.file(split, index)
+    return error
 
 
 def _read_chunk(layout: ArrayLayout, shard: ChunkReader, chunk: int, row: np.ndarray) -> None:

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lftpipe.errors import StoreError
-from lftpipe.objects import local_path, storage_of
+from lftpipe.objects import Storage, local_path, storage_of
 from lftpipe.store.finish import digests
 from lftpipe.store.journal import Journal
-from lftpipe.store.layout import MANIFEST, ShardKey
+from lftpipe.store.layout import JOURNAL, MANIFEST, ShardKey, StoreSpec
 from lftpipe.store.manifest import Manifest
 from lftpipe.store.parsing import Records
 from lftpipe.store.reader import Store
 from lftpipe.store.shard import Record
+from lftpipe.store.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Report:
     damaged: tuple[Damage, ...]
     files: int  # checked
     bytes: int  # that they should have
+    absent: int | None = None  # of a rolling store: shards that are not there now
 
     @property
     def ok(self) -> bool:
@@ -84,24 +86,42 @@ def verify_store(path: Path) -> Report:
             if Journal.exists(path) or "zarr.json" not in storage.names():
                 raise
         return Report(path, (Damage(MANIFEST, "missing"),), 1, 0)
+    damaged = []
     try:
         _, newer = Journal.read(path) or (None, {})
-    except ValueError:
+    except ValueError as error:
         newer: Records = {}
+        if manifest.spec.rolling:  # there it stays, beside the manifest
+            damaged.append(Damage(JOURNAL, str(error)))
     places = {
         array.file(key.split, key.index): (array.name, key)
         for key in manifest.spec.shard_keys()
         for array in manifest.spec.arrays.values()
     }
-    damaged = []
     files = manifest.metadata | manifest.shards
+    rolling, absent = _rolling_files(manifest.spec, newer, storage)
+    files |= rolling
     sizes = storage.sizes(files)
     for file, digest in digests(storage, files):
         record = files[file]
+        if file in rolling and isinstance(digest, FileNotFoundError):
+            continue  # dropped just now
         if problem := _problem(sizes.get(file), digest, record, newer.get(file, record)):
             array, key = places.get(file, (None, None))
             damaged.append(_damage(file, problem, array, key))
-    return Report(path, tuple(damaged), len(files) + 1, sum(record.bytes for record in files.values()))
+    size = sum(record.bytes for record in files.values())
+    return Report(path, tuple(damaged), len(files) + 1, size, absent)
+
+
+def _rolling_files(spec: StoreSpec, records: Records, storage: Storage) -> tuple[Records, int | None]:
+    """The files of a rolling store that come and go and are there, and how many shards are not."""
+    if not spec.rolling:
+        return {}, None
+    windows = Windows(spec)
+    shards = [windows.files(key) for number in range(windows.count) for key in windows.keys(number)]
+    made = [file for files in shards for file in files if file in records]
+    there = {file: records[file] for file in storage.sizes(made)}
+    return there, sum(not there.keys() >= set(files) for files in shards)
 
 
 def _problem(size: int | None, digest: str | Exception, *allowed: Record) -> str | None:

@@ -38,6 +38,8 @@ class StoreWriter:
         How many times it was opened to be computed: part of the names of what is produced.
     fresh
         Whether nothing of it was there.
+    ledger
+        The records of its shards.
     """
 
     def __init__(self, path: Path, spec: StoreSpec, lock: int) -> None:
@@ -45,7 +47,7 @@ class StoreWriter:
         self.path, self.spec, self.complete, self.epoch, self.fresh = path, spec, False, 0, True
         self.storage = storage_of(path)
         self._lock = lock
-        self._ledger = Ledger(path, self.storage, {}, {})
+        self.ledger = Ledger(path, self.storage, {}, {})
         self._free: list[np.ndarray] = []  # memory that shards written before let go
 
     @classmethod
@@ -105,7 +107,7 @@ class StoreWriter:
     def close(self) -> None:
         """Let go of the lock; what is not finished can be resumed."""
         try:
-            self._ledger.close()
+            self.ledger.close()
         finally:  # however that ended, the next one may write
             try:
                 self.storage.close()
@@ -134,7 +136,7 @@ class StoreWriter:
         arrays
             Left out, all that the teacher computes.
         """
-        assert self._ledger.is_open, "nothing is pending in a complete store"
+        assert self.ledger.is_open, "nothing is pending in a complete store"
         attempt = f"e{self.epoch}"
         with produce_shard(self.path, self.spec, key, attempt, arrays=arrays, free=self._free) as shard:
             yield shard
@@ -149,7 +151,7 @@ class StoreWriter:
         *sealed
             What `produce_shard` left.
         """
-        return self._ledger.take(*sealed)
+        return self.ledger.take(*sealed)
 
     def put_tokens(
         self,
@@ -198,9 +200,9 @@ class StoreWriter:
         spec = replace(self.spec, details=changed, sequences=sequences or self.spec.sequences)
         if spec == self.spec:
             return
-        assert self._ledger.is_open, "a complete store takes no notes"
+        assert self.ledger.is_open, "a complete store takes no notes"
         with disk_errors(self.path):
-            self._ledger.begin(spec)
+            self.ledger.begin(spec)
             self.spec = spec
 
     def begin_epoch(self, plan: dict[str, Any]) -> None:
@@ -240,12 +242,12 @@ class StoreWriter:
         if self.complete:
             return
         with disk_errors(self.path):
-            refuse_incomplete(self, self._ledger.records, self._ledger.checked)
+            refuse_incomplete(self, self.ledger.records, self.ledger.checked)
             files = metadata(self.spec, complete=True)
             write_metadata(self.storage, files)
             clear_leftovers(self.path)
             described = {name: describe(data) for name, data in files.items()}
-            Manifest.write(self.path, self.spec, dict(sorted(self._ledger.records.items())), described)
+            Manifest.write(self.path, self.spec, dict(sorted(self.ledger.records.items())), described)
             self.storage.remove_log()
             sync_folder(self.path)
         self.complete = True
@@ -264,7 +266,7 @@ class StoreWriter:
         array
             One of its arrays.
         """
-        record = self._ledger.records.get(array.file(key.split, key.index))
+        record = self.ledger.records.get(array.file(key.split, key.index))
         return record.sequences if record else 0
 
     def _begin(self, resume: bool, force: bool, repair: Report | None, recheck: bool) -> None:
@@ -272,10 +274,10 @@ class StoreWriter:
             opening.clear(self.path)
         found = opening.find(self.path, self.spec, resume=resume, repair=repair, recheck=recheck)
         self.spec, self.complete = found.spec, found.complete
-        self._ledger = Ledger(self.path, self.storage, found.records, found.checked)
+        self.ledger = Ledger(self.path, self.storage, found.records, found.checked, found.made)
         self.fresh = not (found.records or found.finished)
         if not self.complete:
-            self._ledger.begin(self.spec)
+            self.ledger.begin(self.spec)
             if not found.finished:
                 self.storage.delete(MANIFEST)  # a damaged one
                 write_metadata(self.storage, metadata(self.spec, complete=False))
@@ -288,4 +290,4 @@ class StoreWriter:
         files
             Shard files, relative to the store.
         """
-        self._ledger.forget(files)
+        self.ledger.forget(files)

@@ -34,10 +34,14 @@ class Checkpoint:
     ----------
     joint
         The runs.
+    written
+        Is told the step of every checkpoint that is on the disk.
     """
 
-    def __init__(self, joint: Sequence[TrainingRun]) -> None:
-        self._runs = joint
+    def __init__(
+        self, joint: Sequence[TrainingRun], written: Callable[[int], object] = lambda _: None
+    ) -> None:
+        self._runs, self._written = joint, written
         self._path: Path = joint[0].folder / runs.CHECKPOINT
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -100,6 +104,7 @@ class Checkpoint:
     def _write(self, state: list[dict[str, Any]]) -> None:
         try:
             write_checkpoint(self._path, state, self._binding())
+            self._written(state[0]["step"])
         except BaseException as error:  # whatever it is, training hears of it
             self._error = error
 

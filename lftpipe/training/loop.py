@@ -17,6 +17,7 @@ from lftpipe.training import processes, readout
 from lftpipe.training.checkpoint import Checkpoint
 from lftpipe.training.holdout import HoldOut
 from lftpipe.training.log import Log
+from lftpipe.training.rolling import Standing
 from lftpipe.training.run import TrainingRun
 from lftpipe.training.step import nmses_of, take_step
 from lftpipe.training.watch import look_every
@@ -49,7 +50,8 @@ class Chain:
         self.nmse = math.nan
         self.error: DivergenceError | None = None
         self._hold_out = HoldOut(joint, self.bridges) if self.settings.evaluate_every else None
-        self._checkpoint = Checkpoint(joint)
+        self._standing = _standing_of(first)
+        self._checkpoint = Checkpoint(joint, self._standing.passed if self._standing else lambda _: None)
         self._logs: list[Log] = []
         self._look_every = look_every(first.device)
         self._saved = time.monotonic()
@@ -100,6 +102,8 @@ class Chain:
         files.callback(self._checkpoint.wait)
         if resume:
             self._checkpoint.restore()
+        if self._standing and processes.rank() == 0 and not self.finished:
+            self._standing.passed(self.step)
         for run in self.runs:
             if run.settings.init == "readout" and run.step == 0:
                 readout.refit(run, partial(_first_batches, run))
@@ -122,6 +126,7 @@ class Chain:
             rates = take_step(self.runs, self.bridges, batch, look=look)
         except DivergenceError as error:
             self.error = error
+            self._leave()
             return
         for run in self.runs:
             run.waited += waited
@@ -138,6 +143,17 @@ class Chain:
                 log.flush()
             self._checkpoint.save()
             self._saved = time.monotonic()
+        if self.finished:
+            self._leave()
+
+    def _leave(self) -> None:
+        """A rolling store need keep nothing for these runs."""
+        self._checkpoint.wait()
+        if self._standing and processes.rank() == 0:
+            self._standing.leave()
+
+    def _enters_window(self, step: int) -> bool:
+        return self._standing is not None and self._standing.enters_window(step)
 
     def _is_time(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.num_steps
@@ -146,13 +162,14 @@ class Chain:
         """By steps, or by the clock of the process that writes; the others don't ask theirs."""
         steps, seconds = self.settings.checkpoint_every, 60 * self.settings.checkpoint_minutes
         by_clock = seconds > 0 and time.monotonic() - self._saved >= seconds
-        return by_clock or (steps > 0 and self.step % steps == 0)
+        return by_clock or (steps > 0 and self.step % steps == 0) or self._enters_window(self.step)
 
     def _is_time_to_look(self) -> bool:
         """Whether the next step's weights may be logged, judged or saved, or nobody has looked for long."""
         settings, step = self.settings, self.step + 1
         every = (settings.log_every, settings.checkpoint_every, settings.evaluate_every, self._look_every)
-        return step == self.num_steps or any(step % each == 0 for each in every if each)
+        by_step = step == self.num_steps or any(step % each == 0 for each in every if each)
+        return by_step or self._enters_window(step)
 
     def _write(self, batch: Batch, rates: list[float], found: dict[Any, dict[str, float]]) -> None:
         nmses = nmses_of(self.runs, self.bridges, batch)
@@ -166,6 +183,13 @@ class Chain:
         self._checkpoint.drop()
         processes.wait()
         return results
+
+
+def _standing_of(run: TrainingRun) -> Standing | None:
+    """For the producer of a rolling store, if a run reads its states."""
+    if not run.store.spec.rolling or run.settings.from_teacher:
+        return None
+    return Standing(run.folder, run.store, run.order.batch_size, run.num_steps)
 
 
 def train_together(chains: list[Chain], *, resume: bool = False) -> list[TrainedRun]:

@@ -13,6 +13,7 @@ from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.store import Store
 from lftpipe.training.optimizer import muon_dtype, peak_rate
+from lftpipe.training.rolling import check_rolling, window_of
 
 #: Steps between evaluations where some of the training sequences are held back, if nothing is said.
 EVALUATE_EVERY = 100
@@ -68,6 +69,7 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
     _check_states(settings, store, block, terms)
     _check_terms(settings, store, block, terms)
     _check_tokens(settings, store)
+    check_rolling(settings, store)
     # All settled here is recorded with the run, and compared when it is resumed.
     return replace(
         settings,
@@ -79,6 +81,7 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
         learning_rate=peak_rate(settings),
         muon_dtype=cast(MuonDtype, muon_dtype(settings)),
         depth=_depth(settings, block),
+        window=window_of(settings, store),
         loss=LOSSES["distil"] if settings.objective == "distil" and settings.loss is None else settings.loss,
         evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import lftpipe
-from lftpipe import runs
+from lftpipe import progress, runs
 from lftpipe.artefacts.outcomes.pipeline import TrainedRun
 from lftpipe.batch import BatchFields, BatchOrder, BatchReader
 from lftpipe.config.loss import ON_LOGITS, ON_STORED_LOGITS, Stage, parse_loss, stage_starts
@@ -27,6 +27,7 @@ from lftpipe.training import processes
 from lftpipe.training.estimator import build_estimator, description
 from lftpipe.training.logit_terms import FrozenTails, check_head
 from lftpipe.training.optimizer import Optimizer, rate_fraction
+from lftpipe.training.rolling import window_of
 from lftpipe.training.watch import DivergenceWatch
 from lftpipe.training.weights import WeightAverage
 
@@ -73,6 +74,7 @@ class TrainingRun:
         self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, settings.device)
         self.order = order_of(settings, store)
         self.reader = reader or reader_of(store, teacher, settings.device, live=settings.from_teacher)
+        self.reader.say = progress.say
         self.tokens_per_step = self.order.batch_size * store.context
         self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
         self.stages = parse_loss(loss_text(settings))
@@ -246,6 +248,7 @@ def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
         seed=settings.seed,
         num_sequences=total - held_back,
         part=slice(processes.rank(), None, processes.count()),
+        window=window_of(settings, store),
     )
 
 

@@ -24,7 +24,7 @@ from lftpipe.training.run import TrainingRun
 from lftpipe.training.trackers import check_tracker
 
 #: What runs have in common that are trained from the same batches.
-_SHARED = ("batch_tokens", "seed", "hold_back", "from_teacher", "resume", "device")
+_SHARED = ("batch_tokens", "seed", "window", "hold_back", "from_teacher", "resume", "device")
 
 
 def train_runs(

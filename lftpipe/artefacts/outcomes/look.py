@@ -1,7 +1,7 @@
 """What comes of looking at what is there: verify, info, runs, compare."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from lftpipe.artefacts.base import JsonObject
 from lftpipe.artefacts.outcomes.base import Outcome
@@ -23,6 +23,8 @@ class DamagedFile(JsonObject):
 class Verification(Outcome):
     """`verify`: whether every byte of a store is as it was written."""
 
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"absent_shards"})
+
     store: str
     ok: bool
     failed: str
@@ -30,6 +32,8 @@ class Verification(Outcome):
     files: int
     bytes: int
     damaged: list[DamagedFile]
+    absent_shards: int | None = None
+    """Of a rolling store: shards of `train` that are not there now."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,8 @@ class StateStatistics(JsonObject):
 class StoreFacts(Outcome):
     """`info` of a store."""
 
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"window_sequences"})
+
     kind: str = "store"
     path: str
     fingerprint: str
@@ -68,7 +74,11 @@ class StoreFacts(Outcome):
     bytes: int
     bytes_of_float16_states: int
     compression: float
+    """Of a rolling store: of what stays."""
     statistics: list[StateStatistics]
+    """Of `train`; of a rolling store, of `validation`."""
+    window_sequences: int | None = None
+    """Of a rolling store."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

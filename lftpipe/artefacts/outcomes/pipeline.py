@@ -37,7 +37,7 @@ class PlannedExtraction(Outcome):
 class Extraction(Outcome):
     """`extract`: what the store holds now, and what this call computed of it."""
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"part", "complete"})
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"part", "complete", "rolling"})
 
     store: str
     teacher: str
@@ -59,6 +59,8 @@ class Extraction(Outcome):
     """Of `--part`: which of how many."""
     complete: bool | None = None
     """Of `--part`: whether all parts are there."""
+    rolling: dict[str, int] | None = None
+    """Of `--rolling`: shards made, made again and dropped, and the most bytes of states at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,9 @@ class ExtractSettings(OfStore, OnDevice, Writing):
     shard_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None
     """Bytes of states in one file; no batch is larger. Default: 1 GiB, but 128 MiB for stores of less than
     16 GiB of states; an existing store keeps its own."""
+    rolling: Annotated[int, Field(ge=1, le=2**60)] | None = None
+    """Keep at most so many bytes of states on the disk, for `train` beside it: windows of training states
+    come, are dropped once every run's checkpoint has passed them, and are made again if a run needs them."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes of this machine that compute: each has a GPU with `--device cuda`, else its part of the
     threads."""
@@ -82,7 +85,7 @@ class ExtractSettings(OfStore, OnDevice, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "model corpus tokens layers store workspace device",
-        "What to store": "context validation_tokens attention logits dtype compress tokens_only",
+        "What to store": "context validation_tokens attention logits dtype compress tokens_only rolling",
         "New, continued or repaired": "dry_run resume force repair check_corpus",
         "Many processes": "workers part ray shard_bytes",
     }

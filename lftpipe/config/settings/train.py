@@ -79,6 +79,9 @@ class TrainSettings(OfStore, Spread, Seeded, Writing):
     """Training tokens; the store is read again in a new order as often as needed."""
     batch_tokens: Batch = 1024
     """Tokens in one step; a small budget is better spent on many small steps."""
+    window: CountOrZero = 0
+    """Shuffle so many sequences among themselves, one window after the other; 0: the whole store. A rolling
+    store has its own windows."""
     optimizer: OptimizerName = "muon"
     """Optimizer of the layer's matrices; AdamW always trains the rest."""
     muon_dtype: MuonDtype = "auto"
@@ -131,7 +134,7 @@ class TrainSettings(OfStore, Spread, Seeded, Writing):
         MAIN: "block objective tokens run seed from_teacher device store workspace resume force",
         "The block": "replace rank_by joint init depth workers",
         "The objective": "walk_steps solver loss alpha condition walk_times loss_scale",
-        "The steps": "batch_tokens optimizer muon_dtype learning_rate warmup weight_decay clip ema",
+        "The steps": "batch_tokens window optimizer muon_dtype learning_rate warmup weight_decay clip ema",
         "Watching the run": "hold_back evaluate_every patience log_every checkpoint_minutes checkpoint_every "
         "track tensorboard",
     }

@@ -1,0 +1,114 @@
+"""A rolling store, its producer in a thread, and what is on the disk meanwhile."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conftest import CONTEXT, text_of
+
+from lftpipe.artefacts.outcomes.pipeline import Extraction, PlannedExtraction
+from lftpipe.config.settings import ExtractSettings
+from lftpipe.stages.extract import extract
+from lftpipe.store.windows import ROLLING_SPLIT
+
+#: Bytes of a shard of four sequences: two states of 32 features in float16, checksums, the index.
+SHARD = 4 * 2 * (CONTEXT * 32 * 2 + 4) + 16 * 2 * 4 + 4
+
+#: Four shards of `train`, and the one of validation.
+CAP = 5 * SHARD
+
+
+def text_for(folder: Path, documents: int = 60) -> Path:
+    """A folder of documents of about 300 tokens each."""
+    folder.mkdir(parents=True)
+    for seed in range(documents):
+        (folder / f"{seed:03d}.md").write_text(text_of(seed, 150))
+    return folder
+
+
+def extraction(workspace: Path, teacher: Path, text: Path, **changes: Any) -> ExtractSettings:
+    """Two states of 40 training sequences, ten shards, and four of validation; rolling unless changed."""
+    given = {
+        "workspace": workspace,
+        "model": str(teacher),
+        "corpus": str(text),
+        "context": CONTEXT,
+        "tokens": 40 * CONTEXT,
+        "validation_tokens": 4 * CONTEXT,
+        "batch_tokens": 4 * CONTEXT,
+        "layers": "1,3",
+        "attention": False,
+        "compute_dtype": "float32",
+        "shard_bytes": SHARD,
+        "rolling": CAP,
+        "threads": 1,
+    }
+    return ExtractSettings(**given | changes)
+
+
+def bytes_of_states(store: Path) -> int:
+    """On the disk now, unfinished files included."""
+    total = 0
+    for file in store.glob("*/*/c.*"):
+        try:
+            total += file.stat().st_size if file.parent.name not in ("tokens", "document") else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def training_shards(store: Path) -> dict[str, bytes]:
+    """Those of `train` that are on the disk now."""
+    return {file.name: file.read_bytes() for file in store.glob(f"{ROLLING_SPLIT}/hidden/c.*")}
+
+
+class Producer:
+    """`extract --rolling` in a thread, and the most bytes of states that were ever seen beside it."""
+
+    def __init__(self, settings: ExtractSettings) -> None:
+        self.store = settings.workspace / "neox/states.zarr"
+        self.most = 0
+        self.result: PlannedExtraction | Extraction | None = None
+        self.error: BaseException | None = None
+        self._settings = settings
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._watch = threading.Thread(target=self._look, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._watch.start()
+        while self._thread.is_alive() and not (self.store / "manifest.json").exists():
+            time.sleep(0.02)
+
+    def join(self) -> dict[str, Any]:
+        """What it returned, once all runs have finished."""
+        self._thread.join(120)
+        assert not self._thread.is_alive()
+        if self.error:
+            raise self.error
+        assert isinstance(self.result, Extraction)
+        return dict(self.result)
+
+    def _work(self) -> None:
+        try:
+            self.result = extract(self._settings)
+        except BaseException as error:
+            self.error = error
+
+    def _look(self) -> None:
+        while self._thread.is_alive():
+            self.most = max(self.most, bytes_of_states(self.store))
+            time.sleep(0.002)
+
+
+@contextmanager
+def beside(settings: ExtractSettings) -> Iterator[Producer]:
+    """A producer that runs can be trained beside; it ends once they have finished."""
+    producer = Producer(settings)
+    producer.start()
+    if producer.error:
+        raise producer.error
+    yield producer
