@@ -15,7 +15,7 @@ from lftpipe.store.windows import Windows
 POLL = 0.1
 
 #: Seconds without a producer after which nobody waits any longer: one that was killed may be started again.
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 #: Seconds of waiting before a word is said, and between one and the next.
 SILENT, SAY_EVERY = 2.0, 30.0

@@ -148,3 +148,15 @@ def test_batches_begun_before_a_fork_are_refused_after_it(store):
     assert "belong to the process that began them" in results.get()
     other.join(60)
     stream.close()
+
+
+@pytest.mark.parametrize(("count", "window"), [(40, 8), (38, 8), (5, 8), (9, 1)])
+def test_windows_are_seen_in_order_and_shuffled_within(count, window):
+    steps = [batch_sequences(count, 4, 3, step, window) for step in range(count)]
+    epochs = np.concatenate(steps).reshape(4, count)
+    for epoch in epochs:
+        for first in range(0, count, window):
+            part = epoch[first : first + window].tolist()
+            assert sorted(part) == list(range(first, min(first + window, count)))
+    if window > 1:
+        assert epochs[0].tolist() != epochs[1].tolist() != list(range(count))
