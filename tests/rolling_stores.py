@@ -1,8 +1,10 @@
 """A rolling store, its producer in a thread, and what is on the disk meanwhile."""
 
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,22 +72,21 @@ class Producer:
 
     def __init__(self, settings: ExtractSettings) -> None:
         self.store = settings.workspace / "neox/states.zarr"
-        self.most = 0
+        self.disk = Disk(self.store)
         self.result: PlannedExtraction | Extraction | None = None
         self.error: BaseException | None = None
         self._settings = settings
         self._thread = threading.Thread(target=self._work, daemon=True)
-        self._watch = threading.Thread(target=self._look, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
-        self._watch.start()
+        self.disk.start()
         while self._thread.is_alive() and not (self.store / "manifest.json").exists():
             time.sleep(0.02)
 
     def join(self) -> dict[str, Any]:
         """What it returned, once all runs have finished."""
-        self._thread.join(120)
+        self._thread.join(300)
         assert not self._thread.is_alive()
         if self.error:
             raise self.error
@@ -98,11 +99,6 @@ class Producer:
         except BaseException as error:
             self.error = error
 
-    def _look(self) -> None:
-        while self._thread.is_alive():
-            self.most = max(self.most, bytes_of_states(self.store))
-            time.sleep(0.002)
-
 
 @contextmanager
 def beside(settings: ExtractSettings) -> Iterator[Producer]:
@@ -112,3 +108,59 @@ def beside(settings: ExtractSettings) -> Iterator[Producer]:
     if producer.error:
         raise producer.error
     yield producer
+
+
+class Child:
+    """A process of its own that does something, until it is killed; then it does it again."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act, self._status = act, -1
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.fork()
+        if self._process == 0:
+            try:
+                self._act()
+                os._exit(0)
+            except BaseException as error:
+                os.write(2, repr(error).encode())
+                os._exit(1)
+
+    @property
+    def running(self) -> bool:
+        if self._status < 0 and os.waitid(os.P_PID, self._process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self.join()
+        return self._status < 0
+
+    def kill(self) -> bool:
+        """Without warning; whether it was still at work."""
+        if not self.running:
+            return False
+        os.kill(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
+        self._begin()
+        return True
+
+    def join(self) -> int:
+        """Its exit status."""
+        if self._status < 0:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        return self._status
+
+
+class Disk(threading.Thread):
+    """The most bytes of states that were ever on the disk, until it is asked."""
+
+    def __init__(self, store: Path) -> None:
+        super().__init__(daemon=True)
+        self._store, self._most, self._asked = store, 0, threading.Event()
+
+    def run(self) -> None:
+        while not self._asked.wait(0.01):
+            self._most = max(self._most, bytes_of_states(self._store))
+
+    def most(self) -> int:
+        self._asked.set()
+        self.join()
+        return self._most
