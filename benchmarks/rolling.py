@@ -4,7 +4,7 @@
 
 A whole store and a rolling one are made of the same text. On the whole one a run is trained with the rolling
 store's windows; on the rolling one with `extract --rolling` beside it, while both are killed without warning
-(`kill -9`) at random moments and typed again. Then weights are compared byte for byte, and so are the
+(`kill -9`) at random moments and begun again. Then weights are compared byte for byte, and so are the
 shards that are on the disk in the end. Prints JSON; fails if a byte differs, or if there was ever more on
 the disk than the cap.
 """
@@ -14,15 +14,21 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lftpipe.config.settings import ExtractSettings, TrainSettings
 from lftpipe.files import file_digest
+from lftpipe.stages.extract import extract
+from lftpipe.stages.train import train
 from lftpipe.store import StoreSpec, registered
 from lftpipe.store.windows import most_bytes
 from lftpipe.teacher.source import open_teacher
@@ -32,36 +38,46 @@ SHARD, WINDOW, CAP = 4, 2, 5
 
 
 class Command:
-    """A command of lftpipe that is typed again whenever it was killed."""
+    """A stage in a process of its own, that is begun again whenever it was killed."""
 
-    def __init__(self, *words: str) -> None:
-        self._words = [sys.executable, "-m", "lftpipe", *words, "--json"]
-        self.kills = 0
+    def __init__(self, stage: Callable[[Any], Any], settings: Any, told: Path) -> None:
+        self._stage, self._settings, self._told = stage, settings, told
+        self.kills, self._status = 0, -1
         self._start()
 
     def _start(self) -> None:
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(self._words, stdout=pipe, stderr=pipe, text=True)
+        self._process = os.fork()  # quicker than a new Python, which would first import torch
+        if self._process == 0:
+            status = 1
+            try:
+                self._told.write_text(json.dumps(dict(self._stage(self._settings))))
+                status = 0
+            except BaseException as error:
+                os.write(2, f"{error}\n".encode())
+            os._exit(status)
 
     @property
     def running(self) -> bool:
         """Whether it has not ended yet."""
-        return self._process.poll() is None
+        if self._status < 0 and os.waitid(os.P_PID, self._process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        return self._status < 0
 
     def kill(self) -> None:
-        """End it without warning, and type it again."""
+        """End it without warning, and begin it again."""
         if self.running:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.communicate()
+            os.kill(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
             self.kills += 1
             self._start()
 
     def result(self) -> dict[str, Any]:
         """What it says in the end."""
-        out, err = self._process.communicate()
-        if self._process.returncode:
-            raise SystemExit(err)
-        return json.loads(out)
+        while self.running:
+            time.sleep(0.05)
+        if self._status:
+            raise SystemExit("a command failed")
+        return json.loads(self._told.read_text())
 
 
 class Watch(threading.Thread):
@@ -98,51 +114,81 @@ def kill_at_random(store: Path, sides: list[Command], moments: list[float], rng:
         sides[number % len(sides)].kill()
 
 
-def compare(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Both runs, and what came of them."""
+def settings_of(
+    folder: Path, given: argparse.Namespace
+) -> tuple[ExtractSettings, ExtractSettings, TrainSettings]:
+    """Of the whole store, of the rolling one, and of the run on the whole one."""
     m, n = map(int, given.layers.split(","))
-    teacher = open_teacher(given.model, folder)
     spec = StoreSpec(
         identity={},
         layers=(m, n),
         attention_layers=(),
         context=given.context,
-        width=teacher.width,
+        width=open_teacher(given.model, folder).width,
         dtype="float16",
         sequences_per_shard=SHARD,
         sequences={},
     )
-    shard, sequences = most_bytes(spec, SHARD), given.shards * SHARD
-    tokens, batch = str(sequences * given.context), str(SHARD * given.context)
-    same = ["--tokens", tokens, "--batch-tokens", batch, "--compute-dtype", "float32", "--threads", "1"]
-    extract = ["extract", "--model", given.model, "--layers", given.layers, "--context", str(given.context)]
-    extract += ["--no-attention", "--validation-tokens", batch, *same]
-    extract += ["--shard-bytes", str(2 * SHARD * given.context * teacher.width * 2)]
-    extract += ["--corpus", given.corpus] if given.corpus else []
-    train = ["train", "--block", f"{m}:{n}", "--run", "run", "--resume", *same]
-    whole, rolling = (folder / name / "states.zarr" for name in ("whole", "rolling"))
-    Command(*extract, "--store", str(whole)).result()
-    Command(*train, "--store", str(whole), "--window", str(WINDOW * SHARD)).result()
-    watch = Watch(rolling)
+    tokens, batch = given.shards * SHARD * given.context, SHARD * given.context
+    whole = ExtractSettings(
+        store=folder / "whole/states.zarr",
+        model=given.model,
+        corpus=given.corpus,
+        layers=given.layers,
+        attention=False,
+        context=given.context,
+        tokens=tokens,
+        validation_tokens=batch,
+        batch_tokens=batch,
+        shard_bytes=SHARD * 2 * 2 * given.context * spec.width,
+        compute_dtype="float32",
+        threads=1,
+    )
+    rolling = replace(whole, store=folder / "rolling/states.zarr", rolling=CAP * most_bytes(spec, SHARD))
+    run = TrainSettings(
+        store=whole.store,
+        block=f"{m}:{n}",
+        run="run",
+        tokens=tokens,
+        batch_tokens=batch,
+        window=WINDOW * SHARD,
+        compute_dtype="float32",
+        threads=1,
+        resume=True,
+    )
+    return whole, rolling, run
+
+
+def compare(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Both runs, and what came of them."""
+    whole, rolling, run = settings_of(folder, given)
+    assert whole.store is not None
+    assert rolling.store is not None
+    Command(extract, whole, folder / "extract.json").result()
+    Command(train, run, folder / "train.json").result()
+    watch = Watch(rolling.store)
     watch.start()
-    producer = Command(*extract, "--store", str(rolling), "--rolling", str(CAP * shard))
-    while producer.running and not (rolling / "manifest.json").exists():
+    producer = Command(extract, rolling, folder / "rolling-extract.json")
+    while producer.running and not (rolling.store / "manifest.json").exists():
         time.sleep(0.01)
-    run = Command(*train, "--store", str(rolling))
+    trainer = Command(train, replace(run, store=rolling.store, window=0), folder / "rolling-train.json")
     rng = random.Random(given.seed)
+    sequences = given.shards * SHARD
     moments = sorted(rng.uniform(0, 0.9) * sequences for _ in range(2 * given.kills))
-    kill_at_random(rolling, [run, producer], moments, rng)
-    trained, told = run.result(), producer.result()
-    weights = [file_digest(store.parent / "runs/run/flow.safetensors") for store in (whole, rolling)]
-    shards = [file.relative_to(rolling) for file in rolling.glob("*/*/c.*")]
+    kill_at_random(rolling.store, [trainer, producer], moments, rng)
+    trained, told = trainer.result(), producer.result()
+    weights = [each.parent / "runs/run/flow.safetensors" for each in (whole.store, rolling.store)]
+    shards = [file.relative_to(rolling.store) for file in rolling.store.glob("*/*/c.*")]
+    states = sum(file.stat().st_size for file in whole.store.glob("train/hidden/c.*"))
     return {
-        "weights_equal": weights[0] == weights[1],
-        "shards_equal": all(file_digest(whole / file) == file_digest(rolling / file) for file in shards),
+        "weights_equal": file_digest(weights[0]) == file_digest(weights[1]),
+        "shards_equal": all(file_digest(whole.store / f) == file_digest(rolling.store / f) for f in shards),
         "steps": trained["steps"],
-        "states_bytes": sum(file.stat().st_size for file in whole.glob("train/hidden/c.*")),
-        "cap_bytes": CAP * shard,
+        "states_bytes": states,
+        "cap_bytes": rolling.rolling,
+        "times_the_cap": round(states / (rolling.rolling or 1), 1),
         "most_bytes_seen": watch.most,
-        "kills": {"train": run.kills, "extract": producer.kills},
+        "kills": {"train": trainer.kills, "extract": producer.kills},
         "last_producer": told["rolling"],
     }
 
@@ -159,7 +205,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3, help="of each side")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # a process with more cannot be forked
     with tempfile.TemporaryDirectory(prefix="lftpipe-rolling-", dir=given.folder) as folder:
         found = compare(Path(folder), given)
     print(json.dumps(found, indent=2))

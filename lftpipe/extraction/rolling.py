@@ -1,7 +1,7 @@
 """`extract --rolling`: the teacher computes windows of states for the runs beside it, as many as fit."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,12 +130,19 @@ class _Keys:
             came = came or bool(readers)
             if came and not readers:
                 return
+            self._aim(readers.values())
             key = self._state.next(readers.values())
             if key is not None:
                 yield key
             else:
                 self._task.advance(0, **self._waits(readers))
                 time.sleep(POLL)
+
+    def _aim(self, readers: Collection[Reader]) -> None:
+        """What is left to compute, as far as one knows: until the last run ends, or for an epoch."""
+        first = min((reader.position for reader in readers), default=0)
+        last = max((reader.end for reader in readers), default=self._state.windows.total)
+        self._task.aim(self._task.done + (last - first) * self._context)
 
     def _waits(self, readers: dict[Path, Reader]) -> dict[str, str]:
         """What the producer waits for, for the line of progress."""
