@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--model", default="pythia-tiny")
     parser.add_argument("--corpus", help="default: the teacher's")
     parser.add_argument("--layers", default="2,4")
-    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--context", type=int, default=32)
     parser.add_argument("--shards", type=int, default=104, help="of four training sequences")
     parser.add_argument("--kills", type=int, default=3, help="of each side")
     parser.add_argument("--seed", type=int, default=0)
