@@ -139,10 +139,12 @@ def test_a_second_writer_is_refused_also_in_another_process(path):
 
 
 def test_the_lock_is_the_kernels(path):
-    with StoreWriter.open(path, make_spec()):
-        pass
+    take = fcntl.LOCK_EX | fcntl.LOCK_NB
+    unavailable = pytest.raises(BlockingIOError, match="temporarily unavailable")
+    with StoreWriter.open(path, make_spec()), (path / "writer.lock").open() as lock, unavailable:
+        fcntl.flock(lock, take)
     with (path / "writer.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert fcntl.flock(lock, take) is None  # free with its owner, though the file stays
 
 
 def test_a_writer_leaves_no_file_open(path):
