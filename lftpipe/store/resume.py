@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 from lftpipe.errors import StoreError
 from lftpipe.files import differences, parse_json
-from lftpipe.objects import Storage, storage_of
-from lftpipe.objects.lease import LEASE
+from lftpipe.objects import storage_of
 from lftpipe.store.chunk_reader import ChunkReader
 from lftpipe.store.journal import Journal, on_disk
-from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, StoreSpec, root_attributes
+from lftpipe.store.layout import MANIFEST, StoreSpec, root_attributes
 from lftpipe.store.leftovers import clear_leftovers, settle
 from lftpipe.store.manifest import Manifest
 from lftpipe.store.parsing import Records
+from lftpipe.store.recognised import names_beside_log, refuse_other
 from lftpipe.store.shard import DamagedShardError, Record
 from lftpipe.store.verify import Report
 
@@ -52,6 +52,7 @@ def find(path: Path, spec: StoreSpec, *, resume: bool, repair: Report | None, re
     StoreError
         If what is there may not be gone on with.
     """
+    refuse_other(path)
     manifest, old = _existing(path, spec, salvage=repair is not None)
     if not old:
         return Found(spec, {}, {}, {}, False, False)
@@ -94,7 +95,7 @@ def _existing(
     Raises
     ------
     StoreError
-        If they are damaged and not to be salvaged, or the folder holds something else.
+        If they are damaged and not to be salvaged.
     """
     try:
         manifest, journal = Manifest.read(path), Journal.read(path)
@@ -104,14 +105,10 @@ def _existing(
         raise StoreError(
             str(error), "an undamaged store", "repair it (--repair) or start over (--force)"
         ) from None
-    if manifest is None and journal is None and (foreign := _names(storage_of(path))):
-        if salvage and "zarr.json" in foreign:
+    if manifest is None and journal is None and names_beside_log(storage_of(path)):
+        if salvage:
             return None, _salvage(path, spec)
-        if "zarr.json" in foreign:
-            raise StoreError(f"{path} without its manifest", "a whole store", "repair it (--repair)")
-        raise StoreError(
-            f"{path} holds {min(foreign)} and no store", "a store or an empty folder", "name another --store"
-        )
+        raise StoreError(f"{path} without its manifest", "a whole store", "repair it (--repair)")
     return manifest, journal or (manifest and (manifest.spec, manifest.shards))
 
 
@@ -192,14 +189,11 @@ def clear(path: Path) -> None:
     path
         The store's folder.
     """
+    refuse_other(path, replace=True)
     storage = storage_of(path)
-    names, begun = _names(storage), storage.read_log() is not None
-    if not names and not begun:
+    names = names_beside_log(storage)
+    if not names and storage.read_log() is None:
         return
-    if MANIFEST not in names and not begun:
-        raise StoreError(
-            f"{path} holds {min(names)} and no store", "a store to replace", "delete it yourself"
-        )
     try:
         storage.begin_log(b"")  # goes last: until then this is a store, and an unusable one
         for name in sorted(names, key=lambda name: name != MANIFEST):
@@ -230,12 +224,3 @@ def _changed(path: Path, changed: list[str]) -> StoreError:
         "the settings it was made with",
         "use those, name another --store, or start over (--force)",
     )
-
-
-def _names(storage: Storage) -> set[str]:
-    """What is there beside the log, but for what a writer that was killed at its very first write leaves."""
-    return {
-        name
-        for name in storage.names() - {LOCK, LEASE, JOURNAL, f"{JOURNAL}.partial"}
-        if not name.startswith("journal.0")
-    }

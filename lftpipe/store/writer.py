@@ -21,6 +21,7 @@ from lftpipe.store.ledger import Ledger
 from lftpipe.store.leftovers import clear_leftovers, remove_partials
 from lftpipe.store.manifest import Manifest, describe
 from lftpipe.store.plan import read_plan, write_plan
+from lftpipe.store.recognised import refuse_other
 from lftpipe.store.sealed import Sealed
 from lftpipe.store.shard_writer import ShardWriter, produce_shard
 from lftpipe.store.token_shards import put_tokens
@@ -87,6 +88,7 @@ class StoreWriter:
         """
         path = local_path(path)
         with disk_errors(path):
+            refuse_other(path, replace=force)  # before a lock file lies in it
             path.mkdir(parents=True, exist_ok=True)
             self = cls(path, spec, take_lock(path))
             try:
