@@ -32,6 +32,7 @@ _CURES = {
     errno.EPERM: "give yourself the right to it, or name another place",
     errno.EROFS: "name another place with --workspace or --store",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "name a folder, or a place below one",
     errno.ELOOP: "remove the links that point to each other",
 }
 

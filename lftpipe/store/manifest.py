@@ -11,6 +11,7 @@ from lftpipe.objects import storage_of
 from lftpipe.store.journal import Journal, progress
 from lftpipe.store.layout import MANIFEST, StoreSpec
 from lftpipe.store.parsing import Records, check_shards, parse_metadata, parse_records, parse_spec
+from lftpipe.store.recognised import refuse_other
 from lftpipe.store.shard import Record
 
 
@@ -122,6 +123,7 @@ def finished_manifest(path: Path) -> Manifest:
         manifest = Manifest.read(path)
         done = progress(path) if manifest is None else None
     except ValueError as error:
+        refuse_other(path)
         raise StoreError(
             str(error), "an undamaged store", "run `lftpipe verify`, then `lftpipe extract --repair`"
         ) from None

@@ -1,4 +1,4 @@
-"""Whether a folder is a store: by what its files say, whole or damaged, since other things have a manifest too."""
+"""Whether a folder is a store, by what its files say, whole or damaged: other things have a manifest too."""
 
 from pathlib import Path
 

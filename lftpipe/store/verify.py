@@ -11,6 +11,7 @@ from lftpipe.store.layout import JOURNAL, MANIFEST, ShardKey, StoreSpec
 from lftpipe.store.manifest import Manifest
 from lftpipe.store.parsing import Records
 from lftpipe.store.reader import Store
+from lftpipe.store.recognised import refuse_other
 from lftpipe.store.shard import Record
 from lftpipe.store.windows import Windows
 
@@ -71,13 +72,14 @@ def verify_store(path: Path) -> Report:
     Raises
     ------
     StoreError
-        If there is no store, or it is incomplete.
+        If there is no store, or it is incomplete, or the folder holds something else.
     """
     path = local_path(path)
     storage = storage_of(path)
     try:
         manifest = Manifest.read(path)
     except ValueError as error:
+        refuse_other(path)
         return Report(path, (Damage(MANIFEST, str(error)),), 1, 0)
     if manifest is None:
         try:

@@ -178,8 +178,8 @@ class Chain:
             log.write(rate, nmse, found.get(log.run.folder, {}))
 
     def finish(self) -> list[TrainedRun]:
-        """Write every run's weights and manifest."""
-        results = [run.finish() for run in self.runs]
+        """Write every run's weights and manifest, the first run's last: until then the chain goes on."""
+        results = [run.finish() for run in reversed(self.runs)][::-1]
         self._checkpoint.drop()
         processes.wait()
         return results

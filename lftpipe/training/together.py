@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from lftpipe import runs
+from lftpipe.artefacts.metrics import read_metrics
 from lftpipe.artefacts.outcomes.pipeline import TrainedRun
 from lftpipe.config.layers import check_apart
 from lftpipe.config.objectives import CLOSED_FORM
@@ -59,6 +60,10 @@ def train_runs(
         claimed = None
         if processes.rank() == 0:
             claimed = [_claim(locks, run, settings, store) for run, settings, _ in wanted]
+            if joint and _was_killed_at_the_end([run for run, _, _ in wanted], claimed):
+                for run, _, _ in wanted:
+                    (run / runs.MANIFEST).unlink(missing_ok=True)
+                claimed = [False] * len(wanted)
         return _train_claimed(wanted, processes.agree(claimed), store, teacher, joint=joint)
 
 
@@ -68,6 +73,19 @@ def _claim(locks: ExitStack, run: Path, settings: TrainSettings, store: Store) -
     refuse_foreign(run, settings)
     locks.enter_context(one_writer(run))
     return claim(run, settings, store)
+
+
+def _was_killed_at_the_end(folders: list[Path], finished: list[bool]) -> bool:
+    """Whether joint runs were all trained to the end, and a kill left the first without its manifest.
+
+    The first run's manifest is written last. If its metrics end where a finished one's training did, the two
+    were trained together, and all of them go on from the checkpoint in the first one's folder.
+    """
+    if finished[0] or not any(finished):
+        return False
+    rows = read_metrics(folders[0] / runs.METRICS).rows
+    done = {_finished(run).train_tokens for run, there in zip(folders, finished, strict=True) if there}
+    return bool(rows) and done == {rows[-1]["tokens"]}
 
 
 def _train_claimed(

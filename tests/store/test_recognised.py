@@ -8,7 +8,7 @@ from fake_states import files, make_spec, write
 
 from lftpipe.errors import StoreError
 from lftpipe.files import write_sealed
-from lftpipe.store import StoreWriter, verify_store
+from lftpipe.store import Store, StoreWriter, verify_store
 from lftpipe.store.journal import line_of
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST
 
@@ -60,6 +60,14 @@ def test_a_folder_of_something_else_stays_as_it_is(tmp_path, other, options):
         StoreWriter.open(path, make_spec(), **options)
     assert files(path) == before
     assert not (path / LOCK).exists()
+
+
+@pytest.mark.parametrize("other", [a_run, a_web_page], ids=lambda other: other.__name__)
+@pytest.mark.parametrize("read", [Store.open, verify_store], ids=["open", "verify"])
+def test_nobody_is_told_to_repair_something_else(tmp_path, read, other):
+    other(tmp_path)
+    with pytest.raises(StoreError, match=r"holds .* and no store / .* / do: name another --store"):
+        read(tmp_path)
 
 
 def test_a_file_that_is_the_users_is_not_deleted_with_a_store(tmp_path):

@@ -1,9 +1,11 @@
 """Several runs from the same batches, several flow layers in one student, several processes."""
 
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +122,34 @@ def test_a_killed_joint_run_goes_on_and_ends_the_same(settings, tmp_path, monkey
     resumed = train(change(broken, resume=True))["runs"]
     for one, other in zip(resumed, unbroken, strict=True):
         assert_same_weights(one["run"], other["run"])
+
+
+def test_a_joint_run_killed_between_two_manifests_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
+    joint = change(settings, block="0:1,2:3", joint=True, checkpoint_every=2)
+    unbroken = train(joint)["runs"]
+    broken, real, calls = change(joint, run=str(tmp_path / "broken")), runs.save_run, itertools.count()
+
+    def save_only_one(*arguments: Any) -> None:
+        if next(calls):
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_run", save_only_one)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    resumed = train(change(broken, resume=True))["runs"]
+    for one, other in zip(resumed, unbroken, strict=True):
+        assert one["train_tokens"] == settings.tokens
+        assert_same_weights(one["run"], other["run"])
+
+
+def test_a_finished_run_is_not_trained_again_jointly_with_a_new_one(settings, tmp_path):
+    train(change(settings, block="0:1,2:3", joint=True, run=str(tmp_path / "run")))
+    before = (tmp_path / "run-2-3" / "manifest.json").read_bytes()
+    with pytest.raises(RunError, match="of which some are finished / expected: all or none"):
+        train(change(settings, block="1:2,2:3", joint=True, run=str(tmp_path / "run")))
+    assert (tmp_path / "run-2-3" / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
