@@ -6,12 +6,13 @@ from lftpipe.errors import StoreError
 from lftpipe.objects import Storage, storage_of
 from lftpipe.objects.lease import LEASE
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, PLAN
+from lftpipe.store.rolling_files import PRODUCER, READERS
 
 #: In every manifest, every `zarr.json` and every journal of a store, and in nothing else of ours.
 _MARK = b'"sequences_per_shard"'
 
 _METADATA = "zarr.json"
-_OURS = {MANIFEST, JOURNAL, PLAN, LOCK, LEASE, _METADATA, "train", "validation"}
+_OURS = {MANIFEST, JOURNAL, PLAN, LOCK, LEASE, PRODUCER, READERS, _METADATA, "train", "validation"}
 
 
 def refuse_other(path: Path, *, replace: bool = False) -> None:
@@ -55,7 +56,7 @@ def names_beside_log(storage: Storage) -> set[str]:
     """
     return {
         name
-        for name in storage.names() - {LOCK, LEASE, JOURNAL, f"{JOURNAL}.partial"}
+        for name in storage.names() - {LOCK, LEASE, PRODUCER, JOURNAL, f"{JOURNAL}.partial"}
         if not name.startswith("journal.0")
     }
 

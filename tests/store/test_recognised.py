@@ -11,6 +11,7 @@ from lftpipe.files import write_sealed
 from lftpipe.store import Store, StoreWriter, verify_store
 from lftpipe.store.journal import line_of
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST
+from lftpipe.store.rolling_files import PRODUCER, READERS
 
 
 def a_run(path: Path) -> None:
@@ -81,6 +82,16 @@ def test_a_file_that_is_the_users_is_not_deleted_with_a_store(tmp_path):
     (path / "notes.txt").unlink()
     with StoreWriter.open(path, make_spec(), force=True) as writer:
         assert len(writer.pending()) == 4
+
+
+def test_a_rolling_store_is_replaced_with_what_it_knows_of_its_readers(tmp_path):
+    path = tmp_path / "states.zarr"
+    write(path, make_spec())
+    (path / PRODUCER).touch()
+    (path / READERS).mkdir()
+    with StoreWriter.open(path, make_spec(), force=True) as writer:
+        assert len(writer.pending()) == 4
+    assert not (path / READERS).exists()
 
 
 @pytest.mark.parametrize("broken", [MANIFEST, "zarr.json"])
