@@ -1,5 +1,6 @@
 """A disk that runs full under each command that writes: one line within seconds, and nothing lost."""
 
+import gc
 import os
 import shutil
 import signal
@@ -45,6 +46,7 @@ def disk(made: Path, size: str) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # readers of a store that was written here hold its files open
         subprocess.run(["umount", str(made)], check=True)
 
 
