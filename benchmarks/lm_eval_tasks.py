@@ -10,6 +10,7 @@ that is exact, else as a latent flow, which this process registers with transfor
 import argparse
 import json
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 def scores(folder: Path, tasks: list[str], manager: Any, limit: int | None) -> dict[str, dict[str, float]]:
     """By task and metric, without their standard errors."""
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-
-    found: Any = simple_evaluate(
+    # By its name: what is not installed everywhere has no types.
+    evaluate: Any = import_module("lm_eval").simple_evaluate
+    found: Any = evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "dtype": "float32"},
         tasks=tasks,

@@ -174,7 +174,7 @@ def compare(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     trainer = Command(train, replace(run, store=rolling.store, window=0), folder / "rolling-train.json")
     rng = random.Random(given.seed)
     sequences = given.shards * SHARD
-    moments = sorted(rng.uniform(0, 0.9) * sequences for _ in range(2 * given.kills))
+    moments = sorted(rng.uniform(0, 0.6) * sequences for _ in range(2 * given.kills))
     kill_at_random(rolling.store, [trainer, producer], moments, rng)
     trained, told = trainer.result(), producer.result()
     weights = [each.parent / "runs/run/flow.safetensors" for each in (whole.store, rolling.store)]

@@ -142,6 +142,15 @@ class Child:
         self._begin()
         return True
 
+    def end(self, seconds: float) -> None:
+        """Wait for it, and kill it if it goes on: a producer begun after the last run left waits for another."""
+        until = time.monotonic() + seconds
+        while self.running and time.monotonic() < until:
+            time.sleep(0.05)
+        if self.running:
+            os.kill(self._process, signal.SIGKILL)
+            self.join()
+
     def join(self) -> int:
         """Its exit status."""
         if self._status < 0:

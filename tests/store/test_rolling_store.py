@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +188,7 @@ def test_batches_wait_for_what_is_not_there_and_end_while_they_wait(path, tmp_pa
         assert set(fifth.sequences.tolist()) < set(range(16, 24))
         want = states(SPEC, "train", "hidden", 2, fifth.sequences.tolist()).astype(np.float16)
         np.testing.assert_array_equal(fifth.states[2], want)
+        assert isinstance(batches, Generator)
         batches.close()  # its thread waits for windows that nobody makes
     assert not any(thread.name == "lftpipe-batches" for thread in threading.enumerate())
 
