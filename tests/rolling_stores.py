@@ -143,7 +143,7 @@ class Child:
         return True
 
     def end(self, seconds: float) -> None:
-        """Wait for it, and kill it if it goes on: a producer begun after the last run left waits for another."""
+        """Wait for it, and kill it if it goes on: a producer that saw no run waits for one."""
         until = time.monotonic() + seconds
         while self.running and time.monotonic() < until:
             time.sleep(0.05)
