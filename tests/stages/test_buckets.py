@@ -168,8 +168,9 @@ def test_connections_that_are_cut_are_tried_again(server, monkeypatch, machine):
     thread.start()
     try:
         write(path, make_spec())
-        store = Store.open(path)
-        read = [store.read("train", 2, range(10)) for _ in range(5)]
+        read = []
+        while len(read) < 5 or (proxy.refused <= 3 and len(read) < 100):  # a quick machine meets few cuts
+            read.append(Store.open(path).read("train", 2, range(10)))
     finally:
         stop.set()
         thread.join()
