@@ -160,7 +160,7 @@ def _compare(
     Logits are compared piece by piece of the positions: those of a whole batch would fill the memory, and
     leave the processor's cache between one pass over them and the next.
     """
-    true = tail.last(batch.states[n], batch.context, start=n).flatten(0, 1)
+    true = tail.states(batch.states[n], batch.context, start=n).flatten(0, 1)
     following = NextTokens.of(batch.tokens, batch.first_of_segment)
     lasts = [_last(one, tail, batch, n) for one in measured]
     size = max(LEAST_POSITIONS, PIECE_LOGITS // tail.vocabulary)
@@ -201,7 +201,7 @@ def _last(one: Measured, tail: Tail, batch: Batch, n: int) -> Tensor | None:
     predicted = one.predictor.predict(x_0, batch.context).float()
     if block[1] == n:
         one.state.add(predicted, batch.states[n], batch.first_of_segment)
-    return own.last(predicted, batch.context, start=block[1]).flatten(0, 1)
+    return own.states(predicted, batch.context, start=block[1]).flatten(0, 1)
 
 
 def _time(measured: list[Measured], tail: Tail, batch: Batch, start: int) -> None:

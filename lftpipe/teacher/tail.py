@@ -44,10 +44,10 @@ class Tail(nn.Module):
         h: Float[Tensor, "sequence position feature"],
         context: AttentionContext,
         *,
-        start: int,
-        stop: int,
+        start: int | None = None,
+        stop: int | None = None,
     ) -> Float[Tensor, "sequence position feature"]:
-        """From `h[start]` to `h[stop]` through the teacher's own layers.
+        """From `h[start]` to `h[stop]` through the teacher's own layers; left out, through the whole tail.
 
         Parameters
         ----------
@@ -58,7 +58,9 @@ class Tail(nn.Module):
         start, stop
             From where to where, within the tail.
         """
-        for layer in self.layers[start - self.start : stop - self.start]:
+        first = 0 if start is None else start - self.start
+        last = None if stop is None else stop - self.start
+        for layer in self.layers[first:last]:
             h = layer(h, context)
         return h
 
@@ -80,28 +82,7 @@ class Tail(nn.Module):
         start
             Which layer is the first to run.
         """
-        return self.logits(self.last(h, context, start=start))
-
-    def last(
-        self,
-        h: Float[Tensor, "sequence position feature"],
-        context: AttentionContext,
-        *,
-        start: int | None = None,
-    ) -> Float[Tensor, "sequence position feature"]:
-        """From `h[start]` to the last state `h[L]`, before the final norm.
-
-        Parameters
-        ----------
-        h
-            States that enter layer `start`.
-        context
-            Positions and mask.
-        start
-            Which layer is the first to run; left out, the tail's own.
-        """
-        start = self.start if start is None else start
-        return self.states(h, context, start=start, stop=self.start + len(self.layers))
+        return self.logits(self.states(h, context, start=start))
 
     def logits(self, last: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch vocabulary"]:
         """Next-token logits of last states.

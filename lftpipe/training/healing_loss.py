@@ -115,9 +115,7 @@ def _sampled_logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
 
 def _logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
     with torch.no_grad():
-        h = tail.states(
-            batch.states[tail.start], batch.context, start=tail.start, stop=tail.start + len(tail.layers)
-        )
+        h = tail.states(batch.states[tail.start], batch.context)
         theirs = tail.norm(h).flatten(0, 1)
 
     def compare(piece: Tensor, part: slice) -> Tensor:

@@ -202,7 +202,7 @@ def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, ke
 
 def _over_positions(tail: Tail, end: States, batch: Batch, start: int, comparison: Comparison) -> Loss:
     """The mean of a comparison over all positions, some of them at a time."""
-    states = tail.states(end, batch.context, start=start, stop=tail.start + len(tail.layers))
+    states = tail.states(end, batch.context, start=start)
     divergence, numbers = comparison
     size = max(1, PIECE_BYTES.get(end.device.type, OTHERWISE) // (4 * numbers))
     return by_pieces(tail.norm(states).flatten(0, 1), divergence, size)
