@@ -142,14 +142,14 @@ class Child:
         self._begin()
         return True
 
-    def end(self, seconds: float) -> None:
+    def end(self, seconds: float) -> int:
         """Wait for it, and kill it if it goes on: a producer that saw no run waits for one."""
         until = time.monotonic() + seconds
         while self.running and time.monotonic() < until:
             time.sleep(0.05)
         if self.running:
             os.kill(self._process, signal.SIGKILL)
-            self.join()
+        return self.join()
 
     def join(self) -> int:
         """Its exit status."""
