@@ -1,6 +1,6 @@
 """`extract --workers 2` with a thread each against one process with two threads, in turn; and a resume.
 
-    python benchmarks/workers_speed.py [--tokens 65536] [--rounds 3]
+    python benchmarks/workers_speed.py [--model pythia-tiny] [--tokens 65536] [--rounds 3]
     python benchmarks/workers_speed.py --resume [--tokens 2000000]
 
 Each extraction is a command of its own. Its rate is what it says itself: from its start after imports to the
@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lftpipe.files import file_digest
+
 HERE = Path(__file__).resolve().parent
 WAYS = {
     "one process, two threads": ["--threads", "2"],
@@ -32,16 +34,16 @@ def extract(folder: Path, *options: str) -> dict[str, Any]:
     """What the command says of itself."""
     command = [sys.executable, "-m", "lftpipe", "extract", "--json", "--force", "--workspace", str(folder)]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        [*command, *options], env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     return json.loads(done.stdout)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of the store, but the lock."""
+def contents(folder: Path) -> dict[str, str]:
+    """The digest of every file of the store, but the lock."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "writer.lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {str(path.relative_to(folder)): file_digest(path) for path in files}
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -55,6 +57,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 folder / way.split(",")[0],
                 "--model",
                 options.model,
+                "--corpus",
+                options.corpus,
                 "--layers",
                 options.layers,
                 *tokens,
@@ -106,6 +110,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="pythia-tiny")
+    parser.add_argument("--corpus", default="python-stdlib")
     parser.add_argument("--layers", default="all")
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=3)

@@ -50,7 +50,7 @@ class Roll:
         self._coming: dict[ShardKey, int] = {}
         self._stay_bytes = _bytes_that_stay(writer.spec)
         self._made = self._made_again = self._dropped = self._peak = 0
-        self._clear_parts()
+        self._here = self._whole_shards()
 
     @property
     def stays(self) -> list[ShardKey]:
@@ -114,16 +114,15 @@ class Roll:
         """
         wanted = [key for number in self.wanted(readers) for key in self.windows.keys(number)]
         with self._lock:
-            here = self._here()
-            for key in here.keys() - set(wanted):
+            for key in self._here.keys() - set(wanted):
                 self._writer.ledger.drop(self.windows.files(key))
                 self._dropped += 1
-                del here[key]
-            missing = [key for key in wanted if key not in here and key not in self._coming]
+                del self._here[key]
+            missing = [key for key in wanted if key not in self._here and key not in self._coming]
             if not missing:
                 return None
             size = self.windows.shard_bytes(missing[0])
-            used = self._stay_bytes + sum(here.values()) + sum(self._coming.values())
+            used = self._stay_bytes + sum(self._here.values()) + sum(self._coming.values())
             if used + size > max(self.cap, self._allowed(wanted)):
                 return None  # a shard that nobody wants is still being written
             self._coming[missing[0]] = size
@@ -143,6 +142,8 @@ class Roll:
             self._made += self._writer.commit(sealed)
             self._made_again += again
             del self._coming[sealed.key]
+            if (size := self._bytes_of(sealed.key)) is not None:
+                self._here[sealed.key] = size
 
     def told(self) -> Rolled:
         """What became of the shards."""
@@ -152,23 +153,22 @@ class Roll:
         """Bytes of all that is wanted: more than the cap only where a batch needs more than two windows."""
         return self._stay_bytes + sum(map(self.windows.shard_bytes, wanted))
 
-    def _here(self) -> dict[ShardKey, int]:
-        """Whole shards on the disk, and their bytes."""
-        records, found = self._writer.ledger.records, {}
+    def _whole_shards(self) -> dict[ShardKey, int]:
+        """Whole shards on the disk, and their bytes; what a kill between two files of a drop left is deleted."""
+        found = {}
         for number in range(self.windows.count):
             for key in self.windows.keys(number):
-                each = [records.get(file) for file in self.windows.files(key)]
-                if all(record and record.sequences == len(key.sequences) for record in each):
-                    found[key] = sum(record.bytes for record in each if record)
+                if (size := self._bytes_of(key)) is not None:
+                    found[key] = size
+                else:
+                    self._writer.ledger.drop(self.windows.files(key))
         return found
 
-    def _clear_parts(self) -> None:
-        """Delete files of shards that are not whole: a kill may come between two files of a drop."""
-        here = self._here()
-        for number in range(self.windows.count):
-            for key in self.windows.keys(number):
-                if key not in here:
-                    self._writer.ledger.drop(self.windows.files(key))
+    def _bytes_of(self, key: ShardKey) -> int | None:
+        """Of a shard on the disk; None if it is not whole."""
+        records = [self._writer.ledger.records.get(file) for file in self.windows.files(key)]
+        whole = [record.bytes for record in records if record and record.sequences == len(key.sequences)]
+        return sum(whole) if len(whole) == len(records) else None
 
 
 def window_shards(spec: StoreSpec, cap: int, own: int = 0) -> int:
