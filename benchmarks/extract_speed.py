@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,17 +83,22 @@ class Contenders(NamedTuple):
     plan: Any
     positions: int
     bare: Callable[[], None]
+    """Batch after batch, each by all threads."""
     extraction: Callable[[], None]
+    lanes: Callable[[], None]
+    """As extraction does on a processor: several batches side by side, each by one thread."""
 
 
 def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Contenders:
     """Load the trunk and run its first batch; `ids` are the tokens (sequence, position), or random ones."""
     import numpy as np
+    import torch
 
     from lftpipe.batch import make_batch
     from lftpipe.device import prepare_processor
     from lftpipe.extraction.forward import Passes
     from lftpipe.extraction.plan import make_plan
+    from lftpipe.lanes import Lanes
     from lftpipe.store import StoreSpec, StoreWriter
 
     prepare_processor(options.threads)
@@ -115,14 +121,22 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
         logits=plan.logits,
     )
 
-    def run(first: int) -> None:
+    starts = range(0, count, plan.batch_sequences)
+    count_lanes = torch.get_num_threads() if trunk.device.type == "cpu" else 1
+    trunks = [trunk, *(trunk.twin() for _ in range(count_lanes - 1))]
+
+    def run(lane: int, first: int) -> None:
         rows = slice(first, min(first + plan.batch_sequences, count))
         batch = make_batch(tokens["train"][0][rows], tokens["train"][1][rows], trunk.device)
-        trunk.run(batch.tokens, batch.position_ids)
+        trunks[lane].run(batch.tokens, batch.position_ids)
 
     def bare() -> None:
-        for first in range(0, count, plan.batch_sequences):
-            run(first)
+        for first in starts:
+            run(0, first)
+
+    def side_by_side() -> None:
+        with Lanes(len(trunks)) as lanes:
+            deque(lanes.map(run, starts), maxlen=0)
 
     def extraction() -> None:
         with StoreWriter.open(plan.path, spec) as writer:
@@ -131,20 +145,20 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
             passes.run(writer.pending(), writer.commit, lambda _: None)
             writer.finish()
 
-    run(0)
-    return Contenders(plan, count * plan.context, bare, extraction)
+    run(0, 0)
+    return Contenders(plan, count * plan.context, bare, extraction, side_by_side)
 
 
 def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Tokens per second of the bare trunk and of the extraction, in turn, and their ratio."""
     import torch
 
-    plan, positions, bare, extraction = contenders(options, folder)
-    seconds: dict[str, list[float]] = {"bare": [], "extraction": []}
-    processor: dict[str, list[float]] = {"bare": [], "extraction": []}
+    plan, positions, bare, extraction, lanes = contenders(options, folder)
+    order = [("bare", bare), ("extraction", extraction), ("lanes", lanes)]
+    seconds: dict[str, list[float]] = {name: [] for name, _ in order}
+    processor: dict[str, list[float]] = {name: [] for name, _ in order}
     for turn in range(options.rounds):
-        order = [("bare", bare), ("extraction", extraction)]
-        for name, run in order if turn % 2 else reversed(order):  # neither is always the first
+        for name, run in order if turn % 2 else reversed(order):  # none is always the first
             if name == "extraction":  # it begins a new store
                 shutil.rmtree(plan.path, ignore_errors=True)
             wall, used = time.perf_counter(), time.process_time()
@@ -162,8 +176,9 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"{plan.dtype}, computed in {kind}, {torch.get_num_threads()} threads, {positions:,} tokens, "
         f"{size / 2**20:,.0f} MiB, {options.rounds} rounds"
     )
-    print(f"  bare trunk  {rates['bare']:9,.0f} tokens/s")
-    print(f"  extraction  {rates['extraction']:9,.0f} tokens/s")
+    print(f"  bare trunk, batch after batch  {rates['bare']:9,.0f} tokens/s")
+    print(f"  bare trunk, side by side       {rates['lanes']:9,.0f} tokens/s")
+    print(f"  extraction                     {rates['extraction']:9,.0f} tokens/s")
     ratio = statistics.median(ratios)
     print(f"  ratio {ratio:.3f} (from {ratios[0]:.3f} to {ratios[-1]:.3f}); of processor seconds {cpu:.3f}")
     return {"tokens_per_second": rates, "ratios": ratios, "ratio": ratio, "processor_ratio": cpu}

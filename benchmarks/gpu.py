@@ -66,7 +66,7 @@ def disk_bytes_per_second(folder: Path) -> float:
 def extraction(options: argparse.Namespace, folder: Path) -> None:
     """Print tokens/s of the bare trunk and of extraction, their ratio, and what bus and disk allow."""
     device = torch.device(options.device)
-    plan, positions, bare, into_store = contenders(options, folder)
+    plan, positions, bare, into_store, _ = contenders(options, folder)
     seconds: dict[str, list[float]] = {"bare": [], "extraction": []}
     for turn in range(options.rounds):
         order = [("bare", bare), ("extraction", into_store)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lftpipe.errors import SettingsError
 
 # mallopt's parameters (glibc, malloc.h)
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 
 def prepare_processor(threads: int | None) -> None:
@@ -32,6 +32,7 @@ def prepare_processor(threads: int | None) -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, 2**30)
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_ARENA_MAX, 1)  # a thread's own one gives its pages back whatever is said above
 
 
 def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ import functools
 import json
 import uuid
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from lftpipe.extraction.background import Commit
 from lftpipe.extraction.bf16_error import bf16_error
 from lftpipe.extraction.forward import Advance, Passes
 from lftpipe.extraction.frozen import FrozenPlan
+from lftpipe.lanes import one_thread
 from lftpipe.store import Sealed, ShardKey
 from lftpipe.teacher.logits import Head
 from lftpipe.teacher.source import Teacher
@@ -47,13 +49,13 @@ class Producer:
             plan.check_teacher(teacher)
         self.teacher = teacher
 
-    def run(self, keys: Iterable[ShardKey], commit: Commit, advance: Advance = lambda _: None) -> None:
-        """Compute shards one after the other; see `Passes.run`.
+    def run(self, keys: Iterable[ShardKey | None], commit: Commit, advance: Advance = lambda _: None) -> None:
+        """Compute shards; see `Passes.run`.
 
         Parameters
         ----------
         keys
-            Which shards.
+            Which shards; None if there is none for now.
         commit
             Takes each shard that is on the disk.
         advance
@@ -63,14 +65,14 @@ class Producer:
 
     def measure(self) -> dict[str, Any]:
         """What computing in bfloat16 costs; before the first shard it takes less memory."""
-        spec = self.plan.spec
-        return bf16_error(
-            self.plan.path,
-            spec,
-            lambda: self._load_trunk(torch.float32, "cpu"),
-            lambda: self._trunk,
-            self.device,
-        )
+        with one_thread() if torch.device(self.device).type == "cpu" else nullcontext():
+            return bf16_error(
+                self.plan.path,
+                self.plan.spec,
+                lambda: self._load_trunk(torch.float32, "cpu"),
+                lambda: self._trunk,
+                self.device,
+            )
 
     @cached_property
     def _trunk(self) -> Trunk:

@@ -118,12 +118,12 @@ def roll(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> tuple[Ro
 
 
 class _Keys:
-    """The shards to compute, one after the other; it waits where there is nothing to do or no room."""
+    """The shards to compute, one after the other; None where there is nothing to do or no room."""
 
     def __init__(self, path: Path, state: Roll, task: progress.Task, context: int) -> None:
         self._path, self._state, self._task, self._context = path, state, task, context
 
-    def __iter__(self) -> Iterator[ShardKey]:
+    def __iter__(self) -> Iterator[ShardKey | None]:
         came = False
         while True:
             readers = registered(self._path)
@@ -132,11 +132,10 @@ class _Keys:
                 return
             self._aim(readers.values())
             key = self._state.next(readers.values())
-            if key is not None:
-                yield key
-            else:
+            if key is None:
                 self._task.advance(0, **self._waits(readers))
                 time.sleep(POLL)
+            yield key
 
     def _aim(self, readers: Collection[Reader]) -> None:
         """What is left to compute, as far as one knows: until the last run ends, or for an epoch."""

@@ -1,9 +1,9 @@
 """How a computed batch gets to the memory that it is written from.
 
-On the processor it is rounded there at once, by all of torch's threads (`Direct`). From a GPU it is rounded
-on the device and copied by a stream of its own into a ring of pinned memory, while the teacher goes on
-computing (`Ring`); the thread that writes waits for the copy. Both are used alike: `send` in the thread that
-computes, `slot` of what it returns in the thread that writes, in the same order.
+On the processor it is rounded there at once, by the caller (`Direct`). From a GPU it is rounded on the device
+and copied by a stream of its own into a ring of pinned memory, while the teacher goes on computing (`Ring`);
+the thread that writes waits for the copy. Both are used alike: `send` in the thread that computes, `slot` of
+what it returns in the thread that writes, in the same order.
 """
 
 import threading
@@ -83,27 +83,27 @@ class Direct(Transfer):
     @override
     def send(self, shard: ShardWriter, array: str, layer: int | None, first: int, values: Tensor) -> Sent:
         slot = shard.slot(array, layer, first, len(values))
-        fill(slot, values)
+        fill(torch.from_numpy(slot.values), values)
         return _Filled(slot)
 
     def close(self) -> None:
         """Nothing to let go of."""
 
 
-def fill(slot: Slot, values: Tensor) -> None:
-    """Round a batch into a slot.
+def fill(out: Tensor, values: Tensor) -> None:
+    """Round a batch into memory of the storage format.
 
     Parameters
     ----------
-    slot
-        Memory in the storage format.
+    out
+        To be filled; no two sequences need lie next to each other.
     values
         The batch.
     """
-    for out, sequence in zip(torch.from_numpy(slot.values), values, strict=True):
+    for target, sequence in zip(out, values, strict=True):
         if sequence.dtype == torch.bfloat16:  # directly to float16 takes torch six times as long
             sequence = sequence.float()  # one by one they stay in the processor's cache
-        out.copy_(sequence)
+        target.copy_(sequence)
 
 
 @runtime_checkable

@@ -21,6 +21,9 @@ from lftpipe.store import ShardKey
 #: Workers that die one after the other, in the same place and with nothing done, until the run is given up.
 MOST_DEATHS = 5
 
+#: Seconds between two looks for the next shard.
+POLL = 0.1
+
 
 def run_workers(work: Work) -> None:
     """Compute a plan's shards in `settings.workers` spawned processes, each committed as it comes.
@@ -185,8 +188,10 @@ def _work(
         say("error", RuntimeError(f"{reason} (in a worker; --workers 1 --debug shows where)"))
 
 
-def _keys(connection: Connection, say: Callable[..., None]) -> Iterator[ShardKey]:
-    """The shards that the driver gives this worker, until it ends it."""
+def _keys(connection: Connection, say: Callable[..., None]) -> Iterator[ShardKey | None]:
+    """The shards that the driver gives this worker, until it ends it; None while it has none."""
     while True:
         say("next")
+        while not connection.poll(POLL):
+            yield None
         yield connection.recv()

@@ -14,6 +14,7 @@ from lftpipe.store.rolling_files import Reader, producing, register, registered,
 from lftpipe.store.sealed import Sealed
 from lftpipe.store.shard_writer import ShardWriter, Slot, produce_shard
 from lftpipe.store.verify import Damage, Report, verify_store
+from lftpipe.store.windows import most_bytes
 from lftpipe.store.writer import StoreWriter
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "StoreWriter",
     "abandon",
     "batch_sequences",
+    "most_bytes",
     "planned_spec",
     "produce_shard",
     "producing",

@@ -154,7 +154,7 @@ class Roll:
         return self._stay_bytes + sum(map(self.windows.shard_bytes, wanted))
 
     def _whole_shards(self) -> dict[ShardKey, int]:
-        """Whole shards on the disk, and their bytes; what a kill between two files of a drop left is deleted."""
+        """Whole shards on the disk, and their bytes; what a kill left of a dropped one is deleted."""
         found = {}
         for number in range(self.windows.count):
             for key in self.windows.keys(number):

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lftpipe.lanes import Lanes
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail, TopLogits
 from lftpipe.teacher.trunk import Trunk
@@ -91,6 +92,8 @@ def compute_batch(
 
     trunk.run(tokens, position_ids, hidden=hidden, attention=attention)
     if head:
-        found = [head.top(state) for state in last[0].split(batch_sequences or len(tokens))]
+        parts_of = last[0].split(batch_sequences or len(tokens))
+        with Lanes.on(trunk.device, len(parts_of)) as lanes:
+            found = list(lanes.map(lambda _, state: head.top(state), parts_of))
         for name, *parts in zip(TopLogits._fields, *found, strict=True):
             put(f"logit_{name}", None, torch.cat(parts) if len(parts) > 1 else parts[0])

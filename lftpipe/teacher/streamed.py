@@ -12,13 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lftpipe.device import cast_linear
+from lftpipe.lanes import Lanes
 from lftpipe.teacher import capture
 from lftpipe.teacher.branches import Branches
 from lftpipe.teacher.capture import Sink
 from lftpipe.teacher.context import AttentionContext, attention_context
 from lftpipe.teacher.parts import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher
-from lftpipe.teacher.trunk import Trunk
+from lftpipe.teacher.trunk import Trunk, twin_of
 
 
 class StreamedTrunk(Trunk):
@@ -91,18 +92,25 @@ class StreamedTrunk(Trunk):
         states = torch.cat([self._embed(tokens[each], position_ids[each]) for each in rows])
         if hidden:
             hidden(0, states)
-        for index in range(self.deepest):
-            layer = load_layer(self.teacher, index)
-            cast_linear(layer, self.compute_dtype)
-            layer.to(self.device)
-            outputs: list[Tensor] = []
-            for each in rows:
-                context = attention_context(self._frame, places[each])
-                states[each] = self._pass(layer, states[each], context, outputs)
-            if attention and outputs:
-                attention(index, torch.cat(outputs))
-            if hidden:
-                hidden(index + 1, states)
+        with Lanes.on(self.device, len(rows)) as lanes:
+            for index in range(self.deepest):
+                layer = load_layer(self.teacher, index)
+                cast_linear(layer, self.compute_dtype)
+                layer.to(self.device)
+                own = [layer, *(twin_of(layer) for _ in range(lanes.count - 1))]
+
+                @torch.inference_mode()  # which is a thread's own, too
+                def run_some(lane: int, each: slice, own: list[Branches] = own) -> list[Tensor]:
+                    outputs: list[Tensor] = []
+                    context = attention_context(self._frame, places[each])
+                    states[each] = self._pass(own[lane], states[each], context, outputs)
+                    return outputs
+
+                outputs = [output for found in lanes.map(run_some, rows) for output in found]
+                if attention and outputs:
+                    attention(index, torch.cat(outputs))
+                if hidden:
+                    hidden(index + 1, states)
 
     def _embed(self, tokens: Tensor, position_ids: Tensor) -> Float[Tensor, "sequence position feature"]:
         found: list[Tensor] = []

@@ -3,9 +3,10 @@
 The LM head is never loaded, the layers above the deepest state neither.
 """
 
+import copy
 import inspect
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -19,7 +20,9 @@ from lftpipe.teacher.quiet import quiet_transformers
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.structure import structure_of
 
-__all__ = ["Sink", "Trunk"]
+__all__ = ["Sink", "Trunk", "twin_of"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Trunk:
@@ -50,7 +53,8 @@ class Trunk:
         self.device = torch.device("cpu")
         model = _derived_base(teacher, deepest) if teacher.family.derived else _base(teacher, deepest)
         self.model = model.eval().requires_grad_(False)
-        self._layers: Any = model.get_submodule(teacher.family.model_layers)
+        self._layers_path = teacher.family.model_layers
+        self._layers: Any = model.get_submodule(self._layers_path)
         self._forms = [teacher.family.form(teacher.config, index) for index in range(len(self._layers))]
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         taken = partial(capture.hooks, self._layers, self._forms, deepest, attention=None)
@@ -78,6 +82,13 @@ class Trunk:
     def layers(self) -> nn.ModuleList:
         """The layers that run."""
         return self._layers
+
+    def twin(self) -> "Trunk":
+        """The same weights in modules of their own: two threads may run them at the same time."""
+        other = copy.copy(self)
+        other.model = twin_of(self.model)
+        other._layers = other.model.get_submodule(self._layers_path)
+        return other
 
     @torch.inference_mode()
     def run(
@@ -140,6 +151,18 @@ class Trunk:
             if sink is not None:
                 for layer, state in sorted(states.items()):
                     sink(layer, state)
+
+
+def twin_of(module: Module) -> Module:
+    """A copy that shares all weights and buffers; hooks on one do not see what the other computes.
+
+    Parameters
+    ----------
+    module
+        Without hooks, in no thread's use.
+    """
+    shared: dict[int, Any] = {id(each): each for each in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
 
 
 def _base(teacher: Teacher, deepest: int) -> Any:
