@@ -1,6 +1,7 @@
 """`--ray`: shards as tasks of a Ray cluster. Ray chooses who computes what; the driver alone commits."""
 
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def run_on_ray(work: Work) -> None:
     ray = _ray()
     started = _connect(ray, work.settings.ray or "local")
     try:
-        _Tasks(ray, work).run()
+        with redirect_stdout(sys.stderr):  # Ray prints there of a node that died, and `--json` has it alone
+            _Tasks(ray, work).run()
     finally:
         if started:
             ray.shutdown()

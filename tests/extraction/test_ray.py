@@ -1,11 +1,14 @@
 """Shards as tasks of a Ray cluster of two nodes, one of which is killed."""
 
+import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +17,17 @@ from safetensors.torch import load_file, save_file
 from test_workers import CONTEXT, SETTINGS, change, contents, spawn, store_of
 
 from lftpipe.config.settings import ExtractSettings
+from lftpipe.errors import SettingsError
+from lftpipe.extraction import ray_tasks
+from lftpipe.extraction.compute import Work
 from lftpipe.stages.extract import extract
 
 pytest.importorskip("ray")
 # Ray leaves files and sockets open in the process that begins a cluster.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-KILLS = 3
+#: Of each trial.
+KILLS = int(os.environ.get("KILLS", "3"))
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
@@ -87,3 +94,26 @@ def test_a_task_whose_teacher_overflows_is_not_tried_again(cluster, settings, te
     assert "inf in hidden layer 2" in line
     assert "Traceback" not in err
     assert not list((tmp_path / "work").rglob("*.partial"))
+
+
+def test_what_ray_says_of_a_node_that_died_is_not_on_stdout(monkeypatch, capsys):
+    """`--json` has stdout to itself."""
+
+    class Noisy:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: self
+
+        def is_initialized(self) -> bool:
+            return True
+
+        def cluster_resources(self) -> dict[str, float]:
+            sys.stdout.write("(raylet) The node has been marked dead\n")
+            return {"CPU": 0.0}
+
+    monkeypatch.setattr(ray_tasks, "_ray", Noisy)
+    some = SimpleNamespace(ray="local", device="cpu", threads=1)
+    work = Work._make(some if name == "settings" else None for name in Work._fields)
+    with pytest.raises(SettingsError, match="no machine of 1 CPUs"):
+        ray_tasks.run_on_ray(work)
+    out, err = capsys.readouterr()
+    assert (out, "marked dead" in err) == ("", True)
