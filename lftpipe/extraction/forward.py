@@ -30,16 +30,16 @@ Advance = Callable[[int], object]
 
 
 class _Batch(NamedTuple):
-    """Sequences that the trunk is given at once."""
+    """What the trunk is given at once."""
 
     key: ShardKey
     first: int
     """Index within the shard."""
-    rows: range
+    given: Batch
 
     @property
     def is_last(self) -> bool:
-        return self.rows.stop == self.key.sequences.stop
+        return self.first + len(self.given) == len(self.key.sequences)
 
 
 class Passes:
@@ -125,10 +125,11 @@ class Passes:
                 yield None
                 continue
             for first in range(0, len(key.sequences), self.pass_sequences):
-                yield _Batch(key, first, key.sequences[first : first + self.pass_sequences])
+                rows = key.sequences[first : first + self.pass_sequences]
+                yield _Batch(key, first, batch_of(self._tokens, key.split, rows, self.device))
 
     def _end(self, batch: _Batch, background: Background, advance: Advance) -> None:
-        advance(len(batch.rows) * self.spec.context)
+        advance(len(batch.given) * self.spec.context)
         if batch.is_last:
             background.end_shard()
 
@@ -144,14 +145,14 @@ class Passes:
         self._compute(lane, batch, put)
         return batch, found
 
-    def _compute(self, lane: int, rows: _Batch, put: Put) -> None:
+    def _compute(self, lane: int, batch: _Batch, put: Put) -> None:
         def wanted(array: str, layer: int | None, values: Tensor) -> None:
             if layer is None or layer in self._kept[array]:
                 put(array, layer, values)
 
-        batch = batch_of(self._tokens, rows.key.split, rows.rows, self.device)
         size = self.spec.identity["batch_sequences"]
-        compute_batch(self._trunks[lane], self.head, batch.tokens, batch.position_ids, wanted, size)
+        given = batch.given
+        compute_batch(self._trunks[lane], self.head, given.tokens, given.position_ids, wanted, size)
 
     def _most_lanes(self) -> int:
         """So that the batches that wait for their turn take no more than `HELD_BYTES`."""
