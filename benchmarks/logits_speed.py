@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lftpipe.batch import Batch
 from lftpipe.config.layers import parse_block
+from lftpipe.device import cast_linear, dtype_name, resolve_compute_dtype
 from lftpipe.flow.distillation import full_divergence
 from lftpipe.teacher.parts import load_layer, load_rotary
 from lftpipe.teacher.source import open_teacher
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--block", required=True)
     parser.add_argument("--sequences", type=int, default=1, help="of 512 tokens")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     teacher = open_teacher(options.teacher, options.workspace)
@@ -41,8 +43,11 @@ def main() -> None:
     tail, layer = Tail(teacher, n), load_layer(teacher, m).requires_grad_(True)
     places = torch.arange(512).expand(options.sequences, -1)
     x = torch.randn(options.sequences, 512, teacher.width)
+    dtype = resolve_compute_dtype(options.compute_dtype, "cpu")
+    cast_linear(tail, dtype)
     batch = Batch(0, places, places, {n: x}, rotary=load_rotary(teacher), one_segment=True)
-    with torch.no_grad():
+    computing = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with torch.no_grad(), computing:
         last = tail.states(x, batch.context, start=n, stop=teacher.num_layers)
         logits = tail.head(tail.norm(last))
         values, ids = logits.topk(64)
@@ -71,8 +76,11 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, way in ways.items():
             began = time.process_time()
-            way().backward()
+            with computing:
+                loss = way()
+            loss.backward()
             seconds[name].append(time.process_time() - began)
+    print(f"computed in {dtype_name(dtype)}")
     for name, taken in seconds.items():
         print(f"  {name:34}{min(taken):7.2f} s")
 
