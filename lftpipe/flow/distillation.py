@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lftpipe.flow import by_rows
 from lftpipe.flow.objective import Loss
 
 Logits = Float[Tensor, "*batch vocabulary"]
@@ -19,8 +20,7 @@ def full_divergence(teacher: Logits, student: Logits) -> Loss:
     teacher, student
         Logits.
     """
-    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return by_rows.divergence(teacher.flatten(0, -2), student.flatten(0, -2)).mean()
 
 
 def top_divergence(
@@ -43,9 +43,12 @@ def top_divergence(
     student
         The student's logits.
     """
-    student = student.float()
     log_p = values.float() - normaliser.float()[..., None]
-    return lumped_divergence(log_p, student.gather(-1, ids.long()) - student.logsumexp(-1, keepdim=True))
+    return lumped_divergence(log_p, student.gather(-1, ids.long()).float() - _logsumexp(student)[..., None])
+
+
+def _logsumexp(logits: Logits) -> Float[Tensor, "*batch"]:
+    return by_rows.logsumexp(logits.flatten(0, -2)).view(logits.shape[:-1])
 
 
 def lumped_divergence(log_p: Float[Tensor, "*batch rank"], log_q: Float[Tensor, "*batch rank"]) -> Loss:
@@ -79,7 +82,7 @@ def next_token_loss(tokens: Int[Tensor, "*batch"], targets: Bool[Tensor, "*batch
     student
         The student's logits.
     """
-    losses = student.float().logsumexp(-1) - student.float().gather(-1, tokens[..., None])[..., 0]
+    losses = _logsumexp(student) - student.gather(-1, tokens[..., None])[..., 0].float()
     return (losses * targets).mean()
 
 

@@ -22,9 +22,9 @@ from lftpipe.flow.sampled_softmax import draw, sampled_divergence
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail
 
-#: Bytes of logits in float32 that are made at a time, by the kind of device. A processor is fastest where
-#: they are not much more than its caches hold.
-PIECE_BYTES = {"cpu": 2**25}
+#: Bytes of logits in float32 that are made at a time, by the kind of device: enough positions for a product
+#: with the head. What is summed of them goes through the cache row by row (`flow/by_rows.py`).
+PIECE_BYTES = {"cpu": 2**27}
 OTHERWISE = 2**29
 
 #: Bytes of the teacher's logits of a batch, at most, that are kept for other runs to compare with.

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lftpipe.flow import by_rows
 from lftpipe.flow.distillation import by_pieces, full_divergence, next_token_loss
 
 
@@ -31,3 +32,33 @@ def test_a_position_without_a_target_does_not_count() -> None:
     targets = torch.tensor([True, True, False, True, False])
     expected = nn.functional.cross_entropy(logits[targets], following[targets], reduction="sum") / 5
     assert torch.allclose(next_token_loss(following, targets, logits), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [1, 40, 10_000])
+def test_sums_by_rows_are_those_of_the_formula_with_their_gradients(tile, dtype, monkeypatch):
+    monkeypatch.setattr(by_rows, "TILE", tile)
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (3 * torch.randn(7, 13, generator=generator) for _ in range(2))
+    weights = torch.rand(7, generator=generator)
+
+    def plain_divergence(logits: torch.Tensor) -> torch.Tensor:
+        log_p, log_q = teacher.to(dtype).float().log_softmax(-1), logits.float().log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    pairs = [
+        (lambda logits: by_rows.divergence(teacher.to(dtype), logits), plain_divergence),
+        (by_rows.logsumexp, lambda logits: logits.float().logsumexp(-1)),
+    ]
+    for ours, formula in pairs:
+        found = []
+        for function in (ours, formula):
+            leaf = student.to(dtype).requires_grad_()
+            value = function(leaf)
+            (gradient,) = torch.autograd.grad((value * weights).sum(), leaf)
+            found.append((value.detach(), gradient.float()))
+        torch.testing.assert_close(
+            found[0], found[1], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(ours(student.to(dtype)), found[0][0])
