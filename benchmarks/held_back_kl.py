@@ -41,9 +41,10 @@ def main() -> None:
         tail = Tail(teacher, n)
         for one in run_predictors(run, tuple(given.k), teacher, "cpu", stored=store.layers):
             own, total_kl = one.tail or tail, 0.0
+            whole = {0} & set(store.layers) if one.enter else set()  # a healed student begins there
             for start in range(held.start, held.stop, 8):
                 part = range(start, min(start + 8, held.stop))
-                batch = reader.read("train", part, BatchFields((m, n)))
+                batch = reader.read("train", part, BatchFields(tuple(sorted({m, n, *whole}))))
                 x_0 = batch.states[m] if one.enter is None else one.enter(batch)
                 student = own(one.predict(x_0, batch.context), batch.context, start=n)
                 reference = tail(batch.states[n], batch.context, start=n)
