@@ -76,6 +76,7 @@ def test_nodes_are_killed_and_the_store_is_the_serial_one(cluster, settings, tmp
             killed += 1
     _, err = finish(process)
     assert process.returncode == 0, err
+    print(f"| nodes of a Ray cluster | {killed} |")
     assert killed
     assert contents(store) == want
 
