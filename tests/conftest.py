@@ -12,6 +12,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("lftpipe", "beartype.beartype")
 
+import gc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from beartype._util.cache.pool.utilcachepool import KeyPool
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPTNeoXConfig,
@@ -36,6 +38,18 @@ torch.set_num_threads(1)
 
 # A suite in the background inherits an ignored SIGINT, and so would the processes that it interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _locks_of_beartype() -> list[Any]:
+    return [each._thread_lock for each in gc.get_objects() if type(each) is KeyPool]
+
+
+# A process that is forked while a thread checks a type would wait for ever for a lock that nobody holds.
+os.register_at_fork(
+    before=lambda: [lock.acquire() for lock in _locks_of_beartype()],
+    after_in_parent=lambda: [lock.release() for lock in _locks_of_beartype()],
+    after_in_child=lambda: [lock.release() for lock in _locks_of_beartype()],
+)
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("untimed", deadline=None)
