@@ -98,8 +98,8 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
     from lftpipe.device import prepare_processor
     from lftpipe.extraction.forward import Passes
     from lftpipe.extraction.plan import make_plan
-    from lftpipe.lanes import Lanes
     from lftpipe.store import StoreSpec, StoreWriter
+    from lftpipe.teacher.lanes import Lanes
 
     prepare_processor(options.threads)
     plan = make_plan(settings_of(options, folder, options.tokens))

@@ -13,8 +13,8 @@ from torch import Tensor
 from lftpipe.batch import Batch, make_batch
 from lftpipe.extraction.background import Background, Commit
 from lftpipe.extraction.transfer import fill, transfer_from
-from lftpipe.lanes import Lanes
 from lftpipe.store import ShardKey, ShardWriter, Store, StoreSpec, most_bytes, produce_shard
+from lftpipe.teacher.lanes import Lanes
 from lftpipe.teacher.logits import Head, Put, compute_batch
 from lftpipe.teacher.streamed import StreamedTrunk
 from lftpipe.teacher.trunk import Trunk

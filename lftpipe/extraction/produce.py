@@ -14,8 +14,8 @@ from lftpipe.extraction.background import Commit
 from lftpipe.extraction.bf16_error import bf16_error
 from lftpipe.extraction.forward import Advance, Passes
 from lftpipe.extraction.frozen import FrozenPlan
-from lftpipe.lanes import one_thread
 from lftpipe.store import Sealed, ShardKey
+from lftpipe.teacher.lanes import Lanes
 from lftpipe.teacher.logits import Head
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.streamed import StreamedTrunk
@@ -65,7 +65,7 @@ class Producer:
 
     def measure(self) -> dict[str, Any]:
         """What computing in bfloat16 costs; before the first shard it takes less memory."""
-        with one_thread() if torch.device(self.device).type == "cpu" else nullcontext():
+        with Lanes(1) if torch.device(self.device).type == "cpu" else nullcontext():
             return bf16_error(
                 self.plan.path,
                 self.plan.spec,

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lftpipe.lanes import Lanes
+from lftpipe.teacher.lanes import Lanes
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail, TopLogits
 from lftpipe.teacher.trunk import Trunk

@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lftpipe.device import cast_linear
-from lftpipe.lanes import Lanes
 from lftpipe.teacher import capture
 from lftpipe.teacher.branches import Branches
 from lftpipe.teacher.capture import Sink
 from lftpipe.teacher.context import AttentionContext, attention_context
+from lftpipe.teacher.lanes import Lanes
 from lftpipe.teacher.parts import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.trunk import Trunk, twin_of

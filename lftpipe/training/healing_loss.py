@@ -13,7 +13,7 @@ from lftpipe.config.loss import ON_STORED_LOGITS
 from lftpipe.config.settings import HealSettings
 from lftpipe.device import cast_linear
 from lftpipe.errors import RunError
-from lftpipe.flow.distillation import by_pieces, full_divergence, next_token_loss
+from lftpipe.flow.distillation import full_divergence, next_token_loss
 from lftpipe.flow.path import States
 from lftpipe.store import Store
 from lftpipe.teacher.context import AttentionContext
@@ -21,10 +21,7 @@ from lftpipe.teacher.parts import load_embedding
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail
 from lftpipe.training.healing import Healing
-from lftpipe.training.logit_terms import Comparison, check_head, on_sampled_logits, on_top_logits
-
-#: Logits that are held at once: 32 MiB, as in training (`lftpipe.training.logit_terms`).
-PIECE_LOGITS = 2**23
+from lftpipe.training.logit_terms import check_head, on_sampled_logits, on_top_logits, over_pieces
 
 #: From states at the student's start, and their context, to what the head reads.
 Student = Callable[[States, AttentionContext], States]
@@ -100,17 +97,12 @@ def prepare_healing(
     )
 
 
-def _by_pieces(states: Tensor, comparison: Comparison) -> Tensor:
-    compare, numbers = comparison
-    return by_pieces(states.flatten(0, 1), compare, max(1, PIECE_LOGITS // numbers))
-
-
 def _top_logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
-    return _by_pieces(states, on_top_logits(tail, batch))
+    return over_pieces(states, on_top_logits(tail, batch))
 
 
 def _sampled_logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
-    return _by_pieces(states, on_sampled_logits(tail, batch))
+    return over_pieces(states, on_sampled_logits(tail, batch))
 
 
 def _logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
@@ -123,7 +115,7 @@ def _logits(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
             teacher = tail.head(theirs[part])
         return full_divergence(teacher, tail.head(piece))
 
-    return _by_pieces(states, (compare, tail.vocabulary))
+    return over_pieces(states, (compare, tail.vocabulary))
 
 
 def _tokens(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
@@ -135,7 +127,7 @@ def _tokens(states: Tensor, batch: Batch, tail: Tail) -> Tensor:
     def compare(piece: Tensor, part: slice) -> Tensor:
         return next_token_loss(following[part], targets[part], tail.head(piece))
 
-    return _by_pieces(states, (compare, tail.vocabulary))
+    return over_pieces(states, (compare, tail.vocabulary))
 
 
 _LOSSES = {

@@ -203,6 +203,19 @@ def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, ke
 def _over_positions(tail: Tail, end: States, batch: Batch, start: int, comparison: Comparison) -> Loss:
     """The mean of a comparison over all positions, some of them at a time."""
     states = tail.states(end, batch.context, start=start)
-    divergence, numbers = comparison
-    size = max(1, PIECE_BYTES.get(end.device.type, OTHERWISE) // (4 * numbers))
-    return by_pieces(tail.norm(states).flatten(0, 1), divergence, size)
+    return over_pieces(tail.norm(states), comparison)
+
+
+def over_pieces(states: States, comparison: Comparison) -> Loss:
+    """The mean of a comparison over all positions, as many at a time as the device computes well.
+
+    Parameters
+    ----------
+    states
+        What the head reads.
+    comparison
+        With the teacher.
+    """
+    compare, numbers = comparison
+    size = max(1, PIECE_BYTES.get(states.device.type, OTHERWISE) // (4 * numbers))
+    return by_pieces(states.flatten(0, 1), compare, size)

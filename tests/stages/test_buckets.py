@@ -54,12 +54,12 @@ def test_the_whole_pipeline_works_on_a_bucket_as_on_a_folder(
 ):
     url = make_bucket(server, f"pipeline-{given}")
     place = (
-        {"workspace": f"{url}/work"} if given == "workspace" else {"store": f"{url}/work/neox/states.zarr"}
+        {"workspace": f"{url}/files"} if given == "workspace" else {"store": f"{url}/files/neox/states.zarr"}
     )
     small = {"context": 32, "tokens": 48 * 32, "validation_tokens": 7 * 32, "batch_tokens": 256}
     texts = {"model": str(teachers["neox"]), "corpus": str(text_folder), "compute_dtype": "float32", **small}
     made = mirror.run(extract.extract, ExtractSettings(**texts, **place))
-    assert made["store"] == f"{url}/work/neox/states.zarr"
+    assert made["store"] == f"{url}/files/neox/states.zarr"
     assert "machine" not in str(made)
     local = extract.extract(ExtractSettings(**texts, workspace=machine / "data"))
     assert made["bytes"] == local["bytes"]
@@ -76,7 +76,7 @@ def test_the_whole_pipeline_works_on_a_bucket_as_on_a_folder(
     train.train(TrainSettings(workspace=machine / "data", **few))
     here = evaluate.evaluate(EvaluateSettings(workspace=machine / "data", runs=("first",)))
     assert [row["kl"] for row in scored["rows"]] == [row["kl"] for row in here["rows"]]
-    names = {name for name, _ in BucketStorage(f"{url}/work/neox").entries()}
+    names = {name for name, _ in BucketStorage(f"{url}/files/neox").entries()}
     assert names >= {
         "recoupling.json",
         "results.json",
@@ -90,7 +90,7 @@ def test_the_whole_pipeline_works_on_a_bucket_as_on_a_folder(
 def test_work_is_not_shared_with_machines_that_would_not_see_the_files(server, teachers, text_folder, given):
     url = make_bucket(server, f"shared-{min(given)}")
     settings = ExtractSettings(
-        model=str(teachers["neox"]), corpus=str(text_folder), context=32, workspace=f"{url}/work", **given
+        model=str(teachers["neox"]), corpus=str(text_folder), context=32, workspace=f"{url}/files", **given
     )
     with pytest.raises(
         SettingsError, match=r"with a store at s3://shared-.* a folder that all machines share"
@@ -99,7 +99,7 @@ def test_work_is_not_shared_with_machines_that_would_not_see_the_files(server, t
 
 
 def test_files_that_changed_on_two_machines_are_refused(server, machine, monkeypatch):
-    url = f"{make_bucket(server, 'two-machines')}/work"
+    url = f"{make_bucket(server, 'two-machines')}/files"
     folders = []
     for name in ("one", "two"):
         monkeypatch.setenv("LFTPIPE_CACHE", str(machine / name))
@@ -117,7 +117,7 @@ def test_files_that_changed_on_two_machines_are_refused(server, machine, monkeyp
     (one.folder / "a/b/notes.json").write_text("333")
     (two.folder / "a/b/notes.json").write_text("4444")
     two.push()
-    with pytest.raises(StoreError, match=r"a/b/notes\.json, which changed in s3://two-machines/work and in"):
+    with pytest.raises(StoreError, match=r"a/b/notes\.json, which changed in s3://two-machines/files and in"):
         one.pull()
     (one.folder / "a/b/notes.json").unlink()
     one.pull()
@@ -129,26 +129,26 @@ def test_files_that_changed_on_two_machines_are_refused(server, machine, monkeyp
 
 
 def test_a_bucket_that_is_not_there_is_one_line(server):
-    with pytest.raises(StoreError, match=r"s3://nowhere/work.*bucket is not there .* make it first"):
-        mirror.run(info.info, InfoSettings(store="s3://nowhere/work/states.zarr"))
+    with pytest.raises(StoreError, match=r"s3://nowhere/files.*bucket is not there .* make it first"):
+        mirror.run(info.info, InfoSettings(store="s3://nowhere/files/states.zarr"))
     with pytest.raises(StoreError, match=r"s3://nowhere.*bucket is not there"):
-        write(Path("s3://nowhere/work/states.zarr"), make_spec())
+        write(Path("s3://nowhere/files/states.zarr"), make_spec())
 
 
 def test_missing_credentials_are_one_line(server, monkeypatch):
     url = make_bucket(server, "secret")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    with pytest.raises(StoreError, match=r"s3://secret/work.*: no access .* set AWS_ACCESS_KEY_ID"):
-        Store.open(Path(f"{url}/work/states.zarr"))
+    with pytest.raises(StoreError, match=r"s3://secret/files.*: no access .* set AWS_ACCESS_KEY_ID"):
+        Store.open(Path(f"{url}/files/states.zarr"))
 
 
 def test_a_server_that_is_gone_is_one_line_within_seconds(monkeypatch, server):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(
-        StoreError, match=r"s3://gone/work.* cannot be reached .* network and endpoint"
+        StoreError, match=r"s3://gone/files.* cannot be reached .* network and endpoint"
     ) as caught:
-        Store.open(Path("s3://gone/work/states.zarr"))
+        Store.open(Path("s3://gone/files/states.zarr"))
     assert "\\n" not in str(caught.value)
 
 
@@ -157,7 +157,7 @@ def test_connections_that_are_cut_are_tried_again(server, monkeypatch, machine):
     proxy = Proxy(server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     monkeypatch.setenv("LFTPIPE_RETRY_SECONDS", "20")
-    path = Path(f"{url}/work/states.zarr")
+    path = Path(f"{url}/files/states.zarr")
     stop = threading.Event()
 
     def misbehave() -> None:
@@ -199,7 +199,7 @@ def test_a_large_object_is_put_in_parts(server, machine, monkeypatch):
 
 
 def test_a_put_that_fails_for_good_is_one_line_and_loses_nothing(server, machine, monkeypatch):
-    path = Path(f"{make_bucket(server, 'failing')}/work/states.zarr")
+    path = Path(f"{make_bucket(server, 'failing')}/files/states.zarr")
     real, asked = BucketStorage.put, []
 
     def put(self, name: str, file: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_put_that_fails_for_good_is_one_line_and_loses_nothing(server, machine
 
 @pytest.fixture
 def stored(server, request) -> str:
-    url = f"{make_bucket(server, 'kept-' + str(abs(hash(request.node.name))))}/work"
+    url = f"{make_bucket(server, 'kept-' + str(abs(hash(request.node.name))))}/files"
     write(Path(f"{url}/states.zarr"), make_spec())
     return url
 

@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -95,14 +94,3 @@ class Lanes:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
         torch.set_num_threads(self._threads)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within it, products are this thread's alone, as in a lane."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lftpipe.lanes import Lanes, one_thread
+from lftpipe.teacher.lanes import Lanes
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -84,7 +84,7 @@ def test_products_in_a_lane_are_one_threads_and_the_caller_gets_its_threads_back
         with Lanes(2) as lanes:
             assert set(lanes.map(lambda *_: torch.get_num_threads(), range(8))) == {1}
         assert torch.get_num_threads() == 3
-        with one_thread():
+        with Lanes(1):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
     finally:
