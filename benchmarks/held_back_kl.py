@@ -1,10 +1,12 @@
 """KL of runs on the training sequences that they held back: what recipes are chosen by, never on validation.
 
 python benchmarks/held_back_kl.py STORE RUN... --hold-back 0.04 --sequences 32
+python benchmarks/held_back_kl.py STORE RUN RUN --together
 """
 
 import argparse
 import math
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,7 +14,8 @@ import torch
 from lftpipe import runs
 from lftpipe.batch import BatchFields, BatchReader
 from lftpipe.config.settings.base import default_workspace
-from lftpipe.evaluation.predictors import run_predictors
+from lftpipe.evaluation.predictor import Predictor
+from lftpipe.evaluation.predictors import joined_predictors, run_predictors
 from lftpipe.flow.distillation import full_divergence
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import open_recorded, record_of
@@ -29,31 +32,40 @@ def main() -> None:
     parser.add_argument("--hold-back", type=float, default=0.04, help="as the runs were trained")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--together", action="store_true", help="one line for the student of all runs")
     given = parser.parse_args()
     store = Store.open(given.store)
     teacher = open_recorded(record_of(store.identity), default_workspace(), store.path)
     reader, total = BatchReader(store, teacher, "cpu"), store.num_sequences("train")
     first = total - math.ceil(given.hold_back * total)
     held = range(first, min(total, first + given.sequences))
-    for path in find_runs(store.path, tuple(given.runs)):
-        run = runs.open_run(path)
-        m, n = run.block
-        tail = Tail(teacher, n)
-        for one in run_predictors(run, tuple(given.k), teacher, "cpu", stored=store.layers):
-            own, total_kl = one.tail or tail, 0.0
-            whole = {0} & set(store.layers) if one.enter else set()  # a healed student begins there
-            for start in range(held.start, held.stop, 8):
-                part = range(start, min(start + 8, held.stop))
-                batch = reader.read("train", part, BatchFields(tuple(sorted({m, n, *whole}))))
-                x_0 = batch.states[m] if one.enter is None else one.enter(batch)
-                student = own(one.predict(x_0, batch.context), batch.context, start=n)
-                reference = tail(batch.states[n], batch.context, start=n)
-                total_kl += full_divergence(reference, student).item() * len(part)
-            nfe = one.steps.nfe if one.steps else 0
-            print(
-                f"{path.name} NFE {nfe} parameters {one.parameters:,} KL {total_kl / len(held):.4f}",
-                flush=True,
-            )
+    found = [runs.open_run(path) for path in find_runs(store.path, tuple(given.runs))]
+    found.sort(key=lambda run: run.block)
+    each = [run_predictors(run, tuple(given.k), teacher, "cpu", stored=store.layers) for run in found]
+    scored = joined_predictors(each, teacher, "cpu") if given.together else list(chain.from_iterable(each))
+    for one in scored:
+        assert one.block is not None
+        assert one.origin is not None
+        kl, nfe = (
+            _divergence(one, reader, held, Tail(teacher, one.block[1])),
+            one.steps.nfe if one.steps else 0,
+        )
+        print(f"{one.origin.run} NFE {nfe} parameters {one.parameters:,} KL {kl:.4f}", flush=True)
+
+
+def _divergence(one: Predictor, reader: BatchReader, held: range, tail: Tail) -> float:
+    """Mean KL of a student on sequences of the training split."""
+    m, n = one.block or (0, 0)
+    own, total = one.tail or tail, 0.0
+    whole = {0} & set(reader.store.layers) if one.enter else set()  # a healed student begins there
+    for start in range(held.start, held.stop, 8):
+        part = range(start, min(start + 8, held.stop))
+        batch = reader.read("train", part, BatchFields(tuple(sorted({m, n, *whole}))))
+        x_0 = batch.states[m] if one.enter is None else one.enter(batch)
+        student = own(one.predict(x_0, batch.context), batch.context, start=n)
+        reference = tail(batch.states[n], batch.context, start=n)
+        total += full_divergence(reference, student).item() * len(part)
+    return total / len(held)
 
 
 if __name__ == "__main__":

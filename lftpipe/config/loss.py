@@ -109,3 +109,16 @@ def stage_starts(stages: tuple[Stage, ...], num_steps: int) -> tuple[int, ...]:
         done += stage.fraction
         starts.append(round(done * num_steps))
     return (*starts[:-1], num_steps)
+
+
+def without_logits(stage: Stage) -> Stage:
+    """A stage with its terms on states alone, which may be none.
+
+    Parameters
+    ----------
+    stage
+        Of a loss.
+    """
+    return Stage(
+        stage.fraction, {term: weight for term, weight in stage.weights.items() if term not in ON_LOGITS}
+    )

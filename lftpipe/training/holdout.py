@@ -1,5 +1,6 @@
 """Evaluations during training: on sequences kept back from it, and, only to be logged, on validation."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -38,7 +39,10 @@ class HoldOut:
         }
 
     def evaluate(self) -> dict[Path, dict[str, float]]:
-        """By run's folder: `held_back_loss`, `held_back_nmse`, `validation_nmse`; judges every run."""
+        """By run's folder: `held_back_loss`, `held_back_nmse`, `validation_nmse`.
+
+        The runs are one student, whose best moment is that of the sum of their losses.
+        """
         started = time.monotonic()
         found: dict[Path, dict[str, float]] = {run.folder: {} for run in self.runs}
         with ExitStack() as shown:
@@ -47,9 +51,10 @@ class HoldOut:
             for split, key in (("train", "held_back"), ("validation", "validation")):
                 if self._sequences[split]:
                     self._evaluate_split(split, key, found)
+        losses = [found[run.folder].get("held_back_loss", math.nan) for run in self.runs]
         for run in self.runs:
-            if "held_back_loss" in found[run.folder]:
-                run.judge(found[run.folder]["held_back_loss"])
+            if not math.isnan(losses[0]):
+                run.judge(sum(losses))
             run.seconds += time.monotonic() - started
         return found
 

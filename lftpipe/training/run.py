@@ -11,7 +11,14 @@ import lftpipe
 from lftpipe import progress, runs
 from lftpipe.artefacts.outcomes.pipeline import TrainedRun
 from lftpipe.batch import BatchFields, BatchOrder, BatchReader
-from lftpipe.config.loss import ON_LOGITS, ON_STORED_LOGITS, Stage, parse_loss, stage_starts
+from lftpipe.config.loss import (
+    ON_LOGITS,
+    ON_STORED_LOGITS,
+    Stage,
+    parse_loss,
+    stage_starts,
+    without_logits,
+)
 from lftpipe.config.objectives import CLOSED_FORM
 from lftpipe.config.settings import TrainSettings, loss_text
 from lftpipe.device import resolve_compute_dtype
@@ -49,6 +56,9 @@ class TrainingRun:
         Whose layers the flow layer stands for.
     tails, reader
         Shared by the runs of one command; left out, its own.
+    followed
+        Whether another flow layer of the same student comes after it. Next-token distributions are the whole
+        student's: they are compared at the end of the last one, and teach the others from there.
 
     Attributes
     ----------
@@ -67,6 +77,8 @@ class TrainingRun:
         block: tuple[int, int],
         tails: FrozenTails | None = None,
         reader: BatchReader | None = None,
+        *,
+        followed: bool = False,
     ) -> None:
         self.folder, self.settings, self.store, self.teacher = folder, settings, store, teacher
         self.m, self.n = self.block = block
@@ -77,7 +89,8 @@ class TrainingRun:
         self.reader.say = progress.say
         self.tokens_per_step = self.order.batch_size * store.context
         self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
-        self.stages = parse_loss(loss_text(settings))
+        stages = parse_loss(loss_text(settings))
+        self.stages = tuple(map(without_logits, stages)) if followed else stages
         self.stage_starts = stage_starts(self.stages, self.num_steps)
         self.flow = build_estimator(settings, teacher, block).to(self.device)
         self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us

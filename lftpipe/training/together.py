@@ -108,7 +108,10 @@ def _train_claimed(
             fitted = fit_closed_form(run, settings, store, teacher, block) if first else None
             results[run] = processes.agree(fitted)
         else:
-            training.append(TrainingRun(run, settings, store, teacher, block, tails, reader))
+            followed = joint and run != wanted[-1][0]
+            training.append(
+                TrainingRun(run, settings, store, teacher, block, tails, reader, followed=followed)
+            )
             reader = training[0].reader
     if training:
         chains = [Chain(training)] if joint else [Chain([each]) for each in training]

@@ -17,6 +17,7 @@ from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import DivergenceError, RunError, SettingsError
 from lftpipe.stages.train import train
+from lftpipe.training.run import TrainingRun
 
 
 @pytest.fixture
@@ -109,6 +110,25 @@ def test_jointly_the_second_flow_layer_learns_from_where_the_first_ends(settings
     first, second = ([log_of(each["run"])[0]["loss"] for each in both] for both in (apart, joint))
     assert first[0] == second[0]
     assert first[1] < second[1]
+
+
+def test_jointly_logits_are_compared_at_the_students_end_and_teach_every_flow_layer(settings, tmp_path):
+    joint = change(settings, block="0:1,2:4", joint=True, loss="logits", log_every=1, objective="regression")
+    both = [each["run"] for each in train(joint)["runs"]]
+    logs = [log_of(run) for run in both]
+    assert all(row["loss"] == 0 for row in logs[0])  # the first one has nothing to compare by itself
+    assert logs[1][-1]["loss"] < logs[1][0]["loss"]
+    start = train(change(joint, tokens=settings.batch_tokens, learning_rate=0.0, run=str(tmp_path / "start")))
+    for one, other in zip(both, [each["run"] for each in start["runs"]], strict=True):
+        assert any(not torch.equal(weights_of(one)[name], value) for name, value in weights_of(other).items())
+
+
+def test_jointly_one_moment_is_the_best_of_all_flow_layers(settings, tmp_path, monkeypatch):
+    judged: list[float] = []
+    monkeypatch.setattr(TrainingRun, "judge", lambda run, loss: judged.append(loss))
+    train(change(settings, block="0:1,2:3", joint=True, hold_back=0.2, evaluate_every=5))
+    assert judged
+    assert judged[::2] == judged[1::2]
 
 
 def test_a_killed_joint_run_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
