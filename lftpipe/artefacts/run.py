@@ -41,6 +41,8 @@ class RunManifest(Artefact):
     """`Store.origin`, which a store keeps when it grows."""
     healed: dict[str, Any] | None = None
     """Of a run that `lftpipe heal` made: which run it healed, and how."""
+    joint: list[str] | None = None
+    """Names of all runs, this one among them, whose flow layers were trained as one student."""
     metrics_digest: str | None = None
     """Of `metrics.jsonl`; older runs have none."""
 

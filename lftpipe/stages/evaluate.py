@@ -152,12 +152,13 @@ def _predictors(
 ) -> list[Predictor]:
     """Teacher, the skips of each block's first layers, each whole block skipped, then the runs."""
     blocks = {run.block for run in opened}
+    jointly = _jointly_trained(opened)
     first_layers = {
         (m, m + count) for m, _ in blocks for count in settings.skips if m + count <= teacher.num_layers
     }
     found = [teacher_predictor(teacher)]
     found += [skip_predictor(teacher, block) for block in sorted(first_layers | blocks)]
-    each = []
+    each: dict[Path, list[Predictor]] = {}
     for run in opened:
         own = run_predictors(
             run,
@@ -168,20 +169,37 @@ def _predictors(
             thresholds=settings.adaptive,
             stored=stored,
         )
-        each.append([one for one in own if not one.adaptive])
-        found += own
-    if settings.together and any(run.healed for run in opened):
-        raise RunError("--together with a healed run", "runs that were not healed", "score it alone")
-    if settings.together:
-        in_order = sorted(each, key=lambda own: own[0].block or (0, 0))
-        blocks = [own[0].block or (0, 0) for own in in_order]
-        if len(blocks) < 2:
-            raise SettingsError(
-                "--together with one run", "several runs whose blocks do not overlap", "name more runs"
-            )
-        check_apart(blocks, "--together with runs of blocks")
-        found += joined_predictors(in_order, teacher, settings.device)
+        each[run.path] = [one for one in own if not one.adaptive]
+        if settings.together or run.path not in jointly:
+            found += own
+    students = jointly.values() if not settings.together else [_all_together(opened)]
+    for student in dict.fromkeys(students):
+        found += joined_predictors([each[path] for path in student], teacher, settings.device)
     return found
+
+
+def _jointly_trained(opened: list[runs.Run]) -> dict[Path, tuple[Path, ...]]:
+    """Of each run that was trained jointly with others which are all there: the whole student's runs."""
+    there = {run.path for run in opened}
+    found: dict[Path, tuple[Path, ...]] = {}
+    for run in opened:
+        student = tuple(run.path.parent / name for name in run.joint or ())
+        if student and there.issuperset(student):
+            found[run.path] = student
+    return found
+
+
+def _all_together(opened: list[runs.Run]) -> tuple[Path, ...]:
+    """All runs as one student's, in the order of their blocks."""
+    if any(run.healed for run in opened):
+        raise RunError("--together with a healed run", "runs that were not healed", "score it alone")
+    if len(opened) < 2:
+        raise SettingsError(
+            "--together with one run", "several runs whose blocks do not overlap", "name more runs"
+        )
+    in_order = sorted(opened, key=lambda run: run.block)
+    check_apart([run.block for run in in_order], "--together with runs of blocks")
+    return tuple(run.path for run in in_order)
 
 
 def markdown(result: Results) -> str:

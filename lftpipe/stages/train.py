@@ -55,7 +55,7 @@ def train(settings: TrainSettings) -> Training:
                     name += f"-seed{settings.seed}"
                 wanted.append((run_path(store_path, name), one, block))
         if settings.workers == 1 or len(wanted) == 1:
-            results = train_runs(wanted, store, teacher, joint=settings.joint)
+            results = train_runs(wanted, store, teacher)
         else:
             results = _in_processes(wanted, settings, store, teacher)
     finally:
@@ -67,10 +67,11 @@ def _in_processes(
     wanted: list[Wanted], settings: TrainSettings, store: Store, teacher: Teacher
 ) -> list[TrainedRun]:
     """Each process trains its part of the runs from the same batches."""
-    if settings.joint or processes.count() > 1:
-        other = "--joint" if settings.joint else "torchrun"
+    joint = any(one.joint for _, one, _ in wanted)
+    if joint or processes.count() > 1:
+        other = "--joint" if joint else "torchrun"
         raise SettingsError(f"--workers with {other}", "one of the two", "leave out --workers")
-    check_together(wanted, joint=False)
+    check_together(wanted)
     count = min(settings.workers, len(wanted))
     groups = [wanted[number::count] for number in range(count)]
     with progress.task("train in processes", len(wanted), "runs") as task:

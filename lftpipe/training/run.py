@@ -56,9 +56,10 @@ class TrainingRun:
         Whose layers the flow layer stands for.
     tails, reader
         Shared by the runs of one command; left out, its own.
-    followed
-        Whether another flow layer of the same student comes after it. Next-token distributions are the whole
-        student's: they are compared at the end of the last one, and teach the others from there.
+    student
+        Folders of all runs whose flow layers are one student's, in order; left out, this one alone.
+        Next-token distributions are the whole student's: they are compared at the end of the last one, and
+        teach the others from there.
 
     Attributes
     ----------
@@ -78,7 +79,7 @@ class TrainingRun:
         tails: FrozenTails | None = None,
         reader: BatchReader | None = None,
         *,
-        followed: bool = False,
+        student: tuple[Path, ...] = (),
     ) -> None:
         self.folder, self.settings, self.store, self.teacher = folder, settings, store, teacher
         self.m, self.n = self.block = block
@@ -90,7 +91,8 @@ class TrainingRun:
         self.tokens_per_step = self.order.batch_size * store.context
         self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
         stages = parse_loss(loss_text(settings))
-        self.stages = tuple(map(without_logits, stages)) if followed else stages
+        self.student = student or (folder,)
+        self.stages = stages if folder == self.student[-1] else tuple(map(without_logits, stages))
         self.stage_starts = stage_starts(self.stages, self.num_steps)
         self.flow = build_estimator(settings, teacher, block).to(self.device)
         self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
@@ -215,6 +217,8 @@ class TrainingRun:
         shape = description(self.flow, self.settings)
         manifest = manifest_of(self.settings, self.store, self.block, shape)
         manifest["train_tokens"] = self.step * self.tokens_per_step
+        if len(self.student) > 1:
+            manifest["joint"] = [run.name for run in self.student]
         if processes.rank() == 0:
             runs.save_run(self.folder, self.flow, manifest)
         return TrainedRun(

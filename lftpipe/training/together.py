@@ -28,9 +28,7 @@ from lftpipe.training.trackers import check_tracker
 _SHARED = ("batch_tokens", "seed", "window", "hold_back", "from_teacher", "resume", "device")
 
 
-def train_runs(
-    wanted: list[Wanted], store: Store, teacher: Teacher, *, joint: bool = False
-) -> list[TrainedRun]:
+def train_runs(wanted: list[Wanted], store: Store, teacher: Teacher) -> list[TrainedRun]:
     """Train runs with `resolved` settings, or go on with them; finished ones are left as they are.
 
     Parameters
@@ -41,8 +39,6 @@ def train_runs(
         What they are trained on.
     teacher
         The store's.
-    joint
-        Whether their flow layers are one student's, each beginning where the one before it ends.
 
     Returns
     -------
@@ -54,17 +50,32 @@ def train_runs(
     LftpipeError
         If they can't be trained together, a folder holds another run, or one diverges.
     """
-    check_together(wanted, joint)
+    check_together(wanted)
     _ = store.origin  # as it is now: in the end it is compared with what is there then
+    students = _students(wanted)
     with ExitStack() as locks:
-        claimed = None
+        claimed: dict[Path, bool] | None = None
         if processes.rank() == 0:
-            claimed = [_claim(locks, run, settings, store) for run, settings, _ in wanted]
-            if joint and _was_killed_at_the_end([run for run, _, _ in wanted], claimed):
-                for run, _, _ in wanted:
-                    (run / runs.MANIFEST).unlink(missing_ok=True)
-                claimed = [False] * len(wanted)
-        return _train_claimed(wanted, processes.agree(claimed), store, teacher, joint=joint)
+            claimed = {run: _claim(locks, run, settings, store) for run, settings, _ in wanted}
+            for student in students:
+                folders = [run for run, _, _ in student]
+                if len(folders) > 1 and _was_killed_at_the_end(folders, [claimed[run] for run in folders]):
+                    for run in folders:
+                        (run / runs.MANIFEST).unlink(missing_ok=True)
+                        claimed[run] = False
+        return _train_claimed(students, processes.agree(claimed), store, teacher)
+
+
+def _students(wanted: list[Wanted]) -> list[list[Wanted]]:
+    """The runs of each student: one each, or with `--joint` those of a variant's blocks."""
+    students: list[list[Wanted]] = []
+    for one in wanted:
+        (_, settings, _), before = one, students[-1][0][1] if students else None
+        if before and settings.joint and before.joint and settings.run == before.run:
+            students[-1].append(one)
+        else:
+            students.append([one])
+    return students
 
 
 def _claim(locks: ExitStack, run: Path, settings: TrainSettings, store: Store) -> bool:
@@ -89,35 +100,39 @@ def _was_killed_at_the_end(folders: list[Path], finished: list[bool]) -> bool:
 
 
 def _train_claimed(
-    wanted: list[Wanted], finished: list[bool], store: Store, teacher: Teacher, *, joint: bool
+    students: list[list[Wanted]], finished: dict[Path, bool], store: Store, teacher: Teacher
 ) -> list[TrainedRun]:
-    if joint and any(finished) and not all(finished):
-        raise RunError(
-            "runs to be trained jointly, of which some are finished",
-            "all or none",
-            "name new ones, or --force",
-        )
-    results = {run: _finished(run) for (run, _, _), done in zip(wanted, finished, strict=True) if done}
-    training, tails, reader = [], FrozenTails(), None
-    for run, settings, block in wanted:
-        if run in results:
+    results = {run: _finished(run) for run, done in finished.items() if done}
+    chains: list[Chain] = []
+    tails, reader = FrozenTails(), None
+    for student in students:
+        folders = [run for run, _, _ in student]
+        if all(run in results for run in folders):
             continue
-        torch.manual_seed(settings.seed)
-        if settings.objective in CLOSED_FORM:
-            first = processes.rank() == 0
-            fitted = fit_closed_form(run, settings, store, teacher, block) if first else None
-            results[run] = processes.agree(fitted)
-        else:
-            followed = joint and run != wanted[-1][0]
+        if any(run in results for run in folders):
+            raise RunError(
+                "runs to be trained jointly, of which some are finished",
+                "all or none",
+                "name new ones, or --force",
+            )
+        training: list[TrainingRun] = []
+        for run, settings, block in student:
+            torch.manual_seed(settings.seed)
+            if settings.objective in CLOSED_FORM:
+                first = processes.rank() == 0
+                fitted = fit_closed_form(run, settings, store, teacher, block) if first else None
+                results[run] = processes.agree(fitted)
+                continue
             training.append(
-                TrainingRun(run, settings, store, teacher, block, tails, reader, followed=followed)
+                TrainingRun(run, settings, store, teacher, block, tails, reader, student=tuple(folders))
             )
             reader = training[0].reader
-    if training:
-        chains = [Chain(training)] if joint else [Chain([each]) for each in training]
-        done = train_together(chains, resume=training[0].settings.resume)
+        if training:
+            chains.append(Chain(training))
+    if chains:
+        done = train_together(chains, resume=chains[0].settings.resume)
         results |= {Path(result.run): result for result in done}
-    return [results[run] for run, _, _ in wanted]
+    return [results[run] for student in students for run, _, _ in student]
 
 
 def _finished(run: Path) -> TrainedRun:
@@ -131,15 +146,13 @@ def _finished(run: Path) -> TrainedRun:
     )
 
 
-def check_together(wanted: list[Wanted], joint: bool) -> None:
+def check_together(wanted: list[Wanted]) -> None:
     """Refuse runs that can't be trained by one command.
 
     Parameters
     ----------
     wanted
         The runs.
-    joint
-        Whether they are to be one student.
 
     Raises
     ------
@@ -157,14 +170,18 @@ def check_together(wanted: list[Wanted], joint: bool) -> None:
                 )
     if len({run for run, _, _ in wanted}) < len(wanted):
         raise SettingsError("several runs of the same name", "a name for each", "name them with --run")
-    blocks = [block for _, _, block in wanted]
-    if joint:
-        check_apart(blocks, "--joint with blocks")
-    if joint and first.objective in CLOSED_FORM:
+    for student in _students(wanted):
+        if student[0][1].joint:
+            _check_student(student)
+
+
+def _check_student(student: list[Wanted]) -> None:
+    """Refuse runs that can't be the flow layers of one student."""
+    (_, first, _), *others = student
+    check_apart([block for _, _, block in student], "--joint with blocks")
+    if first.objective in CLOSED_FORM:
         raise SettingsError(
             f"--joint with --objective {first.objective}", "an objective of steps", "leave out --joint"
         )
-    if joint and any(
-        settings.tokens != first.tokens or settings.loss != first.loss for _, settings, _ in others
-    ):
+    if any(settings.tokens != first.tokens or settings.loss != first.loss for _, settings, _ in others):
         raise SettingsError("--joint with different tokens or losses", "the same", "train them apart")

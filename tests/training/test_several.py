@@ -131,6 +131,24 @@ def test_jointly_one_moment_is_the_best_of_all_flow_layers(settings, tmp_path, m
     assert judged[::2] == judged[1::2]
 
 
+def test_each_variant_is_a_joint_student_of_its_own(settings, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        "[train]\njoint = true\n[train.variants.a]\nobjective = 'regression'\n[train.variants.b]\nwalk_steps = 2\n"
+        "[train.variants.apart]\nobjective = 'linear'\njoint = false\n"
+    )
+    keys = ("store", "tokens", "batch_tokens", "compute_dtype", "log_every")
+    given = {key: getattr(settings, key) for key in keys} | {"block": "0:1,2:4"}
+    together = train(from_recipe(TrainSettings, path, "train", given))["runs"]
+    assert len(together) == 6
+    alone = change(settings, block="0:1,2:4", joint=True, run=str(tmp_path / "alone"), objective="regression")
+    for one, other in zip(together[:2], train(alone)["runs"], strict=True):
+        assert_same_weights(one["run"], other["run"])
+    opened = [runs.open_run(Path(each["run"])) for each in together]
+    assert [run.joint for run in opened[:2]] == [["a-0-1-seed0", "a-2-4-seed0"]] * 2
+    assert opened[4].joint is None
+
+
 def test_a_killed_joint_run_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
     joint = change(settings, block="0:1,2:3", joint=True)
     unbroken = train(joint)["runs"]

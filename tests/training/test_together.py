@@ -1,6 +1,7 @@
 """Several flow layers in one student: evaluated together, as the exported student of both."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_together_is_the_exported_students_divergence(trained, tmp_path):
                 count += segment.shape[1] - 1
     perplexity = torch.tensor(nats / count).exp().item()
     assert perplexity == pytest.approx(rows[1]["ppl"], rel=1e-3)
+
+
+def test_runs_that_were_trained_jointly_are_scored_as_the_one_student_they_are(trained, tmp_path):
+    store, runs = trained
+
+    def rows(*named: str, **more: Any) -> dict[str | None, float]:
+        given = EvaluateSettings(store=store, runs=named, k=(2,), out=tmp_path / "r.json", force=True, **more)
+        return {row["block"]: row["kl"] for row in evaluate(given)["rows"] if row["run"]}
+
+    joint, together = rows(*runs), rows(*runs, together=True)
+    assert list(joint) == ["0:1,2:3"]
+    assert list(together) == ["0:1", "2:3", "0:1,2:3"]
+    assert joint["0:1,2:3"] == together["0:1,2:3"]
+    assert list(rows(runs[1])) == ["2:3"]  # without the other, what is there is scored alone
 
 
 def test_one_run_or_blocks_that_overlap_are_not_together(trained, tmp_path):
