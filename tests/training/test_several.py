@@ -134,7 +134,8 @@ def test_jointly_one_moment_is_the_best_of_all_flow_layers(settings, tmp_path, m
 def test_each_variant_is_a_joint_student_of_its_own(settings, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(
-        "[train]\njoint = true\n[train.variants.a]\nobjective = 'regression'\n[train.variants.b]\nwalk_steps = 2\n"
+        "[train]\njoint = true\n[train.variants.a]\nobjective = 'regression'\n"
+        "[train.variants.b]\nwalk_steps = 2\n"
         "[train.variants.apart]\nobjective = 'linear'\njoint = false\n"
     )
     keys = ("store", "tokens", "batch_tokens", "compute_dtype", "log_every")
