@@ -21,7 +21,8 @@ from lftpipe.store import Store, read_in_turn
 from lftpipe.teacher.branches import Branches
 from lftpipe.teacher.parts import load_layer
 from lftpipe.teacher.source import Teacher
-from lftpipe.training.run import manifest_of, order_of
+from lftpipe.training.manifest import manifest_of
+from lftpipe.training.run import order_of
 
 #: Sequences read at once.
 _AT_ONCE = 8

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lftpipe
 from lftpipe import progress, runs
 from lftpipe.artefacts.outcomes.pipeline import TrainedRun
 from lftpipe.batch import BatchFields, BatchOrder, BatchReader
@@ -19,20 +18,18 @@ from lftpipe.config.loss import (
     stage_starts,
     without_logits,
 )
-from lftpipe.config.objectives import CLOSED_FORM
 from lftpipe.config.settings import TrainSettings, loss_text
 from lftpipe.device import resolve_compute_dtype
 from lftpipe.errors import RunError
 from lftpipe.flow.objective import ErrorScale
 from lftpipe.live import reader_of
-from lftpipe.objects import url_of
 from lftpipe.store import Store
 from lftpipe.teacher.parts import load_norm
-from lftpipe.teacher.recorded import record_of
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
 from lftpipe.training.estimator import build_estimator, description
 from lftpipe.training.logit_terms import FrozenTails, check_head
+from lftpipe.training.manifest import manifest_of
 from lftpipe.training.optimizer import Optimizer, rate_fraction
 from lftpipe.training.rolling import window_of
 from lftpipe.training.watch import DivergenceWatch
@@ -267,50 +264,3 @@ def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
         part=slice(processes.rank(), None, processes.count()),
         window=window_of(settings, store),
     )
-
-
-def manifest_of(
-    settings: TrainSettings, store: Store, block: tuple[int, int], velocity: dict[str, Any]
-) -> dict[str, Any]:
-    """What a finished run says of itself.
-
-    Parameters
-    ----------
-    settings
-        Resolved ones.
-    store
-        What it was trained on.
-    block
-        Whose layers it stands for.
-    velocity
-        What its module is, as `runs.build_flow` takes it.
-
-    Raises
-    ------
-    LftpipeError
-        If the store is no longer the one that the run was begun on.
-    """
-    now = Store.open(store.path)
-    if now.fingerprint != store.fingerprint and now.origin != store.origin:
-        raise RunError(
-            f"{store.path}, which was made again while a run was trained on it",
-            "the store that the run was begun on",
-            "train the run again with --force",
-        )
-    return {
-        "store_fingerprint": store.fingerprint,
-        "store_origin": store.origin,
-        # As it was typed: a pushed run is not to tell where somebody's home is.
-        "store": url_of(store.shards.where) or str(store.path),
-        "teacher": record_of(store.identity),
-        "block": list(block),
-        "objective": settings.objective,
-        "loss": None if settings.objective in CLOSED_FORM else loss_text(settings),
-        "solver": settings.solver if velocity["time"] else "euler",
-        "walk_steps": settings.walk_steps if velocity["time"] else 1,
-        "seed": settings.seed,
-        "optimizer": settings.optimizer,
-        "compute_dtype": settings.compute_dtype,
-        "velocity": velocity,
-        "versions": {"lftpipe": lftpipe.__version__, "torch": torch.__version__},
-    }
