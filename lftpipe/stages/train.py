@@ -107,5 +107,7 @@ def _lines(run: TrainedRun, store: str) -> str:
     speed = "" if run.tokens_per_second is None else f", {run.tokens_per_second:,.0f} tokens/s"
     loss = "" if run.loss is None else f", last loss {run.loss:.4f}"
     lines.append(f"  {run.train_tokens:,} tokens in {run.seconds:.0f} s{speed}{loss}")
-    lines.append(f"next: lftpipe evaluate {run.run} --store {store}")
+    student = run.joint or [run.run]
+    if run.run == student[-1]:
+        lines.append(f"next: lftpipe evaluate {' '.join(student)} --store {store}")
     return "\n".join(lines)

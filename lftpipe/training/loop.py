@@ -232,7 +232,7 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[Trained
                 for chain in active:
                     if chain.step == batch.step and chain.goes_on:
                         chain.advance(batch, waited)
-                shown = {"loss": f"{first.loss:.4f}"}
+                shown = {"loss": f"{sum(run.loss for run in chains[0].runs):.4f}"}
                 if not math.isnan(chains[0].nmse):  # not measured before the first line of the log
                     shown["NMSE"] = f"{chains[0].nmse:.4f}"
                 task.advance(first.tokens_per_step, **shown)

@@ -221,6 +221,7 @@ class TrainingRun:
         return TrainedRun(
             run=str(self.folder),
             block=list(self.block),
+            joint=[str(run) for run in self.student] if len(self.student) > 1 else None,
             objective=self.settings.objective,
             steps=self.step,
             train_tokens=self.step * self.tokens_per_step,

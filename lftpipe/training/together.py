@@ -142,6 +142,7 @@ def _finished(run: Path) -> TrainedRun:
         block=list(finished.block),
         objective=finished.objective,
         train_tokens=finished.train_tokens,
+        joint=[str(run.parent / name) for name in finished.joint] if finished.joint else None,
         already_finished=True,
     )
 

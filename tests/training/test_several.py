@@ -16,7 +16,7 @@ from lftpipe import runs
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import DivergenceError, RunError, SettingsError
-from lftpipe.stages.train import train
+from lftpipe.stages.train import summary, train
 from lftpipe.training.run import TrainingRun
 
 
@@ -110,6 +110,15 @@ def test_jointly_the_second_flow_layer_learns_from_where_the_first_ends(settings
     first, second = ([log_of(each["run"])[0]["loss"] for each in both] for both in (apart, joint))
     assert first[0] == second[0]
     assert first[1] < second[1]
+
+
+def test_what_comes_next_is_to_score_the_whole_student(settings, tmp_path):
+    joint = change(settings, block="0:1,2:3", joint=True)
+    made = train(joint)
+    names = " ".join(each["run"] for each in made["runs"])
+    shown = [line for line in summary(made).splitlines() if line.startswith("next:")]
+    assert shown == [f"next: lftpipe evaluate {names} --store {settings.store}"]
+    assert [each["joint"] for each in train(joint)["runs"]] == [names.split()] * 2  # finished already
 
 
 def test_jointly_logits_are_compared_at_the_students_end_and_teach_every_flow_layer(settings, tmp_path):

@@ -84,7 +84,7 @@ class TrainedRun(Outcome):
     """One run: where it is, and how it ended. What was not measured is left out."""
 
     LEFT_OUT: ClassVar[frozenset[str]] = frozenset(
-        ("steps", "loss", "seconds", "tokens_per_second", "data_wait_share", "already_finished")
+        ("steps", "loss", "seconds", "tokens_per_second", "data_wait_share", "already_finished", "joint")
     )
 
     run: str
@@ -97,6 +97,8 @@ class TrainedRun(Outcome):
     tokens_per_second: float | None = None
     data_wait_share: float | None = None
     already_finished: bool | None = None
+    joint: list[str] | None = None
+    """All runs whose flow layers are one student's, this one among them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
