@@ -184,7 +184,7 @@ def _jointly_trained(opened: list[runs.Run]) -> dict[Path, tuple[Path, ...]]:
     found: dict[Path, tuple[Path, ...]] = {}
     for run in opened:
         student = tuple(run.path.parent / name for name in run.joint or ())
-        if student and there.issuperset(student):
+        if run.path in student and there.issuperset(student):
             found[run.path] = student
     return found
 

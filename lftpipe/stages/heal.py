@@ -159,7 +159,7 @@ def _student(source: Run, teacher: Teacher, settings: HealSettings) -> HealingSt
 def _manifest(source: Run, settings: HealSettings, tokens: int) -> dict[str, Any]:
     """That of the run that was healed, and what healing did."""
     manifest = json.loads((source.path / runs.MANIFEST).read_text())
-    for own in ("weights_digest", "metrics_digest", "digest"):
+    for own in ("weights_digest", "metrics_digest", "digest", "joint"):
         manifest.pop(own, None)
     keys = ("train", "adapter", "rank", "loss", "learning_rate", "seed")
     told = {key: getattr(settings, key) for key in keys}
