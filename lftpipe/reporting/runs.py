@@ -117,14 +117,20 @@ def scores_of(folder: Path) -> list[Score]:
     Parameters
     ----------
     folder
-        Of a finished run.
+        Of a finished run; if it was trained jointly with others, the lines of their student are its too.
     """
     try:
-        digest = RunManifest.from_json(folder / "manifest.json").weights_digest
+        manifest = RunManifest.from_json(folder / "manifest.json")
         rows = Results.from_json(_experiment(folder) / "results.json").rows
     except (OSError, LftpipeError):
         return []
-    return [row for row in rows if row.run == folder.name and row.weights_digest in (None, digest)]
+    names = {folder.name, " + ".join(manifest.joint or ())}
+    return [row for row in rows if row.run in names and _is_of(row, manifest.weights_digest)]
+
+
+def _is_of(row: Score, digest: str) -> bool:
+    """Whether weights are among those that a line was made with; older lines do not say."""
+    return row.weights_digest is None or digest in row.weights_digest.split(" + ")
 
 
 def best_score(folder: Path) -> Score | None:

@@ -9,6 +9,7 @@ from conftest import CONTEXT
 
 from lftpipe.config.settings import EvaluateSettings, ExportSettings, TrainSettings
 from lftpipe.errors import SettingsError
+from lftpipe.reporting.runs import scores_of
 from lftpipe.stages.evaluate import evaluate
 from lftpipe.stages.export import export
 from lftpipe.stages.train import train
@@ -74,6 +75,13 @@ def test_runs_that_were_trained_jointly_are_scored_as_the_one_student_they_are(t
     assert list(together) == ["0:1", "2:3", "0:1,2:3"]
     assert joint["0:1,2:3"] == together["0:1,2:3"]
     assert list(rows(runs[1])) == ["2:3"]  # without the other, what is there is scored alone
+
+
+def test_a_run_that_was_trained_jointly_has_the_scores_of_its_student(trained):
+    store, runs = trained
+    beside = Path(runs[0]).resolve().parent.parent / "results.json"
+    evaluate(EvaluateSettings(store=store, runs=tuple(runs), k=(2,), out=beside, force=True))
+    assert [[row.block for row in scores_of(Path(run))] for run in runs] == [["0:1,2:3"]] * 2
 
 
 def test_one_run_or_blocks_that_overlap_are_not_together(trained, tmp_path):
