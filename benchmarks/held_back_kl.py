@@ -14,7 +14,7 @@ import torch
 from lftpipe import runs
 from lftpipe.batch import BatchFields, BatchReader
 from lftpipe.config.settings.base import default_workspace
-from lftpipe.evaluation.predictor import Predictor
+from lftpipe.evaluation.predictor import Block, Predictor
 from lftpipe.evaluation.predictors import joined_predictors, run_predictors
 from lftpipe.flow.distillation import full_divergence
 from lftpipe.store import Store
@@ -46,16 +46,14 @@ def main() -> None:
     for one in scored:
         assert one.block is not None
         assert one.origin is not None
-        kl, nfe = (
-            _divergence(one, reader, held, Tail(teacher, one.block[1])),
-            one.steps.nfe if one.steps else 0,
-        )
+        nfe = one.steps.nfe if one.steps else 0
+        kl = _divergence(one, one.block, reader, held, Tail(teacher, one.block[1]))
         print(f"{one.origin.run} NFE {nfe} parameters {one.parameters:,} KL {kl:.4f}", flush=True)
 
 
-def _divergence(one: Predictor, reader: BatchReader, held: range, tail: Tail) -> float:
+def _divergence(one: Predictor, block: Block, reader: BatchReader, held: range, tail: Tail) -> float:
     """Mean KL of a student on sequences of the training split."""
-    m, n = one.block or (0, 0)
+    m, n = block
     own, total = one.tail or tail, 0.0
     whole = {0} & set(reader.store.layers) if one.enter else set()  # a healed student begins there
     for start in range(held.start, held.stop, 8):

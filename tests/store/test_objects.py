@@ -185,13 +185,13 @@ def test_two_writers_are_never_both_right(place):
 
 def test_a_writer_on_another_machine_is_refused_while_the_first_one_lives(server, tmp_path, monkeypatch):
     monkeypatch.setenv("LFTPIPE_LEASE_SECONDS", "8")  # a busy machine renews late
-    path, spec = Path(f"{make_bucket(server, 'leased')}/work/states.zarr"), make_spec()
+    path, spec = Path(f"{make_bucket(server, 'leased')}/data/states.zarr"), make_spec()
     monkeypatch.setenv("LFTPIPE_CACHE", str(tmp_path / "one"))
     first = StoreWriter.open(path, spec)
     monkeypatch.setenv("LFTPIPE_CACHE", str(tmp_path / "two"))
     for force in (False, True):
         with pytest.raises(
-            StoreBusyError, match=r"s3://leased/work/.* is being written by another process, on"
+            StoreBusyError, match=r"s3://leased/data/.* is being written by another process, on"
         ):
             StoreWriter.open(path, spec, force=force)
     first.put_tokens("train", *tokens(spec, "train"))  # it was not disturbed
