@@ -5,6 +5,9 @@ from typing import Any, ClassVar
 
 from lftpipe.artefacts.base import Artefact, require
 
+#: Between the runs, and their digests, of a student that several runs make.
+JOINED = " + "
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score(Artefact):

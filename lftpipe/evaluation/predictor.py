@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lftpipe import runs
+from lftpipe.artefacts.results import JOINED
 from lftpipe.batch import Batch
 from lftpipe.flow.path import States
 from lftpipe.teacher.context import AttentionContext
@@ -47,11 +48,11 @@ class Origin:
             One for each run.
         """
         return cls(
-            run=" + ".join(each.run for each in origins),
-            objective=" + ".join(dict.fromkeys(each.objective for each in origins)),
+            run=JOINED.join(each.run for each in origins),
+            objective=JOINED.join(dict.fromkeys(each.objective for each in origins)),
             seed=origins[0].seed,
             train_tokens=max(each.train_tokens for each in origins),
-            weights_digest=" + ".join(each.weights_digest for each in origins),
+            weights_digest=JOINED.join(each.weights_digest for each in origins),
         )
 
 

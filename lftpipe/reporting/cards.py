@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lftpipe.artefacts.outcomes.student import Exported
-from lftpipe.artefacts.results import Results, Score
+from lftpipe.artefacts.results import JOINED, Results, Score
 from lftpipe.errors import LftpipeError
 from lftpipe.reporting.runs import scores_of
 from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table
@@ -250,6 +250,6 @@ def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
 
 def _is_of(row: Score, result: Exported, opened: Sequence["Run"]) -> bool:
     """Whether a row was measured on just these weights, run in this way."""
-    digests = " + ".join(run.weights_digest for run in opened)
+    digests = JOINED.join(run.weights_digest for run in opened)
     asked = (digests, result.k, result.solver)
     return (row.weights_digest, row.k, row.solver) == asked

@@ -8,7 +8,7 @@ from typing import Any
 from lftpipe.artefacts.base import read_json
 from lftpipe.artefacts.metrics import read_metrics
 from lftpipe.artefacts.outcomes.look import Comparison, RunLine
-from lftpipe.artefacts.results import Results, Score
+from lftpipe.artefacts.results import JOINED, Results, Score
 from lftpipe.artefacts.run import RunManifest
 from lftpipe.errors import LftpipeError
 
@@ -124,13 +124,13 @@ def scores_of(folder: Path) -> list[Score]:
         rows = Results.from_json(_experiment(folder) / "results.json").rows
     except (OSError, LftpipeError):
         return []
-    names = {folder.name, " + ".join(manifest.joint or ())}
+    names = {folder.name, JOINED.join(manifest.joint or ())}
     return [row for row in rows if row.run in names and _is_of(row, manifest.weights_digest)]
 
 
 def _is_of(row: Score, digest: str) -> bool:
     """Whether weights are among those that a line was made with; older lines do not say."""
-    return row.weights_digest is None or digest in row.weights_digest.split(" + ")
+    return row.weights_digest is None or digest in row.weights_digest.split(JOINED)
 
 
 def best_score(folder: Path) -> Score | None:
