@@ -42,7 +42,8 @@ def main() -> None:
     found = [runs.open_run(path) for path in find_runs(store.path, tuple(given.runs))]
     found.sort(key=lambda run: run.block)
     each = [run_predictors(run, tuple(given.k), teacher, "cpu", stored=store.layers) for run in found]
-    scored = joined_predictors(each, teacher, "cpu") if given.together else list(chain.from_iterable(each))
+    joined = joined_predictors(found, each, teacher, "cpu", stored=store.layers) if given.together else []
+    scored = joined or list(chain.from_iterable(each))
     for one in scored:
         assert one.block is not None
         assert one.origin is not None

@@ -174,7 +174,8 @@ def load_student(path: str | Path, *, k: int | None = None, solver: str | None =
     Parameters
     ----------
     path
-        The folder of a run, or one that `lftpipe export` wrote.
+        The folder of a run (of several that were trained as one student: of any of them), or one that
+        `lftpipe export` wrote.
     k, solver
         Steps and solver of its flows; default: those of training or export.
 
@@ -194,9 +195,9 @@ def load_student(path: str | Path, *, k: int | None = None, solver: str | None =
 
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        run = runs.open_run(folder)
-        teacher = teacher_of_run(run, settings.TrainSettings().workspace)
-        return build_student(teacher, [run], steps=k, solver=solver)
+        opened = runs.open_student(folder)
+        teacher = teacher_of_run(opened[0], settings.TrainSettings().workspace)
+        return build_student(teacher, opened, steps=k, solver=solver)
     model = load_model(folder)
     if k is not None or solver is not None:
         model.set_steps(k or model.config.steps, solver)

@@ -1,6 +1,7 @@
 """The predictors of Table 1: the teacher, skipped layers, a run, several runs together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -53,6 +54,7 @@ def run_predictors(
     solver: Method | None = None,
     thresholds: tuple[float, ...] = (),
     stored: tuple[int, ...] = (),
+    part: bool = False,
 ) -> list[Predictor]:
     """A run's predictors: one for each number of steps and threshold, or the only one if it has no time.
 
@@ -72,6 +74,9 @@ def run_predictors(
         Of predictors whose steps are chosen token by token, at most the largest of `step_counts`.
     stored
         States that batches hold: a run whose first layers were healed starts from `h[0]`, or from the tokens.
+    part
+        Whether it is but a part of a student, as `joined_predictors` takes it: the layers around it are not
+        loaded.
     """
     flow = runs.load_flow(run, teacher).to(device)
     size = _size_without(teacher, run.block) + sum(weight.numel() for weight in flow.parameters())
@@ -79,7 +84,7 @@ def run_predictors(
     if not run.has_time:
         method, step_counts, thresholds = "euler", (1,), ()
 
-    tail, enter = _healed(run, teacher, stored, device)
+    tail, enter = (None, None) if part else _healed([run], teacher, stored, device)
 
     def predictor(predict: Predict, steps: Steps) -> Predictor:
         origin = Origin.of(run)
@@ -98,14 +103,14 @@ def run_predictors(
 
 
 def _healed(
-    run: runs.Run, teacher: Teacher, stored: tuple[int, ...], device: str
+    student: Sequence[runs.Run], teacher: Teacher, stored: tuple[int, ...], device: str
 ) -> tuple[Tail | None, Callable[[Batch], States] | None]:
-    """What of a healed run stands in place of the teacher's layers, after the block and before it."""
-    if run.healed is None:
+    """What of a healed student is no longer the teacher's, after its last block and before its first."""
+    if student[0].healed is None:
         return None, None
-    own, (m, n) = runs.healed_teacher(run, teacher), run.block
-    tail = Tail(own, n).to(device)
-    if run.starts_at == m:
+    own, m = runs.healed_teacher(student, teacher), student[0].block[0]
+    tail = Tail(own, student[-1].block[1]).to(device)
+    if student[0].starts_at == m:
         return tail, None
     before = Layers(own, 0, m).to(device)
     embedding = None if 0 in stored else load_embedding(teacher).to(device)
@@ -117,24 +122,36 @@ def _healed(
     return tail, enter
 
 
-def joined_predictors(each: list[list[Predictor]], teacher: Teacher, device: str) -> list[Predictor]:
+def joined_predictors(
+    student: Sequence[runs.Run],
+    each: list[list[Predictor]],
+    teacher: Teacher,
+    device: str,
+    *,
+    stored: tuple[int, ...] = (),
+) -> list[Predictor]:
     """Predictors of the student that has all the flow layers, one for each number of steps.
 
     Parameters
     ----------
+    student
+        Its runs, in the order of their blocks.
     each
-        The predictors of every run, as `run_predictors` gives them, in the order of their blocks.
+        The predictors of every run, as `run_predictors` gives them.
     teacher
         Of all the runs.
     device
         Where to predict.
+    stored
+        States that batches hold, as for `run_predictors`.
     """
-    blocks = [block for predictors in each if (block := predictors[0].block)]
-    bridges = load_bridges(teacher, blocks, device)
+    bridges = load_bridges(runs.healed_teacher(student, teacher), [run.block for run in student], device)
+    tail, enter = _healed(student, teacher, stored, device)
     most = max(len(predictors) for predictors in each)
     # A run without time has a single predictor.
     together = ([own[min(number, len(own) - 1)] for own in each] for number in range(most))
-    return [_joined(chosen, bridges, count_parameters(teacher)) for chosen in together]
+    joined = (_joined(chosen, bridges, count_parameters(teacher)) for chosen in together)
+    return [replace(one, tail=tail, enter=enter) for one in joined]
 
 
 def _joined(chosen: list[Predictor], bridges: list[Layers], total: int) -> Predictor:

@@ -85,6 +85,7 @@ def run_card(run: "Run", repository: str, *, licence: str | None = None) -> str:
         f"One layer in place of layers {m} to {n - 1} of {escaped(hub_id)} (Latent Flow Transformer, arXiv "
         "2505.14513), as a run of lftpipe: weights, settings, metrics and manifest. It needs its teacher.",
         "",
+        *_with_others(run),
         *_trained([run]),
         "",
         "## Measured",
@@ -233,6 +234,14 @@ def _usage(result: Exported, module: str) -> list[str]:
     ]
 
 
+def _with_others(run: "Run") -> list[str]:
+    """Of a run that was trained jointly with others: which they are."""
+    others = [escaped(name) for name in run.joint or () if name != run.path.name]
+    if not others:
+        return []
+    return [f"It is a part of one student with {' and '.join(others)}: lftpipe takes them side by side.", ""]
+
+
 def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
     """Rows of Table 1 for this student, if `lftpipe evaluate` wrote them."""
     table = opened[0].path.parent.parent / "results.json"
@@ -243,7 +252,8 @@ def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
     rows = [row for row in rows if row.method == "teacher" or _is_of(row, result, opened)]
     if len(rows) > 1:
         return markdown_table(rows)
-    names = " ".join(run.path.name for run in opened) + (" --together" if len(opened) > 1 else "")
+    together = len(opened) > 1 and not opened[0].joint  # what was trained jointly is scored as one anyway
+    names = " ".join(run.path.name for run in opened) + (" --together" if together else "")
     solver = "" if all(run.solver == result.solver for run in opened) else f" --solver {result.solver}"
     return [f"Not measured yet: `lftpipe evaluate {names} --k {result.k}{solver}` does."]
 

@@ -15,6 +15,7 @@ from lftpipe.runs.folder import (
     read_settings,
     write_settings,
 )
+from lftpipe.runs.joint import open_student, open_students, refuse_parts
 
 __all__ = [
     "CHECKPOINT",
@@ -32,7 +33,10 @@ __all__ = [
     "load_flow",
     "note_divergence",
     "open_run",
+    "open_student",
+    "open_students",
     "read_settings",
+    "refuse_parts",
     "save_run",
     "write_settings",
 ]

@@ -1,5 +1,6 @@
 """The module that a run trained, and the teacher as healing changed it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,24 +18,24 @@ from lftpipe.teacher.parts import empty_layer, fill_buffers
 from lftpipe.teacher.source import Teacher
 
 
-def healed_teacher(run: Run, teacher: Teacher) -> Teacher:
-    """The teacher with the tensors that healing changed; of a run that was not healed, the teacher as it is.
+def healed_teacher(student: Sequence[Run], teacher: Teacher) -> Teacher:
+    """The teacher with the tensors that healing changed; where nothing was healed, the teacher as it is.
 
     Parameters
     ----------
-    run
-        A finished run.
+    student
+        All runs of one student.
     teacher
-        That it was trained for.
+        That they were trained for.
     """
-    if run.healed is None:
-        return teacher
     changed = {
         name.removeprefix(OF_TEACHER): value
+        for run in student
+        if run.healed is not None
         for name, value in load_weights(run).items()
         if name.startswith(OF_TEACHER)
     }
-    return replace(teacher, checkpoint=Overlay(teacher.checkpoint, changed))
+    return replace(teacher, checkpoint=Overlay(teacher.checkpoint, changed)) if changed else teacher
 
 
 def build_flow(teacher: Teacher, velocity: dict[str, Any], index: int = 0) -> nn.Module:

@@ -3,6 +3,7 @@
 Of the teacher only the layers from the blocks' first on, the final norm and the head are loaded.
 """
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
             "at least one",
             "extract with --validation-tokens",
         )
-    opened = [runs.open_run(path) for path in find_runs(store_path, settings.runs)]
+    students = _students(find_runs(store_path, settings.runs), together=settings.together)
+    opened = [run for student in students for run in student]
     for run in opened:
         _check_run(run, store)
     if settings.adaptive:
@@ -95,7 +97,7 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
     corpus = settings.corpus
     scored = store if corpus is None else _elsewhere().states_elsewhere(store, corpus, settings)
     scores = score(
-        _predictors(opened, settings, teacher, states_at_hand(store, teacher)),
+        _predictors(students, settings, teacher, states_at_hand(store, teacher)),
         scored,
         teacher,
         batch_tokens=settings.batch_tokens,
@@ -147,59 +149,53 @@ def _check_adaptive(opened: list[runs.Run], settings: EvaluateSettings) -> None:
             )
 
 
+def _students(paths: list[Path], *, together: bool) -> list[list[runs.Run]]:
+    """The runs of each student: those that were trained jointly, or all of them."""
+    students = runs.open_students(paths)
+    if not together:
+        return students
+    whole = sorted((run for student in students for run in student), key=lambda run: run.block)
+    if len(whole) < 2:
+        raise SettingsError(
+            "--together with one run", "several runs whose blocks do not overlap", "name more runs"
+        )
+    runs.refuse_parts(whole)
+    check_apart([run.block for run in whole], "--together with runs of blocks")
+    return [whole]
+
+
 def _predictors(
-    opened: list[runs.Run], settings: EvaluateSettings, teacher: Teacher, stored: tuple[int, ...]
+    students: list[list[runs.Run]], settings: EvaluateSettings, teacher: Teacher, stored: tuple[int, ...]
 ) -> list[Predictor]:
-    """Teacher, the skips of each block's first layers, each whole block skipped, then the runs."""
-    blocks = {run.block for run in opened}
-    jointly = _jointly_trained(opened)
+    """Teacher, the skips of each block's first layers, each whole block skipped, then the students."""
+    blocks = {run.block for student in students for run in student}
     first_layers = {
         (m, m + count) for m, _ in blocks for count in settings.skips if m + count <= teacher.num_layers
     }
     found = [teacher_predictor(teacher)]
     found += [skip_predictor(teacher, block) for block in sorted(first_layers | blocks)]
-    each: dict[Path, list[Predictor]] = {}
-    for run in opened:
-        own = run_predictors(
-            run,
-            settings.k,
-            teacher,
-            settings.device,
-            solver=settings.solver,
-            thresholds=settings.adaptive,
-            stored=stored,
-        )
-        each[run.path] = [one for one in own if not one.adaptive]
-        if settings.together or run.path not in jointly:
-            found += own
-    students = jointly.values() if not settings.together else [_all_together(opened)]
-    for student in dict.fromkeys(students):
-        found += joined_predictors([each[path] for path in student], teacher, settings.device)
+    for student in students:
+        # A layer that was healed with others is nothing without them.
+        alone = len(student) == 1 or (settings.together and student[0].healed is None)
+        each = [
+            run_predictors(
+                run,
+                settings.k,
+                teacher,
+                settings.device,
+                solver=settings.solver,
+                thresholds=settings.adaptive,
+                stored=stored,
+                part=not alone,
+            )
+            for run in student
+        ]
+        if alone:
+            found += chain.from_iterable(each)
+        if len(student) > 1:
+            parts = [[one for one in own if not one.adaptive] for own in each]
+            found += joined_predictors(student, parts, teacher, settings.device, stored=stored)
     return found
-
-
-def _jointly_trained(opened: list[runs.Run]) -> dict[Path, tuple[Path, ...]]:
-    """Of each run that was trained jointly with others which are all there: the whole student's runs."""
-    there = {run.path for run in opened}
-    found: dict[Path, tuple[Path, ...]] = {}
-    for run in opened:
-        student = tuple(run.path.parent / name for name in run.joint or ())
-        if run.path in student and there.issuperset(student):
-            found[run.path] = student
-    return found
-
-
-def _all_together(opened: list[runs.Run]) -> tuple[Path, ...]:
-    """All runs as one student's, in the order of their blocks."""
-    if any(run.healed for run in opened):
-        raise RunError("--together with a healed run", "runs that were not healed", "score it alone")
-    if len(opened) < 2:
-        raise SettingsError(
-            "--together with one run", "several runs whose blocks do not overlap", "name more runs"
-        )
-    in_order = sorted(opened, key=lambda run: run.block)
-    check_apart([run.block for run in in_order], "--together with runs of blocks")
-    return tuple(run.path for run in in_order)
 
 
 def markdown(result: Results) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def export(settings: ExportSettings) -> Exported:
     repository = Repository(settings.push_to_hub, "model") if settings.push_to_hub else None
     if repository is not None:
         require_token()
-    opened = [runs.open_run(find_run(settings.workspace, settings.store, name)) for name in settings.runs]
+    paths = [find_run(settings.workspace, settings.store, name) for name in settings.runs]
+    opened = sorted(chain.from_iterable(runs.open_students(paths)), key=lambda run: run.block)
     teacher = teacher_of_run(opened[0], settings.workspace)
     student = build_student(teacher, opened, steps=settings.k, solver=settings.solver)
     _refuse_nan(student)

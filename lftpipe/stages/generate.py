@@ -21,7 +21,6 @@ from lftpipe.artefacts.samples import SAMPLES, Sample, keep_sample
 from lftpipe.config.settings import GenerateSettings
 from lftpipe.device import prepare
 from lftpipe.errors import RunError, SettingsError
-from lftpipe.flow.solver import EVALUATIONS
 from lftpipe.outputs import one_writer
 from lftpipe.student.assemble import build_student, without_layers
 from lftpipe.student.decoding import Continuation, continue_prompt, speculate, warm_up
@@ -50,8 +49,10 @@ class Writer:
         """Where it is, and a student's steps."""
         if not _has_steps(self.model):
             return WriterFacts(model=str(self.path))
-        steps, solver = self.model.config.steps, self.model.config.solver
-        return WriterFacts(model=str(self.path), k=steps, solver=solver, nfe=EVALUATIONS[solver] * steps)
+        config = self.model.config
+        blocks = [place for place in config.places() if not isinstance(place, int)]
+        nfe = sum(1 if block.kind == "linear" else config.evaluations(block) for block in blocks)
+        return WriterFacts(model=str(self.path), k=config.steps, solver=config.solver, nfe=nfe)
 
 
 def _has_steps(model: Any) -> bool:
@@ -172,10 +173,11 @@ def _open(settings: GenerateSettings, name: str) -> Writer:
             model.set_steps(settings.k or model.config.steps, settings.solver)
         tokenizer = tokenizer_of(folder, RunError, "export it again")
         return Writer(model.to(settings.device), tokenizer, folder, False)
-    run = runs.open_run(find_run(settings.workspace, settings.store, name))
-    teacher = teacher_of_run(run, settings.workspace)
-    student = build_student(teacher, [run], steps=settings.k, solver=settings.solver)
-    return Writer(student.to(settings.device), load_tokenizer(teacher), run.path, True)
+    path = find_run(settings.workspace, settings.store, name)
+    opened = runs.open_student(path)
+    teacher = teacher_of_run(opened[0], settings.workspace)
+    student = build_student(teacher, opened, steps=settings.k, solver=settings.solver)
+    return Writer(student.to(settings.device), load_tokenizer(teacher), path, True)
 
 
 def _teacher_of(writer: Writer, settings: GenerateSettings) -> Teacher:
@@ -210,12 +212,12 @@ def _drafted(settings: GenerateSettings, prompt: str, out: TextIOBase | None) ->
     _check_length(draft, prompt, settings)
     if not draft.is_run:
         raise RunError(f"--draft {settings.draft}, a folder", "a run", "name the run it was exported from")
-    run = runs.open_run(draft.path)
-    teacher = teacher_of_run(run, settings.workspace)
+    opened = runs.open_student(draft.path)
+    teacher = teacher_of_run(opened[0], settings.workspace)
     count = settings.max_new_tokens
     with quiet_transformers():
         model = load_teacher(teacher).to(settings.device)
-        skipping = without_layers(model, teacher, [run.block])
+        skipping = without_layers(model, teacher, [run.block for run in opened])
         for each in (model, draft.model, skipping):
             warm_up(each, draft.tokenizer, prompt)
         alone = continue_prompt(model, draft.tokenizer, prompt, count)

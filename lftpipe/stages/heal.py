@@ -1,9 +1,13 @@
-"""`lftpipe heal`: train a run's layer together with the layers after it, or with the whole student."""
+"""`lftpipe heal`: train a run's layer together with the layers after it, or with the whole student.
+
+A student of several flow layers is healed as one, into as many runs.
+"""
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -52,51 +56,105 @@ def heal(settings: HealSettings) -> Healing:
     store_path = find_store(settings.workspace, settings.store)
     store = Store.open(store_path)
     store.need_whole("heal")
-    source = runs.open_run(_find(store_path, settings.target))
+    source = _find(store_path, settings.target)
     settings = _resolved(settings, source, store)
-    assert settings.run is not None
-    folder = run_path(store_path, settings.run)
-    if folder.resolve() == source.path.resolve():
-        raise SettingsError(f"--run {settings.run}, the run that is healed", "a new name", "give another")
+    new: list[_Part] = []
+    for run in source:
+        folder = run_path(store_path, _name(settings, run, source))
+        new.append(_Part(folder, replace(settings, target=str(run.path)), run))
+    for part in new:
+        if part.folder.resolve() in {run.path.resolve() for run in source}:
+            raise SettingsError(f"--run {part.folder}, the run that is healed", "a new name", "give another")
     teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
     check_tracker(settings)
-    refuse_foreign(folder, settings)
-    with one_writer(folder):
-        return _healed(folder, settings, store, teacher, source)
+    for part in new:
+        refuse_foreign(part.folder, settings)
+    with ExitStack() as locks:
+        for part in new:
+            locks.enter_context(one_writer(part.folder))
+        return _healed(new, store, teacher)
 
 
-def _healed(folder: Path, settings: HealSettings, store: Store, teacher: Teacher, source: Run) -> Healing:
-    """What is left to do of a run whose only writer this process is."""
-    told = Healing(run=str(folder), store=str(store.path), healed=str(source.path), block=list(source.block))
-    if claim(folder, settings, store):
+class _Part(NamedTuple):
+    """One flow layer of the student: where it goes, by which settings, and what it was."""
+
+    folder: Path
+    settings: HealSettings
+    source: Run
+
+
+def _healed(new: list[_Part], store: Store, teacher: Teacher) -> Healing:
+    """What is left to do of runs whose only writer this process is."""
+    folder, settings, source = new[0]
+    joint = [str(part.folder) for part in new] if len(new) > 1 else None
+    told = Healing(
+        run=str(folder), store=str(store.path), healed=str(source.path), block=list(source.block), joint=joint
+    )
+    if _claim(new, store):
         return replace(told, already_finished=True)
-    student = _student(source, teacher, settings)
+    student = _student([part.source for part in new], teacher, settings)
     work = prepare_healing(folder, settings, store, teacher, student, student.first, student.trained)
     result = work.run()
     trained_tokens = work.step * work.tokens_per_step
-    merged = student.merged()
-    manifest = _manifest(source, settings, trained_tokens)
-    runs.save_run(folder, merged.flow, manifest, merged.teacher)
+    # The first run's is the last manifest: its folder has the checkpoint that all go on from.
+    for part, merged in reversed(list(zip(new, student.merged(), strict=True))):
+        manifest = _manifest(part.source, part.settings, trained_tokens)
+        if joint:
+            manifest |= {"joint": [part.folder.name for part in new]}
+        runs.save_run(part.folder, merged.flow, manifest, merged.teacher)
     drop_checkpoints(folder)
     return replace(told, objective=source.objective, train_tokens=trained_tokens, **result)
 
 
-def _find(store_path: Path, target: str | None) -> Path:
-    """The run to heal: the one that was named, or the only one that no healing made."""
+def _claim(new: list[_Part], store: Store) -> bool:
+    """Make all folders ours; True if all runs are finished already."""
+    first = new[0].folder
+    there = [part.folder for part in new if (part.folder / runs.MANIFEST).exists()]
+    if there and not (first / runs.SETTINGS).exists() and not new[0].settings.force:
+        raise RunError(
+            f"{there[0]}, a finished run, and no {first}",
+            "all runs of a healed student, or none",
+            "use a new --run NAME, or --force",
+        )
+    finished = [claim(part.folder, part.settings, store) for part in new]
+    if finished[0] and not all(finished):
+        raise RunError(
+            f"{first}, a finished run, and others of its student that are not",
+            "all or none",
+            "use a new --run NAME, or --force",
+        )
+    if not all(finished):  # killed between two manifests
+        for part in new:
+            (part.folder / runs.MANIFEST).unlink(missing_ok=True)
+    return all(finished)
+
+
+def _find(store_path: Path, target: str | None) -> list[Run]:
+    """The student to heal, run by run: the one that was named, or the only one that no healing made."""
     if target is not None:
-        return find_runs(store_path, (target,))[0]
-    found = [path for path in find_runs(store_path, ()) if runs.open_run(path).healed is None]
+        return runs.open_student(find_runs(store_path, (target,))[0])
+    paths = [path for path in find_runs(store_path, ()) if runs.open_run(path).healed is None]
+    found = runs.open_students(paths)
     if len(found) != 1:
         raise RunError(
-            f"{len(found)} runs beside {store_path}: {', '.join(path.name for path in found)}",
+            f"{len(paths)} runs beside {store_path}: {', '.join(path.name for path in paths)}",
             "the one to heal",
             "name it: lftpipe heal RUN",
         )
     return found[0]
 
 
-def _resolved(settings: HealSettings, source: Run, store: Store) -> HealSettings:
-    """Settings with all that was left open chosen, and checked against the run and the store."""
+def _name(settings: HealSettings, run: Run, student: list[Run]) -> str:
+    """What a new run is called; several of one `--run NAME` have their blocks in their names."""
+    if settings.run is None:
+        return f"{run.path.name}-healed"
+    m, n = run.block
+    return settings.run if len(student) == 1 else f"{settings.run}-{m}-{n}"
+
+
+def _resolved(settings: HealSettings, student: list[Run], store: Store) -> HealSettings:
+    """Settings with all that was left open chosen, and checked against the student and the store."""
+    source = student[0]
     if store.fingerprint != source.store_fingerprint and store.origin != source.store_origin:
         raise RunError(
             f"{source.path}, trained from another store than {store.path}",
@@ -111,7 +169,7 @@ def _resolved(settings: HealSettings, source: Run, store: Store) -> HealSettings
             "a store with the teacher's largest logits",
             "extract --force with --logits 64, or use --loss logits",
         )
-    (m, n), last = source.block, store.identity["teacher"]["layers"]
+    m, n, last = source.block[0], student[-1].block[1], store.identity["teacher"]["layers"]
     if settings.train == "tail" and n == last:
         raise SettingsError(
             f"--train tail for block {m}:{n} of {last} layers",
@@ -138,21 +196,19 @@ def _resolved(settings: HealSettings, source: Run, store: Store) -> HealSettings
     rate = settings.learning_rate
     return replace(
         settings,
-        target=str(source.path),
         threads=torch.get_num_threads(),
-        run=settings.run or f"{source.path.name}-healed",
         compute_dtype=cast(ComputeDtype, dtype_name(dtype)),
         learning_rate=LEARNING_RATES[settings.adapter] if rate is None else rate,
     )
 
 
-def _student(source: Run, teacher: Teacher, settings: HealSettings) -> HealingStudent:
+def _student(source: list[Run], teacher: Teacher, settings: HealSettings) -> HealingStudent:
     torch.manual_seed(settings.seed)
     student = HealingStudent(source, teacher, whole=settings.train == "student")
     if settings.adapter == "lora":
         student.adapt(settings.rank)
     if not student.trained:
-        raise RunError(f"{source.path} with --train {settings.train}", "a layer to train", "use student")
+        raise RunError(f"{source[0].path} with --train {settings.train}", "a layer to train", "use student")
     return student.to(settings.device)
 
 

@@ -38,7 +38,8 @@ def build_student(
     Raises
     ------
     RunError
-        If the runs are of different teachers, disagree on what is left out, or lack a tensor.
+        If the runs are of different teachers, disagree on what is left out, lack a tensor, or one was healed
+        in another student.
     SettingsError
         If their blocks overlap.
     """
@@ -48,11 +49,8 @@ def build_student(
             raise RunError(
                 f"{run.path}, of another teacher", "runs of one teacher", "name runs of one teacher"
             )
-    if len(opened) > 1 and any(run.healed for run in opened):
-        raise RunError(
-            "a healed run beside others", "a healed run alone: its layers fit no other", "name it alone"
-        )
-    teacher = runs.healed_teacher(opened[0], teacher)
+    runs.refuse_parts(opened)
+    teacher = runs.healed_teacher(opened, teacher)
     timed = [run for run in opened if run.has_time]
     if not timed and ((steps or 1) > 1 or (solver or "euler") != "euler"):
         raise RunError(

@@ -1,8 +1,9 @@
-"""A student as healing trains it: the flow layer with the teacher's own layers after it, or around it."""
+"""A student as healing trains it: its flow layers with the teacher's own layers after or around them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,39 +22,46 @@ from lftpipe.teacher.source import Teacher
 
 @dataclass(frozen=True)
 class Healed:
-    """Tensors of a healed student, adapters merged."""
+    """Tensors of one run of a healed student, adapters merged."""
 
     flow: dict[str, Tensor]
     """By their names in the module that stands for the block."""
     teacher: dict[str, Tensor]
-    """By their names in the teacher's checkpoint."""
+    """Of the layers after its block, up to the next one, and those before the first block; by their names in
+    the teacher's checkpoint."""
 
 
 class HealingStudent(nn.Module):
-    """From `h[m]`, or from `h[0]`, to the states that the head reads.
+    """From the first block's `h[m]`, or from `h[0]`, to the states that the head reads.
 
     Embedding and head stay the teacher's and are no part of it.
 
     Parameters
     ----------
-    run
-        What is healed; healed before, it goes on from there.
+    student
+        What is healed, all its runs in the order of their blocks; healed before, it goes on from there.
     teacher
         Its teacher.
     whole
-        Whether the layers before the block are trained too.
+        Whether the layers before the first block are trained too.
     """
 
-    def __init__(self, run: Run, teacher: Teacher, *, whole: bool) -> None:
+    def __init__(self, student: Sequence[Run], teacher: Teacher, *, whole: bool) -> None:
         super().__init__()
-        self.run, self.teacher = run, runs.healed_teacher(run, teacher)
-        (m, n), last = run.block, teacher.num_layers
+        self.runs, self.teacher = student, runs.healed_teacher(student, teacher)
+        last, m = teacher.num_layers, student[0].block[0]
         self.first = 0 if whole else m
-        self.before = nn.ModuleList(load_layer(self.teacher, index) for index in range(self.first, m))
-        self.flow = runs.load_flow(run, teacher)
-        self.after = nn.ModuleList(load_layer(self.teacher, index) for index in range(n, last))
+        self.before = self._layers(self.first, m)
+        self.flows = nn.ModuleList(runs.load_flow(run, teacher) for run in student)
+        stops = [*(run.block[0] for run in student[1:]), last]
+        self.after = nn.ModuleList(
+            self._layers(run.block[1], stop) for run, stop in zip(student, stops, strict=True)
+        )
         self.norm = load_norm(self.teacher, last)
         self.eval().requires_grad_(True)  # a teacher's dropout is not for us
+
+    def _layers(self, start: int, stop: int) -> nn.ModuleList:
+        return nn.ModuleList(load_layer(self.teacher, index) for index in range(start, stop))
 
     def adapt(self, rank: int) -> None:
         """Freeze everything, and add LoRA to every linear map that is no modulation by time (by `peft`).
@@ -100,25 +108,15 @@ class HealingStudent(nn.Module):
         """
         for layer in self.before:
             x = layer(x, context)
-        x = self._cross(x, context)
-        for layer in self.after:
-            x = layer(x, context)
+        for run, flow, after in zip(self.runs, self.flows, self.after, strict=True):
+            x = _cross(run, flow, x, context)
+            for layer in cast(nn.ModuleList, after):
+                x = layer(x, context)
         return self.norm(x)
 
-    def _cross(self, x: States, context: AttentionContext) -> States:
-        """From the block's start to its end, as at inference."""
-        if isinstance(self.flow, LayerStack):
-            return self.flow.run(x, repeat(context))
-        if not isinstance(self.flow, Velocity):
-            return ODESolver(lambda x, t, step_size: self.flow(x, t, context)).sample(x, 1.0, "euler")
-        flow, method, k = self.flow, self.run.solver, self.run.walk_steps
-        if not self.run.has_time:
-            method, k = "euler", 1
-        return _walk(flow, x, context, method, k)
-
     @torch.no_grad()
-    def merged(self) -> Healed:
-        """All tensors as they are now; adapters are added to the maps they adapt."""
+    def merged(self) -> list[Healed]:
+        """All tensors as they are now, run by run; adapters are added to the maps they adapt."""
         state = self.state_dict()
         for name, part in self.named_modules():
             if hasattr(part, "get_delta_weight"):  # peft's, of a map with an adapter
@@ -127,25 +125,38 @@ class HealingStudent(nn.Module):
                 state[f"{name}.weight"] = base.weight + adapted.get_delta_weight("default")
                 if base.bias is not None:
                     state[f"{name}.bias"] = base.bias
-        plain = {n: v for n, v in state.items() if ".base_layer." not in n and ".lora_" not in n}
-        return Healed(
-            flow={n.removeprefix("flow."): v.clone() for n, v in plain.items() if n.startswith("flow.")},
-            teacher={name: plain[own].clone() for own, name in self._names(list(plain)).items()},
-        )
+        found = [Healed({}, {}) for _ in self.runs]
+        for name, value in state.items():
+            if ".base_layer." not in name and ".lora_" not in name:
+                number, of_flow, own = self._place(name)
+                (found[number].flow if of_flow else found[number].teacher)[own] = value.clone()
+        return found
 
-    def _names(self, own: list[str]) -> dict[str, str]:
-        """Names in the teacher's checkpoint, by this module's, of all that is the teacher's."""
-        family, n = self.teacher.family, self.run.block[1]
-        names: dict[str, str] = {}
-        for name in own:
-            part, _, rest = name.partition(".")
-            if part == "norm":
-                names[name] = f"{family.final_norm_prefix}.{rest}"
-            elif part in ("before", "after"):
-                index, _, tensor = rest.partition(".layer.")
-                layer = int(index) + (self.first if part == "before" else n)
-                names[name] = f"{family.layers_prefix}.{layer}.{tensor}"
-        return names
+    def _place(self, name: str) -> tuple[int, bool, str]:
+        """Which run has a tensor of this module, whether in its flow layer, and under which name."""
+        family, last = self.teacher.family, len(self.runs) - 1
+        part, _, rest = name.partition(".")
+        if part == "norm":
+            return last, False, f"{family.final_norm_prefix}.{rest}"
+        number, start = 0, self.first
+        if part != "before":
+            index, _, rest = rest.partition(".")
+            number = int(index)
+            start = self.runs[number].block[1]
+        if part == "flows":
+            return number, True, rest
+        index, _, tensor = rest.partition(".layer.")
+        return number, False, f"{family.layers_prefix}.{start + int(index)}.{tensor}"
+
+
+def _cross(run: Run, flow: nn.Module, x: States, context: AttentionContext) -> States:
+    """From a block's start to its end, as at inference."""
+    if isinstance(flow, LayerStack):
+        return flow.run(x, repeat(context))
+    if not isinstance(flow, Velocity):
+        return ODESolver(lambda x, t, step_size: flow(x, t, context)).sample(x, 1.0, "euler")
+    method, k = (run.solver, run.walk_steps) if run.has_time else ("euler", 1)
+    return _walk(flow, x, context, method, k)
 
 
 def _walk(flow: Velocity, x_0: States, context: AttentionContext, method: Method, k: int) -> States:

@@ -95,7 +95,7 @@ def test_healing_lowers_the_divergence_and_every_form_of_the_run_agrees(
     # Evaluated from the cache, healed in its own module, built as a transformers model: one function.
     run, teacher, ids = runs.open_run(tmp_path / "healed"), teacher_of(store), tokens(24, sequences=2)
     student = build_student(teacher, [run])
-    own = HealingStudent(run, teacher, whole=True)
+    own = HealingStudent([run], teacher, whole=True)
     with torch.inference_mode():
         states = build_student(teacher, [run]).base_model(ids).last_hidden_state
         context = _context(teacher, ids)
@@ -228,13 +228,3 @@ def test_the_only_run_is_healed_by_default(
     train(short_run(store, tmp_path, objective="linear", run="second"))
     with pytest.raises(RunError, match="2 runs"):
         heal(HealSettings(store=store, tokens=CONTEXT))
-
-
-def test_one_layer_of_a_joint_student_is_healed_as_the_run_that_it_is(
-    logit_stores: dict[str, Path], tmp_path: Path
-) -> None:
-    store = logit_stores["neox"]
-    trained(store, tmp_path, "regression", block="1:3,3:4", joint=True)
-    heal(healing(store, tmp_path, target=str(tmp_path / "run-1-3")))
-    assert runs.open_run(tmp_path / "healed").joint is None
-    assert set(scored(store, tmp_path, "run-1-3", "run-3-4", "healed")) == {"run-1-3 + run-3-4", "healed"}

@@ -120,7 +120,16 @@ class Healing(Outcome):
     """`heal`: the run that was made of another, and how training ended."""
 
     LEFT_OUT: ClassVar[frozenset[str]] = frozenset(
-        ("objective", "train_tokens", "steps", "loss", "seconds", "tokens_per_second", "already_finished")
+        (
+            "objective",
+            "train_tokens",
+            "steps",
+            "loss",
+            "seconds",
+            "tokens_per_second",
+            "already_finished",
+            "joint",
+        )
     )
 
     run: str
@@ -135,6 +144,8 @@ class Healing(Outcome):
     store: str
     healed: str
     block: list[int]
+    joint: list[str] | None = None
+    """Of a student of several flow layers: all runs that were made, `run` among them."""
 
     def to_json(self) -> dict[str, Any]:
         """A run that was finished already says nothing of its losses."""
