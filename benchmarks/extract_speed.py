@@ -186,11 +186,13 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Read the options, run, and print what was found."""
+    from lftpipe.config.settings.base import default_workspace
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="pythia-tiny")
-    parser.add_argument("--workspace", type=Path, default=Path("data"), help="where GGUF teachers are")
+    parser.add_argument("--workspace", type=Path, default=default_workspace(), help="where GGUF teachers are")
     parser.add_argument("--corpus", default="python-stdlib", help="for the memory; speed takes random tokens")
     parser.add_argument("--layers", default="all")
     parser.add_argument("--tokens", type=int, default=16_384, help="of each round")

@@ -23,6 +23,7 @@ import torch
 from extract_speed import contenders, settings_of
 
 from lftpipe.config.settings import TrainSettings
+from lftpipe.config.settings.base import default_workspace
 from lftpipe.runs import METRICS
 from lftpipe.stages.extract import extract
 from lftpipe.stages.train import train
@@ -128,7 +129,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="name or folder")
-    parser.add_argument("--workspace", type=Path, default=Path("data"), help="where GGUF teachers are")
+    parser.add_argument("--workspace", type=Path, default=default_workspace(), help="where GGUF teachers are")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", default="all")
     parser.add_argument("--tokens", type=int, default=200_000, help="of each round, and of the store")

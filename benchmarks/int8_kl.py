@@ -17,6 +17,7 @@ from typing import Any
 
 from lftpipe.artefacts.results import Score
 from lftpipe.config.settings import EvaluateSettings, ExtractSettings, TrainSettings
+from lftpipe.config.settings.base import default_workspace
 from lftpipe.evaluation.predictors import run_predictors
 from lftpipe.evaluation.scoring import score
 from lftpipe.runs import open_run
@@ -83,7 +84,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="pythia-tiny")
-    parser.add_argument("--workspace", type=Path, default=Path("data"), help="where GGUF teachers are")
+    parser.add_argument("--workspace", type=Path, default=default_workspace(), help="where GGUF teachers are")
     parser.add_argument("--corpus", default="python-stdlib")
     parser.add_argument("--block", default="4:8")
     parser.add_argument("--objective", default="regression")

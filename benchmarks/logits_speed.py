@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lftpipe.batch import Batch
 from lftpipe.config.layers import parse_block
+from lftpipe.config.settings.base import default_workspace
 from lftpipe.device import cast_linear, dtype_name, resolve_compute_dtype
 from lftpipe.flow.distillation import full_divergence
 from lftpipe.teacher.parts import load_layer, load_rotary
@@ -31,7 +32,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--teacher", required=True, help="name or folder")
-    parser.add_argument("--workspace", type=Path, default=Path("data"), help="where converted teachers lie")
+    parser.add_argument("--workspace", type=Path, default=default_workspace(), help="with the teacher")
     parser.add_argument("--block", required=True)
     parser.add_argument("--sequences", type=int, default=1, help="of 512 tokens")
     parser.add_argument("--rounds", type=int, default=2)

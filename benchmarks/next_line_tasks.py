@@ -13,8 +13,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from lftpipe.config.settings.base import default_workspace
 from lftpipe.store import Store
-from lftpipe.teacher.source import open_teacher
+from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.tokenizer import load_tokenizer
 
 #: Fewest characters of a line that is asked for, and lines of text before it.
@@ -60,12 +61,12 @@ def main() -> None:
     )
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workspace", type=Path, default=Path("data"), help="where converted teachers lie")
+    parser.add_argument("--workspace", type=Path, default=default_workspace(), help="with the teacher")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     store = Store.open(given.store)
-    tokenizer = load_tokenizer(open_teacher(store.identity["teacher"]["model"], given.workspace))
+    tokenizer = load_tokenizer(open_recorded(record_of(store.identity), given.workspace, store.path))
     chance, found = random.Random(given.seed), []
     count = store.num_sequences("validation")
     for turn in range(20 * given.count):

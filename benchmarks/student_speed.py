@@ -28,6 +28,7 @@ import torch
 import transformers
 from timed_students import Entry, bytes_on_disk, entries_of, label, open_student
 
+from lftpipe.config.settings.base import default_workspace
 from lftpipe.corpus.packing import default_threshold, text_hash
 from lftpipe.corpus.readers import PYTHON_STDLIB, open_corpus
 from lftpipe.device import prepare_processor
@@ -191,7 +192,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run")
-    parser.add_argument("--workspace", type=Path, default=Path("data"))
+    parser.add_argument("--workspace", type=Path, default=default_workspace())
     parser.add_argument("--k", type=lambda text: tuple(map(int, text.split(","))), default=(1, 2, 3))
     parser.add_argument("--solver", choices=tuple(EVALUATIONS), default=None, help="default: the run's")
     parser.add_argument("--plain", action="store_true")

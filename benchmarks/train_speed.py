@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from lftpipe.config.settings import TrainSettings
+from lftpipe.config.settings.base import default_workspace
 from lftpipe.stages.train import train
 
 
@@ -20,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workspace", type=Path, default=Path("data"), help="where the teacher is")
+    parser.add_argument("--workspace", type=Path, default=default_workspace(), help="where the teacher is")
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--block", required=True)
     parser.add_argument("--objective", default="sfm", choices=("sfm", "fw", "regression"))
