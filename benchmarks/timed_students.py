@@ -59,9 +59,9 @@ def open_student(options: argparse.Namespace) -> tuple[Any, Any, list[tuple[int,
             student.set_steps(1, options.solver)
         recorded = json.loads((folder / "lftpipe.json").read_text())["blocks"]
         return student, teacher, [(int(m), int(n)) for m, n in (block.split(":") for block in recorded)]
-    run = runs.open_run(find_run(options.workspace, None, options.run))
-    teacher = teacher_of_run(run, options.workspace)
-    return build_student(teacher, [run], solver=options.solver), teacher, [run.block]
+    opened = runs.open_student(find_run(options.workspace, None, options.run))
+    teacher = teacher_of_run(opened[0], options.workspace)
+    return build_student(teacher, opened, solver=options.solver), teacher, [run.block for run in opened]
 
 
 def entries_of(student: Any, teacher_model: Any, options: argparse.Namespace) -> list[Entry]:

@@ -43,6 +43,8 @@ class RunManifest(Artefact):
     """Of a run that `lftpipe heal` made: which run it healed, and how."""
     joint: list[str] | None = None
     """Names of all runs, this one among them, whose flow layers were trained as one student."""
+    student: str | None = None
+    """What all these runs have in common, and runs of no other student."""
     metrics_digest: str | None = None
     """Of `metrics.jsonl`; older runs have none."""
 

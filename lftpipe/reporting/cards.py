@@ -95,7 +95,7 @@ def run_card(run: "Run", repository: str, *, licence: str | None = None) -> str:
         "## Use",
         "",
         "```",
-        f"lftpipe pull {repository}",
+        f"lftpipe pull {repository}" + (f" --run {run.path.name}" if run.joint else ""),
         f'lftpipe generate {run.path.name} --prompt "Once"',
         f"lftpipe export {run.path.name}        # a model of transformers",
         "```",
@@ -239,7 +239,11 @@ def _with_others(run: "Run") -> list[str]:
     others = [escaped(name) for name in run.joint or () if name != run.path.name]
     if not others:
         return []
-    return [f"It is a part of one student with {' and '.join(others)}: lftpipe takes them side by side.", ""]
+    return [
+        f"It is a part of one student with {' and '.join(others)}: pull these too, under these "
+        "names. lftpipe takes them side by side.",
+        "",
+    ]
 
 
 def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:

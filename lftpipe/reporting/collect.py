@@ -9,8 +9,8 @@ from typing import Any
 from lftpipe.artefacts.base import read_json
 from lftpipe.artefacts.metrics import Metrics, read_metrics
 from lftpipe.artefacts.recoupling import RecouplingMap
-from lftpipe.artefacts.results import Results
-from lftpipe.artefacts.run import metrics_digest
+from lftpipe.artefacts.results import JOINED, Results
+from lftpipe.artefacts.run import RunManifest, metrics_digest
 from lftpipe.artefacts.samples import SAMPLES, read_samples
 from lftpipe.artefacts.sweep import Sweep
 from lftpipe.errors import LftpipeError
@@ -70,7 +70,7 @@ def collect(here: Path) -> Found:
         If the table of results cannot be read.
     """
     results = Results.from_json(here / "results.json")
-    names = sorted({row.run for row in results.rows if row.run})
+    names = sorted({name for row in results.rows if row.run for name in row.run.split(JOINED)})
     folders = {name: here / "runs" / name for name in names if (here / "runs" / name).is_dir()}
     curves = {
         name: read_metrics(each / "metrics.jsonl", metrics_digest(each)) for name, each in folders.items()
@@ -137,11 +137,32 @@ def _commands(
     commands = [_extract_command(store)] if (store / "zarr.json").is_file() else []
     if recoupling is not None:
         commands.append(_command("recouple", dict(recoupling.settings)))
+    done: set[str] = set()
     for name, folder in folders.items():
-        recipe = shlex.quote(str(folder / "settings.toml"))
-        commands.append(f"lftpipe train --recipe {recipe} --run {shlex.quote(name + '-again')}")
+        if name not in done:
+            command, together = _training_command(name, folder)
+            commands.append(command)
+            done |= together
     commands.append(_command("evaluate", results.settings))
     return [*commands, f"lftpipe report --store {shlex.quote(str(store))} --force"]
+
+
+def _training_command(name: str, folder: Path) -> tuple[str, set[str]]:
+    """What makes a run again, and which runs it makes: all of a student that was trained jointly."""
+    manifest = _manifest(folder)
+    healed, joint = manifest is not None and manifest.healed, (manifest and manifest.joint) or [name]
+    words = ["lftpipe", "heal" if healed else "train", "--recipe", str(folder / "settings.toml")]
+    if len(joint) > 1 and not healed:
+        parts = [part for each in joint if (part := _manifest(folder.parent / each))]
+        words += [word for part in parts for word in ("--block", f"{part.block[0]}:{part.block[1]}")]
+    return shlex.join([*words, "--run", f"{name}-again"]), set(joint)
+
+
+def _manifest(folder: Path) -> RunManifest | None:
+    try:
+        return RunManifest.from_json(folder / "manifest.json")
+    except (OSError, LftpipeError):
+        return None
 
 
 def _extract_command(store: Path) -> str:

@@ -117,15 +117,16 @@ def scores_of(folder: Path) -> list[Score]:
     Parameters
     ----------
     folder
-        Of a finished run; if it was trained jointly with others, the lines of their student are its too.
+        Of a finished run; if it was trained jointly with others, the lines of their student are its own.
     """
     try:
         manifest = RunManifest.from_json(folder / "manifest.json")
         rows = Results.from_json(_experiment(folder) / "results.json").rows
     except (OSError, LftpipeError):
         return []
-    names = {folder.name, JOINED.join(manifest.joint or ())}
-    return [row for row in rows if row.run in names and _is_of(row, manifest.weights_digest)]
+    own = [row for row in rows if _is_of(row, manifest.weights_digest)]
+    whole = [row for row in own if row.run == JOINED.join(manifest.joint or ())]
+    return whole or [row for row in own if row.run == folder.name]
 
 
 def _is_of(row: Score, digest: str) -> bool:

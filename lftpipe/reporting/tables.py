@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lftpipe.artefacts.results import AdaptiveScore, Results, Score
+from lftpipe.artefacts.results import JOINED, AdaptiveScore, Results, Score
 
 #: Keys of a row of `results.json` and their headings.
 COLUMNS = {
@@ -107,6 +107,10 @@ MEAN_COLUMNS = {
 }
 
 
+#: The end of a run's name that says its seed, also of each run of a student.
+SEED = re.compile(rf"-seed\d+(?={re.escape(JOINED)}|$)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mean(Score):
     """Runs that differ by nothing but their seed, as one: means, and the range of KL."""
@@ -117,7 +121,7 @@ class Mean(Score):
 
 
 def means_over_seeds(rows: Sequence[Score]) -> list[Mean]:
-    """Of the runs whose names end in `-seedS`, those of several seeds.
+    """Of the runs, and students of several runs, whose names end in `-seedS`, those of several seeds.
 
     Parameters
     ----------
@@ -126,9 +130,10 @@ def means_over_seeds(rows: Sequence[Score]) -> list[Mean]:
     """
     groups: dict[tuple[Any, ...], list[Score]] = {}
     for row in rows:
-        if row.run and (named := re.fullmatch(r"(.+)-seed\d+", row.run)):
+        name = SEED.sub("", row.run or "")
+        if name != (row.run or ""):
             alike = (row.method, row.block, row.k, row.solver, row.nfe, row.train_tokens)
-            groups.setdefault((named[1], *alike), []).append(row)
+            groups.setdefault((name, *alike), []).append(row)
     return [_mean(name, group) for (name, *_), group in groups.items() if len(group) > 1]
 
 

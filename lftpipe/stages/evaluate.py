@@ -92,7 +92,8 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
     for run in opened:
         _check_run(run, store)
     if settings.adaptive:
-        _check_adaptive(opened, settings)
+        alone = [each for each in opened if settings.together or [each] in students]
+        _check_adaptive(alone, settings)
     teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
     corpus = settings.corpus
     scored = store if corpus is None else _elsewhere().states_elsewhere(store, corpus, settings)
@@ -138,7 +139,9 @@ def _check_adaptive(opened: list[runs.Run], settings: EvaluateSettings) -> None:
     timed = [run for run in opened if run.has_time]
     if not timed:
         raise SettingsError(
-            "--adaptive without a flow", "a run with steps, as fw and sfm train", "name one that has steps"
+            "--adaptive without a flow",
+            "a run with steps, as fw and sfm train, that is a student by itself",
+            "name one",
         )
     for run in timed:
         if (settings.solver or run.solver) != "euler":

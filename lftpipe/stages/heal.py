@@ -18,6 +18,7 @@ from lftpipe.config.loss import ON_STORED_LOGITS
 from lftpipe.config.settings import ComputeDtype, HealSettings
 from lftpipe.device import dtype_name, prepare, resolve_compute_dtype
 from lftpipe.errors import RunError, SettingsError, StoreError
+from lftpipe.files import fingerprint
 from lftpipe.outputs import one_writer
 from lftpipe.runs import Run
 from lftpipe.store import Store
@@ -32,6 +33,9 @@ from lftpipe.workspace import find_runs, find_store, run_path
 
 #: Peak learning rates, where none is given.
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
+
+#: Settings that a healed run's manifest tells.
+TOLD = ("train", "adapter", "loss", "learning_rate", "seed")
 
 
 def heal(settings: HealSettings) -> Healing:
@@ -100,7 +104,10 @@ def _healed(new: list[_Part], store: Store, teacher: Teacher) -> Healing:
     for part, merged in reversed(list(zip(new, student.merged(), strict=True))):
         manifest = _manifest(part.source, part.settings, trained_tokens)
         if joint:
-            manifest |= {"joint": [part.folder.name for part in new]}
+            names = [Path(run).name for run in joint]
+            of_student = [names, [run.source.weights_digest for run in new], manifest["healed"]["tokens"]]
+            of_student += [manifest["healed"][key] for key in TOLD]
+            manifest |= {"joint": names, "student": fingerprint(of_student)}
         runs.save_run(part.folder, merged.flow, manifest, merged.teacher)
     drop_checkpoints(folder)
     return replace(told, objective=source.objective, train_tokens=trained_tokens, **result)
@@ -108,24 +115,22 @@ def _healed(new: list[_Part], store: Store, teacher: Teacher) -> Healing:
 
 def _claim(new: list[_Part], store: Store) -> bool:
     """Make all folders ours; True if all runs are finished already."""
-    first = new[0].folder
-    there = [part.folder for part in new if (part.folder / runs.MANIFEST).exists()]
-    if there and not (first / runs.SETTINGS).exists() and not new[0].settings.force:
-        raise RunError(
-            f"{there[0]}, a finished run, and no {first}",
-            "all runs of a healed student, or none",
-            "use a new --run NAME, or --force",
-        )
+    folders = [part.folder for part in new]
+    there = [(folder / runs.MANIFEST).exists() for folder in folders]
+    begun = (folders[0] / runs.SETTINGS).exists()
+    if any(there) and not new[0].settings.force:
+        # The first manifest is written last: others without it are of a killed healing, if one had begun.
+        strange = not all(there) if there[0] else not begun
+        if strange or (all(there) and [run.path for run in runs.open_student(folders[0])] != folders):
+            raise RunError(
+                f"a finished run {folders[there.index(True)]}, but no student of it and what is beside it",
+                "all runs of a healed student, or none",
+                "use a new --run NAME, or --force",
+            )
     finished = [claim(part.folder, part.settings, store) for part in new]
-    if finished[0] and not all(finished):
-        raise RunError(
-            f"{first}, a finished run, and others of its student that are not",
-            "all or none",
-            "use a new --run NAME, or --force",
-        )
     if not all(finished):  # killed between two manifests
-        for part in new:
-            (part.folder / runs.MANIFEST).unlink(missing_ok=True)
+        for folder in folders:
+            (folder / runs.MANIFEST).unlink(missing_ok=True)
     return all(finished)
 
 
@@ -170,9 +175,13 @@ def _resolved(settings: HealSettings, student: list[Run], store: Store) -> HealS
             "extract --force with --logits 64, or use --loss logits",
         )
     m, n, last = source.block[0], student[-1].block[1], store.identity["teacher"]["layers"]
-    if settings.train == "tail" and n == last:
+    stops = [*(run.block[0] for run in student[1:]), last]
+    if settings.train == "tail" and all(
+        run.block[1] == stop for run, stop in zip(student, stops, strict=True)
+    ):
+        blocks = ",".join(f"{run.block[0]}:{run.block[1]}" for run in student)
         raise SettingsError(
-            f"--train tail for block {m}:{n} of {last} layers",
+            f"--train tail for block {blocks} of {last} layers",
             "a layer after the block",
             "use --train student",
         )
@@ -215,12 +224,11 @@ def _student(source: list[Run], teacher: Teacher, settings: HealSettings) -> Hea
 def _manifest(source: Run, settings: HealSettings, tokens: int) -> dict[str, Any]:
     """That of the run that was healed, and what healing did."""
     manifest = json.loads((source.path / runs.MANIFEST).read_text())
-    for own in ("weights_digest", "metrics_digest", "digest", "joint"):
+    for own in ("weights_digest", "metrics_digest", "digest", "joint", "student"):
         manifest.pop(own, None)
-    keys = ("train", "adapter", "rank", "loss", "learning_rate", "seed")
-    told = {key: getattr(settings, key) for key in keys}
-    if settings.adapter != "lora":
-        told.pop("rank")
+    told = {key: getattr(settings, key) for key in TOLD}
+    if settings.adapter == "lora":
+        told["rank"] = settings.rank
     told |= {"run": str(source.path), "weights_digest": source.weights_digest, "tokens": tokens}
     if source.healed is not None:
         told["before"] = source.healed

@@ -1,5 +1,6 @@
 """`lftpipe push`: a store, a run or an exported student to a repository of the Hugging Face Hub."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def push(settings: PushSettings) -> Pushed:
         return _sent("student", path, names, repository, None, settings.private)
     run = runs.open_run(find_run(settings.workspace, settings.store, settings.target))
     card = run_card(run, repository.url, licence=settings.license)
-    return _sent("run", run.path, OF_A_RUN, repository, card, settings.private)
+    sent = _sent("run", run.path, OF_A_RUN, repository, card, settings.private)
+    return replace(sent, others=[name for name in run.joint or () if name != run.path.name])
 
 
 def _push_store(store: Store, settings: PushSettings, name: str) -> Pushed:
@@ -99,5 +101,9 @@ def summary(result: Pushed) -> str:
     """
     lines = [f"{result.path}: {progress.human_bytes(result.bytes)} uploaded to {result.web}"]
     if result.kind != "student":
-        lines.append(f"next, on another machine: lftpipe pull {result.url}")
+        named = f" --run {Path(result.path).name}" if result.others else ""
+        lines.append(f"next, on another machine: lftpipe pull {result.url}{named}")
+        if result.others:
+            rest = ", ".join(result.others)
+            lines.append(f"push the rest of its student, each to a repository of its own: {rest}")
     return "\n".join(lines)

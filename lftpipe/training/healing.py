@@ -210,6 +210,8 @@ class Healing:
 
     def _take(self, states: list[dict[str, Any]]) -> None:
         (state,) = states
+        if state["weights"].keys() != self.trained.keys():
+            raise ValueError("weights of other names: it was written by another version")
         with torch.no_grad():
             for name, weight in self.trained.items():
                 weight.copy_(state["weights"][name])

@@ -8,6 +8,7 @@ import lftpipe
 from lftpipe.config.objectives import CLOSED_FORM
 from lftpipe.config.settings import TrainSettings, loss_text
 from lftpipe.errors import RunError
+from lftpipe.files import fingerprint
 from lftpipe.objects import url_of
 from lftpipe.store import Store
 from lftpipe.teacher.recorded import record_of
@@ -58,3 +59,20 @@ def manifest_of(
         "velocity": velocity,
         "versions": {"lftpipe": lftpipe.__version__, "torch": torch.__version__},
     }
+
+
+def of_student(names: list[str], settings: TrainSettings, store: Store) -> dict[str, Any]:
+    """What the manifests of all runs of a joint student say alike: their names, and a mark of their own.
+
+    Parameters
+    ----------
+    names
+        Of all runs, in the order of their blocks.
+    settings
+        Of one of them.
+    store
+        What they were trained on.
+    """
+    keys = ("objective", "loss", "seed", "tokens", "batch_tokens", "learning_rate", "optimizer")
+    alike = [names, store.origin, *(str(getattr(settings, key)) for key in keys)]
+    return {"joint": names, "student": fingerprint(alike)}

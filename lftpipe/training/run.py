@@ -29,7 +29,7 @@ from lftpipe.teacher.source import Teacher
 from lftpipe.training import processes
 from lftpipe.training.estimator import build_estimator, description
 from lftpipe.training.logit_terms import FrozenTails, check_head
-from lftpipe.training.manifest import manifest_of
+from lftpipe.training.manifest import manifest_of, of_student
 from lftpipe.training.optimizer import Optimizer, rate_fraction
 from lftpipe.training.rolling import window_of
 from lftpipe.training.watch import DivergenceWatch
@@ -215,7 +215,7 @@ class TrainingRun:
         manifest = manifest_of(self.settings, self.store, self.block, shape)
         manifest["train_tokens"] = self.step * self.tokens_per_step
         if len(self.student) > 1:
-            manifest["joint"] = [run.name for run in self.student]
+            manifest |= of_student([run.name for run in self.student], self.settings, self.store)
         if processes.rank() == 0:
             runs.save_run(self.folder, self.flow, manifest)
         return TrainedRun(

@@ -28,6 +28,12 @@ def test_runs_that_differ_by_their_seed_alone_are_averaged():
     assert means_section(rows[:1]) == []
 
 
+def test_students_of_several_runs_are_averaged_over_seeds_too():
+    rows = [row(f"a-seed{seed} + b-seed{seed}", kl=float(seed)) for seed in (1, 3)]
+    (mean,) = means_over_seeds(rows)
+    assert (mean.run, mean.seeds, mean.kl) == ("a + b", 2, 2.0)
+
+
 def test_every_row_of_the_table_names_its_run():
     lines = markdown_table([row("walk-seed0")])
     assert "| run |" in lines[0]

@@ -144,7 +144,7 @@ def test_healed_runs_say_what_they_are_of_and_are_healed_again(
 def test_a_healed_part_without_its_others_is_refused(trained: tuple[Path, Path], folder: Path) -> None:
     store = trained[0]
     heal(healing(store, folder, tokens=4 * CONTEXT))
-    with pytest.raises(RunError, match="healed as one student: healed-0-1, healed-2-3"):
+    with pytest.raises(RunError, match="by their names: healed-0-1, healed-2-3"):
         scores(store, folder, "healed-0-1", PARTS[0], together=True)
     (folder / "healed-0-1").rename(folder / "elsewhere")
     for refused in (
@@ -153,7 +153,7 @@ def test_a_healed_part_without_its_others_is_refused(trained: tuple[Path, Path],
         lambda: scores(store, folder, "healed-2-3"),
         lambda: heal(healing(store, folder, target=str(folder / "healed-2-3"), run=str(folder / "new"))),
     ):
-        with pytest.raises(RunError, match="healed as one student: healed-0-1, healed-2-3"):
+        with pytest.raises(RunError, match="by their names: healed-0-1, healed-2-3"):
             refused()
 
 

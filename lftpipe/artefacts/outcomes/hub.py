@@ -17,6 +17,8 @@ class Pushed(Outcome):
     web: str
     """The repository's page."""
     bytes: int
+    others: list[str] = dataclasses.field(default_factory=list)
+    """Runs that are one student with this one, and were not uploaded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

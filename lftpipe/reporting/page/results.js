@@ -2,18 +2,21 @@
 
 const MEAN_OF = ["kl_latent", "nmse", "nmse_without_first", "kl", "ppl", "agreement", "ppl_ratio", "ms_per_token"];
 
+// The end of a run's name that says its seed, also of each run of a student.
+const SEED = /-seed\d+(?= \+ |$)/g;
+
 // Rows that differ by their seed alone as one: means, and half the width of a 95 % interval of the mean.
 function foldSeeds(rows) {
   const groups = new Map();
   for (const row of rows) {
-    const name = row.run && row.run.replace(/-seed\d+$/, "");
+    const name = row.run && row.run.replace(SEED, "");
     const key = JSON.stringify([name, row.method, row.block, row.k, row.solver, row.nfe, row.train_tokens]);
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(row);
   }
   return [...groups.values()].map(group => {
     if (group.length === 1) return group[0];
-    const folded = {...group[0], run: group[0].run.replace(/-seed\d+$/, ""), seed: `${group.length} seeds`, spread: {}};
+    const folded = {...group[0], run: group[0].run.replace(SEED, ""), seed: `${group.length} seeds`, spread: {}};
     for (const key of MEAN_OF) {
       const values = group.map(row => row[key]).filter(value => typeof value === "number");
       if (values.length < group.length) continue;
