@@ -229,9 +229,9 @@ def _function(name: str) -> Callable[..., None]:
 
 
 def _print(summary: Any) -> None:
-    from lftpipe.reporting.terminal import plain_console
+    from lftpipe.reporting.terminal import print_plainly
 
-    plain_console(soft_wrap=isinstance(summary, str)).print(summary)
+    print_plainly(summary)
 
 
 def with_values(arguments: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.cells import cell_len
@@ -130,15 +130,21 @@ class FittedTable:
             yield Text("")
 
 
-def plain_console(*, soft_wrap: bool) -> Console:
-    """A console on stdout that prints texts as they are; without a terminal and COLUMNS, no line is too long.
+def print_plainly(shown: Any) -> None:
+    """Print a text as it is, or a table; without a terminal no line is padded, nor folded without COLUMNS.
 
     Parameters
     ----------
-    soft_wrap
-        Leave the folding of lines to the terminal.
+    shown
+        What rich prints. The folding of a text's lines is left to the terminal.
     """
-    console = Console(soft_wrap=soft_wrap, highlight=False, markup=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    console = Console(soft_wrap=isinstance(shown, str), highlight=False, markup=False)
+    if console.is_terminal:
+        console.print(shown)
+        return
+    if "COLUMNS" not in os.environ:
         console.width = 10_000
-    return console
+    with console.capture() as captured:
+        console.print(shown)
+    for line in captured.get().splitlines():
+        print(line.rstrip())

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lftpipe.reporting.terminal import Column, FittedTable, plain_console
+from lftpipe.reporting.terminal import Column, FittedTable, print_plainly
 
 NAMES = ("method", "block", "k", "KL_x", "NMSE", "w/o 1st", "KL", "PPL")
 ROWS = [
@@ -70,11 +70,13 @@ def test_columns_go_whole_and_with_a_word_the_last_first():
 
 def test_without_a_terminal_no_line_is_folded(monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
-    plain_console(soft_wrap=False).print(table())
+    print_plainly(table())
     assert "12-20-with-a-long-name-seed0" in capsys.readouterr().out
     monkeypatch.setenv("COLUMNS", "60")
-    plain_console(soft_wrap=False).print(table())
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+    print_plainly(table())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert all(line == line.rstrip() for line in lines)  # nor padded
 
 
 @pytest.mark.parametrize("width", [10, 40, 100])
