@@ -47,7 +47,7 @@ def train(settings: TrainSettings) -> Training:
         for variant in variants_of(settings):
             blocks = [_block(each, variant, store_path, teacher) for each in variant.block.split(",")]
             for block in blocks:
-                one = resolved(variant, store, block)
+                one = resolved(variant, store, block, teacher)
                 name = variant.run or run_name(one, block)
                 if variant.run and (settings.variants or len(blocks) > 1):  # a run holds one flow layer
                     name += f"-{block[0]}-{block[1]}"

@@ -10,28 +10,7 @@ from lftpipe.config.settings import TrainSettings
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.training.muon import Muon
 
-#: At the peak, where none is given. Muon's steps are scaled to the size of AdamW's, and may be larger.
-LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}
-
-#: Of `distil`, by Muon; chosen on sequences held back (docs/results/rivals.md).
-DISTIL_RATE = 5e-3
-
 BETAS = (0.9, 0.95)
-
-
-def peak_rate(settings: TrainSettings) -> float:
-    """The learning rate at its peak: as given, or the recipe's or the optimiser's own.
-
-    Parameters
-    ----------
-    settings
-        `learning_rate`, `objective` and `optimizer`.
-    """
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    if settings.objective == "distil" and settings.optimizer == "muon":
-        return DISTIL_RATE
-    return LEARNING_RATES[settings.optimizer]
 
 
 def rate_fraction(step: int, num_steps: int, warmup: float) -> float:
@@ -82,7 +61,8 @@ class Optimizer:
     """
 
     def __init__(self, flow: nn.Module, settings: TrainSettings) -> None:
-        self.learning_rate = peak_rate(settings)
+        assert settings.learning_rate is not None
+        self.learning_rate = settings.learning_rate
         named = list(flow.named_parameters())
         matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("modulation.")]
         mine = {id(p) for p in matrices} if settings.optimizer == "muon" else set()

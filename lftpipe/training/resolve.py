@@ -12,7 +12,10 @@ from lftpipe.config.settings import ComputeDtype, MuonDtype, TrainSettings, loss
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.store import Store
-from lftpipe.training.optimizer import muon_dtype, peak_rate
+from lftpipe.teacher.parts import load_layer
+from lftpipe.teacher.source import Teacher
+from lftpipe.training.optimizer import muon_dtype
+from lftpipe.training.rate import peak_rate
 from lftpipe.training.rolling import check_rolling, window_of
 
 #: Steps between evaluations where some of the training sequences are held back, if nothing is said.
@@ -46,7 +49,9 @@ def variants_of(settings: TrainSettings) -> list[TrainSettings]:
     ]
 
 
-def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> TrainSettings:
+def resolved(
+    settings: TrainSettings, store: Store, block: tuple[int, int], teacher: Teacher
+) -> TrainSettings:
     """Settings with all that was left open chosen, and checked against the store.
 
     Parameters
@@ -57,6 +62,8 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
         What the run is trained on.
     block
         Whose layers it stands for.
+    teacher
+        The store's, whose layer at the block's start training begins from.
 
     Raises
     ------
@@ -78,13 +85,19 @@ def resolved(settings: TrainSettings, store: Store, block: tuple[int, int]) -> T
         compute_dtype=cast(
             ComputeDtype, dtype_name(resolve_compute_dtype(settings.compute_dtype, settings.device))
         ),
-        learning_rate=peak_rate(settings),
+        learning_rate=_rate(settings, block, teacher),
         muon_dtype=cast(MuonDtype, muon_dtype(settings)),
         depth=_depth(settings, block),
         window=window_of(settings, store),
         loss=LOSSES["distil"] if settings.objective == "distil" and settings.loss is None else settings.loss,
         evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
     )
+
+
+def _rate(settings: TrainSettings, block: tuple[int, int], teacher: Teacher) -> float:
+    """The rate at its peak; where it is given, or nothing uses it, the teacher's weights are not read."""
+    given = settings.learning_rate is not None or settings.objective in CLOSED_FORM
+    return peak_rate(settings, None if given else load_layer(teacher, block[0]))
 
 
 def _check_objective(settings: TrainSettings) -> None:

@@ -88,7 +88,8 @@ class TrainSettings(OfStore, Spread, Seeded, Writing):
     """Number format in which Muon orthogonalises; `auto`: bfloat16 where the device multiplies in it, else
     float32, which is twenty times as fast there."""
     learning_rate: NonNegative | None = None
-    """Peak learning rate; default: 0.02 for `muon` (0.005 for `distil`), 0.003 for `adamw`."""
+    """Peak learning rate; default: 0.02 for `muon` (0.005 for `distil`), 0.003 for `adamw`, or less where a
+    step of that size would be large for the teacher's weights."""
     warmup: Fraction = 0.05
     """Fraction of the steps in which the learning rate rises; cosine decay follows."""
     weight_decay: NonNegative = 0.01
