@@ -1,7 +1,7 @@
 """The learning rate where none is given: what was tuned, but no larger than the teacher's weights allow.
 
 Optimisers step by their rate, whatever the size of the weights, and teachers' weights differ tenfold in size.
-As fractions of the weights, tuned rates of several teachers are alike (docs/log.md, "a rate for every teacher").
+As fractions of the weights, the tuned rates are alike (docs/log.md, "a rate for every teacher").
 """
 
 import torch
