@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lftpipe.config.settings import TrainSettings
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.training.muon import Muon
+from lftpipe.training.rate import peak_rate
 
 BETAS = (0.9, 0.95)
 
@@ -61,8 +62,7 @@ class Optimizer:
     """
 
     def __init__(self, flow: nn.Module, settings: TrainSettings) -> None:
-        assert settings.learning_rate is not None
-        self.learning_rate = settings.learning_rate
+        self.learning_rate = peak_rate(settings, None)
         named = list(flow.named_parameters())
         matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("modulation.")]
         mine = {id(p) for p in matrices} if settings.optimizer == "muon" else set()
