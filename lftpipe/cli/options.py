@@ -91,9 +91,10 @@ def _annotation(kind: type[Common], name: str, hint: Any, panel: str) -> Any:
     """The typer annotation of one field."""
     field, doc = _field(kind, name), _doc(kind, name)
     default = field.get_default(call_default_factory=True)
-    if isinstance(hint, types.UnionType):
-        hint = next(each for each in typing.get_args(hint) if each is not type(None))
+    hint = _first(hint)
     many = typing.get_origin(hint) is tuple
+    if many and default is None:
+        default = ()
     if Role.ARGUMENT in field.metadata:
         return Annotated[(list[str] if many else hint) | None, typer.Argument(help=doc, show_default=False)]
     if Role.REPEATED in field.metadata:
@@ -111,6 +112,13 @@ def _annotation(kind: type[Common], name: str, hint: Any, panel: str) -> Any:
         metavar="<str>" if hint == list[str] else None,
     )
     return Annotated[hint | None, option]
+
+
+def _first(hint: Any) -> Any:
+    """Of the kinds that a field accepts the one in which it is written on the command line."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(each for each in typing.get_args(hint) if each is not type(None))
+    return hint
 
 
 def _former(kind: type[Common], name: str) -> Any:
@@ -141,6 +149,7 @@ def parse(kind: type[Common], given: dict[str, Any]) -> dict[str, Any]:
 
 def _parse(name: str, hint: Any, value: Any) -> Any:
     """A list option's text to its tuple; an option given several times to one text."""
+    hint = _first(hint)
     if isinstance(value, list):
         return tuple(value) if typing.get_origin(hint) is tuple else ",".join(value)
     if typing.get_origin(hint) is not tuple or not isinstance(value, str):

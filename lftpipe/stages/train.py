@@ -6,7 +6,7 @@ from pathlib import Path
 from lftpipe import progress
 from lftpipe.artefacts.outcomes.pipeline import TrainedRun, Training
 from lftpipe.config.layers import parse_block
-from lftpipe.config.settings import TrainSettings
+from lftpipe.config.settings import TrainSettings, depth_of
 from lftpipe.device import prepare
 from lftpipe.errors import SettingsError
 from lftpipe.store import Store
@@ -46,8 +46,9 @@ def train(settings: TrainSettings) -> Training:
         wanted = []
         for variant in variants_of(settings):
             blocks = [_block(each, variant, store_path, teacher) for each in variant.block.split(",")]
-            for block in blocks:
-                one = resolved(variant, store, block, teacher)
+            _check_depths(variant, len(blocks))
+            for index, block in enumerate(blocks):
+                one = resolved(replace(variant, depth=depth_of(variant, index)), store, block, teacher)
                 name = variant.run or run_name(one, block)
                 if variant.run and (settings.variants or len(blocks) > 1):  # a run holds one flow layer
                     name += f"-{block[0]}-{block[1]}"
@@ -78,6 +79,17 @@ def _in_processes(
         found = train_apart(groups, store, teacher, workers=count, done=lambda: task.advance(1))
     by_name = {result.run: result for result in found}
     return [by_name[str(run)] for run, _, _ in wanted]
+
+
+def _check_depths(settings: TrainSettings, blocks: int) -> None:
+    """Refuse a `--depth` of several numbers that are not as many as the blocks."""
+    if isinstance(settings.depth, tuple) and len(settings.depth) not in (1, blocks):
+        given = ",".join(map(str, settings.depth))
+        raise SettingsError(
+            f"--depth {given} for {'one block' if blocks == 1 else f'{blocks} blocks'}",
+            "one number, or as many as there are blocks",
+            "give one for each --block, in the same order",
+        )
 
 
 def _block(text: str, settings: TrainSettings, store_path: Path, teacher: Teacher) -> tuple[int, int]:

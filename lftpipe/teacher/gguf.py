@@ -1,5 +1,6 @@
 """A `.gguf` file as a folder in transformers' format."""
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -36,12 +37,18 @@ def convert(gguf: Path, folder: Path, accept: Callable[[Any, str], object]) -> P
     TeacherError
         If the file is damaged, or of a model that is not accepted.
     """
-    source = folder / "source.json"
     with gguf.open("rb") as content:
+        # Commands that begin at the same time wait for the one that converts.
+        with suppress(OSError):  # some network file systems lock no file that is open for reading alone
+            fcntl.flock(content, fcntl.LOCK_EX)
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or a damaged one
-        if json.loads(source.read_text())["sha256"] == digest:
-            return folder
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or a damaged one
+            if json.loads((folder / "source.json").read_text())["sha256"] == digest:
+                return folder
+        return _convert(gguf, folder, digest, accept)
+
+
+def _convert(gguf: Path, folder: Path, digest: str, accept: Callable[[Any, str], object]) -> Path:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lftpipe.config.objectives import TIMELESS
-from lftpipe.config.settings import TrainSettings
+from lftpipe.config.settings import TrainSettings, depth_of
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.branches import Branches
@@ -29,7 +29,7 @@ def build_estimator(
         Which of them are replaced.
     """
     loops = settings.walk_steps if settings.objective == "looped" else 1
-    layers = [_start(settings, teacher, part) for part in parts(block, settings.depth or 1)]
+    layers = [_start(settings, teacher, part) for part in parts(block, depth_of(settings) or 1)]
     if len(layers) * loops > 1:
         return LayerStack(layers, loops)
     return Velocity(

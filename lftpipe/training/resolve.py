@@ -8,7 +8,7 @@ import torch
 
 from lftpipe.config.loss import ON_LOGITS, ON_STORED_LOGITS, parse_loss
 from lftpipe.config.objectives import CLOSED_FORM, LOSSES, TIMELESS, TWO_FOR
-from lftpipe.config.settings import ComputeDtype, MuonDtype, TrainSettings, loss_text
+from lftpipe.config.settings import ComputeDtype, MuonDtype, TrainSettings, depth_of, loss_text
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.errors import SettingsError, StoreError
 from lftpipe.store import Store
@@ -191,7 +191,7 @@ def _terms(settings: TrainSettings) -> set[str]:
 def _depth(settings: TrainSettings, block: tuple[int, int]) -> int | None:
     if settings.depth is None and settings.objective == "distil":
         return 2 if block[1] - block[0] >= TWO_FOR else 1
-    return settings.depth
+    return depth_of(settings)
 
 
 def _check_layers(settings: TrainSettings, block: tuple[int, int]) -> None:
@@ -199,15 +199,16 @@ def _check_layers(settings: TrainSettings, block: tuple[int, int]) -> None:
     given = f"with --objective {settings.objective}"
     if settings.init != "layer" and settings.objective in CLOSED_FORM:
         raise SettingsError(f"--init {settings.init} {given}", "an objective of steps", "leave out --init")
-    if settings.depth in (None, 1):
+    depth = depth_of(settings)
+    if depth in (None, 1):
         return
     if settings.objective not in TIMELESS:
-        raise SettingsError(f"--depth {settings.depth} {given}", f"one of {', '.join(TIMELESS)}", "use one")
+        raise SettingsError(f"--depth {depth} {given}", f"one of {', '.join(TIMELESS)}", "use one")
     if settings.init == "readout":
-        raise SettingsError(f"--depth {settings.depth} --init readout", "one layer", "leave out one of them")
-    if settings.depth >= block[1] - block[0]:
+        raise SettingsError(f"--depth {depth} --init readout", "one layer", "leave out one of them")
+    if depth >= block[1] - block[0]:
         raise SettingsError(
-            f"--depth {settings.depth} for a block of {block[1] - block[0]} layers",
+            f"--depth {depth} for a block of {block[1] - block[0]} layers",
             "fewer layers than are replaced",
             "choose a lower --depth, or a longer block",
         )
@@ -251,6 +252,7 @@ def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
         objective += str(settings.walk_steps) + ("" if settings.solver == "midpoint" else "-euler")
     if settings.objective == "looped":
         objective += str(settings.walk_steps)
-    if settings.depth is not None and settings.depth > 1 and settings.objective != "distil":
-        objective += f"-depth{settings.depth}"
+    depth = depth_of(settings)
+    if depth is not None and depth > 1 and settings.objective != "distil":
+        objective += f"-depth{depth}"
     return f"{block[0]}-{block[1]}-{objective}-seed{settings.seed}"

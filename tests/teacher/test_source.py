@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +234,9 @@ def test_a_gguf_file_that_is_none_is_refused(tmp_path):
         open_teacher(str(tmp_path / "a.gguf"), tmp_path)
 
 
-def test_a_gguf_file_becomes_a_folder_once(teachers, tmp_path, monkeypatch):
-    """With transformers' reader of the format faked by the tiny Llama's folder."""
+@pytest.fixture
+def read_as_gguf(teachers, tmp_path, monkeypatch):
+    """Calls of transformers' reader of the format, for a file that is faked by the tiny Llama's folder."""
     (tmp_path / "tiny.gguf").write_bytes(b"weights")
     folder, made = teachers["llama"], []
     import transformers
@@ -248,6 +251,11 @@ def test_a_gguf_file_becomes_a_folder_once(teachers, tmp_path, monkeypatch):
             return real(folder, **options)
 
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", fake)
+    return made
+
+
+def test_a_gguf_file_becomes_a_folder_once(read_as_gguf, teachers, tmp_path):
+    made, folder = read_as_gguf, teachers["llama"]
     first = open_teacher(str(tmp_path / "tiny.gguf"), tmp_path / "workspace")
     assert (first.name, first.model) == ("tiny", str(tmp_path / "tiny.gguf"))
     again = open_teacher(str(tmp_path / "tiny.gguf"), tmp_path / "workspace")
@@ -260,6 +268,18 @@ def test_a_gguf_file_becomes_a_folder_once(teachers, tmp_path, monkeypatch):
     (tmp_path / "tiny.gguf").write_bytes(b"other weights")
     open_teacher(str(tmp_path / "tiny.gguf"), tmp_path / "workspace")
     assert len(made) == 6
+
+
+def test_commands_that_begin_at_once_convert_a_gguf_file_once(read_as_gguf, tmp_path):
+    both = threading.Barrier(2)
+
+    def opened(_):
+        both.wait()
+        return open_teacher(str(tmp_path / "tiny.gguf"), tmp_path / "workspace").checkpoint.digest
+
+    with ThreadPoolExecutor(2) as pool:
+        assert len(set(pool.map(opened, range(2)))) == 1
+    assert len(read_as_gguf) == 3
 
 
 def test_families_differ_in_name():

@@ -51,6 +51,21 @@ def test_a_stack_starts_from_layers_of_the_block_and_learns(
     assert after["nfe"] == depth
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_each_block_may_have_a_depth_of_its_own(stores: dict[str, Path], tmp_path: Path, joint: bool) -> None:
+    store = Store.open(stores["neox"])
+    settings = short_run(store.path, tmp_path, objective="distil", block="0:1,1:4", joint=joint)
+    train(change(settings, depth=(1, 2)))
+    first, second = (runs.open_run(tmp_path / name) for name in ("run-0-1", "run-1-4"))
+    assert [run.evaluations("euler", 1) for run in (first, second)] == [1, 2]
+    assert [runs.read_settings(run.path)[0]["depth"] for run in (first, second)] == [1, 2]
+    assert all(run["already_finished"] for run in train(change(settings, depth=(1, 2)))["runs"])
+    out = export(ExportSettings(runs=(str(first.path), str(second.path)), form="plain", out=tmp_path / "out"))
+    assert out["layers"] == teacher_of(store).num_layers - 1
+    with pytest.raises(SettingsError, match="--depth 2 for a block of 1 layers"):
+        train(change(settings, depth=(2, 1), run=str(tmp_path / "other")))
+
+
 def test_the_mean_of_the_block_is_a_start(stores: dict[str, Path], tmp_path: Path) -> None:
     store = Store.open(stores["llama"])
     train(short_run(store.path, tmp_path, objective="distil", init="mean", tokens=1, learning_rate=0.0))
@@ -105,6 +120,8 @@ def test_distil_records_its_loss(stores: dict[str, Path], tmp_path: Path) -> Non
     [
         ({"objective": "fw", "depth": 2}, "--depth 2 with --objective fw"),
         ({"objective": "regression", "depth": 2}, "fewer layers than are replaced"),
+        ({"objective": "regression", "depth": (1, 2)}, "--depth 1,2 for one block"),
+        ({"objective": "regression", "depth": (1, 2, 1), "block": "0:1,1:4"}, "--depth 1,2,1 for 2 blocks"),
         ({"objective": "regression", "depth": 2, "block": "0:4", "init": "readout"}, "--init readout"),
     ],
 )

@@ -37,7 +37,7 @@ from lftpipe.config.settings.look import (
 )
 from lftpipe.config.settings.recouple import RecoupleSettings
 from lftpipe.config.settings.student import ExportSettings, GenerateSettings
-from lftpipe.config.settings.train import TrainSettings, loss_text
+from lftpipe.config.settings.train import TrainSettings, depth_of, loss_text
 
 __all__ = [
     "Common",
@@ -73,6 +73,7 @@ __all__ = [
     "VerifySettings",
     "WalkTimes",
     "WeightsDtype",
+    "depth_of",
     "loss_text",
     "recorded",
     "to_json",

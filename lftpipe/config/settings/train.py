@@ -14,6 +14,7 @@ from lftpipe.config.settings.base import (
     Condition,
     Count,
     CountOrZero,
+    Depths,
     Fraction,
     Init,
     LossScale,
@@ -56,9 +57,10 @@ class TrainSettings(OfStore, Spread, Seeded, Writing):
     init: Init = "layer"
     """The start: a copy of the block's first layer; `readout` also fits its output matrices to the whole
     block in closed form; `mean`: the mean of the block's layers."""
-    depth: Steps | None = None
+    depth: Depths | Steps | None = None
     """Layers in place of a block, for an objective without time; each starts from a part of the block.
-    Default: 1; for `distil` 2 where five layers or more are replaced."""
+    `2,1`: so many for each of several blocks. Default: 1; for `distil` 2 where five layers or more are
+    replaced."""
     walk_steps: Steps = 3
     """Steps k of flow walking."""
     solver: SolverName = "midpoint"
@@ -139,6 +141,21 @@ class TrainSettings(OfStore, Spread, Seeded, Writing):
         "Watching the run": "hold_back evaluate_every patience log_every checkpoint_minutes checkpoint_every "
         "track tensorboard",
     }
+
+
+def depth_of(settings: TrainSettings, block: int = 0) -> int | None:
+    """The layers in place of one of the blocks, as `--depth` says; None where it says nothing.
+
+    Parameters
+    ----------
+    settings
+        As given, or of one run.
+    block
+        Which of the blocks, counted from 0.
+    """
+    if isinstance(settings.depth, tuple):
+        return settings.depth[block if len(settings.depth) > 1 else 0]
+    return settings.depth
 
 
 def loss_text(settings: TrainSettings) -> str:
