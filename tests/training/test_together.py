@@ -100,8 +100,14 @@ def test_every_command_takes_any_run_of_a_joint_student_for_the_whole(trained, t
     assert files[0] == files[1]
     loaded, exported = lftpipe.load_student(runs[name]), lftpipe.load_student(tmp_path / "one")
     ids = tokens(16)
+    for student in (
+        loaded,
+        exported,
+    ):  # weights lie as in their files, and the alignment decides the last bits
+        for parameter in student.parameters():
+            parameter.data = parameter.data.clone()
     with torch.inference_mode():
-        torch.testing.assert_close(loaded(ids).logits, exported(ids).logits, rtol=0, atol=1e-5)
+        assert torch.equal(loaded(ids).logits, exported(ids).logits)
     given = GenerateSettings(store=store, target=runs[name], prompt="a", max_new_tokens=2)
     written = generate(given)
     assert (written["model"], written["nfe"]) == (runs[name], 4)
