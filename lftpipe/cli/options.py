@@ -93,14 +93,12 @@ def _annotation(kind: type[Common], name: str, hint: Any, panel: str) -> Any:
     default = field.get_default(call_default_factory=True)
     hint = _first(hint)
     many = typing.get_origin(hint) is tuple
-    if many and default is None:
-        default = ()
     if Role.ARGUMENT in field.metadata:
         return Annotated[(list[str] if many else hint) | None, typer.Argument(help=doc, show_default=False)]
     if Role.REPEATED in field.metadata:
         hint = list[str]
     if many:
-        hint, default = str, ",".join(map(str, default))
+        hint, default = str, ",".join(map(str, default or ()))
     # Not in brackets: those are markup to rich, which would leave the default out.
     shown = f" (default: {default})" if default not in (None, "") and hint is not bool else ""
     names = [SPELLINGS[name]] if name in SPELLINGS else []
