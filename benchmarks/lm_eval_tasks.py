@@ -101,8 +101,13 @@ def main() -> None:
     run = runs.open_run(find_run(given.workspace, None, given.run))
     teacher = teacher_of_run(run, given.workspace)
     folder = Path(given.tasks) if given.tasks and Path(given.tasks).is_dir() else None
+    if folder is None and "/" in given.tasks:
+        parser.error(f"--tasks {given.tasks}: there is no such folder")
     manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     names = list(manager.all_tasks) if folder else [t for t in given.tasks.split(",") if t] or list(TASKS)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown or not names:
+        parser.error(f"--tasks {given.tasks}: no task {', '.join(unknown) or 'there'}")
     with tempfile.TemporaryDirectory() as out:
         settings = {"workspace": given.workspace, "runs": (str(run.path),), "k": given.k}
         try:

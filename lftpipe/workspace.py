@@ -143,11 +143,11 @@ def find_runs(store: Path, names: tuple[str, ...]) -> list[Path]:
         runs = sorted(path.parent for path in store.parent.glob("runs/*/manifest.json"))
     for run in runs:
         if not (run / "manifest.json").is_file():
-            state = "unfinished" if (run / "settings.toml").is_file() else "missing"
+            command = command_of(run)
             raise RunError(
-                f"{state} run {run}",
+                f"{'unfinished' if command else 'missing'} run {run}",
                 "a finished run with manifest.json",
-                "train it with `lftpipe train --resume`",
+                f"{command or 'train'} it with `lftpipe {command or 'train'} --resume`",
             )
     if not runs:
         raise RunError(
@@ -156,3 +156,17 @@ def find_runs(store: Path, names: tuple[str, ...]) -> list[Path]:
             "make one with `lftpipe train --from-cache`",
         )
     return runs
+
+
+def command_of(run: Path) -> str | None:
+    """The command that began a run, `train` or `heal`; None where nothing was begun.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    """
+    settings = run / "settings.toml"
+    if not settings.is_file():
+        return None
+    return "heal" if b"[heal]" in settings.read_bytes().splitlines() else "train"

@@ -79,7 +79,7 @@ ROOMS: dict[str, tuple[str, str]] = {
         "teacher.branches teacher.context teacher.family",
         "transformers safetensors zarr pathlib json os",
     ),
-    "runs": ("artefacts config errors files flow teacher", "transformers zarr"),
+    "runs": ("artefacts config errors files flow teacher workspace", "transformers zarr"),
     "training": (
         "artefacts batch config device errors files flow live objects outputs progress runs spawned "
         "store teacher",

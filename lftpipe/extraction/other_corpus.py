@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import cast
 
 from lftpipe.config.settings import Dtype, EvaluateSettings, ExtractSettings
+from lftpipe.device import device_kind
 from lftpipe.extraction.compute import compute
 from lftpipe.extraction.plan import make_plan
 from lftpipe.extraction.tokens import packing_of, spec_of, store_tokens
+from lftpipe.files import fingerprint
 from lftpipe.store import Store, StoreWriter
 
 
@@ -45,17 +47,19 @@ def states_elsewhere(store: Store, corpus: str, settings: EvaluateSettings) -> S
         If the corpus does not exist, has too little text, or changed since.
     """
     teacher = store.identity["teacher"]
-    path = store.path.parent / "corpora" / slug_of(corpus) / "states.zarr"
+    sequences = store.num_sequences("validation")
+    path = store.path.parent / "corpora" / slug_of(corpus) / f"{_kind_of(store, sequences, settings)}.zarr"
     wanted = ExtractSettings(
         workspace=settings.workspace,
         store=path,
         model=teacher["model"],
         revision=teacher["revision"],
         corpus=corpus,
-        layers=",".join(map(str, store.layers)),
+        layers=",".join(map(str, store.layers)) or "all",
+        tokens_only=not store.layers,
         context=store.context,
         tokens=store.context,  # a store has both splits; one sequence is the least
-        validation_tokens=store.num_sequences("validation") * store.context,
+        validation_tokens=sequences * store.context,
         attention=False,
         dtype=cast(Dtype, store.spec.dtype),
         compute_dtype=store.identity["compute_dtype"],
@@ -71,3 +75,10 @@ def states_elsewhere(store: Store, corpus: str, settings: EvaluateSettings) -> S
         compute(plan, writer, wanted)
         writer.finish()
     return Store.open(path)
+
+
+def _kind_of(store: Store, sequences: int, settings: EvaluateSettings) -> str:
+    """A name for all that such states depend on beside the corpus: a store that is made anew has others."""
+    teacher = {key: value for key, value in store.identity.items() if key != "corpus"}
+    states = [list(store.layers), store.spec.dtype, store.context, sequences, device_kind(settings.device)]
+    return f"states-{fingerprint([teacher, *states])[:8]}"

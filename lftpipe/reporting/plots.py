@@ -129,6 +129,8 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: Sequence[Score
     key = "validation_nmse" if on_validation else "nmse"
     for (name, rows), (colour, line) in zip(sorted(curves.items()), STYLES * 4, strict=False):
         shown = [row for row in rows if key in row]
+        if not shown:  # a healed run's lines have no NMSE: healing changes what comes after the block too
+            continue
         marker = "o" if len(shown) < 10 else ""
         axis.plot(
             [row["tokens"] for row in shown],

@@ -14,6 +14,7 @@ from lftpipe.errors import RunError
 from lftpipe.files import file_digest, seal, write_atomic
 from lftpipe.flow.solver import EVALUATIONS, Method
 from lftpipe.runs.folder import MANIFEST, METRICS, SETTINGS, WEIGHTS
+from lftpipe.workspace import command_of
 
 #: Before the names of a teacher's tensors that healing changed, in a run's weights.
 OF_TEACHER = "teacher."
@@ -124,9 +125,8 @@ def open_run(path: Path) -> Run:
         manifest = RunManifest.from_json(path / MANIFEST)
     except FileNotFoundError as error:
         if (path / SETTINGS).is_file():
-            raise RunError(
-                f"unfinished run {path}", "a finished one", "continue it with `lftpipe train --resume`"
-            ) from error
+            how = f"continue it with `lftpipe {command_of(path)} --resume`"
+            raise RunError(f"unfinished run {path}", "a finished one", how) from error
         raise RunError(f"{path}", RunManifest.NAME, "train it again") from error
     run = Run(path=path, **{field.name: getattr(manifest, field.name) for field in fields(manifest)})
     if not (path / WEIGHTS).is_file() or file_digest(path / WEIGHTS) != run.weights_digest:

@@ -22,7 +22,13 @@ MANIFEST, SETTINGS, METRICS, WEIGHTS, CHECKPOINT, DIVERGED = (
 )
 
 
-def write_settings(run: Path, settings: dict[str, Any], store_fingerprint: str, table: str = "train") -> None:
+def write_settings(
+    run: Path,
+    settings: dict[str, Any],
+    store_fingerprint: str,
+    table: str = "train",
+    healed: str | None = None,
+) -> None:
     """The run's resolved settings as a recipe that makes it again, and the store they go with.
 
     Parameters
@@ -35,14 +41,17 @@ def write_settings(run: Path, settings: dict[str, Any], store_fingerprint: str, 
         Of the store that it is trained on.
     table
         The command that made it.
+    healed
+        Digest of the weights that it healed, if it did.
     """
     run.mkdir(parents=True, exist_ok=True)
-    recipe = {table: settings, RECORD_TABLE: {"fingerprint": store_fingerprint}}
+    record = {"fingerprint": store_fingerprint} | ({"healed": healed} if healed else {})
+    recipe = {table: settings, RECORD_TABLE: record}
     write_atomic(run / SETTINGS, tomli_w.dumps(recipe).encode())
 
 
-def read_settings(run: Path) -> tuple[dict[str, Any], str]:
-    """What `write_settings` wrote.
+def read_settings(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `write_settings` wrote: the settings, and what they go with, as `fingerprint` and `healed`.
 
     Parameters
     ----------
@@ -56,10 +65,10 @@ def read_settings(run: Path) -> tuple[dict[str, Any], str]:
     """
     with foreign(RunError, f"damaged {run / SETTINGS}", "the run's settings", "start again with --force"):
         recipe = tomllib.loads((run / SETTINGS).read_text())
-        settings, store = recipe["heal" if "heal" in recipe else "train"], recipe[RECORD_TABLE]["fingerprint"]
-        if not (isinstance(settings, dict) and isinstance(store, str)):
+        settings, record = recipe["heal" if "heal" in recipe else "train"], recipe[RECORD_TABLE]
+        if not (isinstance(settings, dict) and isinstance(record["fingerprint"], str)):
             raise TypeError("no table of settings")
-        return settings, store
+        return settings, record
 
 
 def note_divergence(run: Path, step: int, learning_rate: float) -> None:

@@ -25,7 +25,7 @@ from lftpipe.student.loading import teacher_of_run
 from lftpipe.student.plain import unroll
 from lftpipe.student.portable import MODULE, auto_map, modelling_file
 from lftpipe.teacher.quiet import quiet_transformers
-from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.source import Teacher, max_positions_of
 from lftpipe.teacher.tokenizer import load_tokenizer
 from lftpipe.workspace import find_run
 
@@ -116,7 +116,7 @@ def _described(
         runs=[str(run.path) for run in opened],
         k=student.config.steps,
         solver=student.config.solver,
-        layers=len(model.base_model.layers),
+        layers=len(model.get_submodule(teacher.family.layers_prefix)),
         attention_evaluations=model.config.num_hidden_layers,
         parameters=model.num_parameters(),
         dtype=settings.dtype,
@@ -147,7 +147,7 @@ def _check_free(out: Path, force: bool, teacher: Teacher) -> None:
 def _largest_difference(model: Any, student: Any) -> float:
     """Between the logits of both, over random tokens."""
     generator = torch.Generator().manual_seed(0)
-    count = min(COMPARED_TOKENS, student.config.max_position_embeddings)
+    count = min(COMPARED_TOKENS, max_positions_of(student.config) or COMPARED_TOKENS)
     tokens = torch.randint(student.config.vocab_size, (1, count), generator=generator)
     return (model(tokens).logits - student(tokens).logits).abs().max().item()
 

@@ -27,7 +27,7 @@ from lftpipe.student.decoding import Continuation, continue_prompt, speculate, w
 from lftpipe.student.loading import load_model, load_teacher, teacher_of_folder, teacher_of_run
 from lftpipe.student.model import LatentFlow
 from lftpipe.teacher.quiet import quiet_transformers
-from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.source import Teacher, max_positions_of
 from lftpipe.teacher.tokenizer import load_tokenizer, tokenizer_of
 from lftpipe.workspace import find_run
 
@@ -187,8 +187,8 @@ def _teacher_of(writer: Writer, settings: GenerateSettings) -> Teacher:
 
 
 def _check_length(writer: Writer, prompt: str, settings: GenerateSettings) -> None:
-    count, most = len(writer.tokenizer(prompt)["input_ids"]), writer.model.config.max_position_embeddings
-    if count + settings.max_new_tokens > most:
+    count, most = len(writer.tokenizer(prompt)["input_ids"]), max_positions_of(writer.model.config)
+    if most is not None and count + settings.max_new_tokens > most:
         raise SettingsError(
             f"a prompt of {count} tokens and --max-new-tokens {settings.max_new_tokens}",
             f"at most {most} together, the teacher's context",

@@ -62,6 +62,8 @@ def heal(settings: HealSettings) -> Healing:
     store.need_whole("heal")
     source = _find(store_path, settings.target)
     settings = _resolved(settings, source, store)
+    teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
+    _check_start(settings, store, teacher)
     new: list[_Part] = []
     for run in source:
         folder = run_path(store_path, _name(settings, run, source))
@@ -69,7 +71,6 @@ def heal(settings: HealSettings) -> Healing:
     for part in new:
         if part.folder.resolve() in {run.path.resolve() for run in source}:
             raise SettingsError(f"--run {part.folder}, the run that is healed", "a new name", "give another")
-    teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
     check_tracker(settings)
     for part in new:
         refuse_foreign(part.folder, settings)
@@ -97,7 +98,8 @@ def _healed(new: list[_Part], store: Store, teacher: Teacher) -> Healing:
     if _claim(new, store):
         return replace(told, already_finished=True)
     student = _student([part.source for part in new], teacher, settings)
-    work = prepare_healing(folder, settings, store, teacher, student, student.first, student.trained)
+    healed = fingerprint([part.source.weights_digest for part in new])
+    work = prepare_healing(folder, settings, store, teacher, student, student.first, student.trained, healed)
     result = work.run()
     trained_tokens = work.step * work.tokens_per_step
     # The first run's is the last manifest: its folder has the checkpoint that all go on from.
@@ -127,7 +129,7 @@ def _claim(new: list[_Part], store: Store) -> bool:
                 "all runs of a healed student, or none",
                 "use a new --run NAME, or --force",
             )
-    finished = [claim(part.folder, part.settings, store) for part in new]
+    finished = [claim(part.folder, part.settings, store, part.source.weights_digest) for part in new]
     if not all(finished):  # killed between two manifests
         for folder in folders:
             (folder / runs.MANIFEST).unlink(missing_ok=True)
@@ -209,6 +211,16 @@ def _resolved(settings: HealSettings, student: list[Run], store: Store) -> HealS
         compute_dtype=cast(ComputeDtype, dtype_name(dtype)),
         learning_rate=LEARNING_RATES[settings.adapter] if rate is None else rate,
     )
+
+
+def _check_start(settings: HealSettings, store: Store, teacher: Teacher) -> None:
+    """Refuse a whole student without anything that it could begin with."""
+    if settings.train == "student" and teacher.family.derived and 0 not in store.layers:
+        raise StoreError(
+            f"--train student on store {store.path} without state 0, and a {teacher.config.model_type} model",
+            "state 0, which is read in place of the embedding",
+            "extract with 0 in --layers too, or use --train tail",
+        )
 
 
 def _student(source: list[Run], teacher: Teacher, settings: HealSettings) -> HealingStudent:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lftpipe import runs
 from lftpipe.errors import SettingsError
@@ -74,7 +75,7 @@ class HealingStudent(nn.Module):
         Raises
         ------
         SettingsError
-            If peft is not installed.
+            If peft is not installed, or there is no linear map.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -82,12 +83,25 @@ class HealingStudent(nn.Module):
             raise SettingsError(
                 "--adapter lora without peft", "the peft package", "pip install peft, or use --adapter full"
             ) from error
-        maps = [
-            name
+        maps = {
+            name: part
             for name, part in self.named_modules()
-            if isinstance(part, nn.Linear) and ".modulation." not in name
-        ]
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=maps)
+            if isinstance(part, nn.Linear | Conv1D) and ".modulation." not in name
+        }
+        if not maps:
+            raise SettingsError(
+                f"--adapter lora for {self.teacher.name}, whose layers have no linear maps",
+                "maps to adapt",
+                "use --adapter full",
+            )
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=0.0,
+            target_modules=list(maps),
+            # GPT-2's maps are stored the other way round.
+            fan_in_fan_out=any(isinstance(part, Conv1D) for part in maps.values()),
+        )
         inject_adapter_in_model(config, self)
         self.eval()
 

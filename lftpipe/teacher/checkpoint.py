@@ -135,7 +135,32 @@ class Overlay(Checkpoint):
 
     def __init__(self, below: Checkpoint, changed: dict[str, Tensor]) -> None:
         super().__init__(below.folder)
-        self.changed = changed
+        self.below, self.changed = below, changed
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of the checkpoint below it."""
+        return self.below.shapes
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Those of the checkpoint below it."""
+        return self.below.sizes
+
+    @cached_property
+    def digest(self) -> str:
+        """That of the checkpoint below it."""
+        return self.below.digest
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name.
+
+        Parameters
+        ----------
+        name
+            In the checkpoint.
+        """
+        return self.below.has(name)
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named tensors, as float32; those that were changed in their new form.
@@ -145,7 +170,7 @@ class Overlay(Checkpoint):
         names
             In the checkpoint.
         """
-        kept = super().read([name for name in names if name not in self.changed])
+        kept = self.below.read([name for name in names if name not in self.changed])
         return {name: self.changed[name] if name in self.changed else kept[name] for name in names}
 
 

@@ -30,6 +30,18 @@ HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*"
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "seq_length")
 
 
+def max_positions_of(config: Any) -> int | None:
+    """The longest context that a model knows positions for; None if it has no bound.
+
+    Parameters
+    ----------
+    config
+        Of the model.
+    """
+    named = (getattr(config, name, None) for name in POSITIONS)
+    return next((count for count in named if isinstance(count, int)), None)
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A frozen model on the local disk; nothing of it is in memory yet."""
@@ -58,8 +70,7 @@ class Teacher:
     @property
     def max_positions(self) -> int | None:
         """The longest context that the model knows positions for; None if it has no bound."""
-        named = (getattr(self.config, name, None) for name in POSITIONS)
-        return next((count for count in named if isinstance(count, int)), None)
+        return max_positions_of(self.config)
 
     @property
     def corpus(self) -> str | None:

@@ -46,6 +46,8 @@ class Healing:
         The weights that are moved, by name.
     loss
         Of a batch; the weights are those of `trained`.
+    healed
+        Digest of the weights that it begins with.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Healing:
         order: BatchOrder,
         trained: dict[str, nn.Parameter],
         loss: Loss,
+        healed: str,
     ) -> None:
         self.folder, self.settings, self.reader, self.order = folder, settings, reader, order
+        self.healed = healed
         self.fields, self.trained, self.loss_of = fields, trained, loss
         self.tokens_per_step = order.batch_size * reader.store.context
         self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
@@ -74,10 +78,11 @@ class Healing:
             betas=BETAS,
             fused=True,
         )
-        self.step, self.loss, self.seconds = 0, math.nan, 0.0
+        self.step, self.loss, self.seconds, self.waited = 0, math.nan, 0.0, 0.0
         self._tracker: Tracker | None = None
         self._best: dict[str, Tensor] = self._copy()
         self._best_loss = math.inf
+        self._saved = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Do what steps are left; the weights are then the best on what is held back.
@@ -121,7 +126,12 @@ class Healing:
 
     def _batches(self) -> Iterator[Batch]:
         batches = self.reader.shuffled(self.fields, self.order, self.step)
-        return (next(batches) for _ in range(self.step, self.num_steps))
+        for _ in range(self.step, self.num_steps):
+            before = time.monotonic()
+            batch = next(batches)
+            waited = time.monotonic() - before
+            self.waited, self.seconds = self.waited + waited, self.seconds + waited
+            yield batch
 
     def _advance(self, batch: Batch, log: Any) -> None:
         started, settings = time.monotonic(), self.settings
@@ -147,7 +157,7 @@ class Healing:
         self.seconds += time.monotonic() - started
         if found or self.step % settings.log_every == 0:
             self._write(log, rate, found)
-        if self.step % settings.checkpoint_every == 0 and not last:
+        if self._is_time_to_save() and not last:
             log.flush()
             self._save()
 
@@ -168,6 +178,11 @@ class Healing:
             self._best_loss, self._best = loss, self._copy()
         return {"held_back_loss": loss}
 
+    def _is_time_to_save(self) -> bool:
+        steps, seconds = self.settings.checkpoint_every, 60 * self.settings.checkpoint_minutes
+        by_clock = seconds > 0 and time.monotonic() - self._saved >= seconds
+        return by_clock or (steps > 0 and self.step % steps == 0)
+
     def _copy(self) -> dict[str, Tensor]:
         return {name: weight.detach().clone() for name, weight in self.trained.items()}
 
@@ -177,6 +192,7 @@ class Healing:
             "tokens": self.step * self.tokens_per_step,
             "learning_rate": rate,
             "seconds": round(self.seconds, 3),
+            "data_wait_seconds": round(self.waited, 3),
             **({"loss": self.loss} if self.step else {}),
             **found,
         }
@@ -189,17 +205,19 @@ class Healing:
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "waited": self.waited,
             "weights": {name: weight.detach() for name, weight in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
             "best": self._best,
             "best_loss": self._best_loss,
         }
         write_checkpoint(self.folder / runs.CHECKPOINT, [state], self._binding())
+        self._saved = time.monotonic()
 
     def _binding(self) -> str:
-        """What the checkpoint belongs to: the run that is healed, and how."""
+        """What the checkpoint belongs to: the weights that are healed, and how."""
         used = self.settings
-        named = (used.target, used.train, used.adapter, used.rank, used.loss, used.seed, used.batch_tokens)
+        named = (self.healed, used.train, used.adapter, used.rank, used.loss, used.seed, used.batch_tokens)
         return fingerprint([*map(str, named), self.reader.store.origin])
 
     def _restore(self) -> None:
@@ -216,5 +234,5 @@ class Healing:
             for name, weight in self.trained.items():
                 weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.waited = state["step"], state["seconds"], state.get("waited", 0.0)
         self._best, self._best_loss = state["best"], state["best_loss"]

@@ -35,6 +35,7 @@ def prepare_healing(
     student: Student,
     start: int,
     trained: dict[str, nn.Parameter],
+    healed: str,
 ) -> Healing:
     """The healing of a student, before its first step.
 
@@ -54,6 +55,8 @@ def prepare_healing(
         Where it begins.
     trained
         Its weights that are moved, by name.
+    healed
+        Digest of what it was before.
 
     Raises
     ------
@@ -63,12 +66,12 @@ def prepare_healing(
     dtype = getattr(torch, settings.compute_dtype)
     reader = BatchReader(store, teacher, settings.device)
     embedding = None if start in store.layers else load_embedding(teacher).to(settings.device)
-    deepest = max(store.layers)
     layers = {start} if embedding is None else set()
+    # The teacher's own last layers and head; those that heal are others.
+    deepest = max(store.layers) if settings.loss == "logits" else teacher.num_layers
     if settings.loss == "logits":
         layers.add(deepest)
-    # The teacher's own last layers and head; those that heal are others.
-    tail = Tail(teacher, deepest if settings.loss == "logits" else teacher.num_layers)
+    tail = Tail(teacher, deepest)
     tail.to(settings.device)
     cast_linear(tail, dtype)
     if settings.loss == "sampled-logits":
@@ -94,6 +97,7 @@ def prepare_healing(
         BatchOrder(max(1, settings.batch_tokens // store.context), settings.seed, used),
         trained,
         loss,
+        healed,
     )
 
 

@@ -190,7 +190,7 @@ def _terms(settings: TrainSettings) -> set[str]:
 
 def _depth(settings: TrainSettings, block: tuple[int, int]) -> int | None:
     if settings.depth is None and settings.objective == "distil":
-        return 2 if block[1] - block[0] >= TWO_FOR else 1
+        return 2 if block[1] - block[0] >= TWO_FOR and settings.init != "readout" else 1  # it fits one alone
     return depth_of(settings)
 
 
@@ -199,6 +199,8 @@ def _check_layers(settings: TrainSettings, block: tuple[int, int]) -> None:
     given = f"with --objective {settings.objective}"
     if settings.init != "layer" and settings.objective in CLOSED_FORM:
         raise SettingsError(f"--init {settings.init} {given}", "an objective of steps", "leave out --init")
+    if settings.init == "readout" and settings.objective == "looped" and settings.walk_steps > 1:
+        raise SettingsError(f"--init readout {given}", "a layer that is evaluated once", "leave out --init")
     depth = depth_of(settings)
     if depth in (None, 1):
         return

@@ -34,6 +34,7 @@ _MAY_DIFFER = {
     "device",
     "threads",
     "workers",
+    "target",  # of a healing: a path, which may be written in several ways; its weights' digest counts
 }
 
 
@@ -41,7 +42,7 @@ _MAY_DIFFER = {
 _MAY_BE_TAMED = {"learning_rate", "clip"}
 
 
-def claim(run: Path, settings: TrainSettings | HealSettings, store: Store) -> bool:
+def claim(run: Path, settings: TrainSettings | HealSettings, store: Store, healed: str | None = None) -> bool:
     """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already.
 
     Parameters
@@ -52,6 +53,8 @@ def claim(run: Path, settings: TrainSettings | HealSettings, store: Store) -> bo
         Resolved ones.
     store
         What it is trained on.
+    healed
+        Digest of the weights that are healed, if any are.
 
     Raises
     ------
@@ -62,7 +65,7 @@ def claim(run: Path, settings: TrainSettings | HealSettings, store: Store) -> bo
     plain = to_json(settings)
     table = "heal" if isinstance(settings, HealSettings) else "train"
     if (run / runs.SETTINGS).exists() and not settings.force:
-        for key, before, now in changed_settings(run, settings, store):
+        for key, before, now in changed_settings(run, settings, store, healed):
             if key in _MAY_BE_TAMED and settings.resume and (run / runs.DIVERGED).exists():
                 continue
             raise RunError(
@@ -78,13 +81,13 @@ def claim(run: Path, settings: TrainSettings | HealSettings, store: Store) -> bo
         if finished:
             drop_checkpoints(run)  # of a process that was killed just before it would have done so
         else:
-            runs.write_settings(run, plain, store.fingerprint, table)
+            runs.write_settings(run, plain, store.fingerprint, table, healed)
         return finished
     if settings.force:
         for name in (runs.MANIFEST, runs.METRICS, runs.WEIGHTS, runs.DIVERGED, runs.SAMPLES):
             (run / name).unlink(missing_ok=True)
         drop_checkpoints(run)
-    runs.write_settings(run, plain, store.fingerprint, table)
+    runs.write_settings(run, plain, store.fingerprint, table, healed)
     return False
 
 
@@ -129,7 +132,7 @@ def _is_run_manifest(path: Path) -> bool:
 
 
 def changed_settings(
-    run: Path, settings: TrainSettings | HealSettings, store: Store
+    run: Path, settings: TrainSettings | HealSettings, store: Store, healed: str | None = None
 ) -> Iterator[tuple[str, Any, Any]]:
     """Setting, value with which the run was begun, and value now, of all that would give another run.
 
@@ -141,11 +144,14 @@ def changed_settings(
         Those of now.
     store
         What the run is to be trained on now.
+    healed
+        Digest of the weights that are to be healed now.
     """
-    before, fingerprint = runs.read_settings(run)
+    before, record = runs.read_settings(run)
     # What an older version did not know was then as it is by default now.
-    before = to_json(type(settings)()) | before | {"store fingerprint": fingerprint}
-    now = to_json(settings) | {"store fingerprint": store.fingerprint}
+    before = to_json(type(settings)()) | before
+    before |= {"store fingerprint": record["fingerprint"], "healed weights": record.get("healed", healed)}
+    now = to_json(settings) | {"store fingerprint": store.fingerprint, "healed weights": healed}
     for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)

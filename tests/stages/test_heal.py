@@ -135,9 +135,16 @@ def test_a_healed_run_exports_plain_and_says_what_it_healed(
     assert "healed" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("adapter", "often"),
+    [("lora", {"checkpoint_every": 4}), ("full", {"checkpoint_every": 0, "checkpoint_minutes": 1e-9})],
+)
 def test_a_resumed_healing_ends_with_the_same_bits(
-    logit_stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: str
+    logit_stores: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    adapter: str,
+    often: dict[str, object],
 ) -> None:
     store = logit_stores["neox"]
     trained(store, tmp_path, "regression")
@@ -151,18 +158,22 @@ def test_a_resumed_healing_ends_with_the_same_bits(
             raise KeyboardInterrupt
         advance(self, batch, log)  # pyright: ignore[reportArgumentType]
 
-    again = {"adapter": adapter, "run": str(tmp_path / "again")}
+    again = {"adapter": adapter, "run": str(tmp_path / "again"), **often}
     with monkeypatch.context() as patch:
         patch.setattr(loop.Healing, "_advance", killed)
         with pytest.raises(KeyboardInterrupt):
             heal(healing(store, tmp_path, **again))
     with pytest.raises(RunError, match="unfinished run"):
         heal(healing(store, tmp_path, **again))
+    assert (tmp_path / "again" / runs.CHECKPOINT).is_file()
+    with pytest.raises(RunError, match="`lftpipe heal --resume`"):
+        runs.open_run(tmp_path / "again")
     heal(healing(store, tmp_path, resume=True, **again))
     whole, parts = weights_of(tmp_path / "healed"), weights_of(tmp_path / "again")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    lines = [[{**row, "seconds": 0} for row in log_of(tmp_path / run)] for run in ("healed", "again")]
+    timeless = {"seconds": 0, "data_wait_seconds": 0}
+    lines = [[{**row, **timeless} for row in log_of(tmp_path / run)] for run in ("healed", "again")]
     assert lines[0] == lines[1]
     assert heal(healing(store, tmp_path, resume=True, **again))["already_finished"]
 

@@ -62,3 +62,20 @@ def test_another_corpus_gives_other_figures_and_the_own_one_the_same(
 def test_a_corpus_that_is_not_there_is_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="nowhere"):
         evaluate(settings(store, tmp_path, tmp_path / "nowhere.txt"))
+
+
+@pytest.mark.parametrize("changes", [{"layers": "1,2,3"}, {"tokens_only": True}])
+def test_a_store_that_is_made_anew_has_states_of_its_own_elsewhere(
+    store: Path,
+    other: Path,
+    teachers: dict[str, Path],
+    text_folder: Path,
+    tmp_path: Path,
+    changes: dict[str, object],
+) -> None:
+    before = evaluate(settings(store, tmp_path, other))
+    made = {"layers": "1,3", **changes, "force": True}
+    again = extracted(tmp_path / "data", teachers["neox"], text_folder, **made)
+    assert again == store
+    after = evaluate(settings(store, tmp_path, other))
+    assert after["rows"][-1]["kl"] == pytest.approx(before["rows"][-1]["kl"], rel=0.05)

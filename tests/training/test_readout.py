@@ -12,9 +12,10 @@ from training_runs import change, log_of, short_run, teacher_of, weights_of
 from lftpipe.batch import Batch
 from lftpipe.config.settings import TrainSettings
 from lftpipe.errors import SettingsError
+from lftpipe.runs import read_settings
 from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.training import TrainingRun, readout
+from lftpipe.training import TrainingRun, readout, resolve
 from lftpipe.training import step as training_step
 from lftpipe.training.loop import _first_batches
 from lftpipe.training.step import pose
@@ -120,3 +121,14 @@ def test_no_more_is_looked_at_than_the_run_may_see(settings):
 def test_a_linear_map_has_no_readout(settings):
     with pytest.raises(SettingsError, match="--init readout with --objective linear"):
         train(change(settings, objective="linear"))
+
+
+def test_our_recipe_has_one_layer_with_a_readout(settings, monkeypatch):
+    monkeypatch.setattr(resolve, "TWO_FOR", 2)  # as a block of five layers or more
+    run = train(change(settings, objective="distil", tokens=1))
+    assert read_settings(Path(run["run"]))[0]["depth"] == 1
+
+
+def test_a_layer_that_is_run_in_a_loop_has_no_readout(settings):
+    with pytest.raises(SettingsError, match="--init readout with --objective looped"):
+        train(change(settings, objective="looped", walk_steps=2))

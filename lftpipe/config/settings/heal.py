@@ -11,6 +11,7 @@ from lftpipe.config.settings.base import (
     Batch,
     ComputeDtype,
     Count,
+    CountOrZero,
     Fraction,
     NonNegative,
     OfStore,
@@ -68,8 +69,10 @@ class HealSettings(OfStore, OnDevice, Seeded, Writing):
     """Also send the metrics to a tracker: `tensorboard` writes into the run's folder."""
     log_every: Count = 20
     """Steps between lines of `metrics.jsonl`."""
-    checkpoint_every: Count = 200
-    """Steps between checkpoints."""
+    checkpoint_minutes: NonNegative = 5.0
+    """Minutes between checkpoints; 0: by `--checkpoint-every` alone."""
+    checkpoint_every: CountOrZero = 0
+    """Steps between further checkpoints; 0: by the clock alone."""
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "train adapter rank loss tokens learning_rate run seed device store workspace resume force",
