@@ -37,7 +37,7 @@ class ExportSettings(OfStore, Computing, Writing):
     solver: SolverName | None = None
     """Solver; default: that of training."""
     form: Form = "latent-flow"
-    """`latent-flow`: any student, for machines with lftpipe. `plain`: an ordinary checkpoint of the teacher's
+    """`latent-flow`: any student, with its own modelling file. `plain`: an ordinary checkpoint of the teacher's
     family, for students whose Euler steps are exactly layers."""
     dtype: WeightsDtype = "float32"
     """Number format of the weights."""
