@@ -5,6 +5,7 @@
 #   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
 #   make qwen                               fetch Qwen2.5-Coder-0.5B; gemma and smollm2 likewise
 #   make results OBJECTIVE=sfm              trains and evaluates another objective from the same store
+#   make lm-eval RUN=NAME                   a run's student and its teacher on lm_eval's tasks
 #
 # Every setting below can be given on the command line of make.
 
