@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, TextStreamer
 
 from lftpipe.artefacts.outcomes.student import Drafted, Written
+from lftpipe.errors import SettingsError
 
 #: Tokens of the pass that is not timed: the first calls of a process set up kernels and threads.
 WARM_UP_TOKENS = 2
@@ -171,7 +172,18 @@ def speculate(
         At most; the end-of-text token ends the text before.
     out
         Where words are written as they are made.
+
+    Raises
+    ------
+    SettingsError
+        If the teacher cannot take back what it has read.
     """
+    if teacher._is_stateful:  # transformers' word for recurrent models
+        raise SettingsError(
+            f"a draft for a {teacher.config.model_type} model, which keeps one state of all it has read",
+            "a teacher that can take back tokens",
+            "generate with the student alone",
+        )
     seen = 0
     calls = 0
 

@@ -103,4 +103,10 @@ def _features(
     finally:
         for hook in hooks:
             hook.remove()
+    if any(each.shape[:2] != x_0.shape[:2] for each in read):
+        raise RunError(
+            f"--init readout for layer {run.m} of {run.teacher.name}, whose maps see parts of a sequence",
+            "a layer whose maps see all positions at once",
+            "leave --init out",
+        )
     return torch.cat([each.float() for each in read], dim=-1), x_1 - x_0 - velocity

@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from decoders import DECODERS, LAYERS, make_decoders
+from decoders import DECODERS, LATE, LAYERS, make_decoders
 from tiny_students import save_run, tokens
 from transformers import PreTrainedTokenizerFast
 
 from lftpipe import runs
-from lftpipe.errors import RunError
+from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.solver import ODESolver
 from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_model
+from lftpipe.student.decoding import continue_prompt, speculate
+from lftpipe.student.loading import load_model, load_teacher
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.context import attention_context
 from lftpipe.teacher.parts import load_rotary
@@ -100,3 +101,16 @@ def test_one_step_unrolls_to_the_family_itself_where_it_folds(case: Case) -> Non
     torch.testing.assert_close(plain(ids).logits, student(ids).logits, **CLOSE)
     with pytest.raises(RunError, match="k = 1"):
         unroll(build_student(case.teacher, [case.run], steps=2, solver="euler"))
+
+
+@torch.inference_mode()
+def test_a_draft_writes_ahead_where_the_teacher_can_take_back(
+    case: Case, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    teacher, draft = load_teacher(case.teacher), build_student(case.teacher, [case.run])
+    if case.name in LATE:
+        with pytest.raises(SettingsError, match="can take back tokens"):
+            speculate(teacher, draft, tokenizer, "a b", 6)
+        return
+    alone = continue_prompt(teacher, tokenizer, "a b", 6)
+    assert speculate(teacher, draft, tokenizer, "a b", 6).continuation.tokens == alone.tokens

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONTEXT, extracted
+from decoders import make_decoders
 from training_runs import change, log_of, short_run, teacher_of, weights_of
 
 from lftpipe.batch import Batch
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import SettingsError
+from lftpipe.errors import RunError, SettingsError
 from lftpipe.runs import read_settings
 from lftpipe.stages.train import train
 from lftpipe.store import Store
@@ -132,3 +133,10 @@ def test_our_recipe_has_one_layer_with_a_readout(settings, monkeypatch):
 def test_a_layer_that_is_run_in_a_loop_has_no_readout(settings):
     with pytest.raises(SettingsError, match="--init readout with --objective looped"):
         train(change(settings, objective="looped", walk_steps=2))
+
+
+def test_maps_that_see_parts_of_a_sequence_are_not_fitted(tokenizer, text_folder, tmp_path):
+    teacher = make_decoders(tmp_path, ["rwkv"], tokenizer)["rwkv"]
+    store = extracted(tmp_path / "workspace", teacher, text_folder, layers="1,3", attention=False)
+    with pytest.raises(RunError, match="all positions at once"):
+        train(short_run(store, tmp_path, objective="regression", init="readout"))

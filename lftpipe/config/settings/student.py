@@ -37,8 +37,8 @@ class ExportSettings(OfStore, Computing, Writing):
     solver: SolverName | None = None
     """Solver; default: that of training."""
     form: Form = "latent-flow"
-    """`latent-flow`: any student, with its own modelling file. `plain`: an ordinary checkpoint of the teacher's
-    family, for students whose Euler steps are exactly layers."""
+    """`latent-flow`: any student, with its own modelling file. `plain`: an ordinary checkpoint of the
+    teacher's family, for students whose Euler steps are exactly layers."""
     dtype: WeightsDtype = "float32"
     """Number format of the weights."""
     out: File | None = None
