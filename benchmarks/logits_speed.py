@@ -33,17 +33,7 @@ from lftpipe.training.logit_terms import logit_divergence, sampled_logit_diverge
 
 def main() -> None:
     """Time the ways in turn and print them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--teacher", required=True, help="name or folder")
-    parser.add_argument("--workspace", type=Path, default=default_workspace(), help="with the teacher")
-    parser.add_argument("--block", required=True)
-    parser.add_argument("--store", type=Path, help="of the teacher, with both of the block's states")
-    parser.add_argument("--sequences", type=int, default=1, help="of 512 tokens, or of the store")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    options = parser.parse_args()
+    options = given()
     torch.set_num_threads(1)
     teacher = open_teacher(options.teacher, options.workspace)
     m, n = parse_block(options.block, teacher.num_layers)
@@ -99,6 +89,21 @@ def main() -> None:
         print(
             f"  {name:34}{min(taken):7.2f} s   {mean:.5f} ({min(found[name]):.5f} to {max(found[name]):.5f})"
         )
+
+
+def given() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", required=True, help="name or folder")
+    parser.add_argument("--workspace", type=Path, default=default_workspace(), help="with the teacher")
+    parser.add_argument("--block", required=True)
+    parser.add_argument("--store", type=Path, help="of the teacher, with both of the block's states")
+    parser.add_argument("--sequences", type=int, default=1, help="of 512 tokens, or of the store")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    return parser.parse_args()
 
 
 def states_of(options: argparse.Namespace, teacher: Teacher, m: int, n: int) -> tuple[Batch, Tensor]:

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lftpipe.teacher.branches import Branches
 from lftpipe.teacher.family import Branch
+from lftpipe.teacher.maps import is_transposed, weight_of
 
 Tensors = dict[str, Tensor]
 
@@ -61,7 +61,7 @@ def fold_branch(
         _scale_norm(step, layer, branch.post_norm, gate, None)
         return
     name = str(branch.output)
-    rows = gate[None, :] if isinstance(layer.get_submodule(name), Conv1D) else gate[:, None]
+    rows = gate[None, :] if is_transposed(layer.get_submodule(name)) else gate[:, None]
     step[f"{name}.weight"] = rows * step[f"{name}.weight"]
     if (bias := step.get(f"{name}.bias")) is not None:
         step[f"{name}.bias"] = gate * bias
@@ -95,8 +95,7 @@ def _inputs(layer: nn.Module, branch: Branch) -> list[str]:
     if branch.output is None:
         return []
     module = layer.get_submodule(branch.module)
-    output: Any = layer.get_submodule(branch.output)
-    width = output.nf if isinstance(output, Conv1D) else output.out_features
+    width = len(weight_of(layer.get_submodule(branch.output)))
     names = [
         f"{branch.module}.{name}"
         for name, part in module.named_children()

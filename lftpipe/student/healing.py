@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lftpipe import runs
 from lftpipe.errors import SettingsError
@@ -17,6 +16,7 @@ from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
 from lftpipe.runs import Run
 from lftpipe.teacher.context import AttentionContext
+from lftpipe.teacher.maps import is_linear_map, is_transposed
 from lftpipe.teacher.parts import load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 
@@ -86,7 +86,7 @@ class HealingStudent(nn.Module):
         maps = {
             name: part
             for name, part in self.named_modules()
-            if isinstance(part, nn.Linear | Conv1D) and ".modulation." not in name
+            if is_linear_map(part) and ".modulation." not in name
         }
         if not maps:
             raise SettingsError(
@@ -99,8 +99,7 @@ class HealingStudent(nn.Module):
             lora_alpha=2 * rank,
             lora_dropout=0.0,
             target_modules=list(maps),
-            # GPT-2's maps are stored the other way round.
-            fan_in_fan_out=any(isinstance(part, Conv1D) for part in maps.values()),
+            fan_in_fan_out=any(map(is_transposed, maps.values())),
         )
         inject_adapter_in_model(config, self)
         self.eval()

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lftpipe.teacher.context import Arguments
 from lftpipe.teacher.family import Branch, LayerForm
+from lftpipe.teacher.maps import is_linear_map, weight_of
 
 #: Relative error up to which two sums of random states are the same.
 CLOSE = 1e-4
@@ -218,8 +218,6 @@ def _last_map(call: Call, width: int) -> str | None:
     """The linear map that ends a part: the last of its own with as many outputs as a state has."""
     last = None
     for name, part in call.module.named_children():
-        if (isinstance(part, nn.Linear) and part.out_features == width) or (
-            isinstance(part, Conv1D) and part.nf == width
-        ):
+        if is_linear_map(part) and len(weight_of(part)) == width:
             last = f"{call.name}.{name}"
     return last

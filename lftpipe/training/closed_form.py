@@ -19,6 +19,7 @@ from lftpipe.flow.stack import NoLayer
 from lftpipe.flow.velocity import Velocity
 from lftpipe.store import Store, read_in_turn
 from lftpipe.teacher.branches import Branches
+from lftpipe.teacher.maps import is_linear_map, weight_of
 from lftpipe.teacher.parts import load_layer
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.manifest import manifest_of
@@ -118,7 +119,7 @@ def _replaceme(
     output = _last_map(teacher, layer, m - 1)
     change, constant = sums.solve(intercept=output.bias is not None)
     with torch.no_grad():
-        output.weight += change @ output.weight
+        weight_of(output).add_(change @ weight_of(output))
         if output.bias is not None:
             output.bias += change @ output.bias + constant
     flow = Velocity(layer, teacher.width, time=False)
@@ -130,7 +131,7 @@ def _last_map(teacher: Teacher, layer: Branches, index: int) -> Any:
     mlp = layer.form.mlp if layer.form is not None else None
     plain = mlp is not None and mlp.output is not None and not mlp.post_norm and mlp.scale == 1
     found = layer.layer.get_submodule(mlp.output) if plain and mlp and mlp.output else None
-    if not isinstance(found, nn.Linear):
+    if found is None or not is_linear_map(found):
         raise SettingsError(
             f"--objective replaceme after layer {index} of {teacher.name}",
             "a layer whose MLP ends in a linear map that writes to the stream",

@@ -17,6 +17,7 @@ from lftpipe.errors import RunError
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.family import LayerForm
+from lftpipe.teacher.maps import is_linear_map, weight_of
 from lftpipe.training import processes
 from lftpipe.training.run import TrainingRun
 
@@ -61,7 +62,7 @@ def _last_maps(run: TrainingRun) -> list[str]:
     form: LayerForm | None = layer.form
     branches = [form.attention, form.mlp] if form else []
     names = [each.output for each in branches if each.output and not each.post_norm and each.scale == 1]
-    if len(names) != 2 or not all(isinstance(layer.layer.get_submodule(name), nn.Linear) for name in names):
+    if len(names) != 2 or not all(is_linear_map(layer.layer.get_submodule(name)) for name in names):
         raise RunError(
             f"--init readout for layer {run.m} of {run.teacher.name}",
             "a layer whose two branches each end in a linear map that writes to the stream",
@@ -71,7 +72,7 @@ def _last_maps(run: TrainingRun) -> list[str]:
 
 
 def _fit(run: TrainingRun, batches: Iterable[Batch], maps: list[Any]) -> None:
-    sizes = [each.in_features for each in maps]
+    sizes = [weight_of(each).shape[1] for each in maps]
     sums = LeastSquares(sum(sizes), run.teacher.width, RIDGE)
     with progress.task(f"fit {run.folder.name}", TOKENS, "tokens") as task:
         for batch in batches:
@@ -84,7 +85,7 @@ def _fit(run: TrainingRun, batches: Iterable[Batch], maps: list[Any]) -> None:
         )
     weight, bias = (each.to(run.device) for each in sums.solve())
     for each, change in zip(maps, weight.split(sizes, dim=1), strict=True):
-        each.weight += change
+        weight_of(each).add_(change)
     if maps[-1].bias is not None:
         maps[-1].bias += bias
 

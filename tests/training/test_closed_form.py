@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import extracted
+from decoders import make_decoders
 from tiny_students import tokens
 from training_runs import change, short_run, teacher_of, weights_of
+from transformers import PreTrainedTokenizerFast
 
 from lftpipe import runs
 from lftpipe.config.settings import EvaluateSettings, ExportSettings
@@ -26,14 +29,31 @@ def state(store: Store, layer: int, array: str = "hidden") -> torch.Tensor:
     return torch.from_numpy(store.read("train", layer, rows, array=array)).float()
 
 
-@pytest.mark.parametrize("family", ["neox", "llama"])
+@pytest.fixture(scope="module")
+def stores_of_three(
+    stores: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerFast,
+    text_folder: Path,
+) -> dict[str, Path]:
+    """One of a teacher whose maps are stored transposed, too."""
+    root = tmp_path_factory.mktemp("gpt2")
+    teacher = make_decoders(root, ["gpt2"], tokenizer)["gpt2"]
+    return stores | {"gpt2": extracted(root / "workspace", teacher, text_folder)}
+
+
+@pytest.mark.parametrize("family", ["neox", "llama", "gpt2"])
 def test_every_rival_is_scored_and_replaceme_beats_skipping(
-    stores: dict[str, Path], tmp_path: Path, family: str
+    stores_of_three: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     for objective in RIVALS:
-        train(short_run(stores[family], tmp_path, objective=objective, run=str(tmp_path / objective)))
+        train(
+            short_run(stores_of_three[family], tmp_path, objective=objective, run=str(tmp_path / objective))
+        )
     named = tuple(str(tmp_path / objective) for objective in RIVALS)
-    result = evaluate(EvaluateSettings(store=stores[family], runs=named, skips=(), out=tmp_path / "r.json"))
+    result = evaluate(
+        EvaluateSettings(store=stores_of_three[family], runs=named, skips=(), out=tmp_path / "r.json")
+    )
     rows = {row["run"]: row for row in result["rows"] if row["run"]}
     skipped = next(row for row in result["rows"] if row["method"] == "skip layers 1-2")
     assert rows["skip"]["kl"] == pytest.approx(skipped["kl"], rel=1e-6)
@@ -76,16 +96,16 @@ def test_linearpatch_gives_rotated_channels_the_size_of_the_blocks_end(
     assert torch.allclose(scale.diagonal(), (after / before).mean(0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["neox", "llama"])
+@pytest.mark.parametrize("family", ["neox", "llama", "gpt2"])
 @torch.inference_mode()
 def test_plain_exports_of_skip_and_replaceme_are_exact(
-    stores: dict[str, Path], tmp_path: Path, family: str
+    stores_of_three: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
-    teacher = teacher_of(Store.open(stores[family]))
+    teacher = teacher_of(Store.open(stores_of_three[family]))
     ids = tokens(24, sequences=2)
     for objective, layers in (("skip", 2), ("replaceme", 2)):
         run = tmp_path / objective
-        train(short_run(stores[family], tmp_path, objective=objective, run=str(run)))
+        train(short_run(stores_of_three[family], tmp_path, objective=objective, run=str(run)))
         exported = export(
             ExportSettings(workspace=tmp_path, runs=(str(run),), form="plain", out=tmp_path / f"{run}-plain")
         )

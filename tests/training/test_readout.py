@@ -54,7 +54,7 @@ def error(run: TrainingRun, batches: list[Batch]) -> float:
     return sum(loss.item() for loss in losses) / len(losses)
 
 
-def test_it_comes_nearer_to_the_block_s_end_on_sequences_it_was_not_fitted_on(settings, monkeypatch):
+def assert_nearer_on_others(settings: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     run = training(settings, objective="regression")
     monkeypatch.setattr(readout, "TOKENS", 16 * 4 * CONTEXT)
     run.num_steps = 16
@@ -62,6 +62,16 @@ def test_it_comes_nearer_to_the_block_s_end_on_sequences_it_was_not_fitted_on(se
     before = error(run, others)
     readout.refit(run, lambda: first)
     assert error(run, others) < 0.9 * before
+
+
+def test_it_comes_nearer_to_the_block_s_end_on_sequences_it_was_not_fitted_on(settings, monkeypatch):
+    assert_nearer_on_others(settings, monkeypatch)
+
+
+def test_so_it_does_where_maps_are_stored_transposed(tokenizer, text_folder, tmp_path, monkeypatch):
+    teacher = make_decoders(tmp_path, ["gpt2"], tokenizer)["gpt2"]
+    store = extracted(tmp_path / "workspace", teacher, text_folder, layers="1,3")
+    assert_nearer_on_others(short_run(store, tmp_path, init="readout"), monkeypatch)
 
 
 def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch):
