@@ -26,10 +26,15 @@ def one_writer(folder: Path) -> Iterator[None]:
     LftpipeError
         If another process writes there.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # its owner has just removed the folder too
+            folder.mkdir(parents=True, exist_ok=True)
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
@@ -43,6 +48,8 @@ def one_writer(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             lock.unlink()
+            if made:
+                folder.rmdir()  # where nothing was written: it is empty then, and else stays
         os.close(descriptor)
 
 

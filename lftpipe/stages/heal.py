@@ -27,7 +27,7 @@ from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.checkpoint import drop_checkpoints
 from lftpipe.training.healing_loss import prepare_healing
-from lftpipe.training.resume import claim, refuse_foreign
+from lftpipe.training.resume import begin, is_finished, refuse_foreign
 from lftpipe.training.trackers import check_tracker
 from lftpipe.workspace import find_runs, find_store, run_path
 
@@ -95,11 +95,14 @@ def _healed(new: list[_Part], store: Store, teacher: Teacher) -> Healing:
     told = Healing(
         run=str(folder), store=str(store.path), healed=str(source.path), block=list(source.block), joint=joint
     )
-    if _claim(new, store):
+    if _are_finished(new, store):
         return replace(told, already_finished=True)
     student = _student([part.source for part in new], teacher, settings)
     healed = fingerprint([part.source.weights_digest for part in new])
     work = prepare_healing(folder, settings, store, teacher, student, student.first, student.trained, healed)
+    for part in new:
+        (part.folder / runs.MANIFEST).unlink(missing_ok=True)  # of a healing that was killed between two
+        begin(part.folder, part.settings, store, part.source.weights_digest)
     result = work.run()
     trained_tokens = work.step * work.tokens_per_step
     # The first run's is the last manifest: its folder has the checkpoint that all go on from.
@@ -115,8 +118,8 @@ def _healed(new: list[_Part], store: Store, teacher: Teacher) -> Healing:
     return replace(told, objective=source.objective, train_tokens=trained_tokens, **result)
 
 
-def _claim(new: list[_Part], store: Store) -> bool:
-    """Make all folders ours; True if all runs are finished already."""
+def _are_finished(new: list[_Part], store: Store) -> bool:
+    """Whether all runs are there already; refuses folders that hold something else."""
     folders = [part.folder for part in new]
     there = [(folder / runs.MANIFEST).exists() for folder in folders]
     begun = (folders[0] / runs.SETTINGS).exists()
@@ -129,10 +132,7 @@ def _claim(new: list[_Part], store: Store) -> bool:
                 "all runs of a healed student, or none",
                 "use a new --run NAME, or --force",
             )
-    finished = [claim(part.folder, part.settings, store, part.source.weights_digest) for part in new]
-    if not all(finished):  # killed between two manifests
-        for folder in folders:
-            (folder / runs.MANIFEST).unlink(missing_ok=True)
+    finished = [is_finished(part.folder, part.settings, store, part.source.weights_digest) for part in new]
     return all(finished)
 
 

@@ -23,6 +23,7 @@ from lftpipe.teacher.maps import is_linear_map, weight_of
 from lftpipe.teacher.parts import load_layer
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.manifest import manifest_of
+from lftpipe.training.resume import begin
 from lftpipe.training.run import order_of
 
 #: Sequences read at once.
@@ -59,6 +60,7 @@ def fit_closed_form(
     started = time.monotonic()
     module, replaced, shape, seen = _FITS[settings.objective](folder.name, settings, store, teacher, block)
     manifest = manifest_of(settings, store, replaced, {"time": False, "shift": False} | shape)
+    begin(folder, settings, store)
     runs.save_run(folder, module, manifest | {"train_tokens": seen})
     return TrainedRun(
         run=str(folder),

@@ -45,6 +45,9 @@ class Chain:
 
     def __init__(self, joint: list[TrainingRun]) -> None:
         self.runs, first = joint, joint[0]
+        for run in joint:
+            if run.settings.init == "readout":
+                readout.last_maps(run)  # refused before anything is written
         self.bridges = load_bridges(first.teacher, [run.block for run in joint], first.device)
         self.settings = first.settings
         self.nmse = math.nan

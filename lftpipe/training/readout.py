@@ -44,14 +44,19 @@ def refit(run: TrainingRun, batches: Callable[[], Iterable[Batch]]) -> None:
     """
     assert isinstance(run.flow, Velocity), "of one layer alone"
     layer = run.flow.layer
-    attention, mlp = (layer.layer.get_submodule(name) for name in _last_maps(run))
+    attention, mlp = (layer.layer.get_submodule(name) for name in last_maps(run))
     _fit(run, batches(), [attention, mlp])
     if not layer.parallel:
         _fit(run, batches(), [mlp])
 
 
-def _last_maps(run: TrainingRun) -> list[str]:
+def last_maps(run: TrainingRun) -> list[str]:
     """The linear maps that end the branches of the run's layer.
+
+    Parameters
+    ----------
+    run
+        Whose flow layer.
 
     Raises
     ------

@@ -42,8 +42,12 @@ _MAY_DIFFER = {
 _MAY_BE_TAMED = {"learning_rate", "clip"}
 
 
-def claim(run: Path, settings: TrainSettings | HealSettings, store: Store, healed: str | None = None) -> bool:
-    """Make the run's folder ours: a new one, one to resume, or `--force`; True if it is finished already.
+def is_finished(
+    run: Path, settings: TrainSettings | HealSettings, store: Store, healed: str | None = None
+) -> bool:
+    """Whether a run is there already as it is wanted; what must not be overwritten is refused.
+
+    Nothing of the run is changed: whatever else may be refused comes before `begin`.
 
     Parameters
     ----------
@@ -62,33 +66,46 @@ def claim(run: Path, settings: TrainSettings | HealSettings, store: Store, heale
         If the folder holds a run of other settings, or an unfinished one and `resume` is not set.
     """
     refuse_foreign(run, settings)
-    plain = to_json(settings)
-    table = "heal" if isinstance(settings, HealSettings) else "train"
-    if (run / runs.SETTINGS).exists() and not settings.force:
-        for key, before, now in changed_settings(run, settings, store, healed):
-            if key in _MAY_BE_TAMED and settings.resume and (run / runs.DIVERGED).exists():
-                continue
-            raise RunError(
-                f"{key} = {now} for {run}",
-                f"{key} = {before}, as it was begun",
-                "use the same settings, start another run with --run NAME, or overwrite it with --force",
-            )
-        finished = (run / runs.MANIFEST).exists()
-        if not finished and not settings.resume:
-            raise RunError(
-                f"unfinished run {run}", "--resume, or a new name", "pass --resume, or --force to restart"
-            )
-        if finished:
-            drop_checkpoints(run)  # of a process that was killed just before it would have done so
-        else:
-            runs.write_settings(run, plain, store.fingerprint, table, healed)
-        return finished
+    if settings.force or not (run / runs.SETTINGS).exists():
+        return False
+    for key, before, now in changed_settings(run, settings, store, healed):
+        if key in _MAY_BE_TAMED and settings.resume and (run / runs.DIVERGED).exists():
+            continue
+        raise RunError(
+            f"{key} = {now} for {run}",
+            f"{key} = {before}, as it was begun",
+            "use the same settings, start another run with --run NAME, or overwrite it with --force",
+        )
+    finished = (run / runs.MANIFEST).exists()
+    if not finished and not settings.resume:
+        raise RunError(
+            f"unfinished run {run}", "--resume, or a new name", "pass --resume, or --force to restart"
+        )
+    if finished:
+        drop_checkpoints(run)  # of a process that was killed just before it would have done so
+    return finished
+
+
+def begin(run: Path, settings: TrainSettings | HealSettings, store: Store, healed: str | None = None) -> None:
+    """Make a run's folder ours, before the first thing is written there; with `--force` what was there goes.
+
+    Parameters
+    ----------
+    run
+        The folder, which `is_finished` has looked at.
+    settings
+        Resolved ones.
+    store
+        What it is trained on.
+    healed
+        Digest of the weights that are healed, if any are.
+    """
     if settings.force:
         for name in (runs.MANIFEST, runs.METRICS, runs.WEIGHTS, runs.DIVERGED, runs.SAMPLES):
             (run / name).unlink(missing_ok=True)
         drop_checkpoints(run)
-    runs.write_settings(run, plain, store.fingerprint, table, healed)
-    return False
+    table = "heal" if isinstance(settings, HealSettings) else "train"
+    runs.write_settings(run, to_json(settings), store.fingerprint, table, healed)
 
 
 def refuse_foreign(run: Path, settings: TrainSettings | HealSettings) -> None:

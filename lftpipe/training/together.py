@@ -20,7 +20,7 @@ from lftpipe.training.closed_form import fit_closed_form
 from lftpipe.training.logit_terms import FrozenTails
 from lftpipe.training.loop import Chain, train_together
 from lftpipe.training.resolve import Wanted
-from lftpipe.training.resume import claim, refuse_foreign
+from lftpipe.training.resume import begin, is_finished, refuse_foreign
 from lftpipe.training.run import TrainingRun
 from lftpipe.training.trackers import check_tracker
 
@@ -54,16 +54,16 @@ def train_runs(wanted: list[Wanted], store: Store, teacher: Teacher) -> list[Tra
     _ = store.origin  # as it is now: in the end it is compared with what is there then
     students = _students(wanted)
     with ExitStack() as locks:
-        claimed: dict[Path, bool] | None = None
+        finished: dict[Path, bool] | None = None
         if processes.rank() == 0:
-            claimed = {run: _claim(locks, run, settings, store) for run, settings, _ in wanted}
+            finished = {run: _is_finished(locks, run, settings, store) for run, settings, _ in wanted}
             for student in students:
                 folders = [run for run, _, _ in student]
-                if len(folders) > 1 and _was_killed_at_the_end(folders, [claimed[run] for run in folders]):
+                if len(folders) > 1 and _was_killed_at_the_end(folders, [finished[run] for run in folders]):
                     for run in folders:
                         (run / runs.MANIFEST).unlink(missing_ok=True)
-                        claimed[run] = False
-        return _train_claimed(students, processes.agree(claimed), store, teacher)
+                        finished[run] = False
+        return _train_locked(students, processes.agree(finished), store, teacher)
 
 
 def _students(wanted: list[Wanted]) -> list[list[Wanted]]:
@@ -78,12 +78,12 @@ def _students(wanted: list[Wanted]) -> list[list[Wanted]]:
     return students
 
 
-def _claim(locks: ExitStack, run: Path, settings: TrainSettings, store: Store) -> bool:
+def _is_finished(locks: ExitStack, run: Path, settings: TrainSettings, store: Store) -> bool:
     """Be the run's only writer, and say whether it is finished already."""
     check_tracker(settings)
     refuse_foreign(run, settings)
     locks.enter_context(one_writer(run))
-    return claim(run, settings, store)
+    return is_finished(run, settings, store)
 
 
 def _was_killed_at_the_end(folders: list[Path], finished: list[bool]) -> bool:
@@ -99,7 +99,7 @@ def _was_killed_at_the_end(folders: list[Path], finished: list[bool]) -> bool:
     return bool(rows) and done == {rows[-1]["tokens"]}
 
 
-def _train_claimed(
+def _train_locked(
     students: list[list[Wanted]], finished: dict[Path, bool], store: Store, teacher: Teacher
 ) -> list[TrainedRun]:
     results = {run: _finished(run) for run, done in finished.items() if done}
@@ -129,6 +129,10 @@ def _train_claimed(
             reader = training[0].reader
         if training:
             chains.append(Chain(training))
+    if processes.rank() == 0:  # all that could be refused was looked at
+        for chain in chains:
+            for run in chain.runs:
+                begin(run.folder, run.settings, store)
     if chains:
         done = train_together(chains, resume=chains[0].settings.resume)
         results |= {Path(result.run): result for result in done}

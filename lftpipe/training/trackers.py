@@ -125,10 +125,9 @@ def check_tracker(settings: TrainSettings | HealSettings) -> None:
     SettingsError
         If its package is not installed.
     """
-    if settings.track is not None:
-        _needed(
-            "torch.utils.tensorboard" if settings.track == "tensorboard" else settings.track, settings.track
-        )
+    track = settings.track or ("tensorboard" if getattr(settings, "tensorboard", False) else None)
+    if track is not None:
+        _needed("torch.utils.tensorboard" if track == "tensorboard" else track, track)
 
 
 def _needed(module: str, extra: str) -> Any:

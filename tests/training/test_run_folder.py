@@ -176,3 +176,33 @@ def test_an_edited_manifest_is_no_run(settings):
     older = {key: entry for key, entry in value.items() if key not in ("digest", "metrics_digest")}
     file.write_text(json.dumps(older))
     assert runs.open_run(file.parent).block == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hold_back": 1.0}, "--hold-back 1"),
+        ({"objective": "linearpatch"}, "a known Hadamard matrix"),
+        ({"loss": "regression@0.5/sampled-logits", "objective": "regression"}, "more than a linear map"),
+        ({"init": "readout"}, "whose two branches each end"),
+    ],
+)
+def test_what_is_refused_leaves_everything_as_it_was(settings, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr("lftpipe.training.closed_form.hadamard", _no_matrix)
+    monkeypatch.setattr("lftpipe.training.readout.is_linear_map", lambda _: False)
+    train(settings)
+    before = content(Path(str(settings.run)))
+    settings = change(settings, **changes)
+    if "loss" in changes:
+        monkeypatch.setattr("lftpipe.teacher.tail.Tail.linear_head", None)
+        monkeypatch.setattr("lftpipe.training.resolve._check_terms", lambda *_: None)  # of a store with logits
+    with pytest.raises(LftpipeError, match=message):
+        train(change(settings, force=True))
+    assert content(Path(str(settings.run))) == before
+    with pytest.raises(LftpipeError, match=message):
+        train(change(settings, run=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
+def _no_matrix(width: int) -> torch.Tensor:
+    raise ValueError(width)
