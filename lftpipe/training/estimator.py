@@ -7,6 +7,7 @@ import torch
 
 from lftpipe.config.objectives import TIMELESS
 from lftpipe.config.settings import TrainSettings, depth_of
+from lftpipe.errors import SettingsError
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.branches import Branches
@@ -27,9 +28,14 @@ def build_estimator(
         Whose layers.
     block
         Which of them are replaced.
+
+    Raises
+    ------
+    SettingsError
+        If layers of the block have other tensors than its first.
     """
     loops = settings.walk_steps if settings.objective == "looped" else 1
-    layers = [_start(settings, teacher, part) for part in parts(block, depth_of(settings) or 1)]
+    layers = [_start(settings, teacher, block[0], part) for part in parts(block, depth_of(settings) or 1)]
     if len(layers) * loops > 1:
         return LayerStack(layers, loops)
     return Velocity(
@@ -56,13 +62,23 @@ def parts(block: tuple[int, int], depth: int) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-def _start(settings: TrainSettings, teacher: Teacher, part: tuple[int, int]) -> Branches:
-    layer = load_layer(teacher, part[0])
-    if settings.init == "mean":
-        others = [load_layer(teacher, index).state_dict() for index in range(*part)]
-        layer.load_state_dict(
-            {name: torch.stack([other[name] for other in others]).mean(0) for name in layer.state_dict()}
-        )
+def _start(settings: TrainSettings, teacher: Teacher, kind: int, part: tuple[int, int]) -> Branches:
+    """A layer of the kind of the block's first, with the weights of the part's first, or their mean.
+
+    A student calls all layers in a block's place alike, and in some families they differ: by a window, say.
+    """
+    layer = load_layer(teacher, kind)
+    shapes = {name: value.shape for name, value in layer.state_dict().items()}
+    starts = [load_layer(teacher, index) for index in (range(*part) if settings.init == "mean" else part[:1])]
+    for start in starts:
+        if {name: value.shape for name, value in start.state_dict().items()} != shapes:
+            raise SettingsError(
+                f"a layer like {kind} of {teacher.name} that starts from layer {start.index}",
+                "layers with the same tensors",
+                "use --depth 1 and no --init mean, or choose another block",
+            )
+    states = [start.state_dict() for start in starts]
+    layer.load_state_dict({name: torch.stack([each[name] for each in states]).mean(0) for name in shapes})
     return layer
 
 

@@ -195,7 +195,9 @@ def test_what_is_refused_leaves_everything_as_it_was(settings, tmp_path, monkeyp
     settings = change(settings, **changes)
     if "loss" in changes:
         monkeypatch.setattr("lftpipe.teacher.tail.Tail.linear_head", None)
-        monkeypatch.setattr("lftpipe.training.resolve._check_terms", lambda *_: None)  # of a store with logits
+        monkeypatch.setattr(
+            "lftpipe.training.resolve._check_terms", lambda *_: None
+        )  # of a store with logits
     with pytest.raises(LftpipeError, match=message):
         train(change(settings, force=True))
     assert content(Path(str(settings.run))) == before

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CONTEXT, extracted
+from decoders import make_decoders
 from tiny_students import save_run, tokens
-from training_runs import change, short_run, teacher_of, weights_of
+from training_runs import change, log_of, short_run, teacher_of, weights_of
+from transformers import PreTrainedTokenizerFast
 
 from lftpipe import runs
 from lftpipe.config.settings import EvaluateSettings, ExportSettings
@@ -130,3 +133,31 @@ def test_a_depth_without_sense_is_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         train(change(short_run(stores["neox"], tmp_path), **given))
+
+
+@pytest.mark.parametrize("objective", ["regression", "distil"])
+def test_layers_of_two_kinds_are_trained_as_they_are_scored(
+    tokenizer: PreTrainedTokenizerFast, text_folder: Path, tmp_path: Path, objective: str
+) -> None:
+    """Gemma's layers are windowed or not: in a block's place all are of the kind of its first."""
+    teacher = make_decoders(tmp_path, ["gemma3_text"], tokenizer)["gemma3_text"]
+    few = {"layers": "0,4", "validation_tokens": 4 * CONTEXT}  # as many as training looks at
+    store = extracted(tmp_path / "workspace", teacher, text_folder, **few)
+    settings = short_run(store, tmp_path, objective=objective, block="0:4", depth=3, evaluate_every=12)
+    train(settings)
+    run = str(tmp_path / "run")
+    scored = evaluate(EvaluateSettings(store=store, runs=(run,), skips=(), out=tmp_path / "r.json"))
+    row = next(row for row in scored["rows"] if row["run"])
+    assert row["nmse"] == pytest.approx(log_of(run)[-1]["validation_nmse"], rel=1e-3)
+    out = export(ExportSettings(runs=(run,), form="plain", out=tmp_path / "out"))
+    assert out["max_logit_difference"] < 1e-4
+
+
+def test_layers_with_other_tensors_are_refused(
+    tokenizer: PreTrainedTokenizerFast, text_folder: Path, tmp_path: Path
+) -> None:
+    teacher = make_decoders(tmp_path, ["rwkv"], tokenizer)["rwkv"]  # its first layer has a norm more
+    store = extracted(tmp_path / "workspace", teacher, text_folder, layers="0,4", attention=False)
+    with pytest.raises(SettingsError, match="layers with the same tensors"):
+        train(short_run(store, tmp_path, objective="regression", block="0:4", depth=2))
+    assert not (tmp_path / "run").exists()
