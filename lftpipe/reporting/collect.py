@@ -136,18 +136,18 @@ def _commands(
     store = Path(results.store)
     commands = [_extract_command(store)] if (store / "zarr.json").is_file() else []
     if recoupling is not None:
-        commands.append(_command("recouple", dict(recoupling.settings)))
+        commands.append(_command("recouple", dict(recoupling.settings), store))
     done: set[str] = set()
     for name, folder in folders.items():
         if name not in done:
-            command, together = _training_command(name, folder)
+            command, together = _training_command(name, folder, store)
             commands.append(command)
             done |= together
-    commands.append(_command("evaluate", results.settings))
+    commands.append(_command("evaluate", results.settings, store))
     return [*commands, f"lftpipe report --store {shlex.quote(str(store))} --force"]
 
 
-def _training_command(name: str, folder: Path) -> tuple[str, set[str]]:
+def _training_command(name: str, folder: Path, store: Path) -> tuple[str, set[str]]:
     """What makes a run again, and which runs it makes: all of a student that was trained jointly."""
     manifest = _manifest(folder)
     healed, joint = manifest is not None and manifest.healed, (manifest and manifest.joint) or [name]
@@ -155,7 +155,10 @@ def _training_command(name: str, folder: Path) -> tuple[str, set[str]]:
     if len(joint) > 1 and not healed:
         parts = [part for each in joint if (part := _manifest(folder.parent / each))]
         words += [word for part in parts for word in ("--block", f"{part.block[0]}:{part.block[1]}")]
-    return shlex.join([*words, "--run", f"{name}-again"]), set(joint)
+        depths = [part.velocity.get("depth", 1) for part in parts]
+        if max(depths, default=1) > 1:  # settings.toml has that of its own block
+            words += ["--depth", ",".join(map(str, depths))]
+    return shlex.join([*words, "--store", str(store), "--run", f"{name}-again"]), set(joint)
 
 
 def _manifest(folder: Path) -> RunManifest | None:
@@ -174,26 +177,28 @@ def _extract_command(store: Path) -> str:
             "model": teacher["model"],
             "revision": teacher["revision"],
             "corpus": made["corpus"],
-            "layers": "all" if whole else ",".join(map(str, layers)),
+            "layers": "all" if whole else ",".join(map(str, layers)) or None,
+            "tokens_only": not layers,
             "context": made["context"],
             "tokens": sequences["train"] * made["context"],
             "validation_tokens": sequences["validation"] * made["context"],
             "logits": made.get("logits"),
             "dtype": made["dtype"],
             "compute_dtype": made["compute_dtype"],
-            "attention": bool(made["attention_layers"]),
+            "batch_tokens": made["batch_sequences"] * made["context"],
+            "attention": bool(made["attention_layers"]) if layers else None,
         }
     except (OSError, ValueError, KeyError, TypeError):
         return f"# {store} does not say how it was made"
-    return _command("extract", options)
+    return _command("extract", options, store)
 
 
-def _command(name: str, options: dict[str, Any]) -> str:
-    """A command with its options; what only says where files go is left out."""
-    words = ["lftpipe", name]
+def _command(name: str, options: dict[str, Any], store: Path) -> str:
+    """A command with its options; of what says where files lie the store alone."""
+    words = ["lftpipe", name, *(options.get("runs") or ()), "--store", str(store)]
     for key, value in options.items():
         option = "--" + key.replace("_", "-")
-        if key in ("workspace", "out", "force", "threads", "runs") or value is None:
+        if key in ("workspace", "store", "out", "force", "threads", "runs") or value is None or value == []:
             continue
         if isinstance(value, bool):
             if key == "attention" and not value:
