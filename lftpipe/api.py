@@ -196,7 +196,9 @@ def load_student(path: str | Path, *, k: int | None = None, solver: str | None =
     folder = Path(path)
     if not (folder / "config.json").is_file():
         opened = runs.open_student(folder)
-        teacher = teacher_of_run(opened[0], settings.TrainSettings().workspace)
+        there = folder.resolve().parent  # <workspace>/<teacher>/runs, if it lies in one
+        workspace = there.parents[1] if there.name == "runs" else settings.TrainSettings().workspace
+        teacher = teacher_of_run(opened[0], workspace)
         return build_student(teacher, opened, steps=k, solver=solver)
     model = load_model(folder)
     if k is not None or solver is not None:

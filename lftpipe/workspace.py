@@ -102,7 +102,7 @@ def find_run(workspace: Path, store: Path | None, name: str) -> Path:
     """
     path = Path(name)
     if "/" in name or (path / "manifest.json").is_file():
-        return path
+        return path if path.name else path.resolve()  # `.` has a name, too
     if store is not None:
         return run_path(store, name)
     found = sorted(workspace.glob(f"*/runs/{name}"))

@@ -13,6 +13,7 @@ from lftpipe import api
 from lftpipe.api import Result
 from lftpipe.cli.app import COMMANDS
 from lftpipe.errors import LftpipeError
+from lftpipe.student import loading
 
 #: Commands whose function has another name, since a module or a verb has theirs.
 NAMES = {"runs": "list_runs", "compare": "compare_runs"}
@@ -93,3 +94,16 @@ def test_the_examples_in_the_documentation_of_the_library_are_right(tmp_path, mo
     found = doctest.testmod(api)
     assert found.attempted > 5
     assert found.failed == 0
+
+
+def test_a_student_s_teacher_is_looked_for_in_its_own_workspace(tmp_path, stores, monkeypatch):
+    run = tmp_path / "own/neox/runs/run"
+    lftpipe.train(store=stores["neox"], block="1:3", objective="skip", run=str(run))
+
+    def teacher_of_run(run, workspace):
+        raise KeyboardInterrupt(workspace)
+
+    monkeypatch.setattr(loading, "teacher_of_run", teacher_of_run)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        lftpipe.load_student(run)
+    assert raised.value.args == (tmp_path / "own",)

@@ -91,7 +91,7 @@ ROOMS: dict[str, tuple[str, str]] = {
         "transformers zarr",
     ),
     "reporting": (
-        "artefacts evaluation.correlation outputs recoupling.ranking errors",
+        "artefacts evaluation.correlation outputs recoupling.ranking errors teacher.registry",
         "torch transformers zarr",
     ),
     "stages": (

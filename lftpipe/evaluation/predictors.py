@@ -174,7 +174,7 @@ def _joined(chosen: list[Predictor], bridges: list[Layers], total: int) -> Predi
 
 def _size_without(teacher: Teacher, block: Block) -> int:
     """Parameters of the teacher without a block's layers."""
-    return count_parameters(teacher) - (block[1] - block[0]) * count_layer_parameters(teacher)
+    return count_parameters(teacher) - sum(count_layer_parameters(teacher, index) for index in range(*block))
 
 
 def _keep(x: States, context: AttentionContext) -> States:

@@ -9,6 +9,7 @@ from lftpipe.artefacts.results import JOINED, Results, Score
 from lftpipe.errors import LftpipeError
 from lftpipe.reporting.runs import scores_of
 from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table
+from lftpipe.teacher.registry import REGISTERED
 
 if TYPE_CHECKING:
     from lftpipe.runs import Run
@@ -95,7 +96,7 @@ def run_card(run: "Run", repository: str, *, licence: str | None = None) -> str:
         "## Use",
         "",
         "```",
-        f"lftpipe pull {repository}" + (f" --run {run.path.name}" if run.joint else ""),
+        f"lftpipe pull {repository} --run {run.path.name}",
         f'lftpipe generate {run.path.name} --prompt "Once"',
         f"lftpipe export {run.path.name}        # a model of transformers",
         "```",
@@ -164,6 +165,8 @@ def store_card(
 def _hub_id(teacher: Mapping[str, Any]) -> str:
     """Its id on the Hub, or its short name where it is a folder of some machine."""
     model = str(teacher["model"])
+    if model in REGISTERED:
+        return REGISTERED[model].hub_id or model
     return str(teacher.get("name", "teacher")) if Path(model).is_absolute() else model
 
 
@@ -265,5 +268,7 @@ def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
 def _is_of(row: Score, result: Exported, opened: Sequence["Run"]) -> bool:
     """Whether a row was measured on just these weights, run in this way."""
     digests = JOINED.join(run.weights_digest for run in opened)
-    asked = (digests, result.k, result.solver)
+    # A layer without time has one step of Euler's, whatever the others have.
+    solvers = [result.solver if run.has_time else "euler" for run in opened if not run.velocity.get("skip")]
+    asked = (digests, result.k, " + ".join(dict.fromkeys(solvers)) or result.solver)
     return (row.weights_digest, row.k, row.solver) == asked

@@ -1,6 +1,7 @@
 """`lftpipe push`: a store, a run or an exported student to a repository of the Hugging Face Hub."""
 
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def _sent(
     private: bool,
     under: str = "",
 ) -> Pushed:
-    files = {path for pattern in only for path in folder.glob(pattern) if path.is_file()}
+    inside = [path for path in folder.rglob("*") if path.is_file()]
+    # As the Hub matches them: a star crosses folders.
+    files = [path for path in inside if any(fnmatch(str(path.relative_to(folder)), each) for each in only)]
     with progress.task(f"push {folder.name} to {repository.url}", 1, "repositories") as task:
         web = repository.upload(folder, under=under, card=card, only=list(only), private=private)
         task.advance(1)

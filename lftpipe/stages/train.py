@@ -53,7 +53,7 @@ def train(settings: TrainSettings) -> Training:
                 if variant.run and (settings.variants or len(blocks) > 1):  # a run holds one flow layer
                     name += f"-{block[0]}-{block[1]}"
                 if settings.variants:  # the same recipe may be trained with several seeds
-                    name += f"-seed{settings.seed}"
+                    name += f"-seed{variant.seed}"
                 wanted.append((run_path(store_path, name), one, block))
         if settings.workers == 1 or len(wanted) == 1:
             results = train_runs(wanted, store, teacher)

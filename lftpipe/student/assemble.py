@@ -125,19 +125,20 @@ def without_layers(model: Any, teacher: Teacher, blocks: Sequence[tuple[int, int
     """
     skipped = {layer for m, n in blocks for layer in range(m, n)}
     kept = [layer for layer in range(teacher.num_layers) if layer not in skipped]
-    prefix = teacher.family.layers_prefix
-    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{prefix}.")}
-    layers: Any = model.base_model.get_submodule(teacher.family.model_layers)
+    shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    draft = copy.deepcopy(model, shared)  # modules of its own, whatever kinds they are of
+    layers: Any = draft.base_model.get_submodule(teacher.family.model_layers)
+    draft.base_model.set_submodule(
+        teacher.family.model_layers, nn.ModuleList(layers[layer] for layer in kept)
+    )
     for index, layer in enumerate(kept):
-        content = layers[layer].state_dict()
-        tensors |= {f"{prefix}.{index}.{name}": value for name, value in content.items()}
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(kept)
+        for part in layers[layer].modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = index
+    draft.config.num_hidden_layers = len(kept)
     for name, values in per_layer_lists(teacher.config).items() if teacher.family.derived else ():
-        setattr(config, name, [values[layer] for layer in kept])
-    with torch.device("meta"):
-        draft = type(model)(config)
-    return fill(draft, tensors, model.generation_config).to(model.device)
+        setattr(draft.config, name, [values[layer] for layer in kept])
+    return draft
 
 
 def _agreed(timed: list[Run], field: str, option: str, otherwise: Any) -> Any:

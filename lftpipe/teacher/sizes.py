@@ -23,15 +23,17 @@ def count_parameters(teacher: Teacher) -> int:
     return sum(sizes[name] for name in wanted)
 
 
-def count_layer_parameters(teacher: Teacher) -> int:
+def count_layer_parameters(teacher: Teacher, index: int = 0) -> int:
     """Parameters of one layer.
 
     Parameters
     ----------
     teacher
         The teacher.
+    index
+        Which layer; in some families they differ in size.
     """
-    return sum(parameter.numel() for parameter in empty_layer(teacher).parameters())
+    return sum(parameter.numel() for parameter in empty_layer(teacher, index).parameters())
 
 
 def keys_fraction(teacher: Teacher) -> float:

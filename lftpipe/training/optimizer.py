@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lftpipe.config.settings import TrainSettings
 from lftpipe.device import dtype_name, resolve_compute_dtype
 from lftpipe.training.muon import Muon
-from lftpipe.training.rate import peak_rate
+from lftpipe.training.rate import STEP_SIZE, peak_rate
 
 BETAS = (0.9, 0.95)
 
@@ -51,7 +51,7 @@ class Optimizer:
 
     Muon orthogonalises the momentum of each matrix of the layer (Jordan, 2024; `muon.py`), scaled to
     the size of AdamW's steps (Liu et al., arXiv 2502.16982). Vectors, and the maps from the time, which are
-    no matrices between features, are AdamW's.
+    no matrices between features, are AdamW's; so are stacks of matrices (experts), in steps of Muon's size.
 
     Parameters
     ----------
@@ -68,9 +68,12 @@ class Optimizer:
         mine = {id(p) for p in matrices} if settings.optimizer == "muon" else set()
         rest = [p for _, p in named if id(p) not in mine]
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in rest if p.ndim == 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
+        if stacks := [p for p in rest if p.ndim > 2]:
+            scale = STEP_SIZE[settings.optimizer] / STEP_SIZE["adamw"]
+            groups.append({"params": stacks, "weight_decay": settings.weight_decay, "scale": scale})
         self._parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=self.learning_rate, betas=BETAS, fused=True)
         ]
@@ -89,7 +92,7 @@ class Optimizer:
         rate = fraction * self.learning_rate
         for part in self._parts:
             for group in part.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("scale", 1.0)
             part.step()
             part.zero_grad(set_to_none=True)
         return rate

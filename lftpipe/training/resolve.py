@@ -28,6 +28,10 @@ LARGEST_BATCH = 2**16
 Wanted = tuple[Path, TrainSettings, tuple[int, int]]
 
 
+#: What a command has once, for all its variants.
+_OF_ALL = {"store", "workspace", "threads", "workers", "cache", "cache_bytes"}
+
+
 def variants_of(settings: TrainSettings) -> list[TrainSettings]:
     """One settings for each `[train.variants.NAME]` of a recipe, or the settings themselves.
 
@@ -43,6 +47,13 @@ def variants_of(settings: TrainSettings) -> list[TrainSettings]:
         raise SettingsError(
             f"--run {unknown[0]}", f"one of the recipe's variants: {', '.join(settings.variants)}", "name one"
         )
+    for name in chosen:
+        if foreign := sorted(_OF_ALL & settings.variants[name].keys()):
+            raise SettingsError(
+                f"{foreign[0]} in variant {name}",
+                "what may differ between the runs of one command",
+                "put it into [train], or train the variant by a recipe of its own",
+            )
     plain = {field.name: getattr(settings, field.name) for field in fields(settings)}
     return [
         TrainSettings(**plain | settings.variants[name] | {"variants": {}, "run": name}) for name in chosen

@@ -91,13 +91,15 @@ def test_the_card_of_a_run_has_the_hubs_metadata(hub: FakeHub, flow: runs.Run, t
         "neox",
     )
     assert "latent-flow-transformer" in data["tags"]
-    assert "lftpipe pull hf://org/thing" in card.text
+    assert "lftpipe pull hf://org/thing --run flow" in card.text
     assert "| flow | 1:3 | fw |" in card.text
 
 
 def test_a_store_comes_back_byte_for_byte(hub: FakeHub, stores: dict[str, Path], tmp_path: Path) -> None:
     there = pushed(tmp_path, stores["neox"], "org/states")
     assert there["url"] == "hf://datasets/org/states"
+    arrays = [path for path in stores["neox"].glob("*/**/*") if path.is_file()]
+    assert there["bytes"] > sum(path.stat().st_size for path in arrays) > 0
     card = DatasetCard((hub.folder("org/states", "dataset") / "README.md").read_text())
     data = card.data.to_dict()
     assert "zarr" in data["tags"]

@@ -289,3 +289,8 @@ def test_a_store_without_validation_is_refused(tmp_path, teachers, text_folder):
 
 def test_the_picture_draws_every_predictor():
     assert list(PREDICTOR_LABELS) == list(PREDICTORS.values())
+
+
+def test_a_run_that_stands_for_more_than_its_block_is_not_swept(store, tmp_path):
+    with pytest.raises(SettingsError, match="sweep --objective replaceme"):
+        sweep(settings_of(store, tmp_path, objective="replaceme"))

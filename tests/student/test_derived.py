@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from lftpipe import runs
 from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.solver import ODESolver
-from lftpipe.student.assemble import build_student
+from lftpipe.student.assemble import build_student, without_layers
 from lftpipe.student.decoding import continue_prompt, speculate
 from lftpipe.student.loading import load_model, load_teacher
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.context import attention_context
 from lftpipe.teacher.parts import load_rotary
+from lftpipe.teacher.sizes import count_layer_parameters
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.trunk import Trunk
@@ -114,3 +115,31 @@ def test_a_draft_writes_ahead_where_the_teacher_can_take_back(
         return
     alone = continue_prompt(teacher, tokenizer, "a b", 6)
     assert speculate(teacher, draft, tokenizer, "a b", 6).continuation.tokens == alone.tokens
+
+
+@torch.inference_mode()
+def test_layers_of_several_kinds_are_left_out_and_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture of experts whose second layer has none."""
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    monkeypatch.setitem(DECODERS, "qwen2_moe", experts | {"mlp_only_layers": [1]})
+    teacher = open_teacher(
+        str(make_decoders(tmp_path, ["qwen2_moe"], tokenizer)["qwen2_moe"]), Path("unused")
+    )
+    model, ids = load_teacher(teacher), tokens(COUNT)
+    draft = without_layers(model, teacher, [(0, 1)])
+    assert draft.config.num_hidden_layers == LAYERS - 1
+    assert draft.model.layers[0].mlp.down_proj.weight is model.model.layers[1].mlp.down_proj.weight
+    assert [each.self_attn.layer_idx for each in draft.model.layers] == list(range(LAYERS - 1))
+    assert len(model.model.layers) == LAYERS
+    counted = [count_layer_parameters(teacher, index) for index in range(LAYERS)]
+    assert counted == [sum(each.numel() for each in layer.parameters()) for layer in model.model.layers]
+    assert counted[0] != counted[1]
+    states = model.model.embed_tokens(ids)
+    places = model.model.rotary_emb(states, torch.arange(COUNT)[None])
+    for layer in model.model.layers[1:]:
+        states = layer(states, position_embeddings=places)
+        states = states[0] if isinstance(states, tuple) else states
+    torch.testing.assert_close(draft(ids).logits, model.lm_head(model.model.norm(states)), **CLOSE)
+    assert speculate(model, draft, tokenizer, "a b", 6).continuation.tokens

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lftpipe.config.settings import TrainSettings
 from lftpipe.training import muon, processes
 from lftpipe.training.muon import Muon, orthogonalised
+from lftpipe.training.optimizer import Optimizer
 
 SHAPES = [(24, 24), (8, 24), (8, 24), (24, 24), (64, 24), (64, 24), (24, 64)]
 JORDAN = (3.4445, -4.775, 2.0315)
@@ -120,3 +122,16 @@ def test_processes_divide_the_matrices_among_them(monkeypatch, world):
         parts.append(processes.divided(stack, work))
     assert sum(seen) == len(stack)
     torch.testing.assert_close(torch.stack(parts).sum(0), alone)
+
+
+def test_stacks_of_matrices_move_in_steps_of_muons_size():
+    flow = nn.Module()
+    flow.experts = nn.Parameter(torch.ones(3, 8, 8))
+    flow.matrix = nn.Parameter(torch.ones(8, 8))
+    settings = TrainSettings(learning_rate=1e-2, weight_decay=0.0, muon_dtype="float32")
+    optimizer = Optimizer(flow, settings)
+    for weight in flow.parameters():
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step(1.0)
+    sizes = [(weight - 1).square().mean().sqrt().item() for weight in (flow.experts, flow.matrix)]
+    assert sizes == pytest.approx([0.2e-2, 0.2e-2], rel=0.15)

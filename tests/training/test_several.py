@@ -72,8 +72,24 @@ def test_a_variant_that_is_not_there_or_misspelt_is_refused(settings, tmp_path):
         from_recipe(TrainSettings, path, "train", {})
     path.write_text("[train.variants.a]\nseed = 1\n[train.variants.b]\nseed = 2\n")
     with pytest.raises(
-        SettingsError, match=r"seed = 2 for b-1-3-seed0, 1 for another run / expected: the same"
+        SettingsError, match=r"seed = 2 for b-1-3-seed2, 1 for another run / expected: the same"
     ):
+        train(from_recipe(TrainSettings, path, "train", {"store": settings.store, "block": "1:3"}))
+
+
+def test_a_variant_s_own_seed_is_in_its_name(settings, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[train.variants.a]\nseed = 1\n")
+    given = {"store": settings.store, "block": "1:3", "tokens": 1, "objective": "skip"}
+    run = train(from_recipe(TrainSettings, path, "train", given))
+    assert Path(run["run"]).name == "a-1-3-seed1"
+    assert runs.open_run(Path(run["run"])).seed == 1
+
+
+def test_what_all_variants_have_in_common_is_refused_in_one(settings, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('[train.variants.a]\nstore = "/nowhere"\n')
+    with pytest.raises(SettingsError, match=r"store in variant a / .* put it into \[train\]"):
         train(from_recipe(TrainSettings, path, "train", {"store": settings.store, "block": "1:3"}))
 
 
