@@ -33,14 +33,14 @@ def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teac
     workspace
         Where converted teachers lie.
     made
-        What was made with it, for the error.
+        What was made with it, for the error, and to find a folder that was moved together with it.
 
     Raises
     ------
     TeacherError
         If it is not found, or any part of it is no longer as it was.
     """
-    teacher = open_teacher(recorded["model"], workspace, revision=recorded["revision"])
+    teacher = open_teacher(_place(recorded["model"], made), workspace, revision=recorded["revision"])
     now = {
         "weights": lambda: teacher.checkpoint.digest,
         "config": lambda: teacher.config_digest,
@@ -55,3 +55,26 @@ def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teac
                 f"put the old {part} back, or make it again from the start (extract --force, train --force)",
             )
     return teacher
+
+
+def _place(model: str, made: Path) -> str:
+    """Where a local teacher is now: as recorded, or, if that moved, as it lay to what was made with it.
+
+    Raises
+    ------
+    TeacherError
+        If it is in neither place.
+    """
+    old = Path(model)
+    if not old.is_absolute() or old.exists():
+        return model
+    for above in made.resolve().parents:
+        for count in range(1, len(old.parts)):
+            new = above.joinpath(*old.parts[-count:])
+            if (new / "config.json").is_file() or (new.suffix == ".gguf" and new.is_file()):
+                return str(new)
+    raise TeacherError(
+        f"teacher {model} of {made}, which is not there",
+        "the folder or file that it was made with",
+        f"put it back, or move it along, such as to {made.resolve().parent / old.name}",
+    )
