@@ -55,8 +55,7 @@ def knows(path: Path, names: tuple[str, ...], *, at_import_time: bool = False) -
 #: A room, the rooms and modules of lftpipe that it may know beside itself, and libraries that it must not.
 ROOMS: dict[str, tuple[str, str]] = {
     "errors": ("", "torch numpy transformers zarr"),
-    "json_text": ("", "torch numpy transformers zarr"),
-    "files": ("json_text", "torch numpy transformers zarr"),
+    "files": ("", "torch numpy transformers zarr"),
     "artefacts": ("errors files", "torch numpy transformers zarr"),
     "outputs": ("errors files", "torch numpy transformers zarr"),
     "progress": ("", "torch numpy transformers zarr"),

@@ -1,20 +1,18 @@
-"""Fingerprints, file digests, and files that appear whole or not at all.
+"""JSON-plain values, their fingerprints, and files that are sealed with one.
 
-Everything here speaks JSON-plain values (dict with text keys, list, text, number, bool, None).
-Digests are xxh3-128: they find accidents of disks and copies, not forgers.
+JSON-plain are dict with text keys, list, text, number, bool and None. Digests are xxh3-128: they find
+accidents of disks and copies, not forgers.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from lftpipe.json_text import canonical, canonical_texts, sealed_texts
-
-_READ_BYTES = 1 << 20
+from lftpipe.files.atomic import write_atomic
+from lftpipe.files.json_text import canonical, canonical_texts, sealed_texts
 
 
 def plain(value: Any) -> Any:
@@ -59,63 +57,6 @@ def fingerprint(value: Any) -> str:
     for text in canonical_texts(value):
         digest.update(text)
     return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Digest of a file's bytes, 32 hex digits, read in pieces of 1 MiB.
-
-    Parameters
-    ----------
-    path
-        The file.
-    """
-    digest, buffer = xxhash.xxh3_128(), bytearray(_READ_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames and new names within a folder survive a power failure.
-
-    Parameters
-    ----------
-    path
-        The folder.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes, *, keep: Path | None = None) -> None:
-    """Write a file so that at every moment it is either the old one or the new one, also after a crash.
-
-    Parameters
-    ----------
-    path
-        The file; its folder must exist.
-    data
-        Its whole new content.
-    keep
-        Where the old one goes, in the same folder; at every moment one of the two is there.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
