@@ -68,9 +68,7 @@ def main() -> None:
         "logits, without the last states": lambda: logit_divergence(tail, end, batch, n),
         "logits": lambda: logit_divergence(tail, end, stored, n),
         "top-logits": lambda: top_logit_divergence(tail, end, stored, n),
-        "sampled-logits": lambda: sampled_logit_divergence(
-            tail, end, replace(stored, step=len(found["states"])), n
-        ),
+        "sampled-logits": lambda: sampled_logit_divergence(tail, end, another(), n),
         "states": lambda: (layer(x, batch.context) - x).square().mean(),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

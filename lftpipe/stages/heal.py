@@ -101,7 +101,6 @@ def _healed(new: list[_Part], store: Store, teacher: Teacher) -> Healing:
     healed = fingerprint([part.source.weights_digest for part in new])
     work = prepare_healing(folder, settings, store, teacher, student, student.first, student.trained, healed)
     for part in new:
-        (part.folder / runs.MANIFEST).unlink(missing_ok=True)  # of a healing that was killed between two
         begin(part.folder, part.settings, store, part.source.weights_digest)
     result = work.run()
     trained_tokens = work.step * work.tokens_per_step

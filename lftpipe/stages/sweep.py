@@ -78,11 +78,11 @@ def sweep(settings: SweepSettings) -> Sweeping:
 
 
 def _swept(settings: SweepSettings, store_path: Path, folder: Path) -> tuple[int, Sweep]:
+    """How many runs were trained now, into `folder`, and what all of them say."""
     if settings.objective == "replaceme":
         raise SettingsError(
             "sweep --objective replaceme", "what stands for the block alone", "use --objective linear"
         )
-    """How many runs were trained now, into `folder`, and what all of them say."""
     store = Store.open(store_path)
     store.need_whole("sweep")
     if store.num_sequences("validation") == 0:

@@ -15,6 +15,7 @@ from lftpipe.runs import Run
 from lftpipe.student.config import Block, Kind
 from lftpipe.student.derived import per_layer_lists, student_class
 from lftpipe.student.loading import STUDENTS
+from lftpipe.student.slot import number_layer
 from lftpipe.teacher import attention
 from lftpipe.teacher.skeleton import materialise_buffers
 from lftpipe.teacher.source import Teacher
@@ -132,9 +133,7 @@ def without_layers(model: Any, teacher: Teacher, blocks: Sequence[tuple[int, int
         teacher.family.model_layers, nn.ModuleList(layers[layer] for layer in kept)
     )
     for index, layer in enumerate(kept):
-        for part in layers[layer].modules():
-            if hasattr(part, "layer_idx"):
-                part.layer_idx = index
+        number_layer(layers[layer], index)
     draft.config.num_hidden_layers = len(kept)
     for name, values in per_layer_lists(teacher.config).items() if teacher.family.derived else ():
         setattr(draft.config, name, [values[layer] for layer in kept])

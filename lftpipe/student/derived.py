@@ -20,6 +20,7 @@ from lftpipe.errors import TeacherError
 from lftpipe.student.config import Block, FlowLayout
 from lftpipe.student.flow_layer import FlowLayer
 from lftpipe.student.model import LatentFlow
+from lftpipe.student.slot import number_layer
 from lftpipe.teacher.context import Arguments, AttentionContext
 from lftpipe.teacher.family import Family
 from lftpipe.teacher.structure import Structure, structure_of
@@ -177,9 +178,7 @@ class DerivedLatentFlow(LatentFlow):
                 layer.set_steps(self.config.steps, self.config.solver, slots)
                 further += len(slots) - 1
                 continue
-            for part in layer.modules():
-                if hasattr(part, "layer_idx"):
-                    part.layer_idx = index  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            number_layer(layer, index)
 
 
 def refuse_without_flow(structure: Structure, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Slot:
@@ -27,3 +27,18 @@ class Slot:
         """
         del layer_idx
         return self._cache.update(keys, values, self._index, *rest, **named)
+
+
+def number_layer(layer: nn.Module, index: int) -> None:
+    """Let a layer's parts take this place of the cache for theirs.
+
+    Parameters
+    ----------
+    layer
+        Of any family; parts that know of a cache have a `layer_idx`.
+    index
+        The place.
+    """
+    for part in layer.modules():
+        if hasattr(part, "layer_idx"):
+            part.layer_idx = index  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

@@ -3,6 +3,7 @@
 import io
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import xxhash
 from torch import Tensor
 
 from lftpipe import runs
+from lftpipe.config.settings import HealSettings, TrainSettings
 from lftpipe.errors import RunError
 from lftpipe.files import fingerprint, write_atomic
 from lftpipe.training import processes
@@ -114,6 +116,23 @@ def _identity_of(run: TrainingRun) -> list[Any]:
     used = run.settings
     named = (used.objective, used.loss, used.seed, used.batch_tokens, used.optimizer, used.condition)
     return [*map(str, named), list(run.block), run.store.origin]
+
+
+def is_due(settings: TrainSettings | HealSettings, step: int, saved: float) -> bool:
+    """Whether it is time for another one, by the clock or by steps.
+
+    Parameters
+    ----------
+    settings
+        `checkpoint_minutes`, `checkpoint_every`.
+    step
+        Steps done.
+    saved
+        When the last one was begun, as `time.monotonic()` tells it.
+    """
+    steps, seconds = settings.checkpoint_every, 60 * settings.checkpoint_minutes
+    by_clock = seconds > 0 and time.monotonic() - saved >= seconds
+    return by_clock or (steps > 0 and step % steps == 0)
 
 
 def write_checkpoint(path: Path, states: list[dict[str, Any]], binding: str) -> None:

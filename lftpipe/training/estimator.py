@@ -69,7 +69,8 @@ def _start(settings: TrainSettings, teacher: Teacher, kind: int, part: tuple[int
     """
     layer = load_layer(teacher, kind)
     shapes = {name: value.shape for name, value in layer.state_dict().items()}
-    starts = [load_layer(teacher, index) for index in (range(*part) if settings.init == "mean" else part[:1])]
+    wanted = range(*part) if settings.init == "mean" else part[:1]
+    starts = [layer if index == kind else load_layer(teacher, index) for index in wanted]
     for start in starts:
         if {name: value.shape for name, value in start.state_dict().items()} != shapes:
             raise SettingsError(

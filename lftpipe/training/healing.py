@@ -16,7 +16,7 @@ from lftpipe.batch import Batch, BatchFields, BatchOrder, BatchReader
 from lftpipe.config.settings import HealSettings
 from lftpipe.errors import DivergenceError
 from lftpipe.files import fingerprint
-from lftpipe.training.checkpoint import restore_newest, write_checkpoint
+from lftpipe.training.checkpoint import is_due, restore_newest, write_checkpoint
 from lftpipe.training.optimizer import BETAS, gradient_norm, rate_fraction
 from lftpipe.training.trackers import Tracker, tracker_of
 
@@ -157,7 +157,7 @@ class Healing:
         self.seconds += time.monotonic() - started
         if found or self.step % settings.log_every == 0:
             self._write(log, rate, found)
-        if self._is_time_to_save() and not last:
+        if is_due(settings, self.step, self._saved) and not last:
             log.flush()
             self._save()
 
@@ -177,11 +177,6 @@ class Healing:
         if loss < self._best_loss:
             self._best_loss, self._best = loss, self._copy()
         return {"held_back_loss": loss}
-
-    def _is_time_to_save(self) -> bool:
-        steps, seconds = self.settings.checkpoint_every, 60 * self.settings.checkpoint_minutes
-        by_clock = seconds > 0 and time.monotonic() - self._saved >= seconds
-        return by_clock or (steps > 0 and self.step % steps == 0)
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: weight.detach().clone() for name, weight in self.trained.items()}

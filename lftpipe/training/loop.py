@@ -14,7 +14,7 @@ from lftpipe.batch import Batch, BatchFields
 from lftpipe.errors import DivergenceError
 from lftpipe.teacher.tail import load_bridges
 from lftpipe.training import processes, readout
-from lftpipe.training.checkpoint import Checkpoint
+from lftpipe.training.checkpoint import Checkpoint, is_due
 from lftpipe.training.holdout import HoldOut
 from lftpipe.training.log import Log
 from lftpipe.training.rolling import Standing
@@ -163,9 +163,7 @@ class Chain:
 
     def _is_time_to_save(self) -> bool:
         """By steps, or by the clock of the process that writes; the others don't ask theirs."""
-        steps, seconds = self.settings.checkpoint_every, 60 * self.settings.checkpoint_minutes
-        by_clock = seconds > 0 and time.monotonic() - self._saved >= seconds
-        return by_clock or (steps > 0 and self.step % steps == 0) or self._enters_window(self.step)
+        return is_due(self.settings, self.step, self._saved) or self._enters_window(self.step)
 
     def _is_time_to_look(self) -> bool:
         """Whether the next step's weights may be logged, judged or saved, or nobody has looked for long."""

@@ -47,7 +47,7 @@ def is_finished(
 ) -> bool:
     """Whether a run is there already as it is wanted; what must not be overwritten is refused.
 
-    Nothing of the run is changed: whatever else may be refused comes before `begin`.
+    Nothing that counts is changed: whatever else may be refused comes before `begin`.
 
     Parameters
     ----------
@@ -100,8 +100,9 @@ def begin(run: Path, settings: TrainSettings | HealSettings, store: Store, heale
     healed
         Digest of the weights that are healed, if any are.
     """
+    (run / runs.MANIFEST).unlink(missing_ok=True)  # of a student that was killed between two of them, too
     if settings.force:
-        for name in (runs.MANIFEST, runs.METRICS, runs.WEIGHTS, runs.DIVERGED, runs.SAMPLES):
+        for name in (runs.METRICS, runs.WEIGHTS, runs.DIVERGED, runs.SAMPLES):
             (run / name).unlink(missing_ok=True)
         drop_checkpoints(run)
     table = "heal" if isinstance(settings, HealSettings) else "train"

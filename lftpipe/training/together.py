@@ -60,9 +60,7 @@ def train_runs(wanted: list[Wanted], store: Store, teacher: Teacher) -> list[Tra
             for student in students:
                 folders = [run for run, _, _ in student]
                 if len(folders) > 1 and _was_killed_at_the_end(folders, [finished[run] for run in folders]):
-                    for run in folders:
-                        (run / runs.MANIFEST).unlink(missing_ok=True)
-                        finished[run] = False
+                    finished |= dict.fromkeys(folders, False)
         return _train_locked(students, processes.agree(finished), store, teacher)
 
 

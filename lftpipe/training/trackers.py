@@ -105,11 +105,10 @@ def tracker_of(settings: TrainSettings | HealSettings, folder: Path, tokens: int
     SettingsError
         If its package is not installed.
     """
-    if settings.track == "tensorboard" or (
-        settings.track is None and getattr(settings, "tensorboard", False)
-    ):
+    track = _name_of(settings)
+    if track == "tensorboard":
         return TensorBoard(folder, tokens)
-    return Service(settings.track, folder, to_json(settings)) if settings.track else None
+    return Service(track, folder, to_json(settings)) if track else None
 
 
 def check_tracker(settings: TrainSettings | HealSettings) -> None:
@@ -125,9 +124,13 @@ def check_tracker(settings: TrainSettings | HealSettings) -> None:
     SettingsError
         If its package is not installed.
     """
-    track = settings.track or ("tensorboard" if getattr(settings, "tensorboard", False) else None)
-    if track is not None:
+    if (track := _name_of(settings)) is not None:
         _needed("torch.utils.tensorboard" if track == "tensorboard" else track, track)
+
+
+def _name_of(settings: TrainSettings | HealSettings) -> str | None:
+    """That of the tracker; `--tensorboard` is another word for one."""
+    return settings.track or ("tensorboard" if getattr(settings, "tensorboard", False) else None)
 
 
 def _needed(module: str, extra: str) -> Any:
