@@ -125,22 +125,10 @@ def make_batch(
 
     Parameters
     ----------
-    tokens
-        Token ids.
     document
         The number of the document that each token came from.
-    device
-        Where the batch is to be.
     rotary
         Of the teacher, on the device; left out, the batch has no `context`.
-    step
-        The batch's number.
-    part
-        Which of a whole batch's sequences these are.
-    states, attention
-        What is known of the sequences, on the device.
-    logits
-        Values, ids and normaliser of the teacher's largest logits.
     """
     position_ids = positions(document)
     return Batch(
@@ -161,12 +149,8 @@ class BatchReader:
 
     Parameters
     ----------
-    store
-        Where states and tokens are read.
     teacher
         The store's; of it only the rotary embedding is made.
-    device
-        Where batches are to be.
 
     Attributes
     ----------
@@ -181,19 +165,7 @@ class BatchReader:
         self.say: Callable[[str], object] = print
 
     def read(self, split: str, sequences: range, fields: BatchFields, step: int = 0) -> Batch:
-        """Some sequences of a split.
-
-        Parameters
-        ----------
-        split
-            `train` or `validation`.
-        sequences
-            Which of its sequences.
-        fields
-            What to read of them.
-        step
-            The batch's number.
-        """
+        """Some sequences of a split."""
         states, attention = (
             {layer: self._put(self.store.read(split, layer, sequences, array=array)) for layer in layers}
             for array, layers in (("hidden", fields.layers), ("attention", fields.attention))
@@ -215,15 +187,6 @@ class BatchReader:
 
         A thread reads ahead. To a GPU each batch is copied while the one before it is computed on, in the
         store's format, and widened there.
-
-        Parameters
-        ----------
-        fields
-            What to read.
-        order
-            Which sequences each batch holds.
-        start_step
-            The first batch's number.
         """
         copies = self.copies
         read = self.store.batches(

@@ -39,13 +39,6 @@ def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
     """Let a frozen module's linear layers hold their weights in the format of its products.
 
     Autocast would cast them anew at every call. All else stays in float32.
-
-    Parameters
-    ----------
-    module
-        A module whose weights are not trained.
-    dtype
-        The format in which products are computed.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -53,26 +46,12 @@ def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`, as settings and stores write it.
-
-    Parameters
-    ----------
-    dtype
-        A dtype of torch.
-    """
+    """`bfloat16`, as settings and stores write it."""
     return str(dtype).removeprefix("torch.")
 
 
 def resolve_compute_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` to bfloat16 where the processor multiplies matrices in it, else to float32.
-
-    Parameters
-    ----------
-    name
-        `auto`, `float32` or `bfloat16`.
-    device
-        The device that computes, as torch names it.
-    """
+    """`auto` to bfloat16 where the processor multiplies matrices in it, else to float32."""
     if name != "auto":
         return getattr(torch, name)
     kind = torch.device(device).type
@@ -86,13 +65,7 @@ def resolve_compute_dtype(name: str, device: str) -> torch.dtype:
 
 
 def device_kind(device: str) -> str:
-    """Where results are the same to the bit: `cpu`, or a GPU's model; a store is computed by one kind.
-
-    Parameters
-    ----------
-    device
-        As in `--device`.
-    """
+    """Where results are the same to the bit: `cpu`, or a GPU's model; a store is computed by one kind."""
     kind = torch.device(device).type
     return f"cuda {torch.cuda.get_device_name(device)}" if kind == "cuda" else kind
 
@@ -102,8 +75,6 @@ def prepare(device: str, threads: int | None) -> None:
 
     Parameters
     ----------
-    device
-        A device as torch names it: `cpu`, `cuda`, `cuda:1`.
     threads
         Threads for torch; None leaves torch's own choice.
 
@@ -129,8 +100,6 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
     ----------
     tensor
         Of any format; pinned memory is copied as it is, other memory is pinned first.
-    device
-        Where it is to be.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -138,13 +107,7 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class CopyStream:
-    """Copies to a device that run beside its computations; a processor has nothing to run them beside.
-
-    Parameters
-    ----------
-    device
-        Where to copy.
-    """
+    """Copies to a device that run beside its computations; a processor has nothing to run them beside."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -155,13 +118,7 @@ class CopyStream:
         return self._stream is not None
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Memory that the device can be copied to from: pinned where copies run beside computations.
-
-        Parameters
-        ----------
-        shape, dtype
-            Of the array.
-        """
+        """Memory that the device can be copied to from: pinned where copies run beside computations."""
         if not self.beside:
             return np.empty(shape, dtype)
         like = torch.from_numpy(np.empty(0, dtype))
@@ -176,13 +133,7 @@ class CopyStream:
         return None if self._stream is None else self._stream.record_event()
 
     def wait(self, mark: torch.cuda.Event | None) -> None:
-        """Wait until the copies before a mark are done: what they read may be overwritten.
-
-        Parameters
-        ----------
-        mark
-            What `mark` gave.
-        """
+        """Wait until the copies before a mark are done: what they read may be overwritten."""
         if mark is not None:
             mark.synchronize()
 
@@ -191,8 +142,6 @@ class CopyStream:
 
         Parameters
         ----------
-        mark
-            What `mark` gave.
         tensors
             What was copied: computations will use it, and its memory is theirs until then.
         """

@@ -74,8 +74,6 @@ def foreign(kind: type[LftpipeError], given: str, expected: str, do: str) -> Ite
 
     Parameters
     ----------
-    kind
-        Of error.
     given, expected, do
         Its parts; the library's reason stands behind what was given.
 
@@ -98,12 +96,6 @@ def foreign(kind: type[LftpipeError], given: str, expected: str, do: str) -> Ite
 
 
 def reason_of(error: BaseException) -> str:
-    """A library's reason in one line of bounded length.
-
-    Parameters
-    ----------
-    error
-        What it raised.
-    """
+    """A library's reason in one line of bounded length."""
     text = " ".join(str(error).split())
     return text if 0 < len(text) <= _LONGEST else f"{text[:_LONGEST]}…" if text else type(error).__name__

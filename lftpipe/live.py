@@ -24,12 +24,8 @@ class LiveReader(BatchReader):
 
     Parameters
     ----------
-    store
-        Whose sequences are read.
     teacher
         The store's; its trunk runs as it did at extraction.
-    device
-        Where it runs, and where batches are to be.
     """
 
     def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:
@@ -86,24 +82,10 @@ def _without_states(fields: BatchFields) -> BatchFields:
 
 
 def reader_of(store: Store, teacher: Teacher, device: str, *, live: bool) -> BatchReader:
-    """What gives the batches of training and of scoring.
-
-    Parameters
-    ----------
-    store, teacher, device
-        See `LiveReader`.
-    live
-        Whether the teacher computes the states.
-    """
+    """What gives the batches of training and of scoring."""
     return (LiveReader if live else BatchReader)(store, teacher, device)
 
 
 def states_at_hand(store: Store, teacher: Teacher) -> tuple[int, ...]:
-    """The states of a store; of one that holds tokens alone, all that the teacher can compute.
-
-    Parameters
-    ----------
-    store, teacher
-        See `LiveReader`.
-    """
+    """The states of a store; of one that holds tokens alone, all that the teacher can compute."""
     return store.layers or tuple(range(teacher.num_layers + 1))

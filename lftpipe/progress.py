@@ -32,15 +32,7 @@ class Task:
         return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def advance(self, amount: int, **fields: str) -> None:
-        """Count work as done and show it.
-
-        Parameters
-        ----------
-        amount
-            Units that were done since the last call.
-        **fields
-            What else to show, by name.
-        """
+        """Count work as done and show it."""
         self.done += amount
         rate = f"{human(self.rate)} {self.unit}/s"
         shown = "  ".join(f"{name} {value}" for name, value in fields.items())
@@ -53,26 +45,14 @@ class Task:
             print(f"{self.label}: {percent}, {rate}, {left:.0f} s left  {shown}", file=sys.stderr, flush=True)
 
     def aim(self, total: int) -> None:
-        """Change how many units there are in all.
-
-        Parameters
-        ----------
-        total
-            Units in all.
-        """
+        """Change how many units there are in all."""
         self.total = total
         if self._live:
             self._live.update(self._id, total=total)
 
 
 def say(line: str) -> None:
-    """A line on stderr, above the live one.
-
-    Parameters
-    ----------
-    line
-        What to say.
-    """
+    """A line on stderr, above the live one."""
     if speaks():
         print(line, file=sys.stderr, flush=True)
 
@@ -83,12 +63,6 @@ def task(label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
 
     Parameters
     ----------
-    label
-        What is being done.
-    total
-        Units in all.
-    unit
-        What is counted, in the plural: `tokens`.
     done
         Units that were done before; they do not count for the rate.
     """
@@ -114,13 +88,7 @@ def speaks() -> bool:
 
 
 def human(number: int | float) -> str:
-    """1234567 as '1.2M'.
-
-    Parameters
-    ----------
-    number
-        The number.
-    """
+    """1234567 as '1.2M'."""
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
             return f"{number / limit:.1f}{suffix}"
@@ -128,12 +96,6 @@ def human(number: int | float) -> str:
 
 
 def human_bytes(number: int | float) -> str:
-    """Bytes in decimal units: '4.6 GB'.
-
-    Parameters
-    ----------
-    number
-        How many bytes.
-    """
+    """Bytes in decimal units: '4.6 GB'."""
     text = human(number)
     return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"

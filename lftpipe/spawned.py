@@ -9,15 +9,7 @@ import torch
 
 
 def place_of(device: str, threads: int | None, number: int, count: int) -> tuple[str, int | None]:
-    """The device and the threads of one of several processes: a GPU each, or a part of the threads.
-
-    Parameters
-    ----------
-    device, threads
-        As the command was given them.
-    number, count
-        Which of how many processes, from 0.
-    """
+    """The device and the threads of one of several processes: a GPU each, or a part of the threads."""
     if device == "cuda":
         return f"cuda:{number % max(torch.cuda.device_count(), 1)}", threads
     return device, max(1, (threads or torch.get_num_threads()) // count)

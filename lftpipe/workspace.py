@@ -11,13 +11,6 @@ STORE_NAME = "states.zarr"
 def find_store(workspace: Path, store: Path | None) -> Path:
     """The store that was named, or the only one in the workspace.
 
-    Parameters
-    ----------
-    workspace
-        The folder of all experiments.
-    store
-        The store that was named, if one was.
-
     Raises
     ------
     StoreError
@@ -44,20 +37,7 @@ def find_store(workspace: Path, store: Path | None) -> Path:
 
 
 def run_path(store: Path, name: str) -> Path:
-    """The folder of a run called `name`, which may also be a path.
-
-    Parameters
-    ----------
-    store
-        The store that the run lies beside.
-    name
-        The run's name, or its path.
-
-    Raises
-    ------
-    SettingsError
-        If it is neither.
-    """
+    """The folder of a run called `name`, which may also be a path."""
     if "/" in name:
         return Path(name)
     refuse_name(name, "run")
@@ -65,18 +45,7 @@ def run_path(store: Path, name: str) -> Path:
 
 
 def require_json_name(out: Path) -> None:
-    """Refuse a JSON file whose name says otherwise.
-
-    Parameters
-    ----------
-    out
-        The file.
-
-    Raises
-    ------
-    SettingsError
-        If it does not end in .json.
-    """
+    """Refuse a JSON file whose name says otherwise."""
     if out.suffix != ".json":
         raise SettingsError(
             f"--out {out}", "the JSON file's name", "end it in .json; the rest goes beside it"
@@ -85,15 +54,6 @@ def require_json_name(out: Path) -> None:
 
 def find_run(workspace: Path, store: Path | None, name: str) -> Path:
     """The folder of a run: by its path, or by its name beside the store or anywhere in the workspace.
-
-    Parameters
-    ----------
-    workspace
-        The folder of all experiments.
-    store
-        The store that was named, if one was.
-    name
-        The run's name, or its path.
 
     Raises
     ------
@@ -127,8 +87,6 @@ def find_runs(store: Path, names: tuple[str, ...]) -> list[Path]:
 
     Parameters
     ----------
-    store
-        The store that the runs lie beside.
     names
         Names or paths of runs; none means every finished one.
 
@@ -159,13 +117,7 @@ def find_runs(store: Path, names: tuple[str, ...]) -> list[Path]:
 
 
 def command_of(run: Path) -> str | None:
-    """The command that began a run, `train` or `heal`; None where nothing was begun.
-
-    Parameters
-    ----------
-    run
-        The run's folder.
-    """
+    """The command that began a run, `train` or `heal`; None where nothing was begun."""
     settings = run / "settings.toml"
     if not settings.is_file():
         return None

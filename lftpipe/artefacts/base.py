@@ -24,15 +24,8 @@ READ_STRICTLY: dict[str, Any] = {"strict": True, "extra": "ignore", "allow_inf_n
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, whole: of bounded size and depth, without NaN, and true to its digest.
 
-    Parameters
-    ----------
-    path
-        The file.
-
     Raises
     ------
-    OSError
-        If it cannot be read.
     ValueError
         If it is no such object, with the reason.
     """
@@ -95,15 +88,8 @@ class Artefact(JsonObject):
     def from_json(cls: type[Kind], path: Path) -> Kind:
         """Read and validate a file.
 
-        Parameters
-        ----------
-        path
-            Where it is.
-
         Raises
         ------
-        FileNotFoundError
-            If there is none.
         LftpipeError
             If it was damaged or changed, in one line with the reason.
         """
@@ -120,11 +106,6 @@ class Artefact(JsonObject):
     def from_plain(cls: type[Kind], value: dict[str, Any]) -> Kind:
         """Validate a JSON object.
 
-        Parameters
-        ----------
-        value
-            As `json.loads` gives it.
-
         Raises
         ------
         ValueError
@@ -138,13 +119,7 @@ class Artefact(JsonObject):
         """Laws beyond the types; raises ValueError where one is broken."""
 
     def text(self, value: dict[str, Any]) -> str:
-        """How the object is laid out in its file.
-
-        Parameters
-        ----------
-        value
-            A JSON-plain value.
-        """
+        """How the object is laid out in its file."""
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
     def to_bytes(self) -> bytes:
@@ -152,24 +127,12 @@ class Artefact(JsonObject):
         return self.text(seal(self.to_json())).encode()
 
     def write(self, path: Path) -> None:
-        """Write the file, whole or not at all.
-
-        Parameters
-        ----------
-        path
-            The file.
-        """
+        """Write the file, whole or not at all."""
         write_atomic(path, self.to_bytes())
 
 
 def reason_of(error: Exception) -> str:
-    """Why something could not be read, in a few words on one line.
-
-    Parameters
-    ----------
-    error
-        What pydantic or the parser said.
-    """
+    """Why something could not be read, in a few words on one line."""
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):
@@ -198,14 +161,6 @@ def _plain(value: Any) -> Any:
 
 
 def require(holds: bool, what: str) -> None:
-    """Raise ValueError if a law does not hold.
-
-    Parameters
-    ----------
-    holds
-        What must be true.
-    what
-        What is wrong if it is not.
-    """
+    """Raise ValueError if a law does not hold."""
     if not holds:
         raise ValueError(what)

@@ -36,11 +36,5 @@ class ExportSource(Artefact):
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ExportSource":
-        """Read that of a folder.
-
-        Parameters
-        ----------
-        folder
-            An exported student.
-        """
+        """Read that of a folder."""
         return cls.from_json(folder / SOURCE)

@@ -24,8 +24,6 @@ def read_metrics(path: Path, digest: str | None = None) -> Metrics:
 
     Parameters
     ----------
-    path
-        The file.
     digest
         Of the whole file, as the run's manifest has it; None where none was recorded.
     """

@@ -88,13 +88,7 @@ class RecouplingMap(Artefact):
     ranking: list[Ranked]
 
     def text(self, value: dict[str, Any]) -> str:
-        """One key a line: readable, and a small file.
-
-        Parameters
-        ----------
-        value
-            A JSON-plain value.
-        """
+        """One key a line: readable, and a small file."""
         lines = (f"{json.dumps(key)}: {json.dumps(entry, allow_nan=False)}" for key, entry in value.items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
 

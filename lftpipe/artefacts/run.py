@@ -57,13 +57,7 @@ class RunManifest(Artefact):
 
 
 def metrics_digest(run: Path) -> str | None:
-    """The digest of a run's metrics as its manifest has it; None if that has none, or cannot be read.
-
-    Parameters
-    ----------
-    run
-        The run's folder.
-    """
+    """The digest of a run's metrics as its manifest has it; None if that has none, or cannot be read."""
     try:
         value: Any = read_json(run / "manifest.json").get("metrics_digest")
     except (OSError, ValueError):

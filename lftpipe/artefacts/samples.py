@@ -67,13 +67,6 @@ def keep_sample(path: Path, sample: Sample) -> None:
     """Add a sample to a run's, in place of one that was asked for in the same words.
 
     A line that cannot be read is kept as it is.
-
-    Parameters
-    ----------
-    path
-        The file; made if it is not there.
-    sample
-        To keep.
     """
     before = path.read_bytes().splitlines() if path.is_file() else []
     kept = [line for line in before if line.strip() and not _asks(line, sample)]

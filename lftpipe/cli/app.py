@@ -147,15 +147,7 @@ class Commands(TyperGroup):
         }
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that was typed, with its options.
-
-        Parameters
-        ----------
-        ctx
-            The context of the group.
-        args
-            What was typed after the group's own options.
-        """
+        """The command that was typed, with its options."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, command and command_of(str(name)), rest
 
@@ -180,13 +172,7 @@ def _root(
 
 
 def command_of(name: str) -> Any:
-    """The whole command, made from the fields of its settings.
-
-    Parameters
-    ----------
-    name
-        One of `COMMANDS`.
-    """
+    """The whole command, made from the fields of its settings."""
     alone = typer.Typer(add_completion=False)
     alone.command(name, help=COMMANDS[name].help)(_function(name))
     return typer.main.get_command(alone)
@@ -235,13 +221,7 @@ def _print(summary: Any) -> None:
 
 
 def with_values(arguments: list[str]) -> list[str]:
-    """The same arguments, with `--ray` as `--ray=local` where no address follows it.
-
-    Parameters
-    ----------
-    arguments
-        Of the command line.
-    """
+    """The same arguments, with `--ray` as `--ray=local` where no address follows it."""
     following = [*arguments, "-"][1:]
     return [
         "--ray=local" if each == "--ray" and after.startswith("-") else each

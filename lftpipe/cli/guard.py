@@ -42,10 +42,6 @@ def guarded(call: Callable[[], None], *, debug: bool, asks_to_resume: bool) -> N
 
     Parameters
     ----------
-    call
-        Runs the stage and prints its result.
-    debug
-        Let errors through, with their traceback.
     asks_to_resume
         Whether the command goes on after an interrupt only if it is given --resume.
 
@@ -73,13 +69,7 @@ def guarded(call: Callable[[], None], *, debug: bool, asks_to_resume: bool) -> N
 
 
 def line_of(error: Exception) -> str:
-    """An error as given / expected / do.
-
-    Parameters
-    ----------
-    error
-        Whatever a stage raised.
-    """
+    """An error as given / expected / do."""
     reason = " ".join(str(error).split())[:_LONGEST]
     if isinstance(error, LftpipeError):
         return str(error)
@@ -124,20 +114,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def fail(line: str, status: int = 1) -> NoReturn:
-    """Print an error's line on stderr and end the command.
-
-    Parameters
-    ----------
-    line
-        Without the word error.
-    status
-        Of the process.
-
-    Raises
-    ------
-    typer.Exit
-        Always.
-    """
+    """Print an error's line on stderr and end the command."""
     text = "error: " + " ".join(line.split())
     if not speaks():
         time.sleep(GRACE)

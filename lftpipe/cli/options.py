@@ -44,13 +44,7 @@ EXTRA = {
 
 
 def parameters(kind: type[Common]) -> list[inspect.Parameter]:
-    """The parameters of a command, in the order of its help; each defaults to 'not given'.
-
-    Parameters
-    ----------
-    kind
-        The settings class of the command.
-    """
+    """The parameters of a command, in the order of its help; each defaults to 'not given'."""
     hints = typing.get_type_hints(kind)
     found = [
         _parameter(name, None, _annotation(kind, name, hints[name], panel)) for name, panel in _ordered(kind)
@@ -126,20 +120,7 @@ def _former(kind: type[Common], name: str) -> Any:
 
 
 def parse(kind: type[Common], given: dict[str, Any]) -> dict[str, Any]:
-    """What typer understood, as values of the settings' types, without what was not given.
-
-    Parameters
-    ----------
-    kind
-        The settings class of the command.
-    given
-        By parameter.
-
-    Raises
-    ------
-    SettingsError
-        If a list of numbers is none.
-    """
+    """What typer understood, as values of the settings' types, without what was not given."""
     hints = typing.get_type_hints(kind)
     values = {name: _parse(name, hints.get(name), value) for name, value in given.items()}
     return {name: value for name, value in values.items() if value not in (None, (), "")}

@@ -9,13 +9,6 @@ from lftpipe.errors import SettingsError
 def parse_layers(text: str, num_states: int) -> tuple[int, ...]:
     """`all`, `6,18` or `0:13` to sorted state indices below `num_states`.
 
-    Parameters
-    ----------
-    text
-        What `--layers` says: `all`, `6,18` or `0:13`.
-    num_states
-        States of the teacher, one more than its layers.
-
     Raises
     ------
     SettingsError
@@ -45,13 +38,6 @@ def parse_layers(text: str, num_states: int) -> tuple[int, ...]:
 def parse_block(text: str, num_layers: int) -> tuple[int, int]:
     """`m:n` to the half-open block of layers it replaces.
 
-    Parameters
-    ----------
-    text
-        What `--block` says: `m:n`.
-    num_layers
-        Layers of the teacher.
-
     Raises
     ------
     SettingsError
@@ -77,8 +63,6 @@ def check_apart(blocks: Sequence[tuple[int, int]], given: str, num_layers: int |
 
     Parameters
     ----------
-    blocks
-        Half-open.
     given
         What the user said, which the error shows before the blocks.
     num_layers

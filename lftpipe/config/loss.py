@@ -45,11 +45,6 @@ class Stage:
 def parse_loss(text: str) -> tuple[Stage, ...]:
     """Stages of a `--loss`; those without a fraction divide what the others leave.
 
-    Parameters
-    ----------
-    text
-        What `--loss` says.
-
     Raises
     ------
     SettingsError
@@ -95,15 +90,7 @@ def _positive(number: str, text: str) -> float:
 
 
 def stage_starts(stages: tuple[Stage, ...], num_steps: int) -> tuple[int, ...]:
-    """The first step of each stage, and the number of steps at the end.
-
-    Parameters
-    ----------
-    stages
-        The stages of the loss.
-    num_steps
-        Steps of the run.
-    """
+    """The first step of each stage, and the number of steps at the end."""
     starts, done = [0], 0.0
     for stage in stages:
         done += stage.fraction
@@ -112,13 +99,7 @@ def stage_starts(stages: tuple[Stage, ...], num_steps: int) -> tuple[int, ...]:
 
 
 def without_logits(stage: Stage) -> Stage:
-    """A stage with its terms on states alone, which may be none.
-
-    Parameters
-    ----------
-    stage
-        Of a loss.
-    """
+    """A stage with its terms on states alone, which may be none."""
     return Stage(
         stage.fraction, {term: weight for term, weight in stage.weights.items() if term not in ON_LOGITS}
     )

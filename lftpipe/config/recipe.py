@@ -29,19 +29,8 @@ def from_recipe(kind: type[S], path: Path | None, table: str, given: dict[str, A
 
     Parameters
     ----------
-    kind
-        The class of the settings.
-    path
-        The recipe, if there is one.
-    table
-        The command, whose table of the recipe counts.
     given
         Values by field; None is not given. Options that an earlier version had are said and dropped.
-
-    Returns
-    -------
-    S
-        The settings, checked.
 
     Raises
     ------
@@ -87,11 +76,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     ----------
     path
         A TOML file; the `settings.toml` of a run is one too.
-
-    Returns
-    -------
-    dict
-        By name of the command.
 
     Raises
     ------

@@ -41,10 +41,6 @@ def refusal(error: ValidationError, names: Sequence[str], where: str | None = No
 
     Parameters
     ----------
-    error
-        From making a settings object.
-    names
-        Of all its fields.
     where
         The table of a recipe that holds the value; left out, the value is shown as an option.
     """
@@ -87,13 +83,7 @@ def _given(found: Mapping[str, Any], name: str, where: str | None) -> str:
 
 
 def as_option(name: str) -> str:
-    """A field's name as it is typed: `learning_rate` to `--learning-rate`.
-
-    Parameters
-    ----------
-    name
-        A field of settings.
-    """
+    """A field's name as it is typed: `learning_rate` to `--learning-rate`."""
     return "--" + name.replace("_", "-")
 
 

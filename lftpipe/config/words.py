@@ -17,26 +17,12 @@ _LOWEST_TEMPERATURE = 1e-3
 
 
 def refused(expected: str, do: str) -> PydanticCustomError:
-    """A validator's error that `lftpipe.config.refusal` turns into one line.
-
-    Parameters
-    ----------
-    expected
-        What the value must be.
-    do
-        What the user should do.
-    """
+    """A validator's error that `lftpipe.config.refusal` turns into one line."""
     return PydanticCustomError("lftpipe", "{expected}; {do}", {"expected": expected, "do": do})
 
 
 def check_text(text: str) -> str:
-    """Refuse characters that no terminal and no file name shows.
-
-    Parameters
-    ----------
-    text
-        What was given.
-    """
+    """Refuse characters that no terminal and no file name shows."""
     if not _on_one_line(text) or len(text) > _LONGEST_TEXT:
         raise refused("one line of text, without control characters", "correct it")
     return text
@@ -48,26 +34,14 @@ def _on_one_line(text: str) -> bool:
 
 
 def check_unicode(text: str) -> str:
-    """Refuse bytes that are no UTF-8, which Python keeps as lone surrogates.
-
-    Parameters
-    ----------
-    text
-        What was given.
-    """
+    """Refuse bytes that are no UTF-8, which Python keeps as lone surrogates."""
     if any(unicodedata.category(each) == "Cs" for each in text):
         raise refused("a text in UTF-8", "correct it")
     return text
 
 
 def check_path(path: Path) -> Path:
-    """Refuse what no file system can hold, or what could not be printed on one line.
-
-    Parameters
-    ----------
-    path
-        What was given.
-    """
+    """Refuse what no file system can hold, or what could not be printed on one line."""
     text = str(path)
     if not _on_one_line(text):
         raise refused("a path in UTF-8 without control characters", "rename that file or folder")
@@ -78,26 +52,14 @@ def check_path(path: Path) -> Path:
 
 
 def check_temperature(temperature: float) -> float:
-    """Refuse a temperature that would divide logits beyond every float.
-
-    Parameters
-    ----------
-    temperature
-        What was given.
-    """
+    """Refuse a temperature that would divide logits beyond every float."""
     if 0 < temperature < _LOWEST_TEMPERATURE:
         raise refused(f"0, or at least {_LOWEST_TEMPERATURE:g}", "pass 0 for the most likely token")
     return temperature
 
 
 def check_names(tables: dict[str, Any]) -> dict[str, Any]:
-    """Refuse names of a recipe's variants that cannot be part of a folder's name.
-
-    Parameters
-    ----------
-    tables
-        By name, the settings of each variant.
-    """
+    """Refuse names of a recipe's variants that cannot be part of a folder's name."""
     for name in tables:
         if not re.fullmatch(r"[\w.+-]{1,100}", name) or set(name) <= {"."}:
             raise refused("names of letters, digits and -_.+", f"rename {name[:40]!r}")

@@ -48,13 +48,7 @@ class Document(NamedTuple):
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says how to read `path`, without a compression's; '' if none is known.
-
-    Parameters
-    ----------
-    path
-        The file.
-    """
+    """The suffix that says how to read `path`, without a compression's; '' if none is known."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         suffix = Path(path.stem).suffix.lower()
@@ -62,13 +56,7 @@ def kind_of(path: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as text that any terminal and file takes: bytes that are not UTF-8 become escapes.
-
-    Parameters
-    ----------
-    path
-        The file.
-    """
+    """A path as text that any terminal and file takes: bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -77,10 +65,6 @@ def file_documents(path: Path, name: str, max_document_bytes: int) -> Iterator[D
 
     Parameters
     ----------
-    path
-        A file of a kind that `kind_of` knows.
-    name
-        What its documents are called.
     max_document_bytes
         Size of the largest document that is accepted, in UTF-8.
 
@@ -258,15 +242,6 @@ def _seekable(path: Path) -> Iterator[IO[bytes]]:
 
 def text_of(row: Any, where: str, most: int = MAX_DOCUMENT_BYTES) -> str:
     """The text of a row; one that is null is empty.
-
-    Parameters
-    ----------
-    row
-        What JSON, Parquet or the Hub gave.
-    where
-        Names it in an error.
-    most
-        Bytes that the text may have.
 
     Raises
     ------

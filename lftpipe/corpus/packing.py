@@ -34,13 +34,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 
 def text_hash(document: Document) -> int:
-    """64 bits of the text's BLAKE2b: equal texts always land in the same split.
-
-    Parameters
-    ----------
-    document
-        One document of a corpus.
-    """
+    """64 bits of the text's BLAKE2b: equal texts always land in the same split."""
     digest = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest())
 
@@ -98,14 +92,6 @@ class Packing:
 
     Parameters
     ----------
-    corpus
-        Where the documents come from.
-    encode
-        Texts to token ids, without the end-of-text token.
-    end_of_text
-        The token that closes every document.
-    context
-        Tokens in a sequence.
     wanted
         Sequences wanted of each split. Fewer are made if the corpus ends first.
     """
@@ -137,13 +123,7 @@ class Packing:
         return {split: packer.hash.hexdigest() for split, packer in self._packers.items()}
 
     def split_of(self, text_hash: int) -> str:
-        """The split of a document, `train` or `validation`.
-
-        Parameters
-        ----------
-        text_hash
-            What `text_hash` gave for it.
-        """
+        """The split of a document, `train` or `validation`."""
         return "validation" if text_hash < self.threshold else "train"
 
     def __iter__(self) -> Iterator[PackedSequence]:
@@ -279,13 +259,7 @@ def _threshold_for(sizes: list[tuple[int, int]], wanted: int) -> int:
 
 
 def positions(document: Int32[np.ndarray, "*batch position"]) -> Int32[np.ndarray, "*batch position"]:
-    """Position ids that restart at 0 with each segment.
-
-    Parameters
-    ----------
-    document
-        Which document each token came from.
-    """
+    """Position ids that restart at 0 with each segment."""
     starts = np.ones(document.shape, bool)
     starts[..., 1:] = document[..., 1:] != document[..., :-1]
     index = np.arange(document.shape[-1], dtype=np.int32)

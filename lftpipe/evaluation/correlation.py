@@ -16,15 +16,7 @@ FEWEST = 3
 def spearman(
     x: Float[np.ndarray, "*resample point"], y: Float[np.ndarray, "*resample point"]
 ) -> Float[np.ndarray, "*resample"]:
-    """Spearman's coefficient over the last axis; equal values share a rank. NaN where a side is constant.
-
-    Parameters
-    ----------
-    x
-        One value for each point.
-    y
-        Another value for each point.
-    """
+    """Spearman's coefficient over the last axis; equal values share a rank. NaN where a side is constant."""
     middle = (x.shape[-1] + 1) / 2
     a, b = rankdata(x, axis=-1) - middle, rankdata(y, axis=-1) - middle
     size = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
@@ -33,15 +25,6 @@ def spearman(
 
 def correlate(x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], seed: int) -> dict[str, Any]:
     """Spearman's coefficient with its bootstrap interval, JSON-plain.
-
-    Parameters
-    ----------
-    x
-        One value for each point.
-    y
-        Another value for each point.
-    seed
-        Of the bootstrap.
 
     Returns
     -------

@@ -25,17 +25,7 @@ class StateMetrics:
         x_1: Float[Tensor, "sequence position feature"],
         first: Bool[Tensor, "sequence position"],
     ) -> None:
-        """Add a batch; `first` marks each segment's first position, where massive activations sit.
-
-        Parameters
-        ----------
-        predicted
-            Predicted states.
-        x_1
-            The teacher's states.
-        first
-            Which positions are the first of their segment.
-        """
+        """Add a batch; `first` marks each segment's first position, where massive activations sit."""
         error = (predicted - x_1).float().square().sum(-1).double()
         energy = x_1.float().square().sum(-1).double()
         self.error += error.sum().item()
@@ -72,13 +62,7 @@ class Reference:
 
     @staticmethod
     def of(logits: Float[Tensor, "token vocabulary"]) -> "Reference":
-        """Of the teacher's logits.
-
-        Parameters
-        ----------
-        logits
-            The teacher's logits.
-        """
+        """Of the teacher's logits."""
         with torch.autocast(logits.device.type, enabled=False):
             log = logits.float().log_softmax(-1)
             probability = log.exp()
@@ -106,8 +90,6 @@ class NextTokens(NamedTuple):
 
         Parameters
         ----------
-        tokens
-            Token ids.
         first
             Which positions are the first of their segment: nothing before them was seen.
         """
@@ -116,13 +98,7 @@ class NextTokens(NamedTuple):
         return NextTokens(tokens.long().roll(-1, dims=1).flatten(), counted.flatten())
 
     def part(self, rows: slice) -> "NextTokens":
-        """At some of the positions.
-
-        Parameters
-        ----------
-        rows
-            Which.
-        """
+        """At some of the positions."""
         return NextTokens(self.ids[rows], self.counted[rows])
 
 
@@ -139,17 +115,7 @@ class LogitMetrics:
     def add(
         self, student: Float[Tensor, "token vocabulary"], teacher: Reference, following: NextTokens
     ) -> None:
-        """Add some positions.
-
-        Parameters
-        ----------
-        student
-            Logits of the student.
-        teacher
-            The teacher's, prepared.
-        following
-            What comes after the same positions.
-        """
+        """Add some positions."""
         # Autocast would take the products' sums in bfloat16.
         with torch.autocast(student.device.type, enabled=False):
             log = student.float().log_softmax(-1)
@@ -180,14 +146,6 @@ class LogitMetrics:
 def kl_divergence(
     p_logits: Float[Tensor, "*batch feature"], q_logits: Float[Tensor, "*batch feature"]
 ) -> Float[Tensor, "*batch"]:
-    """KL(softmax p || softmax q) over the last axis, in nats.
-
-    Parameters
-    ----------
-    p_logits
-        Logits of the distribution that counts.
-    q_logits
-        Logits of the other.
-    """
+    """KL(softmax p || softmax q) over the last axis, in nats."""
     p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

@@ -29,24 +29,12 @@ class Origin:
 
     @classmethod
     def of(cls, run: runs.Run) -> "Origin":
-        """A run's own.
-
-        Parameters
-        ----------
-        run
-            A finished run.
-        """
+        """A run's own."""
         return cls(run.path.name, run.objective, run.seed, run.train_tokens, run.weights_digest)
 
     @classmethod
     def joined(cls, origins: list["Origin"]) -> "Origin":
-        """Of a student of several flow layers.
-
-        Parameters
-        ----------
-        origins
-            One for each run.
-        """
+        """Of a student of several flow layers."""
         return cls(
             run=JOINED.join(each.run for each in origins),
             objective=JOINED.join(dict.fromkeys(each.objective for each in origins)),
@@ -72,13 +60,7 @@ class Evaluations:
         return self.total / self.num_tokens if self.num_tokens else math.nan
 
     def mean_with_keys(self, most: int) -> float:
-        """`mean`, and the keys and values that a finished token makes until the last step.
-
-        Parameters
-        ----------
-        most
-            Steps of the longest walk.
-        """
+        """`mean`, and the keys and values that a finished token makes until the last step."""
         return self.mean + self.keys_fraction * (most - self.mean)
 
 
@@ -99,18 +81,8 @@ class Predictor:
 
     Attributes
     ----------
-    method
-        What the table calls it.
-    predict
-        From `h[m]`, in its context.
-    parameters
-        Of the whole student.
     block
         `(m, n)`; None of the teacher, which predicts nothing.
-    steps
-        None where nothing is evaluated.
-    origin
-        None where nothing was trained.
     parts
         Blocks of a student of several flow layers; `block` then spans them all.
     """

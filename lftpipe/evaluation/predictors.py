@@ -20,13 +20,7 @@ from lftpipe.teacher.tail import Layers, Tail, load_bridges
 
 
 def teacher_predictor(teacher: Teacher) -> Predictor:
-    """The teacher itself.
-
-    Parameters
-    ----------
-    teacher
-        The teacher.
-    """
+    """The teacher itself."""
     return Predictor("teacher", _keep, count_parameters(teacher))
 
 
@@ -35,8 +29,6 @@ def skip_predictor(teacher: Teacher, block: Block) -> Predictor:
 
     Parameters
     ----------
-    teacher
-        The teacher.
     block
         The layers that are left out.
     """
@@ -60,16 +52,6 @@ def run_predictors(
 
     Parameters
     ----------
-    run
-        A finished run.
-    step_counts
-        Numbers of steps `k`.
-    teacher
-        That the run was trained for.
-    device
-        Where to predict.
-    solver
-        Left out, that of training.
     thresholds
         Of predictors whose steps are chosen token by token, at most the largest of `step_counts`.
     stored
@@ -130,21 +112,7 @@ def joined_predictors(
     *,
     stored: tuple[int, ...] = (),
 ) -> list[Predictor]:
-    """Predictors of the student that has all the flow layers, one for each number of steps.
-
-    Parameters
-    ----------
-    student
-        Its runs, in the order of their blocks.
-    each
-        The predictors of every run, as `run_predictors` gives them.
-    teacher
-        Of all the runs.
-    device
-        Where to predict.
-    stored
-        States that batches hold, as for `run_predictors`.
-    """
+    """Predictors of the student that has all the flow layers, one for each number of steps."""
     bridges = load_bridges(runs.healed_teacher(student, teacher), [run.block for run in student], device)
     tail, enter = _healed(student, teacher, stored, device)
     most = max(len(predictors) for predictors in each)

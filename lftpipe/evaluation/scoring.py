@@ -48,13 +48,7 @@ class Measured:
     ms_per_token: float = math.inf
 
     def score(self, teacher_ppl: float | None) -> Score:
-        """As a line of the table; what is not finite has no number.
-
-        Parameters
-        ----------
-        teacher_ppl
-            The teacher's perplexity on the same tokens.
-        """
+        """As a line of the table; what is not finite has no number."""
         predictor, steps, origin = self.predictor, self.predictor.steps, self.predictor.origin
         given: dict[str, Any] = {
             "method": predictor.method,
@@ -104,18 +98,6 @@ def score(
     ----------
     predictors
         Compared with the teacher's logits, which are computed once for each block's end.
-    store
-        Whose validation states are read.
-    teacher
-        The store's.
-    batch_tokens
-        Tokens evaluated at a time.
-    compute_dtype
-        Of matrix products.
-    device
-        Where to compute.
-    timed_batches
-        Batches on which every predictor is timed too.
 
     Raises
     ------

@@ -140,8 +140,6 @@ class Background:
 
     Parameters
     ----------
-    opening
-        Opens a shard's files.
     commit
         Called with every shard that is on the disk, in the order in which they were begun, by a thread.
     transfer
@@ -164,13 +162,7 @@ class Background:
         self._ended: deque[_ShardThread] = deque()
 
     def begin_shard(self, key: ShardKey) -> None:
-        """Open the next shard.
-
-        Parameters
-        ----------
-        key
-            Which shard.
-        """
+        """Open the next shard."""
         before = self._ended[-1] if self._ended else None
         self._current = _ShardThread(self._opening, key, self._commit, self._transfer, before)
 
@@ -181,10 +173,6 @@ class Background:
         ----------
         array, layer
             Which array of the shard, and which layer of it.
-        first
-            Index within the shard of the batch's first sequence.
-        values
-            The batch, which may be overwritten once this returns.
         """
         assert self._current is not None, "no shard was begun"
         self._raise_errors()  # at once: the current shard may take minutes to fill

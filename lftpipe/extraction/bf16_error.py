@@ -27,24 +27,6 @@ def bf16_error(
     The float32 trunk is gone before the other is loaded, its layers come to the device one at a time, and its
     states wait in a file without a name: measuring takes no more memory than extracting does.
 
-    Parameters
-    ----------
-    path, spec
-        The store in the making; its tokens are stored.
-    load_exact
-        Loads the float32 trunk, on the processor.
-    load
-        Loads the trunk that extracts.
-    device
-        Where both compute.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    tokens
-        Of each split, token ids and document numbers.
-
     Returns
     -------
     dict
@@ -78,15 +60,7 @@ def bf16_error(
 
 @contextmanager
 def layer_by_layer(trunk: Trunk, device: torch.device) -> Iterator[Trunk]:
-    """A trunk on the processor, to be run on a device that holds no more than one of its layers.
-
-    Parameters
-    ----------
-    trunk
-        On the processor.
-    device
-        Where its layers run.
-    """
+    """A trunk on the processor, to be run on a device that holds no more than one of its layers."""
     if device == trunk.device:
         yield trunk
         return

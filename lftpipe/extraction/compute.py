@@ -34,17 +34,7 @@ class Work(NamedTuple):
 
 
 def compute(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> int:
-    """Compute and commit every pending shard; how many tokens that were.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    writer
-        The open store.
-    settings
-        How the work is spread.
-    """
+    """Compute and commit every pending shard; how many tokens that were."""
     pending = writer.pending()
     if not pending:
         return 0
@@ -74,17 +64,7 @@ def compute(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> int:
 
 
 def freeze(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> FrozenPlan:
-    """Write `plan.json`; results of earlier drivers are void from now on.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    writer
-        The open store.
-    settings
-        The device, and where the teacher is.
-    """
+    """Write `plan.json`; results of earlier drivers are void from now on."""
     frozen = FrozenPlan(
         path=writer.path.resolve(),
         spec=writer.spec,
@@ -112,13 +92,7 @@ def _executor(settings: ExtractSettings) -> Callable[[Work], None]:
 
 
 def run_here(work: Work) -> None:
-    """Compute everything in this process.
-
-    Parameters
-    ----------
-    work
-        The shards, and what to do with them.
-    """
+    """Compute everything in this process."""
     producer = Producer(work.plan, work.settings.device, work.teacher)
     if work.measure:
         work.note(producer.measure())

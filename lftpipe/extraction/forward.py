@@ -49,14 +49,8 @@ class Passes:
 
     Parameters
     ----------
-    path, spec
-        The store in the making; its tokens are stored.
-    trunk, head
-        The teacher.
     attempt
         Names the files; no other process may use it for this store.
-    pass_sequences
-        Sequences that the trunk is given at once.
     """
 
     def __init__(
@@ -90,8 +84,6 @@ class Passes:
             Which, taken as there are threads for them; None if there is none for now.
         commit
             Called in a thread with every shard that is on the disk, in this order.
-        advance
-            Called after every batch.
         """
         transfer = transfer_from(self.device)
         in_flight = SHARDS_IN_FLIGHT.get(self.device.type, 2)
@@ -169,15 +161,5 @@ def _put(background: Background, first: int, array: str, layer: int | None, valu
 
 
 def batch_of(tokens: Store, split: str, rows: range, device: torch.device) -> Batch:
-    """Some sequences, without states, on the device.
-
-    Parameters
-    ----------
-    tokens
-        The store that has the tokens.
-    split, rows
-        Which sequences.
-    device
-        Where the batch is to be.
-    """
+    """Some sequences, without states, on the device."""
     return make_batch(tokens.tokens(split, rows), tokens.document(split, rows), device)

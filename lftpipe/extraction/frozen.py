@@ -47,18 +47,7 @@ class FrozenPlan:
         )
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Refuse weights that are not those of the plan, as another machine may have under the same name.
-
-        Parameters
-        ----------
-        teacher
-            The one that was opened here.
-
-        Raises
-        ------
-        TeacherError
-            If they differ.
-        """
+        """Refuse weights that are not those of the plan, as another machine may have under the same name."""
         if teacher.identity() != self.spec.identity["teacher"]:
             raise TeacherError(
                 f"model {teacher.model} with other files than the plan's",
@@ -67,18 +56,7 @@ class FrozenPlan:
             )
 
     def check_device(self, device: str) -> None:
-        """Refuse another kind of device than the plan's.
-
-        Parameters
-        ----------
-        device
-            The one to be used here.
-
-        Raises
-        ------
-        SettingsError
-            If it is of another kind.
-        """
+        """Refuse another kind of device than the plan's."""
         if (kind := device_kind(device)) != self.kind:
             raise SettingsError(
                 f"a device of kind {kind} for {self.path}", self.kind, "compute all of a store on one kind"
@@ -108,13 +86,7 @@ class FrozenPlan:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "FrozenPlan":
-        """The plan that `to_json` gave.
-
-        Parameters
-        ----------
-        value
-            A JSON object.
-        """
+        """The plan that `to_json` gave."""
         return cls(
             path=Path(value["path"]),
             spec=StoreSpec.from_json(value["spec"]),
@@ -126,13 +98,7 @@ class FrozenPlan:
 
 
 def partly_stored(writer: StoreWriter) -> tuple[tuple[str, int, int], ...]:
-    """The shards that an earlier, smaller extraction left to be continued: at most the last of each split.
-
-    Parameters
-    ----------
-    writer
-        The open store.
-    """
+    """The shards that an earlier, smaller extraction left to be continued: at most the last of each split."""
     whole = {(key.split, key.index): key.sequences.start for key in writer.spec.shard_keys()}
     begun = ((key, key.sequences.start - whole[key.split, key.index]) for key in writer.pending())
     return tuple((key.split, key.index, count) for key, count in begun if count)

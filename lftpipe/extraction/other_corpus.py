@@ -15,13 +15,7 @@ from lftpipe.store import Store, StoreWriter
 
 
 def slug_of(corpus: str) -> str:
-    """A corpus as a part of a file's name: what it is called, and a digest of all of the name.
-
-    Parameters
-    ----------
-    corpus
-        As `--corpus` takes it.
-    """
+    """A corpus as a part of a file's name: what it is called, and a digest of all of the name."""
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(corpus).stem if "/" in corpus else corpus).strip("-.")
     whole = str(Path(corpus).resolve()) if Path(corpus).exists() else corpus
     return f"{name or 'corpus'}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
@@ -31,15 +25,6 @@ def states_elsewhere(store: Store, corpus: str, settings: EvaluateSettings) -> S
     """A store with as many validation tokens of another corpus, whose states are those of `store`.
 
     The teacher runs once: what is there already is used again, after it was compared with the corpus.
-
-    Parameters
-    ----------
-    store
-        Whose teacher, states, context and formats.
-    corpus
-        A registered name, file, folder or `hf:...`.
-    settings
-        Where and how to compute.
 
     Raises
     ------

@@ -36,18 +36,7 @@ class Part(NamedTuple):
 
 
 def parse_part(text: str) -> Part:
-    """`3/8`, or `env`: what torchrun or Slurm say in the environment.
-
-    Parameters
-    ----------
-    text
-        As `--part` takes it.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such part.
-    """
+    """`3/8`, or `env`: what torchrun or Slurm say in the environment."""
     index, _, count = text.partition("/")
     if text == "env":
         index, count = _from_environment()
@@ -83,13 +72,7 @@ def _from_environment() -> tuple[str, str]:
 
 
 def device_of_part(settings: ExtractSettings) -> str:
-    """The GPU of this process, if the machine's processes are numbered and each has not only its own.
-
-    Parameters
-    ----------
-    settings
-        The device that was asked for.
-    """
+    """The GPU of this process, if the machine's processes are numbered and each has not only its own."""
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         if settings.device == "cuda" and name in os.environ:
             import torch
@@ -99,13 +82,7 @@ def device_of_part(settings: ExtractSettings) -> str:
 
 
 def frozen_plan(plan: Plan) -> FrozenPlan | None:
-    """The plan in the store's folder, if it is for what is asked; None without one.
-
-    Parameters
-    ----------
-    plan
-        What is asked for.
-    """
+    """The plan in the store's folder, if it is for what is asked; None without one."""
     if (found := read_plan(plan.path)) is None:
         return None
     frozen, asked = FrozenPlan.from_json(found), spec_of(plan)
@@ -129,24 +106,7 @@ def frozen_plan(plan: Plan) -> FrozenPlan | None:
 
 
 def compute_part(plan: Plan, frozen: FrozenPlan, settings: ExtractSettings, part: Part) -> int:
-    """Compute what this part still lacks; how many tokens that were.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    frozen
-        The plan that all parts share.
-    settings
-        The device, and how to run the teacher.
-    part
-        Which part.
-
-    Raises
-    ------
-    StoreBusyError
-        If another process computes the same part.
-    """
+    """Compute what this part still lacks; how many tokens that were."""
     journal = PartJournal(frozen.path, part.index, part.count, frozen.digest)
     with journal.writing():
         mine = frozen.keys()[part.index - 1 :: part.count]
@@ -174,27 +134,13 @@ def _is_done(frozen: FrozenPlan, key: ShardKey, journal: PartJournal, stored: di
 
 
 def all_done(frozen: FrozenPlan, count: int) -> bool:
-    """Whether all of so many parts are whole.
-
-    Parameters
-    ----------
-    frozen
-        The plan that the parts share.
-    count
-        How many parts there are.
-    """
+    """Whether all of so many parts are whole."""
     parts = read_parts(frozen.path, frozen.digest)
     return sum(each.done for each in parts if each.count == count) == count
 
 
 def absorb_parts(writer: StoreWriter) -> None:
-    """Take into the store what processes with `--part` have computed for it.
-
-    Parameters
-    ----------
-    writer
-        The open store.
-    """
+    """Take into the store what processes with `--part` have computed for it."""
     found = read_plan(writer.path)
     if found is None or not (parts := read_parts(writer.path, FrozenPlan.from_json(found).digest)):
         return
@@ -207,15 +153,7 @@ def absorb_parts(writer: StoreWriter) -> None:
 
 
 def open_when_free(plan: Plan, settings: ExtractSettings) -> StoreWriter | FrozenPlan:
-    """The store to write, or as soon as another process has frozen it, its plan.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    settings
-        How the store is opened.
-    """
+    """The store to write, or as soon as another process has frozen it, its plan."""
     while True:
         if frozen := frozen_plan(plan):
             return frozen
@@ -229,13 +167,6 @@ def complete_when_free(plan: Plan, settings: ExtractSettings) -> StoreSpec:
     """Complete a store whose parts are all there; what it then holds.
 
     Another process may do it at the same time: it is waited for.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    settings
-        How the store is opened.
     """
     while True:
         try:

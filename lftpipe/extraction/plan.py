@@ -117,30 +117,14 @@ class Plan:
 
 
 def state_bytes(dtype: str, context: int, width: int) -> int:
-    """Of one state of one sequence on the disk; values that int8 keeps exact are too few to count.
-
-    Parameters
-    ----------
-    dtype
-        How states are stored: `float16`, `float32` or `int8`.
-    context
-        Positions of a sequence.
-    width
-        Features of a state.
-    """
+    """Of one state of one sequence on the disk; values that int8 keeps exact are too few to count."""
     if dtype == "int8":
         return encoded_bytes(context, width, 0)
     return context * width * (4 if dtype == "float32" else 2)
 
 
 def make_plan(settings: ExtractSettings) -> Plan:
-    """Resolve names and sizes, and refuse what cannot work, before anything is read or written.
-
-    Parameters
-    ----------
-    settings
-        The options of `extract`.
-    """
+    """Resolve names and sizes, and refuse what cannot work, before anything is read or written."""
     teacher = open_teacher(settings.model, settings.workspace, revision=settings.revision)
     longest = teacher.max_positions
     if longest is not None and settings.context > longest:
@@ -222,13 +206,7 @@ def _sequences_per_shard(
 
 
 def check_disk(plan: Plan) -> None:
-    """Refuse a run that would not fit, counting what an interrupted run has written already.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    """
+    """Refuse a run that would not fit, counting what an interrupted run has written already."""
     if storage_of(plan.path).remote:
         return  # only what is being written lies on this machine's disk
     needed = plan.disk_bytes()
@@ -248,13 +226,7 @@ def check_disk(plan: Plan) -> None:
 
 
 def dry_run(plan: Plan) -> PlannedExtraction:
-    """The plan's figures, with a time estimated from a short measured probe.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    """
+    """The plan's figures, with a time estimated from a short measured probe."""
     trunk, head = plan.load_trunk(), plan.load_head()
     rng = np.random.default_rng(0)
     shape = (plan.batch_sequences, plan.context)

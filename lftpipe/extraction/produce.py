@@ -27,10 +27,6 @@ class Producer:
 
     Parameters
     ----------
-    plan
-        What to compute.
-    device
-        Where.
     teacher
         The plan's teacher, if it is open already; else it is found by name, and its files are compared.
     attempts
@@ -56,10 +52,6 @@ class Producer:
         ----------
         keys
             Which shards; None if there is none for now.
-        commit
-            Takes each shard that is on the disk.
-        advance
-            Is told how many tokens were computed.
         """
         self._passes.run(keys, commit, advance)
 
@@ -98,13 +90,7 @@ class Producer:
 
 
 def needs_measure(plan: FrozenPlan) -> bool:
-    """Whether the error of the compute dtype is still to be measured: once in a store's life.
-
-    Parameters
-    ----------
-    plan
-        The plan of the store.
-    """
+    """Whether the error of the compute dtype is still to be measured: once in a store's life."""
     spec = plan.spec
     exact = spec.identity["compute_dtype"] == "float32"
     return not exact and "compute_error" not in spec.details and bool(spec.sequences["train"])
@@ -112,15 +98,6 @@ def needs_measure(plan: FrozenPlan) -> bool:
 
 def produce(plan: dict[str, Any], key: ShardKey, device: str = "cpu") -> Sealed:
     """Compute one shard, with a teacher that stays loaded for the next one.
-
-    Parameters
-    ----------
-    plan
-        `FrozenPlan.to_json()`.
-    key
-        Which shard, and which of its sequences.
-    device
-        Where to compute.
 
     Returns
     -------
@@ -134,13 +111,5 @@ def produce(plan: dict[str, Any], key: ShardKey, device: str = "cpu") -> Sealed:
 
 @functools.lru_cache(maxsize=1)
 def producer_of(plan: str, device: str) -> Producer:
-    """The producer of a plan in JSON, kept for the next shard.
-
-    Parameters
-    ----------
-    plan
-        As `FrozenPlan.to_json` gives it, as text.
-    device
-        Where to compute.
-    """
+    """The producer of a plan in JSON, kept for the next shard."""
     return Producer(FrozenPlan.from_json(json.loads(plan)), device)

@@ -23,11 +23,6 @@ def run_on_ray(work: Work) -> None:
 
     Ray runs a task again if its process or node dies, or its result is lost; never if it raised an error.
 
-    Parameters
-    ----------
-    work
-        The shards, and what to do with them.
-
     Raises
     ------
     LftpipeError

@@ -31,18 +31,7 @@ POLL = 0.1
 
 
 def check_rolling(settings: ExtractSettings) -> None:
-    """Refuse what a rolling store cannot be.
-
-    Parameters
-    ----------
-    settings
-        With `rolling`.
-
-    Raises
-    ------
-    SettingsError
-        With the reason.
-    """
+    """Refuse what a rolling store cannot be."""
     spread = {"workers": settings.workers > 1, "ray": settings.ray, "part": settings.part}
     if (name := next((name for name, given in spread.items() if given), None)) is not None:
         raise SettingsError(
@@ -58,13 +47,6 @@ def check_rolling(settings: ExtractSettings) -> None:
 
 def rolling_spec(plan: Plan, *, force: bool) -> StoreSpec:
     """What a rolling store is to hold; one that is there keeps its windows.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    force
-        Whether what is there is deleted.
 
     Raises
     ------
@@ -87,15 +69,6 @@ def rolling_spec(plan: Plan, *, force: bool) -> StoreSpec:
 
 def roll(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> tuple[Rolled, int]:
     """Make windows until every run that came has finished.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    writer
-        The open store; its tokens are stored.
-    settings
-        The device, and where the teacher is.
 
     Returns
     -------

@@ -22,13 +22,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 
 def packing_of(plan: Plan) -> Packing:
-    """The corpus as sequences of the teacher's tokens; nothing is read yet.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    """
+    """The corpus as sequences of the teacher's tokens; nothing is read yet."""
     tokenizer = load_tokenizer(plan.teacher)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -40,13 +34,7 @@ def packing_of(plan: Plan) -> Packing:
 
 
 def fitted(plan: Plan) -> Plan:
-    """The plan with no more sequences than the corpus has text for, if it is a short local one.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    """
+    """The plan with no more sequences than the corpus has text for, if it is a short local one."""
     enough = CHARACTERS_OF_A_TOKEN * sum(plan.wanted.values()) * plan.context
     seen = 0
     for document in plan.corpus.documents() if plan.corpus.local else ():
@@ -63,13 +51,7 @@ def fitted(plan: Plan) -> Plan:
 
 
 def are_stored(writer: StoreWriter) -> bool:
-    """Whether all tokens are stored that are asked for, and the corpus was read to the end for them.
-
-    Parameters
-    ----------
-    writer
-        The open store.
-    """
+    """Whether all tokens are stored that are asked for, and the corpus was read to the end for them."""
     return "corpus_digest" in writer.spec.details and writer.missing_tokens() is None
 
 
@@ -78,12 +60,8 @@ def store_tokens(plan: Plan, writer: StoreWriter, packing: Packing) -> None:
 
     Parameters
     ----------
-    plan
-        What is asked for.
     writer
         The store, begun for as many sequences as are asked for; it then knows how many there are.
-    packing
-        See `packing_of`.
 
     Raises
     ------
@@ -148,13 +126,7 @@ class _Shard:
 
 
 def spec_of(plan: Plan) -> StoreSpec:
-    """What the store is to hold: its identity, as many sequences as are asked for, and who makes it.
-
-    Parameters
-    ----------
-    plan
-        What is extracted.
-    """
+    """What the store is to hold: its identity, as many sequences as are asked for, and who makes it."""
     identity = {
         "teacher": plan.teacher.identity(),
         "tokenizer_digest": plan.teacher.tokenizer_digest,

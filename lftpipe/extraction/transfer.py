@@ -44,14 +44,8 @@ class Transfer(Protocol):
 
         Parameters
         ----------
-        shard
-            Where the batch goes.
         array, layer
             Which array of the shard, and which layer of it.
-        first
-            Index within the shard of the batch's first sequence.
-        values
-            The batch, on the device.
         """
         ...
 
@@ -97,8 +91,6 @@ def fill(out: Tensor, values: Tensor) -> None:
     ----------
     out
         To be filled; no two sequences need lie next to each other.
-    values
-        The batch.
     """
     for target, sequence in zip(out, values, strict=True):
         if sequence.dtype == torch.bfloat16:  # directly to float16 takes torch six times as long
@@ -120,25 +112,11 @@ class Stream(Protocol):
     """Where copies are made, one after the other, behind the back of the one who asks for them."""
 
     def memory(self, num_bytes: int) -> Tensor:
-        """Bytes that copies may end in.
-
-        Parameters
-        ----------
-        num_bytes
-            How many.
-        """
+        """Bytes that copies may end in."""
         ...
 
     def copy(self, target: Tensor, source: Tensor) -> Event:
-        """Begin a copy; `source` stays as it is until the event.
-
-        Parameters
-        ----------
-        target
-            Where the copy goes.
-        source
-            What is copied.
-        """
+        """Begin a copy; `source` stays as it is until the event."""
         ...
 
 
@@ -178,8 +156,6 @@ class Ring(Transfer):
 
     Parameters
     ----------
-    stream
-        Makes the copies.
     num_bytes
         Of the ring: what is on its way to the disk is never more, but for a single larger batch.
     """
@@ -207,13 +183,7 @@ class Ring(Transfer):
             self._room.notify_all()
 
     def give_back(self, region: _Region) -> None:
-        """The batch in it was fetched.
-
-        Parameters
-        ----------
-        region
-            Where the batch was.
-        """
+        """The batch in it was fetched."""
         with self._room:
             region.free = True
             while self._used and self._used[0].free:
@@ -272,11 +242,5 @@ class _OnItsWay:
 
 
 def transfer_from(device: torch.device) -> Transfer:
-    """What suits a device.
-
-    Parameters
-    ----------
-    device
-        Where batches are computed.
-    """
+    """What suits a device."""
     return Ring(CudaStream(device)) if device.type == "cuda" else Direct()

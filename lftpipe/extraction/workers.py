@@ -28,11 +28,6 @@ POLL = 0.1
 def run_workers(work: Work) -> None:
     """Compute a plan's shards in `settings.workers` spawned processes, each committed as it comes.
 
-    Parameters
-    ----------
-    work
-        The shards, and what to do with them.
-
     Raises
     ------
     LftpipeError

@@ -9,13 +9,7 @@ _READ_BYTES = 1 << 20
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a file's bytes, 32 hex digits, read in pieces of 1 MiB.
-
-    Parameters
-    ----------
-    path
-        The file.
-    """
+    """Digest of a file's bytes, 32 hex digits, read in pieces of 1 MiB."""
     digest, buffer = xxhash.xxh3_128(), bytearray(_READ_BYTES)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -24,13 +18,7 @@ def file_digest(path: Path) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames and new names within a folder survive a power failure.
-
-    Parameters
-    ----------
-    path
-        The folder.
-    """
+    """Make renames and new names within a folder survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -43,10 +31,6 @@ def write_atomic(path: Path, data: bytes, *, keep: Path | None = None) -> None:
 
     Parameters
     ----------
-    path
-        The file; its folder must exist.
-    data
-        Its whole new content.
     keep
         Where the old one goes, in the same folder; at every moment one of the two is there.
     """

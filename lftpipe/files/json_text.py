@@ -16,11 +16,6 @@ _quoted = json.encoder.encode_basestring
 def canonical(value: Any) -> bytes:
     """The one JSON text of a value: keys sorted, no spaces, UTF-8.
 
-    Parameters
-    ----------
-    value
-        A JSON-plain value.
-
     Raises
     ------
     TypeError, ValueError
@@ -31,13 +26,7 @@ def canonical(value: Any) -> bytes:
 
 
 def canonical_texts(value: Any) -> Iterator[bytes]:
-    """`canonical` in parts: a store of a million files has hundreds of megabytes of it.
-
-    Parameters
-    ----------
-    value
-        A JSON-plain value.
-    """
+    """`canonical` in parts: a store of a million files has hundreds of megabytes of it."""
     if isinstance(value, dict) and len(value) > _TOGETHER:
         keys = sorted(value)
         for first in range(0, len(keys), _TOGETHER):
@@ -59,13 +48,7 @@ def canonical_texts(value: Any) -> Iterator[bytes]:
 
 
 def sealed_texts(value: dict[str, Any]) -> Iterator[bytes]:
-    """The text that a sealed file holds, in parts: JSON with an indent of 1 and sorted keys.
-
-    Parameters
-    ----------
-    value
-        A JSON-plain object.
-    """
+    """The text that a sealed file holds, in parts: JSON with an indent of 1 and sorted keys."""
     yield b"{"
     for number, key in enumerate(sorted(value)):
         inner = value[key]

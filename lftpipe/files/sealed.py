@@ -29,11 +29,6 @@ def plain(value: Any) -> Any:
 def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text that anyone may have written.
 
-    Parameters
-    ----------
-    data
-        The text.
-
     Raises
     ------
     ValueError
@@ -46,13 +41,7 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    """Digest of a JSON-plain value, 32 hex digits; the order of keys does not matter.
-
-    Parameters
-    ----------
-    value
-        A JSON-plain value.
-    """
+    """Digest of a JSON-plain value, 32 hex digits; the order of keys does not matter."""
     digest = xxhash.xxh3_128()
     for text in canonical_texts(value):
         digest.update(text)
@@ -60,30 +49,15 @@ def fingerprint(value: Any) -> str:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object with a digest of itself under ``digest``, atomically.
-
-    Parameters
-    ----------
-    path
-        The file; its folder must exist.
-    value
-        A JSON-plain object without the key ``digest``.
-    """
+    """Write a JSON object with a digest of itself under ``digest``, atomically."""
     write_atomic(path, sealed(value))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read what `write_sealed` wrote.
 
-    Parameters
-    ----------
-    path
-        The file.
-
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
     ValueError
         If a single byte of it is not as it was written.
     """
@@ -92,13 +66,6 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def unsealed(data: bytes, name: str) -> dict[str, Any]:
     """What was sealed, without its digest.
-
-    Parameters
-    ----------
-    data
-        What `sealed` gave.
-    name
-        Of the file, for the error.
 
     Raises
     ------
@@ -123,34 +90,17 @@ def unsealed(data: bytes, name: str) -> dict[str, Any]:
 
 
 def sealed(value: dict[str, Any]) -> bytes:
-    """The JSON text of an object, with a digest of it under ``digest``.
-
-    Parameters
-    ----------
-    value
-        A JSON-plain object without the key ``digest``.
-    """
+    """The JSON text of an object, with a digest of it under ``digest``."""
     return b"".join(sealed_texts({**value, "digest": fingerprint(value)}))
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with a digest of itself under ``digest``, however it is then laid out.
-
-    Parameters
-    ----------
-    value
-        A JSON-plain object without the key ``digest``.
-    """
+    """A JSON object with a digest of itself under ``digest``, however it is then laid out."""
     return {**value, "digest": fingerprint(value)}
 
 
 def unseal(value: dict[str, Any]) -> dict[str, Any]:
     """The object that `seal` was given; one without a digest as it is.
-
-    Parameters
-    ----------
-    value
-        What `seal` gave.
 
     Raises
     ------
@@ -168,10 +118,6 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 
     Parameters
     ----------
-    old
-        A JSON-plain value.
-    new
-        The value to compare it with.
     name
         What the two are called; the names of settings begin with it.
     """

@@ -39,10 +39,6 @@ def sample_adaptively(
     ----------
     velocity
         `(x, t, step_size)` to `dx/dt`; evaluated for all tokens while any of them goes on.
-    x_init
-        `x_0`.
-    max_steps
-        Of tokens that never settle.
     threshold
         Relative change below which a token is finished: 0 gives `max_steps` fixed steps to the bit,
         infinity one.

@@ -19,24 +19,12 @@ Sums = Float[Tensor, "position"]
 
 
 def divergence(teacher: Logits, student: Logits) -> Sums:
-    """KL(teacher || student) of every position, in nats. The teacher gets no gradient.
-
-    Parameters
-    ----------
-    teacher, student
-        Logits.
-    """
+    """KL(teacher || student) of every position, in nats. The teacher gets no gradient."""
     return _Divergence.apply(teacher, student)
 
 
 def logsumexp(logits: Logits) -> Sums:
-    """Of every position, in float32.
-
-    Parameters
-    ----------
-    logits
-        In any format.
-    """
+    """Of every position, in float32."""
     return _LogSumExp.apply(logits)
 
 

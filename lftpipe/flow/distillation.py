@@ -13,13 +13,7 @@ Logits = Float[Tensor, "*batch vocabulary"]
 
 
 def full_divergence(teacher: Logits, student: Logits) -> Loss:
-    """KL(teacher || student) over the whole vocabulary, in nats, mean over positions.
-
-    Parameters
-    ----------
-    teacher, student
-        Logits.
-    """
+    """KL(teacher || student) over the whole vocabulary, in nats, mean over positions."""
     return by_rows.divergence(teacher.flatten(0, -2), student.flatten(0, -2)).mean()
 
 
@@ -36,12 +30,8 @@ def top_divergence(
 
     Parameters
     ----------
-    values, ids
-        The teacher's largest logits and their tokens.
     normaliser
         Log of the sum of exponentials over the teacher's whole vocabulary.
-    student
-        The student's logits.
     """
     log_p = values.float() - normaliser.float()[..., None]
     return lumped_divergence(log_p, student.gather(-1, ids.long()).float() - _logsumexp(student)[..., None])
@@ -52,13 +42,7 @@ def _logsumexp(logits: Logits) -> Float[Tensor, "*batch"]:
 
 
 def lumped_divergence(log_p: Float[Tensor, "*batch rank"], log_q: Float[Tensor, "*batch rank"]) -> Loss:
-    """KL of two distributions of which some outcomes are known and the others taken as one.
-
-    Parameters
-    ----------
-    log_p, log_q
-        Log-probabilities of the known outcomes.
-    """
+    """KL of two distributions of which some outcomes are known and the others taken as one."""
     kept = (log_p.exp() * (log_p - log_q)).sum(-1)
     p_rest, q_rest = (_rest(log) for log in (log_p, log_q))
     return (kept + p_rest * (p_rest.log() - q_rest.log())).mean()
@@ -75,12 +59,8 @@ def next_token_loss(tokens: Int[Tensor, "*batch"], targets: Bool[Tensor, "*batch
 
     Parameters
     ----------
-    tokens
-        The token that follows each position.
     targets
         Positions that a token follows which they can know of.
-    student
-        The student's logits.
     """
     losses = _logsumexp(student) - student.gather(-1, tokens[..., None])[..., 0].float()
     return (losses * targets).mean()
@@ -98,12 +78,8 @@ def by_pieces(
 
     Parameters
     ----------
-    states
-        What the head reads: after the final norm.
     compare
         The mean loss of the positions of a slice, from their states.
-    positions
-        How many make a piece.
     """
     learns = torch.is_grad_enabled() and states.requires_grad
     leaf = states.detach()

@@ -11,11 +11,6 @@ def hadamard(order: int) -> Float[Tensor, "order order"]:
     Paley's constructions, doubled as often as needed by Sylvester's: all orders `2^a` and `2^a p` with `p`
     one above a prime of the form `4k + 3`, or twice one above a prime of the form `4k + 1`.
 
-    Parameters
-    ----------
-    order
-        Rows and columns.
-
     Raises
     ------
     ValueError

@@ -12,28 +12,14 @@ RIDGE = 1e-6
 
 
 class LinearMap(nn.Module):
-    """`u(x) = W x + b`, used with one Euler step: `x_1 = x_0 + u(x_0)`.
-
-    Parameters
-    ----------
-    width
-        Features of a state.
-    """
+    """`u(x) = W x + b`, used with one Euler step: `x_1 = x_0 + u(x_0)`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width)
 
     def forward(self, x: States, t: Times, context: AttentionContext) -> States:
-        """The velocity, which depends on nothing but the state of each position.
-
-        Parameters
-        ----------
-        x
-            The states.
-        t, context
-            Ignored; every velocity takes them.
-        """
+        """The velocity, which depends on nothing but the state of each position."""
         del t, context  # a linear map of each position alone
         with torch.autocast(x.device.type, enabled=False):
             return self.linear(x)
@@ -47,8 +33,6 @@ class LeastSquares:
 
     Parameters
     ----------
-    inputs, outputs
-        Of the map.
     ridge
         Fraction of each input's own variance that is added to it: how far the map is drawn to zero.
     """
@@ -68,8 +52,6 @@ class LeastSquares:
 
         Parameters
         ----------
-        x
-            What the map reads.
         y
             What it should give: a part of the way to `x_1`.
         x_1

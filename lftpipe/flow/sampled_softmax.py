@@ -33,19 +33,7 @@ class Drawn:
 
 
 def draw(ids: Int[Tensor, "*batch rank"], vocabulary: int, seed: int, draws: int = DRAWS) -> Drawn:
-    """Draw tokens, often those that are likely somewhere in the batch.
-
-    Parameters
-    ----------
-    ids
-        The teacher's likely tokens at all positions.
-    vocabulary
-        How many tokens there are.
-    seed
-        Of the draw.
-    draws
-        With replacement.
-    """
+    """Draw tokens, often those that are likely somewhere in the batch."""
     counts = torch.bincount(ids.flatten().long(), minlength=vocabulary).float()
     probability = (1 - UNIFORM) * counts / counts.sum() + UNIFORM / vocabulary
     generator = torch.Generator(device=ids.device).manual_seed(seed)
@@ -71,16 +59,8 @@ def sampled_divergence(
 
     Parameters
     ----------
-    values, ids
-        The teacher's largest logits and their tokens.
     normaliser
         Log of the sum of exponentials over the teacher's whole vocabulary.
-    states
-        The student's, after the final norm.
-    weight, bias
-        Of the head.
-    drawn
-        What stands for the other tokens.
     """
     ids = ids.long()
     kept = torch.bmm(weight[ids], states[:, :, None])[:, :, 0].float()

@@ -18,13 +18,6 @@ class LayerStack(nn.Module):
     One Euler step makes `x_1 = x_0 + u(x_0)`, where `u` is the stack's output minus its input. With `loops`
     above 1 the same weights are used again, as in looped transformers: as many evaluations as a flow in so
     many steps, but no time and no step size.
-
-    Parameters
-    ----------
-    layers
-        The layers, in order.
-    loops
-        How often all of them are run.
     """
 
     modulation = None
@@ -42,32 +35,14 @@ class LayerStack(nn.Module):
         return len(self.layers) * self.loops
 
     def run(self, x: States, contexts: Iterator[AttentionContext]) -> States:
-        """The states after all layers.
-
-        Parameters
-        ----------
-        x
-            The states at the block's start.
-        contexts
-            The context of each evaluation.
-        """
+        """The states after all layers."""
         for _ in range(self.loops):
             for layer in self.layers:
                 x = layer(x, next(contexts))
         return x
 
     def forward(self, x: States, t: Times, context: AttentionContext, *ignored: Any, **unused: Any) -> States:
-        """What the stack adds to the states.
-
-        Parameters
-        ----------
-        x
-            The states at the block's start.
-        t, *ignored, **unused
-            Ignored; every velocity takes them.
-        context
-            Positions and mask of the sequences.
-        """
+        """What the stack adds to the states."""
         del t, ignored, unused
         return self.run(x, repeat(context)) - x
 
@@ -78,14 +53,6 @@ class NoLayer(nn.Module):
     modulation = None
 
     def forward(self, x: States, t: Times, context: AttentionContext) -> States:
-        """Zeros in the shape of the states.
-
-        Parameters
-        ----------
-        x
-            The states.
-        t, context
-            Ignored; every velocity takes them.
-        """
+        """Zeros in the shape of the states."""
         del t, context
         return torch.zeros_like(x)

@@ -33,10 +33,6 @@ class BucketStorage(SegmentLog):
     url
         `s3://bucket/prefix` and the like. Credentials and endpoints come from the environment, as in every
         other program: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_...
-    cache
-        Keeps ranges that were read.
-    place
-        The mirror on this machine, if there is one.
     """
 
     def __init__(self, url: str, cache: RangeCache | None = None, place: str = "") -> None:
@@ -70,13 +66,7 @@ class BucketStorage(SegmentLog):
         return _ObjectFile(self, name, end_bytes, self.size(name) if size is None else size)
 
     def size(self, name: str) -> int:
-        """Bytes of an object.
-
-        Parameters
-        ----------
-        name
-            Of the object.
-        """
+        """Bytes of an object."""
         import obstore
 
         with refusals(self.where):
@@ -169,43 +159,21 @@ class BucketStorage(SegmentLog):
         return sum(size for _, size in self.entries())
 
     def put(self, name: str, file: Path) -> None:
-        """Put a file whose content is fixed, in parts if it is large.
-
-        Parameters
-        ----------
-        name
-            Of the object.
-        file
-            On this machine.
-        """
+        """Put a file whose content is fixed, in parts if it is large."""
         import obstore
 
         with refusals(self.where):
             obstore.put(self.client, name, file, chunk_size=PART_BYTES, max_concurrency=4)
 
     def upload(self, name: str, file: Path) -> str:
-        """Put a small file that may change meanwhile; returns the tag of what was put.
-
-        Parameters
-        ----------
-        name
-            Of the object.
-        file
-            On this machine.
-        """
+        """Put a small file that may change meanwhile; returns the tag of what was put."""
         import obstore
 
         with refusals(self.where):
             return obstore.put(self.client, name, file.read_bytes()).get("e_tag") or ""
 
     def folder(self, prefix: str) -> tuple[list[str], list[tuple[str, str]]]:
-        """Folders, and files with their tags, right below a prefix.
-
-        Parameters
-        ----------
-        prefix
-            Of a folder; empty for the top.
-        """
+        """Folders, and files with their tags, right below a prefix."""
         import obstore
 
         with refusals(self.where):
@@ -256,22 +224,7 @@ class _ObjectFile(Opened):
 
 
 def connect(url: str, cache: RangeCache | None = None, place: str = "") -> Storage:
-    """The storage behind a URL.
-
-    Parameters
-    ----------
-    url
-        Of a bucket, or `hf://`.
-    cache
-        Keeps ranges that were read.
-    place
-        The mirror on this machine, if there is one.
-
-    Raises
-    ------
-    StoreError
-        If obstore is not installed.
-    """
+    """The storage behind a URL."""
     if url.startswith("hf://"):
         from lftpipe.objects.hub import HubStorage
 

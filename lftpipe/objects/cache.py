@@ -15,13 +15,6 @@ class RangeCache:
     """Files named by what they hold, in one folder that processes may share.
 
     Each begins with a digest: a damaged one counts as none.
-
-    Parameters
-    ----------
-    folder
-        Made if it is missing.
-    max_bytes
-        Of all that is kept.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -33,13 +26,7 @@ class RangeCache:
         return RangeCache, (self.folder, self.max_bytes)
 
     def get(self, place: str) -> Any:
-        """The bytes kept for a place; None if there are none.
-
-        Parameters
-        ----------
-        place
-            Names object, content and range.
-        """
+        """The bytes kept for a place; None if there are none."""
         path = self._path(place)
         try:
             data = path.read_bytes()
@@ -50,15 +37,7 @@ class RangeCache:
         return found if xxhash.xxh3_64_digest(found) == data[:_DIGEST_BYTES] else None
 
     def put(self, place: str, data: Any) -> None:
-        """Keep bytes; a disk that is full is no error.
-
-        Parameters
-        ----------
-        place
-            Names object, content and range.
-        data
-            A buffer.
-        """
+        """Keep bytes; a disk that is full is no error."""
         path, size = self._path(place), len(data) + _DIGEST_BYTES
         if size > self.max_bytes:
             return

@@ -29,11 +29,6 @@ def client_of(url: str) -> Any:
     ----------
     url
         Of a bucket, and of what of it is meant.
-
-    Raises
-    ------
-    StoreError
-        If it is none.
     """
     from obstore.exceptions import BaseError
     from obstore.store import from_url
@@ -59,11 +54,6 @@ def client_of(url: str) -> Any:
 @contextmanager
 def refusals(where: str) -> Iterator[None]:
     """What a bucket refuses, in one line each.
-
-    Parameters
-    ----------
-    where
-        Its URL.
 
     Raises
     ------

@@ -16,8 +16,6 @@ class HubStorage(Storage):
 
     Parameters
     ----------
-    url
-        As huggingface_hub's file system takes it.
     filesystem
         That file system; left out, it is made.
     """
@@ -48,10 +46,6 @@ class HubStorage(Storage):
 
         Parameters
         ----------
-        name
-            Of the file, relative to the place.
-        start
-            Of the first byte.
         stop
             Behind the last byte; None for the end.
         """
@@ -67,13 +61,7 @@ class HubStorage(Storage):
         return self.read_range(name, 0, None)
 
     def size(self, name: str) -> int:
-        """Bytes of a file.
-
-        Parameters
-        ----------
-        name
-            Of the file, relative to the place.
-        """
+        """Bytes of a file."""
         try:
             return self.files.info(f"{self._root}/{name}")["size"]
         except FileNotFoundError:

@@ -33,10 +33,6 @@ class Lease:
 
     Parameters
     ----------
-    where
-        The URL, for messages.
-    client
-        Gives obstore's client.
     place
         The mirror on this machine. It has a lock of its own, so that a lease of the same place is of a
         process that is gone.
@@ -49,13 +45,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def take(self) -> None:
-        """Become the writer.
-
-        Raises
-        ------
-        StoreBusyError
-            If another machine's writer lives.
-        """
+        """Become the writer."""
         if self._thread is not None:
             return
         found = self._read()

@@ -28,8 +28,6 @@ class Mirror:
 
     Parameters
     ----------
-    url, folder
-        The two.
     stores
         Names of folders that are stores, beside those that end in `.zarr`.
     """
@@ -41,13 +39,7 @@ class Mirror:
         self._busy = threading.Lock()
 
     def pull(self) -> None:
-        """Bring here what changed there.
-
-        Raises
-        ------
-        StoreError
-            If a file changed in both places.
-        """
+        """Bring here what changed there."""
         if self._storage is None:  # the Hub: its stores are read, nothing lies beside them
             return
         with self._known() as known:
@@ -142,13 +134,6 @@ class Mirror:
 
 def run(stage: Callable[[S], Any], settings: S) -> Any:
     """Call a stage; paths among its settings may be URLs.
-
-    Parameters
-    ----------
-    stage
-        Takes settings, gives a dataclass of what is JSON-plain.
-    settings
-        A dataclass.
 
     Returns
     -------

@@ -25,13 +25,7 @@ _URL = re.compile(rf"({'|'.join(SCHEMES)}):/+(.+)")
 
 
 def url_of(path: Path | str) -> str | None:
-    """The URL that a path was given as; None if it is a path of this machine.
-
-    Parameters
-    ----------
-    path
-        As an option has it.
-    """
+    """The URL that a path was given as; None if it is a path of this machine."""
     match = _URL.fullmatch(str(path))
     return f"{match[1]}://{match[2].rstrip('/')}" if match else None
 
@@ -66,13 +60,7 @@ def mirror_of(url: str, cache: Path | None = None, cache_bytes: int = CACHE_BYTE
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What is known of the URL that a folder mirrors; None if it is no mirror.
-
-    Parameters
-    ----------
-    folder
-        Of this machine.
-    """
+    """What is known of the URL that a folder mirrors; None if it is no mirror."""
     try:
         found = parse_json((folder / MARKER).read_bytes())
         return found if isinstance(found.get("url"), str) and isinstance(found.get("files"), dict) else None
@@ -81,26 +69,12 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def write_marker(folder: Path, about: dict[str, Any]) -> None:
-    """Record what is known of the URL.
-
-    Parameters
-    ----------
-    folder
-        The mirror.
-    about
-        What `read_marker` gives.
-    """
+    """Record what is known of the URL."""
     write_atomic(folder / MARKER, json.dumps(about, indent=1).encode())
 
 
 def local_path(path: Path) -> Path:
-    """A path of this machine: a URL's is in the mirror of the folder that it lies in.
-
-    Parameters
-    ----------
-    path
-        Of this machine, or a URL.
-    """
+    """A path of this machine: a URL's is in the mirror of the folder that it lies in."""
     url = url_of(path)
     if url is None:
         return path
@@ -111,13 +85,7 @@ def local_path(path: Path) -> Path:
 
 
 def storage_of(path: Path) -> Storage:
-    """The storage of a store.
-
-    Parameters
-    ----------
-    path
-        A folder of this machine, or a URL.
-    """
+    """The storage of a store."""
     path = local_path(path)
     for folder in path.absolute().parents:
         if (folder / MARKER).is_file() and (about := read_marker(folder)):

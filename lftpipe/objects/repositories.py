@@ -17,15 +17,7 @@ _URL = re.compile(r"hf:/+(?:(datasets|models)/)?([\w.-]+/[\w.-]+)/?(states\.zarr
 
 @dataclass(frozen=True)
 class Repository:
-    """One repository.
-
-    Parameters
-    ----------
-    name
-        ORG/NAME.
-    kind
-        Of models or of data sets.
-    """
+    """One repository."""
 
     name: str
     kind: Kind
@@ -36,18 +28,7 @@ class Repository:
 
     @classmethod
     def of_url(cls, url: str) -> "Repository":
-        """The repository that a URL names.
-
-        Parameters
-        ----------
-        url
-            `hf://ORG/NAME`, or `hf://datasets/ORG/NAME`.
-
-        Raises
-        ------
-        LftpipeError
-            If it is no such URL.
-        """
+        """The repository that a URL names."""
         found = _URL.fullmatch(url)
         if not found:
             raise LftpipeError(
@@ -73,21 +54,8 @@ class Repository:
 
         Parameters
         ----------
-        folder
-            Whose files.
-        under
-            The folder in the repository that they go to.
         card
             Its README.md; None where the folder has one.
-        only
-            Patterns of the files' names.
-        private
-            Whether a new repository is private.
-
-        Returns
-        -------
-        str
-            Where it is on the web.
 
         Raises
         ------
@@ -137,10 +105,6 @@ class Repository:
 
         Parameters
         ----------
-        folder
-            Where to; made if it is not there.
-        only
-            Patterns of the files' names.
         revision
             Branch, tag or commit; None is the default branch.
 
@@ -205,13 +169,7 @@ def _client() -> Any:
 
 
 def require_token() -> None:
-    """Refuse to go on without a token, before anything is computed for an upload.
-
-    Raises
-    ------
-    LftpipeError
-        If there is none.
-    """
+    """Refuse to go on without a token, before anything is computed for an upload."""
     import huggingface_hub
 
     if huggingface_hub.get_token() is None:

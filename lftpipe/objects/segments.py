@@ -29,22 +29,10 @@ class SegmentLog(Storage):
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Bytes of an object.
-
-        Parameters
-        ----------
-        name
-            Of the object.
-        """
+        """Bytes of an object."""
 
     def begin_segments(self, lease: Lease) -> None:
-        """Know of none yet.
-
-        Parameters
-        ----------
-        lease
-            The right to write them.
-        """
+        """Know of none yet."""
         self._lease = lease
         self._segment = -1  # the last one that this process made
         self._log = threading.Lock()

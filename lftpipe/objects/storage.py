@@ -32,8 +32,6 @@ class Opened(ABC):
         ----------
         buffers
             One after the other: writable, of bytes or more.
-        start
-            Where in the file.
         """
 
 
@@ -44,10 +42,6 @@ class Storage(ABC):
 
     Attributes
     ----------
-    where
-        The folder or URL, for messages.
-    remote
-        Whether shards are sent away once they are whole.
     concurrency
         How many ranges are worth asking for at the same time.
     """
@@ -62,8 +56,6 @@ class Storage(ABC):
 
         Parameters
         ----------
-        name
-            Which one.
         end_bytes
             How many bytes of its end to read.
         size
@@ -72,45 +64,19 @@ class Storage(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A whole file.
-
-        Parameters
-        ----------
-        name
-            Of the file, relative to the place.
-        """
+        """A whole file."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file: readers see the old one or the new one.
-
-        Parameters
-        ----------
-        name
-            Of the file, relative to the place.
-        data
-            Its whole new content.
-        """
+        """Write a small file: readers see the old one or the new one."""
 
     @abstractmethod
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """How large each of these files is; those that are missing are left out.
-
-        Parameters
-        ----------
-        names
-            Of files, relative to the place.
-        """
+        """How large each of these files is; those that are missing are left out."""
 
     @abstractmethod
     def digest(self, name: str) -> str:
-        """The xxh3-128 of a file.
-
-        Parameters
-        ----------
-        name
-            Of the file, relative to the place.
-        """
+        """The xxh3-128 of a file."""
 
     @abstractmethod
     def names(self) -> set[str]:
@@ -118,13 +84,7 @@ class Storage(ABC):
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Delete a file, or all that is in a folder; nothing if it is missing.
-
-        Parameters
-        ----------
-        name
-            Of a file or folder.
-        """
+        """Delete a file, or all that is in a folder; nothing if it is missing."""
 
     @abstractmethod
     def total_bytes(self) -> int:
@@ -132,40 +92,15 @@ class Storage(ABC):
 
     @abstractmethod
     def take(self, folder: Path, names: Iterable[str]) -> None:
-        """Files that are whole lie in a folder of this machine under their names: they belong here now.
-
-        Parameters
-        ----------
-        folder
-            Where they lie.
-        names
-            Relative to it, and to the place.
-        """
+        """Files that are whole lie in a folder of this machine under their names: they belong here now."""
 
     @abstractmethod
     def begin_log(self, data: bytes) -> None:
-        """Begin the log anew with these lines.
-
-        Parameters
-        ----------
-        data
-            Lines.
-
-        Raises
-        ------
-        StoreError
-            If another process does the same.
-        """
+        """Begin the log anew with these lines."""
 
     @abstractmethod
     def append_log(self, line: bytes) -> None:
-        """Add a line to the log that was begun; it is there for good when this returns.
-
-        Parameters
-        ----------
-        line
-            Ends with a line feed.
-        """
+        """Add a line to the log that was begun; it is there for good when this returns."""
 
     @abstractmethod
     def read_log(self) -> bytes | None:
@@ -181,13 +116,7 @@ class Storage(ABC):
 
 
 class LocalStorage(Storage):
-    """A folder of this machine.
-
-    Parameters
-    ----------
-    folder
-        It need not exist yet.
-    """
+    """A folder of this machine."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.where, self.remote, self.concurrency = folder, str(folder), False, 1

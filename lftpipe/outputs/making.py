@@ -20,13 +20,7 @@ class Staging:
     folder: Path
 
     def path(self, final: Path) -> Path:
-        """Where to write what will be `final`.
-
-        Parameters
-        ----------
-        final
-            Where the file will be.
-        """
+        """Where to write what will be `final`."""
         return self.folder / final.name
 
 
@@ -49,8 +43,6 @@ def making(
         Files beside it; those that are not written are not made.
     marks
         Texts by which a record of this kind is known, whole or damaged: any of them is enough.
-    force
-        Whether to replace a record of the same kind.
     cure
         What to do instead of naming another `--out`.
 

@@ -20,11 +20,6 @@ def one_writer(folder: Path) -> Iterator[None]:
     ----------
     folder
         One of ours; its hidden lock file is removed in the end.
-
-    Raises
-    ------
-    LftpipeError
-        If another process writes there.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,13 +49,7 @@ def one_writer(folder: Path) -> Iterator[None]:
 
 
 def busy(path: Path) -> LftpipeError:
-    """The error of a second writer.
-
-    Parameters
-    ----------
-    path
-        What another process is writing.
-    """
+    """The error of a second writer."""
     return RunError(
         f"{path}, which another process is making", "one writer at a time", "wait for it or end it"
     )

@@ -16,22 +16,7 @@ _LOOK_BYTES = 2**22
 
 
 def refuse_foreign_files(folder: Path, known: set[str], what: str) -> None:
-    """Refuse to replace a folder with a file in it that is not among those `known`.
-
-    Parameters
-    ----------
-    folder
-        A folder that lftpipe is to write into.
-    known
-        Names that lftpipe gives.
-    what
-        What the folder is for.
-
-    Raises
-    ------
-    RunError
-        Naming the first of them.
-    """
+    """Refuse to replace a folder with a file in it that is not among those `known`."""
     for entry in sorted(folder.iterdir()):
         if entry.name not in known:
             raise RunError(f"{entry}, which is not part of {what}", what, "move it, or name another --out")
@@ -39,13 +24,6 @@ def refuse_foreign_files(folder: Path, known: set[str], what: str) -> None:
 
 def refuse_name(name: str, option: str) -> None:
     """Refuse a name of a file or folder that would lead to another folder, or be hidden.
-
-    Parameters
-    ----------
-    name
-        The name that was given.
-    option
-        The option that gave it.
 
     Raises
     ------
@@ -59,15 +37,7 @@ def refuse_name(name: str, option: str) -> None:
 
 
 def has_mark(path: Path, marks: Sequence[bytes]) -> bool:
-    """Whether a file is known by any of some texts; an empty one is, since nothing is lost with it.
-
-    Parameters
-    ----------
-    path
-        The file.
-    marks
-        Texts near its beginning.
-    """
+    """Whether a file is known by any of some texts; an empty one is, since nothing is lost with it."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -76,13 +46,7 @@ def has_mark(path: Path, marks: Sequence[bytes]) -> bool:
 
 
 def not_ours(path: Path) -> SettingsError:
-    """The error of a file that stands where lftpipe is to write.
-
-    Parameters
-    ----------
-    path
-        The file.
-    """
+    """The error of a file that stands where lftpipe is to write."""
     return SettingsError(
         f"{path}, which lftpipe did not make",
         "a new file, or one to replace",

@@ -29,15 +29,6 @@ MOST_EXACT_TOKENS = 4096
 def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) -> RecouplingMap:
     """The map of these layers, ranked.
 
-    Parameters
-    ----------
-    settings
-        Samples, metric, what to rank by.
-    store
-        Whose states are compared.
-    layers
-        Which of them, as `map_layers` gives them.
-
     Raises
     ------
     LftpipeError
@@ -84,15 +75,6 @@ def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) 
 def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> RecouplingMap:
     """The map beside a store, made with these settings if there is none.
 
-    Parameters
-    ----------
-    store_path
-        Beside which the map lies.
-    store
-        The store itself.
-    made_with
-        Settings of a new map.
-
     Raises
     ------
     SettingsError
@@ -116,13 +98,6 @@ def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> Rec
 def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
     """The block of `train --block auto`, from the map beside the store, which is made if there is none.
 
-    Parameters
-    ----------
-    store_path
-        The store's folder.
-    settings
-        The options of `train`.
-
     Raises
     ------
     SettingsError
@@ -145,13 +120,6 @@ def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
 
 def map_layers(settings: RecoupleSettings, store: Store) -> tuple[int, ...]:
     """The states to compare, ascending.
-
-    Parameters
-    ----------
-    settings
-        The options of `recouple`.
-    store
-        The store.
 
     Raises
     ------

@@ -38,13 +38,6 @@ def assign(
     If no row has an entry below its own, on the diagonal, the identity is optimal, and nothing is solved. If
     most rows have, the identity is far from it, and some rounds of Sinkhorn's algorithm give the solver
     potentials to start from. Costs reduced by any potentials have the same optima: no precision is needed.
-
-    Parameters
-    ----------
-    cost
-        Square matrix of costs.
-    spare
-        Memory to work in.
     """
     reduced = np.subtract(cost, cost.diagonal()[:, None], out=spare)
     least = reduced.min(1)
@@ -67,11 +60,6 @@ def _blurred_potentials(cost: Float64[np.ndarray, "sample sample"]) -> Float64[n
 
     The regularisation is halved from stage to stage, for which the scaled kernel need only be squared.
     Entries are kept off zero, since denormal numbers are a hundred times slower.
-
-    Parameters
-    ----------
-    cost
-        Whose rows have their least entry at 0.
     """
     blur = BLUR * float(cost.mean())
     if blur <= 0:

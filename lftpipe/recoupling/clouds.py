@@ -17,16 +17,8 @@ class Cloud:
 
     Attributes
     ----------
-    light
-        The points, with the heavy channels zero.
-    light_norm
-        Their squared norms.
-    heavy
-        The heavy channels alone.
     left, right
         Whose product is `|x|^2 + |y|^2 - 2 x.y` but for the light channels of `x.y`.
-    squared_norm
-        Of whole points.
     groups
         Number of each point's value: identical points have the same.
     """
@@ -46,13 +38,7 @@ class Cloud:
 
 
 def standardised(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndarray, "sample feature"]:
-    """Points with mean 0 and standard deviation 1 in each channel; a constant channel becomes 0.
-
-    Parameters
-    ----------
-    points
-        One point for each token.
-    """
+    """Points with mean 0 and standard deviation 1 in each channel; a constant channel becomes 0."""
     points = points.astype(np.float64)
     points = points - points.mean(0)
     spread = points.std(0)
@@ -60,13 +46,7 @@ def standardised(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndar
 
 
 def directions(points: Float[np.ndarray, "sample feature"]) -> Float64[np.ndarray, "sample feature"]:
-    """Points divided by their lengths; a zero point stays where it is, half-way between all directions.
-
-    Parameters
-    ----------
-    points
-        One point for each token.
-    """
+    """Points divided by their lengths; a zero point stays where it is, half-way between all directions."""
     points = points.astype(np.float64)
     length = np.sqrt(np.einsum("sf,sf->s", points, points))
     return points / np.where(length > 0, length, 1)[:, None]
@@ -79,8 +59,6 @@ def peaks(
 
     Parameters
     ----------
-    points
-        One point for each token.
     copy
         Float32 memory to use, of the points' shape.
     """
@@ -89,13 +67,7 @@ def peaks(
 
 
 def heavy_channels(peaks: Sequence[Float[np.ndarray, " feature"]]) -> Int64[np.ndarray, " heavy"]:
-    """The channels with the largest `peaks` in any of the clouds.
-
-    Parameters
-    ----------
-    peaks
-        The largest magnitude of each channel.
-    """
+    """The channels with the largest `peaks` in any of the clouds."""
     return np.sort(np.argsort(np.max(peaks, axis=0))[-HEAVY_CHANNELS:]).astype(np.int64)
 
 
@@ -109,12 +81,6 @@ def make_cloud(
 
     Parameters
     ----------
-    points
-        One point for each token.
-    heavy
-        Channels to multiply in float64.
-    groups
-        Which points are identical, by number.
     light
         A copy of the points, to be kept: its heavy channels are set to zero.
     """
@@ -128,13 +94,7 @@ def make_cloud(
 
 
 def tie_groups(points: Float[np.ndarray, "sample feature"]) -> Int64[np.ndarray, " sample"]:
-    """Number the distinct points: identical ones (0 and -0 too) have the same number.
-
-    Parameters
-    ----------
-    points
-        One point for each token.
-    """
+    """Number the distinct points: identical ones (0 and -0 too) have the same number."""
     few = points[:, :8] + 0  # -0 + 0 = 0
     if len({row.tobytes() for row in few}) == len(points):
         return np.arange(len(points))

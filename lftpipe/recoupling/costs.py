@@ -15,15 +15,7 @@ OWN_CANCELLATION = 0.1
 
 
 def squared_displacement(x_0: Cloud, x_1: Cloud) -> Float64[np.ndarray, " sample"]:
-    """`|x_1 - x_0|^2` of each pair, by differences: no cancellation.
-
-    Parameters
-    ----------
-    x_0
-        Points of the first cloud.
-    x_1
-        Points of the second, in the same order.
-    """
+    """`|x_1 - x_0|^2` of each pair, by differences: no cancellation."""
     return _squared_lengths(x_1.light - x_0.light, x_1.heavy - x_0.heavy)
 
 
@@ -34,15 +26,7 @@ def _squared_lengths(
 
 
 def relative_displacement(x_1: Cloud, displacement: Float64[np.ndarray, " sample"]) -> float:
-    """`sum |x_1 - x_0|^2 / sum |x_1|^2`, 0 if all of `x_1` are 0.
-
-    Parameters
-    ----------
-    x_1
-        One point for each token.
-    displacement
-        Squared distance of each point to its partner.
-    """
+    """`sum |x_1 - x_0|^2 / sum |x_1|^2`, 0 if all of `x_1` are 0."""
     energy = float(x_1.squared_norm.sum())
     return float(displacement.sum()) / energy if energy else 0.0
 
@@ -51,15 +35,6 @@ def cost_matrix(x_0: Cloud, x_1: Cloud, metric: Metric) -> Float64[np.ndarray, "
     """Cost of every point of `x_0` against every point of `x_1`.
 
     For `cosine` the clouds must be `directions`: the cost is then half the squared distance.
-
-    Parameters
-    ----------
-    x_0
-        Points of the first cloud.
-    x_1
-        Points of the second, in the same order.
-    metric
-        `euclidean`, `sqeuclidean` or `cosine`.
     """
     cost = np.empty((len(x_0.light), len(x_1.light)))
     write_costs(x_0, x_1, metric, x_0.light @ x_1.light.T, cost)
@@ -76,24 +51,6 @@ def write_costs(
     """Write the costs into `cost`; overwrites `product`.
 
     Norms, heavy channels, sums and roots are in float64. What cancels is computed by differences.
-
-    Parameters
-    ----------
-    x_0
-        Points of the first cloud.
-    x_1
-        Points of the second, in the same order.
-    metric
-        `euclidean`, `sqeuclidean` or `cosine`.
-    product
-        Inner products of the light parts, in float32.
-    cost
-        Memory for the costs.
-
-    Returns
-    -------
-    array
-        `|x_1 - x_0|^2` of the given pairs.
     """
     count = len(cost)
     product *= 2

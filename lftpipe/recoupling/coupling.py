@@ -64,8 +64,6 @@ def recoupled(
         For each point of the first cloud, its partner in the second by the plan.
     groups_0
         Which points of the first cloud are identical, by number.
-    groups_1
-        The same of the second.
     """
     count = len(partner)
     stride = int(groups_1.max()) + 1
@@ -78,17 +76,7 @@ def recoupled(
 
 
 def couple(x_0: Cloud, x_1: Cloud, metric: Metric) -> Coupling:
-    """The exact optimal plan between paired clouds (equation 6) and its recoupling ratio (equation 7).
-
-    Parameters
-    ----------
-    x_0
-        Points of the first cloud.
-    x_1
-        Points of the second, in the same order.
-    metric
-        `euclidean`, `sqeuclidean` or `cosine`.
-    """
+    """The exact optimal plan between paired clouds (equation 6) and its recoupling ratio (equation 7)."""
     return couple_products([x_0], x_1, metric, (x_0.light @ x_1.light.T)[None])[0]
 
 
@@ -98,19 +86,7 @@ def couple_products(
     metric: Metric,
     products: Float32[np.ndarray, "cloud sample sample"],
 ) -> list[Coupling]:
-    """`couple` several clouds with one, given the products of their light parts, which are overwritten.
-
-    Parameters
-    ----------
-    x_0s
-        Clouds of the starts.
-    x_1
-        Cloud of the end.
-    metric
-        `euclidean`, `sqeuclidean` or `cosine`.
-    products
-        Their inner products.
-    """
+    """`couple` several clouds with one, given the products of their light parts, which are overwritten."""
     cost, spare = (np.empty(products.shape[1:]) for _ in range(2))
     couplings = []
     for x_0, product in zip(x_0s, products, strict=True):
@@ -144,18 +120,10 @@ def coupling_of(
 
     Parameters
     ----------
-    x_0
-        Points of the first cloud.
-    x_1
-        Points of the second, in the same order.
     cost
         Of every point of the first against every point of the second.
     partner
         For each point of the first cloud, its partner in the second by the plan.
-    transport_cost
-        Mean cost of the plan.
-    displacement
-        Squared distance of each given pair.
     """
     if x_0.has_ties or x_1.has_ties:
         ratio, ratio_raw = recoupled(partner, x_0.groups, x_1.groups)

@@ -50,32 +50,12 @@ class Solved:
 
     @classmethod
     def empty(cls, batches: int, size: int) -> "Solved":
-        """Of so many batches and states, with nothing solved.
-
-        Parameters
-        ----------
-        batches
-            How many batches.
-        size
-            How many states.
-        """
+        """Of so many batches and states, with nothing solved."""
         figures = {name: np.full((batches, size, size), np.nan) for name in FIGURES}
         return cls(figures, [[None] * size for _ in range(size)])
 
     def put(self, batch: int, m: int, n: int, coupling: Coupling) -> None:
-        """Take in one batch's coupling of a pair.
-
-        Parameters
-        ----------
-        batch
-            Which batch.
-        m
-            Place of the start among the states.
-        n
-            Place of the end.
-        coupling
-            What was found.
-        """
+        """Take in one batch's coupling of a pair."""
         for name in (*MEANS, "displacement"):
             self.figures[name][batch, m, n] = getattr(coupling, name)
         if batch == 0:
@@ -96,34 +76,14 @@ class Clouds:
         groups: list[Int64[np.ndarray, " sample"]],
         pool: ThreadPoolExecutor,
     ) -> "Clouds":
-        """Make the clouds ready in threads; `groups` are those of `tie_groups`.
-
-        Parameters
-        ----------
-        states
-            One array for each state, (token, feature).
-        groups
-            Identical points of each state.
-        pool
-            Threads.
-        """
+        """Make the clouds ready in threads; `groups` are those of `tie_groups`."""
         light = np.empty((len(states), *states[0].shape), np.float32)
         heavy = heavy_channels(list(pool.map(peaks, states, light)))
         made = pool.map(lambda *parts: make_cloud(parts[0], heavy, *parts[1:]), states, groups, light)
         return cls(light, list(made))
 
     def couple(self, members: list[int], n: int, metric: Metric) -> list[Coupling]:
-        """Couplings of the neighbouring states `members` with state `n`.
-
-        Parameters
-        ----------
-        members
-            Places of the starts among the states.
-        n
-            Place of the end.
-        metric
-            `euclidean`, `sqeuclidean` or `cosine`.
-        """
+        """Couplings of the neighbouring states `members` with state `n`."""
         left, right = self.light[members[0] : members[-1] + 1], self.light[n]
         products = (left.reshape(-1, left.shape[-1]) @ right.T).reshape(*left.shape[:2], -1)
         return couple_products([self.each[m] for m in members], self.each[n], metric, products)
@@ -132,17 +92,7 @@ class Clouds:
 def make_clouds(
     settings: RecoupleSettings, states: list[Float[np.ndarray, "sample feature"]], pool: ThreadPoolExecutor
 ) -> tuple[Clouds, Clouds]:
-    """One batch's states as they are, for displacements, and as the metric wants them.
-
-    Parameters
-    ----------
-    settings
-        The options of `recouple`.
-    states
-        One array for each state, (token, feature).
-    pool
-        Threads.
-    """
+    """One batch's states as they are, for displacements, and as the metric wants them."""
     groups = list(pool.map(tie_groups, states))
     plain = Clouds.make(states, groups, pool)
     if not settings.standardise and settings.metric != "cosine":
@@ -156,15 +106,7 @@ def make_clouds(
 
 
 def group_pairs(size: int, tokens: int) -> list[tuple[list[int], int]]:
-    """All pairs `m < n` as `([m, ...], n)` with neighbouring `m`, whose costs are one matrix product.
-
-    Parameters
-    ----------
-    size
-        How many states.
-    tokens
-        Tokens of a batch.
-    """
+    """All pairs `m < n` as `([m, ...], n)` with neighbouring `m`, whose costs are one matrix product."""
     step = max(1, PANEL_ROWS // tokens)
     return [(list(range(m, min(m + step, n))), n) for n in range(1, size) for m in range(0, n, step)]
 
@@ -199,17 +141,6 @@ def solve_pairs(
 
     Held in memory are the states of as many batches as fit `HELD_BYTES` (at least one), twice for a batch at
     work, and the matrices of each thread (docs/recoupling.md has the figures).
-
-    Parameters
-    ----------
-    settings
-        Metric, threads, exact or not.
-    store
-        Whose states are compared.
-    layers
-        States to compare, ascending.
-    samples
-        Which `[sequence, position]` of `train`.
     """
     solved = Solved.empty(len(samples), len(layers))
     groups = group_pairs(len(layers), settings.tokens)

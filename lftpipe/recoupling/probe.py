@@ -28,15 +28,6 @@ def draw_parts(store: Store, tokens: int, seed: int) -> tuple[list[int], list[in
 
     A store with fewer gives four fifths of what it has to the fit.
 
-    Parameters
-    ----------
-    store
-        The store.
-    tokens
-        To fit on.
-    seed
-        Of the draw.
-
     Raises
     ------
     StoreError
@@ -60,17 +51,6 @@ def probe_residual(store: Store, block: tuple[int, int], fit_on: list[int], meas
 
     Relative to each token's own target, as the map is fitted (`LeastSquares`): massive activations would
     else be all that counts.
-
-    Parameters
-    ----------
-    store
-        The store.
-    block
-        Start and end of the map.
-    fit_on
-        Sequences to fit on.
-    measure_on
-        Other sequences.
     """
     sums = LeastSquares(store.width, store.width)
     for x_0, x_1 in _pairs(store, block, fit_on):
@@ -86,17 +66,7 @@ def probe_residual(store: Store, block: tuple[int, int], fit_on: list[int], meas
 
 
 def residual_map(store: Store, layers: tuple[int, ...], seed: int) -> list[list[float | None]]:
-    """The residual of all pairs of `layers` as a square `[m][n]`, None where `m >= n`.
-
-    Parameters
-    ----------
-    store
-        The store.
-    layers
-        The states that are mapped.
-    seed
-        Of the draw.
-    """
+    """The residual of all pairs of `layers` as a square `[m][n]`, None where `m >= n`."""
     parts = draw_parts(store, TOKENS, seed)
     residuals: list[list[float | None]] = [[None] * len(layers) for _ in layers]
     pairs = list(combinations(range(len(layers)), 2))

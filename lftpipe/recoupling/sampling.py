@@ -24,23 +24,10 @@ def draw_samples(
 
     Parameters
     ----------
-    store
-        The store.
-    tokens
-        Of a batch.
-    batches
-        How many batches.
     sequences
         How many sequences a batch draws from; more if it would otherwise take over half of their positions.
-    seed
-        Of the draw.
     skip_first
         Leave out the first position of each segment, where massive activations sit.
-
-    Raises
-    ------
-    SettingsError
-        If there are fewer positions than asked.
     """
     rng = np.random.default_rng(seed)
     available = store.num_sequences("train")
@@ -85,17 +72,6 @@ def gather(
     pool: Executor,
 ) -> list[Float[np.ndarray, "batch token feature"]]:
     """States of the samples, a layer at a time, in the store's dtype; every sequence is read once a layer.
-
-    Parameters
-    ----------
-    store
-        The store.
-    layers
-        Which states.
-    samples
-        Of a batch, `[sequence, position]` of each token.
-    pool
-        Threads.
 
     Raises
     ------

@@ -22,15 +22,7 @@ TOLERANCE = 1e-4
 def sinkhorn_plan(
     cost: Float64[np.ndarray, "sample sample"], device: str
 ) -> Float64[np.ndarray, "sample sample"]:
-    """Entropic plan of total mass 1 with uniform marginals, in the log domain, by `ot.sinkhorn`.
-
-    Parameters
-    ----------
-    cost
-        Square matrix of costs.
-    device
-        Where to compute.
-    """
+    """Entropic plan of total mass 1 with uniform marginals, in the log domain, by `ot.sinkhorn`."""
     import ot
     import torch
 
@@ -55,17 +47,6 @@ def couple_approximately(x_0: Cloud, x_1: Cloud, metric: Metric, device: str) ->
     """`recoupling.coupling.couple` by Sinkhorn; `partner` is each row's largest entry, no permutation.
 
     The ratio counts these largest entries: the plan's trace is far more blurred (docs/recoupling.md).
-
-    Parameters
-    ----------
-    x_0
-        Points of the first cloud.
-    x_1
-        Points of the second, in the same order.
-    metric
-        `euclidean`, `sqeuclidean` or `cosine`.
-    device
-        Where to compute.
     """
     cost = cost_matrix(x_0, x_1, metric)
     plan = sinkhorn_plan(cost, device)

@@ -16,11 +16,6 @@ def influence(states: list[Float[np.ndarray, "token feature"]]) -> Float64[np.nd
 
     Source: "block influence" of ShortGPT (Men et al., 2024, arXiv 2403.03853). A state of zeros has the
     cosine 0 with every other.
-
-    Parameters
-    ----------
-    states
-        One array for each state, (token, feature).
     """
     size = len(states)
     cosines = np.zeros((size, size))
@@ -34,13 +29,7 @@ def influence(states: list[Float[np.ndarray, "token feature"]]) -> Float64[np.nd
 
 
 def statistics(figures: dict[str, Float64[np.ndarray, "batch state state"]]) -> dict[str, Matrix]:
-    """Means over batches and what follows from them, as squares `[m][n]`, None where `m >= n`.
-
-    Parameters
-    ----------
-    figures
-        As in `Solved`.
-    """
+    """Means over batches and what follows from them, as squares `[m][n]`, None where `m >= n`."""
     mean = {name: figure.mean(0) for name, figure in figures.items()}
     ratios = figures["ratio"]
     spread = (

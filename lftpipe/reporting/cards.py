@@ -30,12 +30,6 @@ def student_card(
 
     Parameters
     ----------
-    result
-        What the export says of itself.
-    teacher, opened
-        From which it was made.
-    module
-        The modelling file of a latent-flow export.
     licence
         Of the weights; None names none.
     """
@@ -69,10 +63,6 @@ def run_card(run: "Run", repository: str, *, licence: str | None = None) -> str:
 
     Parameters
     ----------
-    run
-        A finished one.
-    repository
-        Its URL, as `lftpipe pull` takes it.
     licence
         Of the weights; None names none.
     """
@@ -115,10 +105,6 @@ def store_card(
     ----------
     facts
         `layers`, `attention_layers`, `context`, `width`, `dtype`, `tokens` by split, and `fingerprint`.
-    identity
-        What the store says of where it comes from.
-    repository
-        Its URL, as `lftpipe pull` takes it.
     licence
         Of the data; None names none.
     """

@@ -25,20 +25,10 @@ class Found:
 
     Parameters
     ----------
-    results
-        Table 1.
-    curves
-        Metrics of the runs in it, by name.
     recoupling, sweep
         The map and the sweep, None where there is none that can be read.
-    samples
-        Texts of teacher and student side by side.
     runs
         Of each run its `name`, `facts` in a line, and `settings` as TOML.
-    commands
-        The commands that make everything on the page again.
-    damage
-        What could not be read, in words.
     """
 
     results: Results

@@ -21,17 +21,7 @@ CELL = 0.3
 
 
 def draw_recoupling(recoupling: RecouplingMap, shown: list[tuple[int, int]], path: Path) -> None:
-    """Draw the map and, beside it, the first batch's transport for the pairs `shown`.
-
-    Parameters
-    ----------
-    recoupling
-        The map.
-    shown
-        Pairs `(m, n)` of the map's layers.
-    path
-        Of the PNG.
-    """
+    """Draw the map and, beside it, the first batch's transport for the pairs `shown`."""
     side = max(CELL * len(recoupling.layers), 4.2)
     columns = -(-len(shown) // 2)
     small = max(side / 2 - 0.25, 2.4)

@@ -36,13 +36,7 @@ MAP_KEYS = (
 
 
 def report_page(found: Found) -> str:
-    """The page of a store: headline, Table 1, trade-offs, curves, map, sweep, texts, commands.
-
-    Parameters
-    ----------
-    found
-        What lies beside the store.
-    """
+    """The page of a store: headline, Table 1, trade-offs, curves, map, sweep, texts, commands."""
     results = found.results
     rows = [row.to_json() for row in results.rows]
     data = {
@@ -76,13 +70,7 @@ def _sweep_data(sweep: Sweep) -> dict[str, Any]:
 
 
 def recoupling_page(recoupling: RecouplingMap) -> str:
-    """The page of a map alone.
-
-    Parameters
-    ----------
-    recoupling
-        What `lftpipe recouple` found.
-    """
+    """The page of a map alone."""
     title = f"Recoupling map of {recoupling.teacher or 'a teacher'}"
     return page(title, _part("map.html"), {"map": map_data(recoupling)}, ("base.js", "map.js", "contents.js"))
 
@@ -92,8 +80,6 @@ def map_data(recoupling: RecouplingMap, shown: tuple[int, int] | None = None) ->
 
     Parameters
     ----------
-    recoupling
-        What `lftpipe recouple` found.
     shown
         A block `(m, n)`; left out, or not on the map, the first pair is shown.
     """
@@ -114,14 +100,8 @@ def page(title: str, body: str, data: dict[str, Any], scripts: tuple[str, ...]) 
 
     Parameters
     ----------
-    title
-        Plain text.
-    body
-        Markup of ours.
     data
         For the scripts; numbers that are not finite become null.
-    scripts
-        Files of `lftpipe/reporting/page/`, in order.
     """
     embedded = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
     return _fill(

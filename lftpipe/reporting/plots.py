@@ -20,28 +20,12 @@ STYLES = [(colour, line) for line in ("-", "--", "-.", ":") for colour in COLOUR
 
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Write a figure as PNG, marked as ours.
-
-    Parameters
-    ----------
-    figure
-        What was drawn.
-    path
-        The PNG file.
-    dpi
-        Dots per inch.
-    """
+    """Write a figure as PNG, marked as ours."""
     figure.savefig(path, dpi=dpi, format="png", metadata={"Software": MARK.decode()})
 
 
 def literal(name: str) -> str:
-    """A name as matplotlib shows it literally: no mathematics, and none that a legend would hide.
-
-    Parameters
-    ----------
-    name
-        A text from outside.
-    """
+    """A name as matplotlib shows it literally: no mathematics, and none that a legend would hide."""
     return "\u200b" * name.startswith("_") + name.replace("$", r"\$")
 
 
@@ -49,13 +33,6 @@ def draw_steps_curve(rows: Sequence[Score], path: Path) -> None:
     """Figure 5: KL_x and NMSE against the number of steps k, one line a run.
 
     Runs that have no steps (regression) and skipped blocks are level, dotted lines.
-
-    Parameters
-    ----------
-    rows
-        Scores.
-    path
-        The PNG file.
     """
     runs: dict[str, list[Score]] = defaultdict(list)
     for row in rows:
@@ -84,17 +61,7 @@ def draw_steps_curve(rows: Sequence[Score], path: Path) -> None:
 
 
 def draw_adaptive(rows: Sequence[Score], adaptive: Sequence[AdaptiveScore], path: Path) -> None:
-    """KL against mean NFE: one line a run for fixed steps, a dashed one for steps chosen token by token.
-
-    Parameters
-    ----------
-    rows
-        Scores by fixed steps.
-    adaptive
-        Scores by steps per token.
-    path
-        The PNG file.
-    """
+    """KL against mean NFE: one line a run for fixed steps, a dashed one for steps chosen token by token."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for name, colour in zip(sorted({row.run or "" for row in adaptive}), COLOURS * 4, strict=False):
@@ -120,8 +87,6 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: Sequence[Score
         its training batches.
     skips
         Of layers that are left out.
-    path
-        Of the PNG.
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -173,15 +138,7 @@ PREDICTOR_LABELS = {
 
 
 def draw_sweep(result: Sweep, path: Path) -> None:
-    """The KL that every block of a sweep reached against each predictor; one colour and marker a length.
-
-    Parameters
-    ----------
-    result
-        What `sweep` found.
-    path
-        The PNG file.
-    """
+    """The KL that every block of a sweep reached against each predictor; one colour and marker a length."""
     figure = Figure(figsize=(16, 9), layout="constrained")
     axes = figure.subplots(2, 3, sharey=True)
     found = {

@@ -34,13 +34,7 @@ MEASURES = {
 
 
 def line_of(folder: Path) -> RunLine:
-    """What there is to say of a run, finished or not.
-
-    Parameters
-    ----------
-    folder
-        Of the run.
-    """
+    """What there is to say of a run, finished or not."""
     known: dict[str, Any] = {"teacher": _experiment(folder).name, "run": folder.name, "path": str(folder)}
     try:
         manifest = RunManifest.from_json(folder / "manifest.json")
@@ -88,18 +82,7 @@ def _unfinished(folder: Path) -> dict[str, Any]:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """The settings of a run, as `settings.toml` has them.
-
-    Parameters
-    ----------
-    folder
-        Of the run.
-
-    Raises
-    ------
-    LftpipeError
-        If the file is missing or damaged.
-    """
+    """The settings of a run, as `settings.toml` has them."""
     path = folder / "settings.toml"
     try:
         tables = tomllib.loads(path.read_text())
@@ -135,29 +118,13 @@ def _is_of(row: Score, digest: str) -> bool:
 
 
 def best_score(folder: Path) -> Score | None:
-    """The line with the lowest KL.
-
-    Parameters
-    ----------
-    folder
-        Of a finished run.
-    """
+    """The line with the lowest KL."""
     scored = [row for row in scores_of(folder) if row.kl is not None]
     return min(scored, key=lambda row: row.kl or 0.0, default=None)
 
 
 def comparison(one: Path, other: Path) -> Comparison:
     """What differs between two finished runs.
-
-    Parameters
-    ----------
-    one, other
-        Their folders.
-
-    Returns
-    -------
-    Comparison
-        Settings, origins and scores, as pairs where they differ.
 
     Raises
     ------
@@ -203,11 +170,5 @@ def _made_from(folder: Path) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value in a cell.
-
-    Parameters
-    ----------
-    value
-        JSON-plain.
-    """
+    """A value in a cell."""
     return value if isinstance(value, str) else json.dumps(value)

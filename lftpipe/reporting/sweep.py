@@ -23,15 +23,7 @@ def _interval(entry: Correlation | None) -> str:
 
 
 def correlation_table(result: Sweep, against: str) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows: a predictor a row, all blocks and each length a column.
-
-    Parameters
-    ----------
-    result
-        What `sweep` found.
-    against
-        Which outcome: `kl` or `nmse_without_first`.
-    """
+    """Heading and rows: a predictor a row, all blocks and each length a column."""
     entries = {(e.predictor, e.length): e for e in result.correlations if e.against == against}
     columns = [None, *result.lengths]
     counts = {c: sum(c in (None, row.length) for row in result.rows) for c in columns}
@@ -65,13 +57,7 @@ def _choice_table(result: Sweep) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(result: Sweep) -> str:
-    """Correlations, choices and blocks as a Markdown page.
-
-    Parameters
-    ----------
-    result
-        What the stage found.
-    """
+    """Correlations, choices and blocks as a Markdown page."""
     used = result.settings
     columns = ("block", *ranking.PREDICTORS.values(), *OUTCOMES)
     introduction = (
@@ -93,15 +79,6 @@ def correlations(rows: list[SweptBlock], lengths: list[int], seed: int) -> list[
 
     Over all blocks their mere length is a predictor too: what the others have to beat. A predictor that the
     map lacks is left out.
-
-    Parameters
-    ----------
-    rows
-        The swept blocks.
-    lengths
-        Their lengths.
-    seed
-        Of the bootstrap.
     """
     keys = [key for key in ranking.PREDICTORS.values() if None not in (getattr(row, key) for row in rows)]
     found = []
@@ -117,17 +94,7 @@ def correlations(rows: list[SweptBlock], lengths: list[int], seed: int) -> list[
 
 
 def choices(found: RecouplingMap, rows: list[SweptBlock], lengths: list[int]) -> list[Choice]:
-    """Which block each predictor would choose, what it reached, and which place that is, 1 the best.
-
-    Parameters
-    ----------
-    found
-        The map.
-    rows
-        The swept blocks.
-    lengths
-        Their lengths.
-    """
+    """Which block each predictor would choose, what it reached, and which place that is, 1 the best."""
     chosen = []
     for length in lengths:
         order = sorted((row for row in rows if row.length == length), key=lambda row: row.kl)

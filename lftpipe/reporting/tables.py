@@ -49,27 +49,13 @@ ADAPTIVE_COLUMNS = {
 
 
 def markdown_lines(heading: Sequence[str], table: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table. Names can neither end a cell nor become HTML.
-
-    Parameters
-    ----------
-    heading
-        Names of the columns.
-    table
-        Cells, row by row.
-    """
+    """The lines of a Markdown table. Names can neither end a cell nor become HTML."""
     lines = ["| " + " | ".join(map(escaped, heading)) + " |", "|" + "---|" * len(heading)]
     return lines + ["| " + " | ".join(map(escaped, row)) + " |" for row in table]
 
 
 def escaped(text: str) -> str:
-    """A text as Markdown shows it literally, on one line, in a cell or outside.
-
-    Parameters
-    ----------
-    text
-        Text from outside.
-    """
+    """A text as Markdown shows it literally, on one line, in a cell or outside."""
     shown = " ".join(text.split())
     for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
         shown = shown.replace(character, written)
@@ -81,8 +67,6 @@ def markdown_table(rows: Iterable[Any], columns: dict[str, str] = COLUMNS) -> li
 
     Parameters
     ----------
-    rows
-        One for each line.
     columns
         Names of the columns, and how each shows a row.
     """
@@ -121,13 +105,7 @@ class Mean(Score):
 
 
 def means_over_seeds(rows: Sequence[Score]) -> list[Mean]:
-    """Of the runs, and students of several runs, whose names end in `-seedS`, those of several seeds.
-
-    Parameters
-    ----------
-    rows
-        Scores, one for each line.
-    """
+    """Of the runs, and students of several runs, whose names end in `-seedS`, those of several seeds."""
     groups: dict[tuple[Any, ...], list[Score]] = {}
     for row in rows:
         name = SEED.sub("", row.run or "")
@@ -150,25 +128,13 @@ def _mean(name: str, group: list[Score]) -> Mean:
 
 
 def means_section(rows: Sequence[Score]) -> list[str]:
-    """The lines of the table of means over seeds; none if no two runs differ by their seed alone.
-
-    Parameters
-    ----------
-    rows
-        Scores, one for each line.
-    """
+    """The lines of the table of means over seeds; none if no two runs differ by their seed alone."""
     means = means_over_seeds(rows)
     return ["## Means over seeds", "", *markdown_table(means, MEAN_COLUMNS), ""] if means else []
 
 
 def adaptive_section(result: Results) -> list[str]:
-    """The lines that compare steps chosen token by token with fixed ones; none if nothing was measured.
-
-    Parameters
-    ----------
-    result
-        What the stage found.
-    """
+    """The lines that compare steps chosen token by token with fixed ones; none if nothing was measured."""
     if not result.adaptive:
         return []
     runs = {row.run for row in result.adaptive}
@@ -193,17 +159,7 @@ def _adaptive_cells(row: Score) -> list[str]:
 
 
 def results_page(result: Results, title: str, introduction: str) -> list[str]:
-    """The lines of a page with the table of results and what follows from it.
-
-    Parameters
-    ----------
-    result
-        What `evaluate` found.
-    title
-        Of the page.
-    introduction
-        The paragraph above the table.
-    """
+    """The lines of a page with the table of results and what follows from it."""
     return [
         f"# {escaped(title)}",
         "",

@@ -37,10 +37,6 @@ class FittedTable:
     ----------
     columns
         In their order. Of those that are not needed the last one is left out first.
-    rows
-        Texts of the cells.
-    title, caption
-        Lines above and below; they are folded.
     complete
         Where all columns are, for the line that says what was left out.
     """

@@ -47,31 +47,14 @@ class Run(RunManifest):
         return self.block[0]
 
     def evaluations(self, method: Method, k: int) -> int:
-        """NFE: layers that are evaluated in place of the block.
-
-        Parameters
-        ----------
-        method, k
-            Solver and number of steps.
-        """
+        """NFE: layers that are evaluated in place of the block."""
         if self.velocity.get("skip"):
             return 0
         return self.velocity.get("depth", 1) * self.velocity.get("loops", 1) * EVALUATIONS[method] * k
 
 
 def load_weights(run: Run) -> dict[str, Tensor]:
-    """All tensors of a run's weights, those of the teacher that healing changed too.
-
-    Parameters
-    ----------
-    run
-        A finished run.
-
-    Raises
-    ------
-    RunError
-        If the file is damaged.
-    """
+    """All tensors of a run's weights, those of the teacher that healing changed too."""
     try:
         return load_file(run.path / WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:
@@ -88,10 +71,6 @@ def save_run(
 
     Parameters
     ----------
-    path
-        The run's folder.
-    flow
-        Whose weights are written, or the weights.
     manifest
         What is said of the run, JSON-plain; the digests are added here.
     changed
@@ -110,11 +89,6 @@ def save_run(
 
 def open_run(path: Path) -> Run:
     """Read a finished run's manifest, and check that its weights are the ones it was written with.
-
-    Parameters
-    ----------
-    path
-        The run's folder.
 
     Raises
     ------

@@ -19,15 +19,7 @@ from lftpipe.teacher.source import Teacher
 
 
 def healed_teacher(student: Sequence[Run], teacher: Teacher) -> Teacher:
-    """The teacher with the tensors that healing changed; where nothing was healed, the teacher as it is.
-
-    Parameters
-    ----------
-    student
-        All runs of one student.
-    teacher
-        That they were trained for.
-    """
+    """The teacher with the tensors that healing changed; where nothing was healed, the teacher as it is."""
     changed = {
         name.removeprefix(OF_TEACHER): value
         for run in student
@@ -43,10 +35,6 @@ def build_flow(teacher: Teacher, velocity: dict[str, Any], index: int = 0) -> nn
 
     Parameters
     ----------
-    teacher
-        Of the run.
-    velocity
-        What the manifest says of the module.
     index
         The teacher's layer that it was made from: the block's first.
     """
@@ -62,25 +50,12 @@ def build_flow(teacher: Teacher, velocity: dict[str, Any], index: int = 0) -> nn
 
 
 def is_stack(velocity: dict[str, Any]) -> bool:
-    """Whether a manifest's `velocity` describes ordinary layers in place of a flow.
-
-    Parameters
-    ----------
-    velocity
-        What a manifest says of the module.
-    """
+    """Whether a manifest's `velocity` describes ordinary layers in place of a flow."""
     return "depth" in velocity
 
 
 def load_flow(run: Run, teacher: Teacher) -> nn.Module:
     """The trained flow layer of a run.
-
-    Parameters
-    ----------
-    run
-        The run's folder.
-    teacher
-        The teacher.
 
     Raises
     ------

@@ -33,14 +33,6 @@ def write_settings(
 
     Parameters
     ----------
-    run
-        The run's folder.
-    settings
-        JSON-plain.
-    store_fingerprint
-        Of the store that it is trained on.
-    table
-        The command that made it.
     healed
         Digest of the weights that it healed, if it did.
     """
@@ -51,18 +43,7 @@ def write_settings(
 
 
 def read_settings(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What `write_settings` wrote: the settings, and what they go with, as `fingerprint` and `healed`.
-
-    Parameters
-    ----------
-    run
-        The run's folder.
-
-    Raises
-    ------
-    RunError
-        If it is not readable.
-    """
+    """What `write_settings` wrote: the settings, and what they go with, as `fingerprint` and `healed`."""
     with foreign(RunError, f"damaged {run / SETTINGS}", "the run's settings", "start again with --force"):
         recipe = tomllib.loads((run / SETTINGS).read_text())
         settings, record = recipe["heal" if "heal" in recipe else "train"], recipe[RECORD_TABLE]
@@ -72,31 +53,13 @@ def read_settings(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def note_divergence(run: Path, step: int, learning_rate: float) -> None:
-    """Record where a run diverged: it may be resumed with other settings of its steps then.
-
-    Parameters
-    ----------
-    run
-        The run's folder.
-    step
-        Where it diverged.
-    learning_rate
-        What it diverged with.
-    """
+    """Record where a run diverged: it may be resumed with other settings of its steps then."""
     note = {"step": step, "learning_rate": learning_rate}
     write_atomic(run / DIVERGED, (json.dumps(note) + "\n").encode())
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
-    """Cut the lines of steps that will be done again, and one that a kill cut short.
-
-    Parameters
-    ----------
-    run
-        The run's folder.
-    step
-        The last step to keep.
-    """
+    """Cut the lines of steps that will be done again, and one that a kill cut short."""
     metrics = run / METRICS
     if metrics.exists():
         lines = metrics.read_bytes().decode(errors="replace").splitlines()

@@ -14,11 +14,6 @@ def open_student(path: Path) -> list[Run]:
 
     One whose others are gone, or that has another name now, is a student by itself.
 
-    Parameters
-    ----------
-    path
-        The folder of any of them.
-
     Raises
     ------
     RunError
@@ -43,18 +38,7 @@ def open_student(path: Path) -> list[Run]:
 
 
 def refuse_parts(opened: Sequence[Run]) -> None:
-    """Refuse to put a healed run into a student that it was not healed in.
-
-    Parameters
-    ----------
-    opened
-        All runs of the student.
-
-    Raises
-    ------
-    RunError
-        Naming those that it fits.
-    """
+    """Refuse to put a healed run into a student that it was not healed in."""
     names = [run.path.name for run in opened]
     for run in opened:
         fitting = run.joint or [run.path.name]
@@ -73,18 +57,7 @@ def refuse_parts(opened: Sequence[Run]) -> None:
 
 
 def open_students(paths: Iterable[Path]) -> list[list[Run]]:
-    """The students of several runs, each once, in the order in which they are named.
-
-    Parameters
-    ----------
-    paths
-        Folders of runs.
-
-    Raises
-    ------
-    RunError
-        As `open_student`.
-    """
+    """The students of several runs, each once, in the order in which they are named."""
     found: dict[tuple[Path, ...], list[Run]] = {}
     for path in paths:
         student = open_student(path)

@@ -18,11 +18,6 @@ from lftpipe.workspace import find_run
 def compare(settings: CompareSettings) -> Comparison:
     """Compare two finished runs.
 
-    Parameters
-    ----------
-    settings
-        Which two.
-
     Returns
     -------
     Comparison
@@ -46,13 +41,7 @@ def _finished(run: Path) -> Path:
 
 
 def summary(result: Comparison) -> Group:
-    """A table of settings, one of where they come from, one of results.
-
-    Parameters
-    ----------
-    result
-        What `compare` returned.
-    """
+    """A table of settings, one of where they come from, one of results."""
     one, other = (row.run for row in result.runs)
     heads = [one, other] if one != other else [row.path for row in result.runs]
 

@@ -51,16 +51,6 @@ def _elsewhere() -> Any:
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Score teacher, skips and runs over the whole validation split, and write the table.
 
-    Parameters
-    ----------
-    settings
-        Which runs, in how many steps.
-
-    Returns
-    -------
-    Evaluation
-        The table, and where it was written.
-
     Raises
     ------
     LftpipeError
@@ -202,13 +192,7 @@ def _predictors(
 
 
 def markdown(result: Results) -> str:
-    """The table as a Markdown page.
-
-    Parameters
-    ----------
-    result
-        The table.
-    """
+    """The table as a Markdown page."""
     introduction = (
         f"{result.validation_tokens:,} validation tokens{_of_corpus(result.corpus)}, evaluated in "
         f"{result.compute_dtype}. "
@@ -223,13 +207,7 @@ def _of_corpus(corpus: str | None) -> str:
 
 
 def summary(result: Evaluation) -> FittedTable:
-    """The table for a terminal.
-
-    Parameters
-    ----------
-    result
-        What `evaluate` returned.
-    """
+    """The table for a terminal."""
     shown, found = ("method", "block", "k", "solver", "nfe", *METRICS), result.results
     rows = [row.to_json() | {"method": row.run or row.method} for row in found.rows]
     rows += [

@@ -42,16 +42,6 @@ COMPARED_TOKENS = 64
 def export(settings: ExportSettings) -> Exported:
     """Write a student with tokenizer, generation config and model card.
 
-    Parameters
-    ----------
-    settings
-        Which runs, in which form, and where.
-
-    Returns
-    -------
-    Exported
-        Where it is and what it is made of.
-
     Raises
     ------
     LftpipeError
@@ -171,13 +161,7 @@ def _write(model: Any, teacher: Teacher, card: str, result: Exported, folder: Pa
 
 
 def summary(result: Exported) -> str:
-    """What was made, where, and what to type next.
-
-    Parameters
-    ----------
-    result
-        What `export` returned.
-    """
+    """What was made, where, and what to type next."""
     lines = [
         f"{result.out}: {result.model_type}, {result.layers} layers, "
         f"{result.parameters:,} parameters, {progress.human_bytes(result.bytes)} of {result.dtype}",

@@ -29,16 +29,6 @@ from lftpipe.store import StoreSpec, StoreWriter, abandon, verify_store
 def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
     """Run the teacher over a corpus and store its states; resumes what was interrupted.
 
-    Parameters
-    ----------
-    settings
-        Teacher, corpus, what is stored of it, and where.
-
-    Returns
-    -------
-    PlannedExtraction or Extraction
-        The plan's figures for `--dry-run`, else what was stored.
-
     Raises
     ------
     LftpipeError
@@ -76,18 +66,7 @@ def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
 
 
 def check(settings: ExtractSettings) -> None:
-    """Refuse settings that contradict.
-
-    Parameters
-    ----------
-    settings
-        Those of `extract`.
-
-    Raises
-    ------
-    SettingsError
-        Naming them.
-    """
+    """Refuse settings that contradict."""
     spread = [f"--{name}" for name in ("part", "ray") if getattr(settings, name) is not None]
     spread += ["--workers"] if settings.workers > 1 else []
     if len(spread) > 1:
@@ -179,13 +158,7 @@ def _result(plan: Plan, spec: StoreSpec, computed: int, started: float) -> Extra
 
 
 def summary(result: PlannedExtraction | Extraction) -> str:
-    """What was made, where, and what to type next.
-
-    Parameters
-    ----------
-    result
-        What `extract` returned.
-    """
+    """What was made, where, and what to type next."""
     if isinstance(result, PlannedExtraction):
         return "\n".join([*_planned(result), *_batch_lines(result)])
     lines = []

@@ -64,8 +64,6 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> Gener
 
     Parameters
     ----------
-    settings
-        Which model, prompt and how.
     out
         Where to write words as they are made; None writes nothing.
 
@@ -244,13 +242,7 @@ def _common(ours: list[int], theirs: list[int]) -> int:
 
 
 def summary(result: Generation | Drafting) -> str | Table:
-    """Speed; the text was streamed. With `compare`, both texts side by side.
-
-    Parameters
-    ----------
-    result
-        What `generate` returned.
-    """
+    """Speed; the text was streamed. With `compare`, both texts side by side."""
     if isinstance(result, Drafting):
         return _draft_summary(result)
     if result.beside is not None:

@@ -46,11 +46,6 @@ def heal(settings: HealSettings) -> Healing:
     settings
         Which run, what of its student is trained, and where the new run goes.
 
-    Returns
-    -------
-    Healing
-        Where the run is and how it ended.
-
     Raises
     ------
     LftpipeError
@@ -251,13 +246,7 @@ def _manifest(source: Run, settings: HealSettings, tokens: int) -> dict[str, Any
 
 
 def summary(result: Healing) -> str:
-    """What was made, where, and what to type next.
-
-    Parameters
-    ----------
-    result
-        What `heal` returned.
-    """
+    """What was made, where, and what to type next."""
     lines = [f"{result.run}: {result.healed}, healed"]
     if result.already_finished:
         return "\n".join([*lines, "  it was finished already: nothing was computed"])

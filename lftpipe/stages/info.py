@@ -25,16 +25,6 @@ SAMPLED_SEQUENCES = 16
 def info(settings: InfoSettings) -> StoreFacts | RunFacts:
     """Describe a store, or a run.
 
-    Parameters
-    ----------
-    settings
-        Which.
-
-    Returns
-    -------
-    StoreFacts or RunFacts
-        What is known of it.
-
     Raises
     ------
     LftpipeError
@@ -118,13 +108,7 @@ def _statistics(store: Store, layer: int, split: str) -> StateStatistics:
 
 
 def summary(result: StoreFacts | RunFacts) -> Group | FittedTable:
-    """Tables for a terminal.
-
-    Parameters
-    ----------
-    result
-        What `info` returned.
-    """
+    """Tables for a terminal."""
     if isinstance(result, RunFacts):
         return _facts(
             result.path,

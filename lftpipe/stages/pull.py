@@ -20,16 +20,6 @@ _OF_A_RUN = (runs.SETTINGS, runs.METRICS, runs.WEIGHTS, SAMPLES, runs.MANIFEST)
 def pull(settings: PullSettings) -> Pulled:
     """Download into a hidden folder of the workspace, check, and put it in its place.
 
-    Parameters
-    ----------
-    settings
-        From where.
-
-    Returns
-    -------
-    Pulled
-        Where it is, and whether it was there already.
-
     Raises
     ------
     LftpipeError
@@ -123,13 +113,7 @@ def _occupied(out: Path, option: str) -> LftpipeError:
 
 
 def summary(result: Pulled) -> str:
-    """Where it is, and what to type next.
-
-    Parameters
-    ----------
-    result
-        What `pull` returned.
-    """
+    """Where it is, and what to type next."""
     told = "is there already" if result.already_there else "is whole"
     lines = [f"{result.path}: {result.kind} of {result.teacher} from {result.source}, {told}"]
     if result.kind == "store":

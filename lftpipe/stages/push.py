@@ -27,16 +27,6 @@ OF_A_STORE = ("zarr.json", "manifest.json", "train/*", "validation/*")
 def push(settings: PushSettings) -> Pushed:
     """Upload, with a card.
 
-    Parameters
-    ----------
-    settings
-        What, and where to.
-
-    Returns
-    -------
-    Pushed
-        Where it is on the Hub.
-
     Raises
     ------
     LftpipeError
@@ -95,13 +85,7 @@ def _sent(
 
 
 def summary(result: Pushed) -> str:
-    """What went where, and how to get it back.
-
-    Parameters
-    ----------
-    result
-        What `push` returned.
-    """
+    """What went where, and how to get it back."""
     lines = [f"{result.path}: {progress.human_bytes(result.bytes)} uploaded to {result.web}"]
     if result.kind != "student":
         named = f" --run {Path(result.path).name}" if result.others else ""

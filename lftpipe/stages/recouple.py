@@ -23,11 +23,6 @@ FRACTIONS = (0.125, 0.25, 0.375, 0.5)
 def recouple(settings: RecoupleSettings) -> Recoupling:
     """Map all pairs `m < n` of a store's states, write the map as JSON, PNG and an HTML page.
 
-    Parameters
-    ----------
-    settings
-        Samples, metric, and where the map goes.
-
     Returns
     -------
     Recoupling
@@ -83,13 +78,7 @@ def _default_shown(result: RecouplingMap) -> list[tuple[int, int]]:
 
 
 def summary(result: Recoupling) -> FittedTable:
-    """The best blocks for common fractions of the layers, and where the map is.
-
-    Parameters
-    ----------
-    result
-        What `recouple` returned.
-    """
+    """The best blocks for common fractions of the layers, and where the map is."""
     recoupling, rows = result.map, []
     lengths = {entry.length: entry.blocks for entry in recoupling.ranking}
     wanted = {ranking.block_length(recoupling.num_layers, fraction) for fraction in FRACTIONS}

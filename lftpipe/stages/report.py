@@ -22,11 +22,6 @@ PICTURES = ("steps.png", "adaptive.png", "training.png")
 def report(settings: ReportSettings) -> ReportPage:
     """Write one self-contained HTML page, and the same as Markdown with pictures, of what is beside a store.
 
-    Parameters
-    ----------
-    settings
-        Which store, and where the page goes.
-
     Returns
     -------
     ReportPage
@@ -90,12 +85,6 @@ def _relative(path: Path, page: Path) -> str:
 
 
 def summary(result: ReportPage) -> str:
-    """Where the page is, and what is damaged.
-
-    Parameters
-    ----------
-    result
-        What `report` returned.
-    """
+    """Where the page is, and what is damaged."""
     lines = [f"{result.report}: open it in a browser; {result.markdown} has the same in Markdown"]
     return "\n".join([*lines, *(f"  {each}" for each in result.damaged)])

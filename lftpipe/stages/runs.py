@@ -29,23 +29,7 @@ _TEXTS = ("teacher", "run", "block", "objective", "solver", "state")
 
 
 def runs(settings: RunsSettings) -> RunList:
-    """List the runs of a workspace, or those beside one store; the lowest KL of each teacher first.
-
-    Parameters
-    ----------
-    settings
-        Which workspace or store.
-
-    Returns
-    -------
-    RunList
-        A line for each run.
-
-    Raises
-    ------
-    LftpipeError
-        If there is no run.
-    """
+    """List the runs of a workspace, or those beside one store; the lowest KL of each teacher first."""
     if settings.store is not None:
         place = find_store(settings.workspace, settings.store).parent / "runs"
         found = place.glob("*/settings.toml")
@@ -60,13 +44,7 @@ def runs(settings: RunsSettings) -> RunList:
 
 
 def summary(result: RunList) -> FittedTable:
-    """One line a run.
-
-    Parameters
-    ----------
-    result
-        What `runs` returned.
-    """
+    """One line a run."""
     rows = [[cell(getattr(row, key)) for key in COLUMNS] for row in result.rows]
     columns = [
         Column(name, "left" if key in _TEXTS else "right", folds=key in ("teacher", "run"), needed=needed)

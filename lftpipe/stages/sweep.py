@@ -248,13 +248,7 @@ def _rows(found: RecouplingMap, swept: list[ranking.Block], scored: list[Score])
 
 
 def summary(result: Sweeping) -> FittedTable:
-    """The correlations with KL for a terminal.
-
-    Parameters
-    ----------
-    result
-        What `sweep` returned.
-    """
+    """The correlations with KL for a terminal."""
     heading, rows = correlation_table(result.sweep, "kl")
     out = Path(result.out)
     return FittedTable(

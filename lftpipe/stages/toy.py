@@ -42,16 +42,6 @@ def toy(settings: ToySettings) -> ToyFigure:
     over them, and its points end with the wrong partners: it recouples. Walking is judged by where
     it ends, and keeps the pairs (section 3.1).
 
-    Parameters
-    ----------
-    settings
-        Steps, seed, and where the files go.
-
-    Returns
-    -------
-    ToyFigure
-        What each panel kept, and where it was written.
-
     Raises
     ------
     SettingsError
@@ -106,31 +96,13 @@ class PlaneVelocity(nn.Module):
         )
 
     def forward(self, x: States, t: Times, step_size: Times) -> States:
-        """The velocity at places and times.
-
-        Parameters
-        ----------
-        x
-            Places, a point for each sequence.
-        t
-            Times, in `[0, 1]`.
-        step_size
-            Of the step that is taken, which changes nothing.
-        """
+        """The velocity at places and times."""
         del step_size  # one velocity for steps of every size
         return self.layers(torch.cat([x, t[:, None, None].expand(-1, x.shape[1], 1)], -1))
 
 
 def pairs(count: int, seed: int) -> tuple[States, States]:
-    """`x_0` in two clusters on the left and `x_1` in two on the right, each at the other one's height.
-
-    Parameters
-    ----------
-    count
-        How many pairs.
-    seed
-        Of the draw.
-    """
+    """`x_0` in two clusters on the left and `x_1` in two on the right, each at the other one's height."""
     generator = torch.Generator().manual_seed(seed)
     side = torch.randint(2, (count, 1), generator=generator) * 2.0 - 1
     x_0 = torch.cat([-torch.ones_like(side), side], -1) + 0.15 * torch.randn(count, 2, generator=generator)
@@ -139,15 +111,7 @@ def pairs(count: int, seed: int) -> tuple[States, States]:
 
 
 def keeps_pair(end: States, x_1: States) -> Bool[Tensor, "point"]:
-    """Whether a point ended on its partner's side of the middle.
-
-    Parameters
-    ----------
-    end
-        Where the points ended.
-    x_1
-        Their partners.
-    """
+    """Whether a point ended on its partner's side of the middle."""
     return (end[:, 0, 1] * x_1[:, 0, 1]) > 0
 
 
@@ -210,13 +174,7 @@ def _draw(panels: list[Panel], drawn: list[list[Tensor]], cloud: tuple[Tensor, T
 
 
 def summary(result: ToyFigure) -> str:
-    """What each panel kept.
-
-    Parameters
-    ----------
-    result
-        What `toy` returned.
-    """
+    """What each panel kept."""
     lines = [
         f"{panel.panel}: {panel.pairs_kept:.1%} of the pairs kept, NMSE {panel.nmse:.4f} "
         f"({panel.k} {panel.solver} steps)"

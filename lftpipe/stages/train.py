@@ -27,11 +27,6 @@ def train(settings: TrainSettings) -> Training:
     settings
         What is trained, on which store, and where the run goes.
 
-    Returns
-    -------
-    Training
-        Where the runs are and how they ended.
-
     Raises
     ------
     LftpipeError
@@ -101,13 +96,7 @@ def _block(text: str, settings: TrainSettings, store_path: Path, teacher: Teache
 
 
 def summary(result: Training) -> str:
-    """What was made, where, and what to type next.
-
-    Parameters
-    ----------
-    result
-        What `train` returned.
-    """
+    """What was made, where, and what to type next."""
     return "\n".join(_lines(run, result.store) for run in result.runs)
 
 

@@ -13,11 +13,6 @@ from lftpipe.workspace import find_store
 def verify(settings: VerifySettings) -> Verification:
     """Compare a store with its manifest.
 
-    Parameters
-    ----------
-    settings
-        Which store.
-
     Returns
     -------
     Verification
@@ -41,13 +36,7 @@ def verify(settings: VerifySettings) -> Verification:
 
 
 def summary(result: Verification) -> str:
-    """What was found, and the cure.
-
-    Parameters
-    ----------
-    result
-        What `verify` returned.
-    """
+    """What was found, and the cure."""
     size = f"{result.files} files, {progress.human_bytes(result.bytes)}"
     if result.ok and result.absent_shards is not None:
         absent = (

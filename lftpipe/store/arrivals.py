@@ -25,24 +25,7 @@ Fill = Callable[[int, Buffer], Batch]
 
 
 class Arrivals:
-    """Batches of a rolling store, each read once all of its shards are there.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    windows
-        Of the store.
-    shards
-        Its files.
-    say
-        Takes a line on what is waited for.
-
-    Attributes
-    ----------
-    stop
-        Is set when nobody wants more batches.
-    """
+    """Batches of a rolling store, each read once all of its shards are there."""
 
     def __init__(self, path: Path, windows: Windows, shards: Shards, say: Callable[[str], object]) -> None:
         self._path, self._windows, self._shards, self._say = path, windows, shards, say
@@ -56,8 +39,6 @@ class Arrivals:
         ----------
         fill
             Reads the batch of a step; raises AbsentShardError if a shard is not there.
-        batch_size
-            Sequences of a batch.
 
         Returns
         -------

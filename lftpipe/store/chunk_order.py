@@ -17,14 +17,8 @@ def batch_order(array: ArrayLayout, kept: int, end: int, batch_sequences: int) -
 
     Parameters
     ----------
-    array
-        Whose shard.
     kept
         Sequences of the shard that an older, shorter file held.
-    end
-        Sequences of the shard.
-    batch_sequences
-        Sequences of one batch of the teacher.
     """
     starts = [0, *range(kept, end, batch_sequences)] if kept else range(0, end, batch_sequences)
     for first in starts:
@@ -41,12 +35,6 @@ def seal_in_order(
 
     Parameters
     ----------
-    writer
-        All chunks are put.
-    order
-        In which they are to lie.
-    sequences
-        How many the shard holds.
     copy
         Opens a file of another name for the copy, which then replaces the first.
     """

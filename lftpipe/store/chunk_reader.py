@@ -17,23 +17,13 @@ class ChunkReader:
 
     Parameters
     ----------
-    storage
-        Where it lies.
-    path
-        Its name there.
-    num_chunks
-        How many chunks its index has room for.
     expected
         Size and tail of the file that was written; a tail of "" is not compared.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
     DamagedShardError
         If the index is not as it was written.
-    OtherShardError
-        If it is not the file expected.
     """
 
     def __init__(
@@ -58,8 +48,6 @@ class ChunkReader:
 
         Parameters
         ----------
-        chunk
-            Its number in the file's index.
         out
             C-contiguous array to read into; a new array of bytes if left out.
         """
@@ -76,13 +64,7 @@ class ChunkReader:
         return out
 
     def check(self, chunks: Iterable[int]) -> None:
-        """Read these chunks, which must be all there are, and see that no byte of the file is left over.
-
-        Parameters
-        ----------
-        chunks
-            Numbers in the file's index.
-        """
+        """Read these chunks, which must be all there are, and see that no byte of the file is left over."""
         rest = self.size - CRC_BYTES - 16 * len(self._index)
         for chunk in chunks:
             rest -= self.read(chunk).nbytes + CRC_BYTES

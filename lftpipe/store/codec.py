@@ -44,34 +44,13 @@ class _Parts(NamedTuple):
 
 
 def encoded_bytes(positions: int, features: int, exact: int) -> int:
-    """Size of an encoded chunk with so many exact values.
-
-    Parameters
-    ----------
-    positions
-        Positions of the chunk.
-    features
-        Features of the chunk.
-    exact
-        How many values are kept exact.
-    """
+    """Size of an encoded chunk with so many exact values."""
     groups = -(-positions // _POSITIONS)
     return 4 + 2 * features * (1 + groups) + positions * features + 6 * exact
 
 
 def encode(values: Float16[np.ndarray, "position feature"]) -> UInt8[np.ndarray, "byte"]:
-    """Code one chunk.
-
-    Parameters
-    ----------
-    values
-        One chunk; all values are finite.
-
-    Raises
-    ------
-    ValueError
-        If a value is not finite.
-    """
+    """Code one chunk."""
     if (values.view(np.uint16) & np.uint16(0x7FFF)).max() >= _INFINITY:
         raise ValueError("states that are not finite have no int8 code")
     wide = widen(values)
@@ -103,13 +82,6 @@ def encode(values: Float16[np.ndarray, "position feature"]) -> UInt8[np.ndarray,
 
 def decode(encoded: UInt8[np.ndarray, "byte"], out: Float[np.ndarray, "position feature"]) -> None:
     """Decode one chunk into a float16 or, five times as fast, a float32 array.
-
-    Parameters
-    ----------
-    encoded
-        The bytes that `encode` gave.
-    out
-        Array to decode into.
 
     Raises
     ------
@@ -202,11 +174,6 @@ def widen(values: Float16[np.ndarray, "position feature"]) -> Float32[np.ndarray
     """Finite float16 as float32, seven times as fast as numpy: shift the bits, then repair the exponent.
 
     Infinities and NaN become 65536 and beyond.
-
-    Parameters
-    ----------
-    values
-        Finite values.
     """
     bits = values.view(np.int16).astype(np.int32)
     bits <<= 13

@@ -9,15 +9,7 @@ from lftpipe.store.windows import ROLLING_SPLIT, Windows
 
 
 class Description:
-    """A store's specification, in the words of who reads it.
-
-    Parameters
-    ----------
-    path
-        Where the store is.
-    spec
-        What it holds.
-    """
+    """A store's specification, in the words of who reads it."""
 
     def __init__(self, path: Path, spec: StoreSpec) -> None:
         self.path, self.spec = path, spec
@@ -59,28 +51,11 @@ class Description:
         return Windows(self.spec)
 
     def rolls(self, split: str) -> bool:
-        """Whether the states of a split come and go.
-
-        Parameters
-        ----------
-        split
-            `train` or `validation`.
-        """
+        """Whether the states of a split come and go."""
         return bool(self.spec.rolling) and split == ROLLING_SPLIT
 
     def need_whole(self, what: str) -> None:
-        """Refuse a rolling store, whose training states come and go.
-
-        Parameters
-        ----------
-        what
-            What needs them all.
-
-        Raises
-        ------
-        StoreError
-            If it is one.
-        """
+        """Refuse a rolling store, whose training states come and go."""
         if self.spec.rolling:
             raise StoreError(
                 f"{what} on the rolling store {self.path}",
@@ -89,13 +64,7 @@ class Description:
             )
 
     def num_sequences(self, split: str) -> int:
-        """Sequences of a split.
-
-        Parameters
-        ----------
-        split
-            `train` or `validation`.
-        """
+        """Sequences of a split."""
         try:
             return self.spec.sequences[split]
         except KeyError:
@@ -105,13 +74,7 @@ class Description:
             ) from None
 
     def need_logits(self) -> None:
-        """Refuse a store without logits.
-
-        Raises
-        ------
-        StoreError
-            If it was made without.
-        """
+        """Refuse a store without logits."""
         if not self.spec.logits:
             raise StoreError(
                 f"{self.path} holds no logits",
@@ -124,8 +87,6 @@ class Description:
 
         Parameters
         ----------
-        array
-            Its name.
         layer
             One that is to be read; None of an array without layers.
 

@@ -12,13 +12,7 @@ from lftpipe.store.layout import LOCK
 
 
 def take_lock(path: Path) -> int:
-    """Become the only writer of a store. The kernel lets go of the lock when the process ends, however.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    """
+    """Become the only writer of a store. The kernel lets go of the lock when the process ends, however."""
     lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -32,13 +26,7 @@ def take_lock(path: Path) -> int:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Say disk full, read-only and the like as errors the user can cure.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    """
+    """Say disk full, read-only and the like as errors the user can cure."""
     try:
         yield
     except OSError as error:

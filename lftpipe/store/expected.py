@@ -17,13 +17,7 @@ class Expected(NamedTuple):
     """Zero where the manifest names none, as those of old stores do not."""
 
     def of(self, index: int) -> tuple[int, str]:
-        """Size and tail of a shard, as `ChunkReader` compares them.
-
-        Parameters
-        ----------
-        index
-            Which shard of the split.
-        """
+        """Size and tail of a shard, as `ChunkReader` compares them."""
         tail = int(self.tails[index])
         return int(self.sizes[index]), f"{tail:016x}" if tail else ""
 

@@ -22,10 +22,6 @@ def refuse_incomplete(writer: "StoreWriter", records: Records, checked: Records)
 
     Parameters
     ----------
-    writer
-        The open store.
-    records
-        All shards that count as done.
     checked
         Those whose bytes need not be read again.
 
@@ -50,10 +46,6 @@ def refuse_changed(writer: "StoreWriter", records: Records, checked: Records) ->
 
     Parameters
     ----------
-    writer
-        The open store.
-    records
-        Shards that count as done.
     checked
         Those whose bytes need not be read again.
 
@@ -79,15 +71,7 @@ def _changed_files(path: Path, records: Records, checked: Records) -> set[str]:
 
 
 def digests(storage: Storage, files: Iterable[str]) -> Iterator[tuple[str, str | Exception]]:
-    """The digest of each file, or why it has none; some are read at the same time.
-
-    Parameters
-    ----------
-    storage
-        Of the store.
-    files
-        Their names in it.
-    """
+    """The digest of each file, or why it has none; some are read at the same time."""
 
     def read(file: str) -> tuple[str, str | Exception]:
         try:
@@ -100,15 +84,7 @@ def digests(storage: Storage, files: Iterable[str]) -> Iterator[tuple[str, str |
 
 
 def write_metadata(storage: Storage, files: dict[str, bytes]) -> None:
-    """Write the Zarr metadata, the root's last: it says whether the store is complete.
-
-    Parameters
-    ----------
-    storage
-        Of the store.
-    files
-        By path relative to the store, the JSON text.
-    """
+    """Write the Zarr metadata, the root's last: it says whether the store is complete."""
     for name in sorted(files, key=lambda name: -name.count("/")):
         try:
             same = storage.read(name) == files[name]

@@ -19,16 +19,8 @@ def read_in_turn(
 
     Parameters
     ----------
-    store
-        The store.
-    split
-        `train` or `validation`.
     parts
         `(array, layer)` of each: `hidden` for states, `attention` for attention outputs.
-    sequences
-        Indices within the split.
-    at_once
-        Sequences in a lot; the last may have fewer.
     """
     for first in range(0, len(sequences), at_once):
         some = sequences[first : first + at_once]

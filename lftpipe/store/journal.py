@@ -30,13 +30,7 @@ class Journal:
         self._storage = storage
 
     def append(self, records: Records) -> None:
-        """Add the records of one commit and wait until they are on the disk.
-
-        Parameters
-        ----------
-        records
-            Records of the shards that are being committed.
-        """
+        """Add the records of one commit and wait until they are on the disk."""
         self._storage.append_log(line_of(records))
 
     def close(self) -> None:
@@ -45,23 +39,12 @@ class Journal:
 
     @staticmethod
     def exists(path: Path) -> bool:
-        """Whether a store has a journal: it is being made, grown or repaired.
-
-        Parameters
-        ----------
-        path
-            The store's folder.
-        """
+        """Whether a store has a journal: it is being made, grown or repaired."""
         return storage_of(path).read_log() is not None
 
     @staticmethod
     def read(path: Path) -> tuple[StoreSpec, Records] | None:
         """What was planned, and what was committed so far; None without a journal.
-
-        Parameters
-        ----------
-        path
-            The store's folder.
 
         Raises
         ------
@@ -83,37 +66,19 @@ class Journal:
 
 
 def line_of(value: object) -> bytes:
-    """A journal's line: a digest, and the JSON text that it is of.
-
-    Parameters
-    ----------
-    value
-        JSON-plain.
-    """
+    """A journal's line: a digest, and the JSON text that it is of."""
     text = canonical(value)
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 
 def content_of(line: bytes) -> Any:
-    """What `line_of` wrote; None if it is damaged.
-
-    Parameters
-    ----------
-    line
-        Without its end.
-    """
+    """What `line_of` wrote; None if it is damaged."""
     digest, _, text = line.partition(b" ")
     return parse_json(text) if digest == xxhash.xxh3_64_hexdigest(text).encode() else None
 
 
 def stored_records(path: Path) -> dict[str, int]:
-    """Sequences in every shard file of a store in the making, as its journal says it; for who has no lock.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    """
+    """Sequences in every shard file of a store in the making, as its journal says it; for who has no lock."""
     try:
         journal = Journal.read(path)
     except ValueError:
@@ -122,27 +87,13 @@ def stored_records(path: Path) -> dict[str, int]:
 
 
 def on_disk(path: Path, records: Records) -> Records:
-    """Those records whose file is there with the right size.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    records
-        What should be there.
-    """
+    """Those records whose file is there with the right size."""
     sizes = storage_of(path).sizes(records)
     return {file: record for file, record in records.items() if sizes.get(file) == record.bytes}
 
 
 def progress(path: Path) -> tuple[int, int] | None:
-    """How many shards of a store in the making are done, and of how many; None if none is being made.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    """
+    """How many shards of a store in the making are done, and of how many; None if none is being made."""
     journal = Journal.read(path)
     if journal is None:
         return None

@@ -14,15 +14,6 @@ def as_dataset(
 ) -> "Dataset":
     """Open a split lazily: nothing is read before it is asked for.
 
-    Parameters
-    ----------
-    path
-        The store's folder.
-    split
-        `train` or `validation`.
-    layers, attention_layers
-        Which are stored.
-
     Raises
     ------
     StoreError

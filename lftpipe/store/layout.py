@@ -62,13 +62,7 @@ class ArrayLayout:
         return (*front, "sequence", *self.axes)
 
     def shape(self, sequences: int) -> tuple[int, ...]:
-        """Shape of the array with so many sequences.
-
-        Parameters
-        ----------
-        sequences
-            How many sequences.
-        """
+        """Shape of the array with so many sequences."""
         front = () if self.layers is None else (len(self.layers),)
         return (*front, sequences, *self.chunk)
 
@@ -78,15 +72,7 @@ class ArrayLayout:
         return (1 if self.layers is None else len(self.layers)) * self.sequences_per_shard
 
     def may_have(self, num_bytes: int, sequences: int) -> bool:
-        """Whether a shard file of so many sequences can have so many bytes; encoded chunks vary in size.
-
-        Parameters
-        ----------
-        num_bytes
-            Size of the file.
-        sequences
-            How many sequences it is said to hold.
-        """
+        """Whether a shard file of so many sequences can have so many bytes; encoded chunks vary in size."""
         index = 16 * self.chunks_per_shard + 4
         chunks = (1 if self.layers is None else len(self.layers)) * sequences
         if self.codec:
@@ -101,13 +87,6 @@ class ArrayLayout:
         ----------
         layer
             The layer l itself, not its index; None for an array without layers.
-        within
-            Which sequence of the shard.
-
-        Raises
-        ------
-        KeyError
-            If the layer is not stored.
         """
         if self.layers is None:
             return within
@@ -116,15 +95,7 @@ class ArrayLayout:
         return self.layers.index(layer) * self.sequences_per_shard + within
 
     def file(self, split: str, index: int) -> str:
-        """Shard file, relative to the store.
-
-        Parameters
-        ----------
-        split
-            `train` or `validation`.
-        index
-            Which shard of the split.
-        """
+        """Shard file, relative to the store."""
         front = "" if self.layers is None else "0."
         return f"{split}/{self.name}/c.{front}{index}" + ".0" * len(self.chunk)
 
@@ -190,11 +161,6 @@ class StoreSpec:
     def from_json(cls, value: dict[str, Any]) -> "StoreSpec":
         """Read what `to_json` gave.
 
-        Parameters
-        ----------
-        value
-            What `to_json` gave.
-
         Raises
         ------
         ValueError
@@ -236,26 +202,12 @@ class StoreSpec:
 
 
 def root_attributes(spec: StoreSpec) -> dict[str, Any]:
-    """The attributes of the root group, all but ``complete``.
-
-    Parameters
-    ----------
-    spec
-        What the store holds.
-    """
+    """The attributes of the root group, all but ``complete``."""
     return {**spec._own, **spec.identity, **spec.details}
 
 
 def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
-    """The Zarr metadata files of a store (relative path -> JSON text), made by zarr-python itself.
-
-    Parameters
-    ----------
-    spec
-        What the store holds.
-    complete
-        What the root's attribute `complete` says.
-    """
+    """The Zarr metadata files of a store (relative path -> JSON text), made by zarr-python itself."""
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore

@@ -19,12 +19,8 @@ class Ledger:
 
     Parameters
     ----------
-    path
-        The store's folder.
     storage
         Its bytes, as the writer has them: a bucket lets one writer in.
-    records
-        All shards that count as done.
     checked
         Those whose bytes need not be read again: this process wrote them, or an earlier one checked them.
     made
@@ -41,13 +37,7 @@ class Ledger:
         self._commits = threading.Lock()
 
     def begin(self, spec: StoreSpec) -> None:
-        """Begin the journal anew, with the records so far.
-
-        Parameters
-        ----------
-        spec
-            What the store is to hold.
-        """
+        """Begin the journal anew, with the records so far."""
         with self._commits:
             if self._journal is not None:
                 self._journal.close()  # it stays ours, also where the new one cannot be begun
@@ -70,16 +60,6 @@ class Ledger:
 
         One that is known already, and one whose files are not there as they were written, are refused:
         they change no byte, and nothing of them remains.
-
-        Parameters
-        ----------
-        *sealed
-            What `produce_shard` left.
-
-        Returns
-        -------
-        int
-            How many were taken.
 
         Raises
         ------
@@ -124,13 +104,7 @@ class Ledger:
                 )
 
     def drop(self, files: Iterable[str]) -> None:
-        """Delete shard files that can be made again; what they were like is remembered.
-
-        Parameters
-        ----------
-        files
-            Shard files of a rolling store, relative to it.
-        """
+        """Delete shard files that can be made again; what they were like is remembered."""
         with self._commits:
             for file in files:
                 self._storage.delete(file)
@@ -144,13 +118,7 @@ class Ledger:
         return news and sealed.is_there(self._path)
 
     def forget(self, files: set[str]) -> None:
-        """Count these shard files as not written.
-
-        Parameters
-        ----------
-        files
-            Shard files, relative to the store.
-        """
+        """Count these shard files as not written."""
         assert self._journal is not None, "nothing is pending in a complete store"
         lost = {file: Record(0, 0, "") for file in files}
         with self._commits:

@@ -15,15 +15,7 @@ PART = "p"
 
 
 def settle(path: Path, records: Records) -> None:
-    """Name the journaled shards that a killed process had no time to name; remove what it left unfinished.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    records
-        What the journal knows.
-    """
+    """Name the journaled shards that a killed process had no time to name; remove what it left unfinished."""
     storage = storage_of(path)
     for partial in sorted(path.rglob("*.partial")):
         final = final_of(partial)
@@ -43,17 +35,7 @@ def settle(path: Path, records: Records) -> None:
 
 
 def remove_partials(path: Path, attempts: str, kept: set[str] | None = None) -> None:
-    """Remove the unfinished files of some attempts.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    attempts
-        How their names begin.
-    kept
-        Attempts of such a name whose files stay.
-    """
+    """Remove the unfinished files of some attempts."""
     for partial in path.rglob("*.partial"):
         attempt = attempt_of(partial)
         if attempt.startswith(attempts) and attempt not in (kept or ()):
@@ -61,12 +43,6 @@ def remove_partials(path: Path, attempts: str, kept: set[str] | None = None) -> 
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what a store in the making has beside its journal.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    """
+    """Remove what a store in the making has beside its journal."""
     for file in (path / PLAN, *path.glob("part-*"), *path.rglob("*.partial")):
         file.unlink(missing_ok=True)

@@ -24,13 +24,7 @@ OVERHEAD = 16
 
 
 def compress(values: Shaped[np.ndarray, "position feature"]) -> bytes:
-    """Code one chunk; the same values give the same bytes.
-
-    Parameters
-    ----------
-    values
-        C-contiguous float16 or float32.
-    """
+    """Code one chunk; the same values give the same bytes."""
     # Blosc's threads would store their blocks in the order in which they finish.
     blosc.use_threads = False
     return _CODEC.encode(np.ascontiguousarray(values))
@@ -41,8 +35,6 @@ def decompress(encoded: UInt8[np.ndarray, "byte"], out: Shaped[np.ndarray, "posi
 
     Parameters
     ----------
-    encoded
-        What `compress` made.
     out
         C-contiguous, of the chunk's shape and dtype.
 
@@ -64,13 +56,7 @@ def decompress(encoded: UInt8[np.ndarray, "byte"], out: Shaped[np.ndarray, "posi
 
 
 def zarr_codec(dtype: str) -> "BloscCodec":
-    """What Zarr's metadata says of it.
-
-    Parameters
-    ----------
-    dtype
-        Of the values.
-    """
+    """What Zarr's metadata says of it."""
     from zarr.codecs import BloscCodec
 
     size = np.dtype(dtype).itemsize

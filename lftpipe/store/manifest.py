@@ -25,13 +25,7 @@ class Manifest(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> "Manifest | None":
-        """None if there is none; ValueError if it is damaged.
-
-        Parameters
-        ----------
-        path
-            The store's folder.
-        """
+        """None if there is none; ValueError if it is damaged."""
         try:
             value = unsealed(storage_of(path).read(MANIFEST), str(path / MANIFEST))
         except FileNotFoundError:
@@ -50,19 +44,7 @@ class Manifest(NamedTuple):
 
     @classmethod
     def write(cls, path: Path, spec: StoreSpec, shards: Records, metadata: Records) -> None:
-        """The fingerprint is over identity and shards: equal stores have equal ones, whenever made.
-
-        Parameters
-        ----------
-        path
-            The store's folder.
-        spec
-            What the store holds.
-        shards
-            Records of all shards.
-        metadata
-            Records of the zarr.json files.
-        """
+        """The fingerprint is over identity and shards: equal stores have equal ones, whenever made."""
         value = {
             "spec": spec.to_json(),
             "shards": shards,
@@ -73,24 +55,12 @@ class Manifest(NamedTuple):
 
 
 def describe(data: bytes) -> Record:
-    """The record of a small file written whole.
-
-    Parameters
-    ----------
-    data
-        Its content.
-    """
+    """The record of a small file written whole."""
     return Record(0, len(data), xxhash.xxh3_128_hexdigest(data))
 
 
 def planned_spec(path: Path) -> StoreSpec | None:
-    """What a store, finished or not, was last meant to hold; None if there is none, or it is damaged.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    """
+    """What a store, finished or not, was last meant to hold; None if there is none, or it is damaged."""
     try:
         if journal := Journal.read(path):
             return journal[0]
@@ -108,11 +78,6 @@ def _fingerprint(spec: StoreSpec, shards: Records) -> str:
 
 def finished_manifest(path: Path) -> Manifest:
     """The manifest of a store that can be read.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
 
     Raises
     ------
@@ -149,13 +114,6 @@ def newest_record(path: Path, file: str) -> Record | None:
     """What the journal, or else the manifest, says of a shard file now; None if neither knows it.
 
     In this order: a store that grows has its manifest before it loses its journal.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    file
-        A shard file, relative to the store.
     """
     try:
         for shards in (journal[1] if (journal := Journal.read(path)) else {}, _shards_of(path)):

@@ -67,11 +67,6 @@ _KINDS: dict[Any, Callable[[Any], Any]] = {
 def parse_spec(value: Any) -> StoreSpec:
     """The specification in a manifest or journal.
 
-    Parameters
-    ----------
-    value
-        What JSON made of it.
-
     Raises
     ------
     ValueError
@@ -93,28 +88,12 @@ def parse_spec(value: Any) -> StoreSpec:
 
 
 def num_shards(spec: StoreSpec) -> int:
-    """Shards of all splits together, of each array.
-
-    Parameters
-    ----------
-    spec
-        What the store holds.
-    """
+    """Shards of all splits together, of each array."""
     return sum(-(-count // spec.sequences_per_shard) for count in spec.sequences.values())
 
 
 def files_of(array: ArrayLayout, split: str, sequences: int) -> Iterator[str]:
-    """The shard files of an array, in order: `ArrayLayout.file` for stores of a million of them.
-
-    Parameters
-    ----------
-    array
-        Which one.
-    split
-        `train` or `validation`.
-    sequences
-        How many the split has.
-    """
+    """The shard files of an array, in order: `ArrayLayout.file` for stores of a million of them."""
     name = array.file(split, 0)
     place = len(name) - 1 - 2 * len(array.chunk)  # of the shard's number
     front, end = name[:place], name[place + 1 :]
@@ -126,15 +105,8 @@ def parse_records(value: Any, names: re.Pattern[str] = _SHARD) -> Records:
 
     Parameters
     ----------
-    value
-        What JSON made of it: an object of lists.
     names
         What a file may be called: never one outside the store.
-
-    Raises
-    ------
-    ValueError
-        If it is anything else.
     """
     records: Records = {}
     is_name, is_digest, is_tail = names.fullmatch, _DIGEST.fullmatch, _TAIL.fullmatch
@@ -153,13 +125,7 @@ def parse_records(value: Any, names: re.Pattern[str] = _SHARD) -> Records:
 
 
 def parse_metadata(value: Any) -> Records:
-    """What is known of the Zarr metadata files.
-
-    Parameters
-    ----------
-    value
-        What a manifest holds.
-    """
+    """What is known of the Zarr metadata files."""
     return parse_records(value, _METADATA)
 
 
@@ -167,13 +133,6 @@ def check_shards(spec: StoreSpec, shards: Records) -> None:
     """See that a finished store's records are those of its specification, no more and no fewer.
 
     Those of shards that come and go are the journal's.
-
-    Parameters
-    ----------
-    spec
-        What the store is said to hold.
-    shards
-        The records of all of its shard files.
 
     Raises
     ------
@@ -204,15 +163,8 @@ def check_committed(spec: StoreSpec, records: Records) -> None:
 
     Parameters
     ----------
-    spec
-        What the store is to hold.
     records
         Of what was committed; one that was lost since has no sequences.
-
-    Raises
-    ------
-    ValueError
-        Naming the first that cannot be.
     """
     arrays = spec.arrays
     for file, record in records.items():

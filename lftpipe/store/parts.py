@@ -22,23 +22,10 @@ _NAME = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
 class PartJournal:
     """An append-only file of lines ``digest json``, as the store's own journal: the plan first.
 
-    Parameters
-    ----------
-    path
-        The store's folder.
-    index, count
-        Which of how many parts; the first is 1.
-    plan
-        Digest of what is computed.
-
     Attributes
     ----------
     sealed
         What was sealed, and is still there or was taken into the store since.
-    notes
-        What was measured.
-    done
-        Whether it is all of the part.
     """
 
     def __init__(self, path: Path, index: int, count: int, plan: str) -> None:
@@ -60,13 +47,7 @@ class PartJournal:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the one process that computes this part; what another left unfinished is removed.
-
-        Raises
-        ------
-        StoreBusyError
-            If another process computes it.
-        """
+        """Be the one process that computes this part; what another left unfinished is removed."""
         lock = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
@@ -88,24 +69,12 @@ class PartJournal:
             os.close(lock)
 
     def append(self, sealed: Sealed) -> None:
-        """Record a shard that is on the disk.
-
-        Parameters
-        ----------
-        sealed
-            What was written.
-        """
+        """Record a shard that is on the disk."""
         self._append({"sealed": [sealed.to_json()]})
         self.sealed[sealed.key] = sealed
 
     def note(self, **found: Any) -> None:
-        """Record what was measured.
-
-        Parameters
-        ----------
-        **found
-            JSON-plain.
-        """
+        """Record what was measured."""
         self._append({"notes": found})
         self.notes |= found
 
@@ -139,15 +108,7 @@ class PartJournal:
 
 
 def read_parts(path: Path, plan: str) -> list[PartJournal]:
-    """The journals of all parts of a plan that were begun.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    plan
-        Digest of what is computed.
-    """
+    """The journals of all parts of a plan that were begun."""
     numbers = sorted(
         tuple(map(int, match.groups()))
         for file in path.glob("part-*")

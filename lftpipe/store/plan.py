@@ -8,13 +8,7 @@ from lftpipe.store.layout import PLAN
 
 
 def read_plan(path: Path) -> dict[str, Any] | None:
-    """What is to be computed, as `write_plan` froze it; None if nothing is, or if it is damaged.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    """
+    """What is to be computed, as `write_plan` froze it; None if nothing is, or if it is damaged."""
     try:
         return read_sealed(path / PLAN)
     except (FileNotFoundError, ValueError):
@@ -22,13 +16,5 @@ def read_plan(path: Path) -> dict[str, Any] | None:
 
 
 def write_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Freeze what is to be computed.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    plan
-        JSON-plain values.
-    """
+    """Freeze what is to be computed."""
     write_sealed(path / PLAN, plan)

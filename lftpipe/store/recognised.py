@@ -20,15 +20,8 @@ def refuse_other(path: Path, *, replace: bool = False) -> None:
 
     Parameters
     ----------
-    path
-        The folder, which need not exist.
     replace
         Whether all that is in it is to be deleted: then a store with a file that is not ours is refused too.
-
-    Raises
-    ------
-    StoreError
-        Naming the first file.
     """
     storage = storage_of(path)
     names, log = names_beside_log(storage), storage.read_log()
@@ -47,13 +40,7 @@ _ELSEWHERE = ("a store or an empty folder", "name another --store")
 
 
 def names_beside_log(storage: Storage) -> set[str]:
-    """What is there beside the log, but for what a writer that was killed at its very first write leaves.
-
-    Parameters
-    ----------
-    storage
-        Of the store.
-    """
+    """What is there beside the log, but for what a writer that was killed at its very first write leaves."""
     return {
         name
         for name in storage.names() - {LOCK, LEASE, PRODUCER, JOURNAL, f"{JOURNAL}.partial"}

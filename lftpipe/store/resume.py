@@ -40,13 +40,6 @@ class Found(NamedTuple):
 def find(path: Path, spec: StoreSpec, *, resume: bool, repair: Report | None, recheck: bool) -> Found:
     """What is there of the store that is asked for; shards that lack their names get them.
 
-    Parameters
-    ----------
-    path, spec
-        The store.
-    resume, repair, recheck
-        See `StoreWriter.open`.
-
     Raises
     ------
     StoreError
@@ -150,22 +143,7 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
 
 
 def refuse_changes(path: Path, old: StoreSpec, new: StoreSpec) -> None:
-    """A store never mixes settings, and never shrinks.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    old
-        What the store was meant to hold.
-    new
-        What it is meant to hold now.
-
-    Raises
-    ------
-    StoreError
-        Naming every setting that differs.
-    """
+    """A store never mixes settings, and never shrinks."""
     theirs, ours = old.to_json(), new.to_json()
     for free in ("sequences", "details"):
         del theirs[free], ours[free]
@@ -182,13 +160,7 @@ def refuse_changes(path: Path, old: StoreSpec, new: StoreSpec) -> None:
 
 
 def clear(path: Path) -> None:
-    """Delete the store; never a folder that is not one.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    """
+    """Delete the store; never a folder that is not one."""
     refuse_other(path, replace=True)
     storage = storage_of(path)
     names = names_beside_log(storage)
@@ -206,13 +178,7 @@ def clear(path: Path) -> None:
 
 
 def abandon(path: Path) -> None:
-    """Delete a store that was begun for nothing; one that was ever finished stays.
-
-    Parameters
-    ----------
-    path
-        The store's folder.
-    """
+    """Delete a store that was begun for nothing; one that was ever finished stays."""
     if MANIFEST not in storage_of(path).names():
         clear(path)
         shutil.rmtree(path)

@@ -36,8 +36,6 @@ class Roll:
 
     Parameters
     ----------
-    writer
-        The open store.
     cap
         Bytes of states on the disk. Only a batch that needs more than two windows at once may exceed it, by
         less than a window.
@@ -106,11 +104,6 @@ class Roll:
         """The shard to make now, for which there is room; None while there is nothing to make.
 
         Shards that nobody wants any more are dropped.
-
-        Parameters
-        ----------
-        readers
-            See `wanted`.
         """
         wanted = [key for number in self.wanted(readers) for key in self.windows.keys(number)]
         with self._lock:
@@ -130,13 +123,7 @@ class Roll:
             return missing[0]
 
     def commit(self, sealed: Sealed) -> None:
-        """Take a shard that `next` gave.
-
-        Parameters
-        ----------
-        sealed
-            Its files.
-        """
+        """Take a shard that `next` gave."""
         with self._lock:
             again = sealed.records.keys() <= self._writer.ledger.made.keys()
             self._made += self._writer.commit(sealed)
@@ -176,10 +163,6 @@ def window_shards(spec: StoreSpec, cap: int, own: int = 0) -> int:
 
     Parameters
     ----------
-    spec
-        Of the store that is to be made.
-    cap
-        Bytes of states on the disk.
     own
         Shards in the windows of a store that is there: it keeps them.
 

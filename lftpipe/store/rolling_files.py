@@ -45,45 +45,18 @@ class Reader:
 
 
 def register(store: Path, reader: Reader) -> None:
-    """Say where a run stands: windows before it may be dropped, those after it are needed.
-
-    Parameters
-    ----------
-    store
-        The store's folder.
-    reader
-        The run.
-    """
+    """Say where a run stands: windows before it may be dropped, those after it are needed."""
     (store / READERS).mkdir(exist_ok=True)
     write_sealed(store / READERS / reader.name, asdict(reader))
 
 
 def unregister(store: Path, reader: Reader) -> None:
-    """Say that a run needs nothing any more.
-
-    Parameters
-    ----------
-    store
-        The store's folder.
-    reader
-        The run.
-    """
+    """Say that a run needs nothing any more."""
     (store / READERS / reader.name).unlink(missing_ok=True)
 
 
 def registered(store: Path) -> dict[Path, Reader]:
-    """The runs that a store is read by, and the file of each; those that are over are taken off.
-
-    Parameters
-    ----------
-    store
-        The store's folder.
-
-    Raises
-    ------
-    StoreError
-        If a file is damaged.
-    """
+    """The runs that a store is read by, and the file of each; those that are over are taken off."""
     found = {}
     for file in sorted((store / READERS).glob("*.json")):
         try:
@@ -119,13 +92,7 @@ def producing(store: Path) -> Iterator[None]:
 
 
 def producer_lives(store: Path) -> bool:
-    """Whether a process makes the shards of a store.
-
-    Parameters
-    ----------
-    store
-        The store's folder.
-    """
+    """Whether a process makes the shards of a store."""
     try:
         lock = os.open(store / PRODUCER, os.O_RDONLY)
     except FileNotFoundError:

@@ -22,25 +22,11 @@ class Sealed(NamedTuple):
     records: Records
 
     def partial(self, store: Path, file: str) -> Path:
-        """Where one of its files is.
-
-        Parameters
-        ----------
-        store
-            The store's folder.
-        file
-            One of `records`.
-        """
+        """Where one of its files is."""
         return partial_file(store / file, self.attempt)
 
     def is_there(self, store: Path) -> bool:
-        """Whether all of its files are as long as they were written.
-
-        Parameters
-        ----------
-        store
-            The store's folder.
-        """
+        """Whether all of its files are as long as they were written."""
         try:
             sizes = {file: self.partial(store, file).stat().st_size for file in self.records}
         except FileNotFoundError:
@@ -48,25 +34,13 @@ class Sealed(NamedTuple):
         return sizes == {file: record.bytes for file, record in self.records.items()}
 
     def name(self, store: Path) -> set[Path]:
-        """Give the files their names; the folders that must be synced for it to last.
-
-        Parameters
-        ----------
-        store
-            The store's folder.
-        """
+        """Give the files their names; the folders that must be synced for it to last."""
         for file in self.records:
             self.partial(store, file).replace(store / file)
         return {(store / file).parent for file in self.records}
 
     def discard(self, store: Path) -> None:
-        """Leave nothing of it behind.
-
-        Parameters
-        ----------
-        store
-            The store's folder.
-        """
+        """Leave nothing of it behind."""
         for file in self.records:
             self.partial(store, file).unlink(missing_ok=True)
 
@@ -81,51 +55,27 @@ class Sealed(NamedTuple):
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Sealed":
-        """Read what `to_json` gave.
-
-        Parameters
-        ----------
-        value
-            What `to_json` gave.
-        """
+        """Read what `to_json` gave."""
         split, index, start, stop = value["key"]
         records = parse_records(value["records"])
         return cls(ShardKey(split, index, range(start, stop)), value["attempt"], records)
 
 
 def final_of(partial: Path) -> Path:
-    """The name that a `.partial` file was to get.
-
-    Parameters
-    ----------
-    partial
-        The file.
-    """
+    """The name that a `.partial` file was to get."""
     match = _PARTIAL.fullmatch(partial.name)
     assert match is not None, partial
     return partial.with_name(match["final"])
 
 
 def attempt_of(partial: Path) -> str:
-    """The attempt that wrote a `.partial` file; empty if it is not known.
-
-    Parameters
-    ----------
-    partial
-        The file.
-    """
+    """The attempt that wrote a `.partial` file; empty if it is not known."""
     match = _PARTIAL.fullmatch(partial.name)
     assert match is not None, partial
     return match["attempt"] or ""
 
 
 def sync_folders(folders: set[Path]) -> None:
-    """Make the new names in some folders last.
-
-    Parameters
-    ----------
-    folders
-        The folders.
-    """
+    """Make the new names in some folders last."""
     for folder in sorted(folders):
         sync_folder(folder)

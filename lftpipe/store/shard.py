@@ -48,38 +48,17 @@ def tail_of(last_crc: bytes, index: bytes) -> str:
     """Digest of the end of a shard: the crc32c of its last chunk, the index, the index's crc32c.
 
     Shards of one array have equal indices, but not equal last chunks. All of it is read with the index.
-
-    Parameters
-    ----------
-    last_crc
-        Of the last chunk.
-    index
-        With its own crc32c.
     """
     return xxhash.xxh3_64_hexdigest(last_crc + index)
 
 
 def partial_file(path: Path, attempt: str) -> Path:
-    """Where a shard grows until it is whole: a file of this attempt alone.
-
-    Parameters
-    ----------
-    path
-        The shard's final name.
-    attempt
-        Which attempt writes it.
-    """
+    """Where a shard grows until it is whole: a file of this attempt alone."""
     return path.with_name(f"{path.name}.{attempt}.partial")
 
 
 def crc_of(data: np.ndarray | bytes) -> bytes:
-    """The crc32c of some bytes, as it is stored.
-
-    Parameters
-    ----------
-    data
-        The bytes.
-    """
+    """The crc32c of some bytes, as it is stored."""
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
 
 
@@ -97,15 +76,7 @@ class Room(NamedTuple):
     """Bytes from chunk to chunk."""
 
     def values(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The chunks as an array of `(num_chunks, *shape)` to be filled.
-
-        Parameters
-        ----------
-        dtype
-            Of the chunks' values.
-        shape
-            Of one chunk.
-        """
+        """The chunks as an array of `(num_chunks, *shape)` to be filled."""
         end = self.start + self.num_chunks * self.stride
         rows = self.pages[self.start : end].reshape(self.num_chunks, self.stride)
         return rows[:, :-CRC_BYTES].view(dtype).reshape(self.num_chunks, *shape)
@@ -123,8 +94,6 @@ class ChunkWriter:
     ----------
     free
         Memory that other writers of the same store let go; this one takes from it and gives back.
-    attempt
-        Names the file until it is whole.
     """
 
     def __init__(
@@ -139,15 +108,7 @@ class ChunkWriter:
         self._fd, self._direct = _create(self.path)
 
     def room(self, count: int, chunk_bytes: int) -> Room:
-        """Memory for some chunks of so many bytes; rooms must be filled in the order they are taken.
-
-        Parameters
-        ----------
-        count
-            How many chunks.
-        chunk_bytes
-            Bytes of each, without its crc32c.
-        """
+        """Memory for some chunks of so many bytes; rooms must be filled in the order they are taken."""
         stride = chunk_bytes + CRC_BYTES
         if self._taken + count * stride > len(self._pages):
             self._taken = self._planned % mmap.PAGESIZE  # what the pages before do not write
@@ -158,42 +119,18 @@ class ChunkWriter:
         return room
 
     def fill(self, room: Room, within: int, chunk: int) -> None:
-        """The room's chunk `within` is there: sum it up as `chunk` of the file, and write what is full.
-
-        Parameters
-        ----------
-        room
-            Where the chunk lies.
-        within
-            Which chunk of the room.
-        chunk
-            Its number in the file's index.
-        """
+        """The room's chunk `within` is there: sum it up as `chunk` of the file, and write what is full."""
         if self._index[chunk, 0] != MISSING:
             raise ValueError(f"chunk {chunk} of {self.path} is put twice")
         self._index[chunk] = self._offset, room.stride
         self._sum(room, within)
 
     def put(self, chunk: int, data: np.ndarray | bytes) -> None:
-        """Append one encoded chunk: a C-contiguous array or bytes. The order of chunks is free.
-
-        Parameters
-        ----------
-        chunk
-            Its number in the file's index.
-        data
-            Its bytes.
-        """
+        """Append one encoded chunk: a C-contiguous array or bytes. The order of chunks is free."""
         self.fill(self._copy(data), 0, chunk)
 
     def missing(self, chunks: range) -> int | None:
-        """The first of these chunks that was not put.
-
-        Parameters
-        ----------
-        chunks
-            Numbers in the file's index.
-        """
+        """The first of these chunks that was not put."""
         absent = self._index[chunks.start : chunks.stop : chunks.step, 0] == MISSING
         return chunks[int(absent.argmax())] if absent.any() else None
 

@@ -65,13 +65,7 @@ class ShardWriter:
         self._chunks: dict[str, ChunkWriter] = {}
 
     def dtype(self, array: str) -> str:
-        """Of an array, decoded.
-
-        Parameters
-        ----------
-        array
-            Its name.
-        """
+        """Of an array, decoded."""
         return self._arrays[array].dtype
 
     def slot(self, array: str, layer: int | None, first: int, count: int) -> Slot:
@@ -82,19 +76,8 @@ class ShardWriter:
 
         Parameters
         ----------
-        array
-            ``"hidden"``, ``"attention"`` or one of the logits' arrays.
         layer
             The layer l itself, not its index; None for logits.
-        first
-            Which of ``key.sequences`` it begins with.
-        count
-            How many there are.
-
-        Raises
-        ------
-        ValueError
-            If they are not in the shard.
         """
         layout = self._arrays[array]
         if first < 0 or first + count > len(self.key.sequences):
@@ -109,17 +92,10 @@ class ShardWriter:
     def write(self, slot: Slot) -> None:
         """Check, encode and append a slot that was filled.
 
-        Parameters
-        ----------
-        slot
-            What `slot` gave, filled.
-
         Raises
         ------
         StoreError
             If a value is not finite or too large for the storage dtype, or the disk is full.
-        ValueError
-            If a sequence is put twice.
         """
         chunks = self._chunks[slot.layout.name]
         for number, values in enumerate(slot.values):
@@ -140,12 +116,8 @@ class ShardWriter:
 
         Parameters
         ----------
-        array
-            ``"hidden"``, ``"attention"`` or one of the logits' arrays.
         layer
             The layer l itself, not its index; None for logits.
-        first
-            Which of ``key.sequences`` the block begins with.
         block
             Float16 or float32, (sequence, position, feature); ids are int32. numpy rounds float32 to
             float16 more slowly than the disk writes.
@@ -246,14 +218,10 @@ def produce_shard(
     ----------
     path, spec
         The store, begun by a `StoreWriter`, which alone can take the shard into it (`StoreWriter.commit`).
-    key
-        Which shard, and which of its sequences.
     attempt
         No other attempt at this shard may have this name.
     arrays
         Left out, all that the teacher computes.
-    free
-        Memory that shards written before let go.
 
     Yields
     ------

@@ -23,13 +23,7 @@ _OPEN_FILES = 256  # far below the usual limit of 1024 a process
 
 
 class AbsentShardError(StoreError):
-    """A shard of a rolling store is not there: not yet, or no longer.
-
-    Attributes
-    ----------
-    file
-        Its name in the store.
-    """
+    """A shard of a rolling store is not there: not yet, or no longer."""
 
     file: str = ""
 
@@ -39,10 +33,6 @@ class Shards:
 
     Parameters
     ----------
-    path
-        The store.
-    spec
-        What it holds.
     expected
         By array and split, what the manifest says of each shard; empty if there is none yet.
     """
@@ -84,10 +74,6 @@ class Shards:
         ----------
         layout, split, layer
             Which array; the layer is None where the array has none.
-        sequences
-            Their indices in the split, all of which exist.
-        out
-            One row for each.
 
         Raises
         ------
@@ -119,8 +105,6 @@ class Shards:
         ----------
         layout, split, layer
             Which array; the layer is None where the array has none.
-        count
-            Sequences of the split.
         sequences
             Indices in any order; None for all.
         out
@@ -143,13 +127,7 @@ class Shards:
         return out
 
     def together(self, reads: Iterable[Callable[[], object]]) -> None:
-        """Do some reads: at the same time where that is worth it.
-
-        Parameters
-        ----------
-        reads
-            Calls of methods that use this object.
-        """
+        """Do some reads: at the same time where that is worth it."""
         if self._storage.concurrency == 1:
             for read in reads:
                 read()
@@ -188,13 +166,6 @@ class Shards:
 
     def check_first(self, layout: ArrayLayout, split: str) -> None:
         """Open the first shard: a manifest alone is no reason to ask for memory.
-
-        Parameters
-        ----------
-        layout
-            Which array.
-        split
-            `train` or `validation`.
 
         Raises
         ------

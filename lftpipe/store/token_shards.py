@@ -14,19 +14,7 @@ if TYPE_CHECKING:
 
 
 def put_tokens(writer: "StoreWriter", key: ShardKey, begin: int, parts: dict[str, np.ndarray]) -> None:
-    """Store one shard's tokens from sequence ``begin`` on, and compare those that are stored already.
-
-    Parameters
-    ----------
-    writer
-        The open store.
-    key
-        The shard, whole.
-    begin
-        Index within the split of the first sequence given.
-    parts
-        By array, the rows from there on.
-    """
+    """Store one shard's tokens from sequence ``begin`` on, and compare those that are stored already."""
     arrays = [writer.spec.arrays[name] for name in parts]
     origin = key.sequences.start
     try:

@@ -64,11 +64,6 @@ def verify_store(path: Path) -> Report:
 
     A store that is growing is checked too: a shard that was replaced meanwhile is compared with the journal.
 
-    Parameters
-    ----------
-    path
-        The store's folder.
-
     Raises
     ------
     StoreError

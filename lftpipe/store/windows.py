@@ -15,15 +15,7 @@ ROLLING_SPLIT = "train"
 
 
 def rolls(spec: StoreSpec, split: str, array: ArrayLayout) -> bool:
-    """Whether the shards of an array come and go.
-
-    Parameters
-    ----------
-    spec
-        Of the store.
-    split, array
-        Which array of which split.
-    """
+    """Whether the shards of an array come and go."""
     return bool(spec.rolling) and split == ROLLING_SPLIT and array.computed
 
 
@@ -53,80 +45,36 @@ class Windows:
         return -(-self.total // self.sequences)
 
     def number(self, position: int) -> int:
-        """The window that a position lies in.
-
-        Parameters
-        ----------
-        position
-            Sequences seen before it.
-        """
+        """The window that a position lies in."""
         epoch, within = divmod(position, self.total)
         return epoch * self.count + within // self.sequences
 
     def end(self, number: int) -> int:
-        """The position behind a window.
-
-        Parameters
-        ----------
-        number
-            Through all epochs.
-        """
+        """The position behind a window."""
         epoch, window = divmod(number, self.count)
         return epoch * self.total + min((window + 1) * self.sequences, self.total)
 
     def keys(self, number: int) -> Iterator[ShardKey]:
-        """The shards of a window, in order.
-
-        Parameters
-        ----------
-        number
-            Through all epochs.
-        """
+        """The shards of a window, in order."""
         step, window = self.spec.sequences_per_shard, number % self.count
         for first in range(window * self.sequences, self.end(window), step):
             yield ShardKey(ROLLING_SPLIT, first // step, range(first, min(first + step, self.total)))
 
     def shard_bytes(self, key: ShardKey) -> int:
-        """The most bytes that the states of a shard can take.
-
-        Parameters
-        ----------
-        key
-            Which shard.
-        """
+        """The most bytes that the states of a shard can take."""
         return most_bytes(self.spec, len(key.sequences))
 
     def window_bytes(self, number: int) -> int:
-        """The most bytes that the states of a window can take.
-
-        Parameters
-        ----------
-        number
-            Through all epochs.
-        """
+        """The most bytes that the states of a window can take."""
         return sum(map(self.shard_bytes, self.keys(number)))
 
     def files(self, key: ShardKey) -> list[str]:
-        """The files of a shard that come and go.
-
-        Parameters
-        ----------
-        key
-            Which shard.
-        """
+        """The files of a shard that come and go."""
         return [each.file(key.split, key.index) for each in self.spec.arrays.values() if each.computed]
 
 
 def most_bytes(spec: StoreSpec, sequences: int) -> int:
-    """The most bytes that the files of a shard can take, of all arrays that the teacher computes.
-
-    Parameters
-    ----------
-    spec
-        Of the store.
-    sequences
-        Of the shard.
-    """
+    """The most bytes that the files of a shard can take, of all arrays that the teacher computes."""
     total = 0
     for array in spec.arrays.values():
         if array.computed:

@@ -37,10 +37,6 @@ class StoreWriter:
         Whether everything the specification asks for is on disk and checked.
     epoch
         How many times it was opened to be computed: part of the names of what is produced.
-    fresh
-        Whether nothing of it was there.
-    ledger
-        The records of its shards.
     """
 
     def __init__(self, path: Path, spec: StoreSpec, lock: int) -> None:
@@ -66,16 +62,6 @@ class StoreWriter:
 
         Parameters
         ----------
-        path
-            The store's folder.
-        spec
-            What the store will hold.
-        resume
-            Whether an existing store may be gone on with.
-        force
-            Delete an existing store and begin anew.
-        repair
-            What `verify_store` found: these files count as not written.
         recheck
             Whether a corpus that ended early may have grown since; left out, a store that was once asked for
             just as much is not asked for more than it holds.
@@ -133,8 +119,6 @@ class StoreWriter:
 
         Parameters
         ----------
-        key
-            One of `pending`.
         arrays
             Left out, all that the teacher computes.
         """
@@ -146,13 +130,7 @@ class StoreWriter:
         self.commit(shard.sealed)
 
     def commit(self, *sealed: Sealed) -> int:
-        """Take shards that were produced, here or elsewhere, as `Ledger.take` does; how many were taken.
-
-        Parameters
-        ----------
-        *sealed
-            What `produce_shard` left.
-        """
+        """Take shards that were produced, here or elsewhere, as `Ledger.take` does; how many were taken."""
         return self.ledger.take(*sealed)
 
     def put_tokens(
@@ -166,12 +144,6 @@ class StoreWriter:
 
         Parameters
         ----------
-        split
-            `train` or `validation`.
-        tokens
-            Token ids.
-        document
-            Which document each token came from.
         first
             Index of the first sequence given; all before it, back to the last multiple of
             `sequences_per_shard`, must be stored. It ends at such a multiple or with the split.
@@ -195,8 +167,6 @@ class StoreWriter:
         ----------
         sequences
             How many each split has, where that was not known before: never fewer than are stored.
-        **details
-            Details by name; JSON-plain values.
         """
         changed = {key: value for key, value in {**self.spec.details, **details}.items() if value is not None}
         spec = replace(self.spec, details=changed, sequences=sequences or self.spec.sequences)
@@ -259,15 +229,7 @@ class StoreWriter:
         return [array for array in self.spec.arrays.values() if array.computed]
 
     def stored(self, key: ShardKey, array: ArrayLayout) -> int:
-        """How many sequences of this shard are on disk.
-
-        Parameters
-        ----------
-        key
-            The shard.
-        array
-            One of its arrays.
-        """
+        """How many sequences of this shard are on disk."""
         record = self.ledger.records.get(array.file(key.split, key.index))
         return record.sequences if record else 0
 
@@ -285,11 +247,5 @@ class StoreWriter:
                 write_metadata(self.storage, metadata(self.spec, complete=False))
 
     def forget(self, files: set[str]) -> None:
-        """Count these shard files as not written.
-
-        Parameters
-        ----------
-        files
-            Shard files, relative to the store.
-        """
+        """Count these shard files as not written."""
         self.ledger.forget(files)

@@ -25,13 +25,7 @@ class Int8Codec(ArrayBytesCodec):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Int8Codec":
-        """The codec of an array's metadata.
-
-        Parameters
-        ----------
-        data
-            The codec's entry in the metadata.
-        """
+        """The codec of an array's metadata."""
         if data["name"] != NAME or data.get("configuration"):
             raise ValueError(f"not a configuration of {NAME}: {data}")
         return cls()
@@ -41,30 +35,12 @@ class Int8Codec(ArrayBytesCodec):
         return {"name": NAME}
 
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:
-        """Refuse arrays that the codec does not fit.
-
-        Parameters
-        ----------
-        shape
-            Of the array.
-        dtype
-            Of the array.
-        chunk_grid
-            Of the array; any will do.
-        """
+        """Refuse arrays that the codec does not fit."""
         if dtype.to_native_dtype() != np.float16 or len(shape) < 2:
             raise ValueError(f"{NAME} codes float16 with axes (..., position, feature), not {dtype} {shape}")
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
-        """Refuse: the size depends on the values.
-
-        Parameters
-        ----------
-        input_byte_length
-            Bytes of a chunk's values.
-        chunk_spec
-            What zarr knows of the chunk.
-        """
+        """Refuse: the size depends on the values."""
         raise NotImplementedError("the size depends on the values")
 
     def _encode_sync(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:

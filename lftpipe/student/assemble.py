@@ -29,10 +29,6 @@ def build_student(
 
     Parameters
     ----------
-    teacher
-        Of all the runs.
-    opened
-        One run for each block.
     steps, solver
         Left out, those that the runs were trained with.
 
@@ -41,8 +37,6 @@ def build_student(
     RunError
         If the runs are of different teachers, disagree on what is left out, lack a tensor, or one was healed
         in another student.
-    SettingsError
-        If their blocks overlap.
     """
     opened = sorted(opened, key=lambda run: run.block)
     for run in opened:
@@ -96,12 +90,8 @@ def fill(model: Any, tensors: Mapping[str, Tensor], generation_config: Generatio
 
     Parameters
     ----------
-    model
-        On the meta device.
     tensors
         Weights by name; those that are tied may be left out.
-    generation_config
-        How it writes where nothing else is asked.
     """
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
@@ -113,17 +103,7 @@ def fill(model: Any, tensors: Mapping[str, Tensor], generation_config: Generatio
 
 
 def without_layers(model: Any, teacher: Teacher, blocks: Sequence[tuple[int, int]]) -> Any:
-    """The teacher with the layers of these blocks left out: the draft to beat. It shares all tensors.
-
-    Parameters
-    ----------
-    model
-        The whole teacher as a language model.
-    teacher
-        The same, opened.
-    blocks
-        Start and end of each.
-    """
+    """The teacher with the layers of these blocks left out: the draft to beat. It shares all tensors."""
     skipped = {layer for m, n in blocks for layer in range(m, n)}
     kept = [layer for layer in range(teacher.num_layers) if layer not in skipped]
     shared = {id(each): each for each in (*model.parameters(), *model.buffers())}

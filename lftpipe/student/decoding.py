@@ -54,13 +54,7 @@ class Speculation:
     teacher_calls: int
 
     def told(self, alone: Continuation) -> Drafted:
-        """Text and speed, beside the teacher without a draft.
-
-        Parameters
-        ----------
-        alone
-            What the teacher wrote without one.
-        """
+        """Text and speed, beside the teacher without a draft."""
         return Drafted(
             **self.continuation.told().to_json(),
             proposed_tokens=self.proposed,
@@ -108,14 +102,8 @@ def continue_prompt(
 
     Parameters
     ----------
-    model, tokenizer, prompt
-        Who continues what.
-    max_new_tokens
-        At most; the end-of-text token ends the text before.
     temperature
         0 is greedy; above, tokens are drawn by torch's generator.
-    out
-        Where words are written as they are made.
     draft
         A model that proposes tokens for `model` to accept (assisted generation).
     """
@@ -158,21 +146,6 @@ def speculate(
     The draft proposes some tokens, the teacher checks them in one pass, keeps those it would have
     written and adds one of its own. So its passes are `new tokens - accepted`.
 
-    Parameters
-    ----------
-    teacher
-        Who decides.
-    draft
-        Who writes ahead.
-    tokenizer
-        Of both.
-    prompt
-        What is continued.
-    max_new_tokens
-        At most; the end-of-text token ends the text before.
-    out
-        Where words are written as they are made.
-
     Raises
     ------
     SettingsError
@@ -203,12 +176,6 @@ def speculate(
 
 
 def warm_up(model: Any, tokenizer: Any, prompt: str) -> None:
-    """Run a model once without timing it.
-
-    Parameters
-    ----------
-    model, tokenizer, prompt
-        Who continues what.
-    """
+    """Run a model once without timing it."""
     with torch.inference_mode():
         continue_prompt(model, tokenizer, prompt, WARM_UP_TOKENS)

@@ -75,10 +75,6 @@ class DerivedFlowLayer(FlowLayer):
 
     Parameters
     ----------
-    family, config
-        Of the teacher.
-    block
-        What it replaces.
     layer
         The teacher's first layer there, as its own constructor builds it.
     arity
@@ -150,13 +146,7 @@ class DerivedLatentFlow(LatentFlow):
         self.post_init()  # pyright: ignore[reportAttributeAccessIssue]
 
     def generate(self, *given: Any, **options: Any) -> Any:
-        """As transformers has it; without a cache where layers keep more than keys and values.
-
-        Parameters
-        ----------
-        *given, **options
-            As `transformers.GenerationMixin.generate` takes them.
-        """
+        """As transformers has it; without a cache where layers keep more than keys and values."""
         if not self.caches:
             options["use_cache"] = False
         return super().generate(*given, **options)  # pyright: ignore[reportAttributeAccessIssue]
@@ -182,15 +172,7 @@ class DerivedLatentFlow(LatentFlow):
 
 
 def refuse_without_flow(structure: Structure, name: str) -> None:
-    """Refuse students of families that have no flow layers.
-
-    Parameters
-    ----------
-    structure
-        Of the teacher's model.
-    name
-        Of the teacher, for the error.
-    """
+    """Refuse students of families that have no flow layers."""
     if structure.without_flow:
         raise TeacherError(
             f"a student of a {name} model", f"flow layers, but {structure.without_flow}", "choose another"
@@ -200,11 +182,6 @@ def refuse_without_flow(structure: Structure, name: str) -> None:
 @lru_cache
 def student_class(model_type: str) -> Any:
     """The student's class for a teacher's model type, registered with transformers' Auto classes.
-
-    Parameters
-    ----------
-    model_type
-        Of the teacher, without the student's prefix.
 
     Raises
     ------
@@ -242,13 +219,7 @@ def student_class(model_type: str) -> Any:
 
 
 def per_layer_lists(config: Any) -> dict[str, list[Any]]:
-    """What a teacher's config says of each of its layers, by field.
-
-    Parameters
-    ----------
-    config
-        Of the teacher.
-    """
+    """What a teacher's config says of each of its layers, by field."""
     count = config.num_hidden_layers
     return {
         name: value

@@ -27,10 +27,6 @@ class FlowLayer(GradientCheckpointingLayer):
 
     Parameters
     ----------
-    family, config
-        Of the student.
-    block
-        What it replaces, and by which kind of flow.
     layer
         The teacher's layer that the flow is made of, where it was built already.
     """
@@ -71,8 +67,6 @@ class FlowLayer(GradientCheckpointingLayer):
         ----------
         steps, method
             How to go from the block's start to its end.
-        slots
-            Places in the KV cache, one for each evaluation.
         """
         timed = self.block.kind == "flow"
         self.steps, self.method = (steps, method) if timed else (1, "euler")
@@ -95,14 +89,6 @@ class FlowLayer(GradientCheckpointingLayer):
 
         Parameters
         ----------
-        hidden_states
-            States at the block's start.
-        attention_mask
-            What the model made of its mask.
-        position_ids
-            The place of each token in its segment.
-        position_embeddings
-            Cosines and sines of the rotary embedding.
         **arguments
             Of them only the cache is looked at.
         """
@@ -112,15 +98,7 @@ class FlowLayer(GradientCheckpointingLayer):
         return self.carry(hidden_states, self._contexts(context, arguments.get(self.cache_argument)))
 
     def carry(self, hidden_states: States, contexts: Iterator[AttentionContext]) -> States:
-        """From the block's start to its end; each evaluation has a context of its own.
-
-        Parameters
-        ----------
-        hidden_states
-            States at the block's start.
-        contexts
-            One for each evaluation.
-        """
+        """From the block's start to its end; each evaluation has a context of its own."""
         if isinstance(self.velocity, LayerStack):
             return self.velocity.run(hidden_states, contexts)
         evaluations = itertools.count()

@@ -14,13 +14,7 @@ Tensors = dict[str, Tensor]
 
 
 def obstacle(layer: Branches) -> str | None:
-    """Why a layer's modulation folds into no ordinary layer; None if it does.
-
-    Parameters
-    ----------
-    layer
-        Of the flow.
-    """
+    """Why a layer's modulation folds into no ordinary layer; None if it does."""
     form = layer.form
     if form is None:
         return "a layer that is modulated as a whole, not in its branches"
@@ -39,19 +33,7 @@ def obstacle(layer: Branches) -> str | None:
 def fold_branch(
     step: Tensors, layer: nn.Module, branch: Branch, scale: Tensor, gate: Tensor, shift: Tensor | None
 ) -> None:
-    """`gate * branch((1 + scale) * norm(x) + shift)` as tensors of an ordinary layer.
-
-    Parameters
-    ----------
-    step
-        The layer's tensors by name; changed.
-    layer
-        The layer itself, for its structure.
-    branch
-        Which of its branches.
-    scale, gate, shift
-        Values for each feature; `gate` is the whole factor.
-    """
+    """`gate * branch((1 + scale) * norm(x) + shift)` as tensors of an ordinary layer."""
     if _has_weight(layer, branch.norm):
         _scale_norm(step, layer, str(branch.norm), 1 + scale, shift)
     else:

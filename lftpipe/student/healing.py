@@ -41,8 +41,6 @@ class HealingStudent(nn.Module):
     ----------
     student
         What is healed, all its runs in the order of their blocks; healed before, it goes on from there.
-    teacher
-        Its teacher.
     whole
         Whether the layers before the first block are trained too.
     """
@@ -110,15 +108,7 @@ class HealingStudent(nn.Module):
         return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
 
     def forward(self, x: States, context: AttentionContext) -> States:
-        """The states after the final norm.
-
-        Parameters
-        ----------
-        x
-            `h[first]`.
-        context
-            Positions and mask of the sequences.
-        """
+        """The states after the final norm."""
         for layer in self.before:
             x = layer(x, context)
         for run, flow, after in zip(self.runs, self.flows, self.after, strict=True):

@@ -27,13 +27,6 @@ STUDENTS: dict[str, Any] = {
 def teacher_of_run(run: Run, workspace: Path) -> Teacher:
     """The teacher that a run was trained for.
 
-    Parameters
-    ----------
-    run
-        A finished run.
-    workspace
-        Where teachers are looked for too.
-
     Raises
     ------
     TeacherError
@@ -44,13 +37,6 @@ def teacher_of_run(run: Run, workspace: Path) -> Teacher:
 
 def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
     """The teacher of an exported folder.
-
-    Parameters
-    ----------
-    folder
-        What `lftpipe export` wrote.
-    workspace
-        Where teachers are looked for too.
 
     Raises
     ------
@@ -73,11 +59,6 @@ def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
 def load_teacher(teacher: Teacher) -> Any:
     """The whole teacher as a language model, in float32.
 
-    Parameters
-    ----------
-    teacher
-        The teacher, opened.
-
     Raises
     ------
     TeacherError
@@ -91,11 +72,6 @@ def load_teacher(teacher: Teacher) -> Any:
 
 def load_model(folder: Path) -> Any:
     """A model from a folder in transformers' format: a student, a plain export, a teacher.
-
-    Parameters
-    ----------
-    folder
-        With config.json and safetensors.
 
     Raises
     ------

@@ -45,8 +45,6 @@ class LatentFlow:
 
         Parameters
         ----------
-        steps
-            At least 1.
         solver
             `euler` or `midpoint`; left out, the present one.
 
@@ -96,16 +94,6 @@ class LatentFlow:
         """As transformers has it, but a tensor that is missing, extra or misshapen is an error.
 
         Pickles are never loaded.
-
-        Parameters
-        ----------
-        folder, *arguments, **options
-            As `transformers.PreTrainedModel.from_pretrained` takes them.
-
-        Raises
-        ------
-        RunError
-            Naming the tensor.
         """
         wants_report = options.pop("output_loading_info", False)
         # A mismatch that is reported has a name, one that is raised has none.

@@ -27,18 +27,7 @@ OLD_ROTARY_NAMES = {
 
 
 def check_foldable(student: Any) -> None:
-    """Refuse what no ordinary layers compute exactly.
-
-    Parameters
-    ----------
-    student
-        As a language model.
-
-    Raises
-    ------
-    RunError
-        With the reason.
-    """
+    """Refuse what no ordinary layers compute exactly."""
     config, family = student.config, student.family
     for block in config.flow_blocks:
         name = f"block {block.start}:{block.stop}"
@@ -85,20 +74,10 @@ def check_foldable(student: Any) -> None:
 def unroll(student: Any) -> Any:
     """The same function as an ordinary model of the teacher's family, with `m + k + (L - n)` layers.
 
-    Parameters
-    ----------
-    student
-        As a language model.
-
     Returns
     -------
     PreTrainedModel
         Of the teacher's own class; kept layers share the student's tensors.
-
-    Raises
-    ------
-    RunError
-        If that cannot be done exactly.
     """
     check_foldable(student)
     family: Family = student.family

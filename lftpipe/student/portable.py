@@ -38,11 +38,6 @@ Bool = Float = Int = Int32 = Shaped = _Shape
 def modelling_file(model: Any) -> str:
     """The source of the file that has a student's classes.
 
-    Parameters
-    ----------
-    model
-        A student as a language model.
-
     Raises
     ------
     ValueError
@@ -60,13 +55,7 @@ def modelling_file(model: Any) -> str:
 
 
 def bundle(root: str) -> list[str]:
-    """The source of a module and of all that it needs of lftpipe: imports, then each module, the root last.
-
-    Parameters
-    ----------
-    root
-        The module's name.
-    """
+    """The source of a module and of all that it needs of lftpipe: imports, then each module, the root last."""
     imports: dict[str, None] = {"from types import SimpleNamespace": None}
     bodies: list[str] = []
     owners: dict[str, str] = {}
@@ -93,13 +82,7 @@ def bundle(root: str) -> list[str]:
 
 
 def auto_map(model: Any) -> dict[str, str]:
-    """What `config.json` says of where the classes of a model are.
-
-    Parameters
-    ----------
-    model
-        A student as a language model.
-    """
+    """What `config.json` says of where the classes of a model are."""
     config, causal = type(model.config).__name__, type(model).__name__
     return {"AutoConfig": f"{MODULE}.{config}", "AutoModelForCausalLM": f"{MODULE}.{causal}"}
 

@@ -18,12 +18,8 @@ class Slot:
 
         Parameters
         ----------
-        keys, values
-            Of the new positions.
         layer_idx
             Of the layer that asks, which has a slot of its own instead.
-        *rest, **named
-            As `transformers.Cache.update` takes them.
         """
         del layer_idx
         return self._cache.update(keys, values, self._index, *rest, **named)
@@ -36,8 +32,6 @@ def number_layer(layer: nn.Module, index: int) -> None:
     ----------
     layer
         Of any family; parts that know of a cache have a `layer_idx`.
-    index
-        The place.
     """
     for part in layer.modules():
         if hasattr(part, "layer_idx"):

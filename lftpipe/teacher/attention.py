@@ -30,19 +30,7 @@ Mask = Shaped[Tensor, "#sequence 1 position key"] | None
 def attention(
     module: nn.Module, query: Queries, key: Keys, value: Keys, attention_mask: Mask, **options: Any
 ) -> tuple[Float[Tensor, "sequence position head feature"], None]:
-    """Attention as transformers' layers call it: in blocks where that is faster.
-
-    Parameters
-    ----------
-    module
-        The layer's attention.
-    query, key, value
-        By sequence, head and position.
-    attention_mask
-        As `causal_attention` takes it.
-    **options
-        `scaling`, and what transformers' own kernel takes.
-    """
+    """Attention as transformers' layers call it: in blocks where that is faster."""
     if _in_blocks(query, key, options):
         return causal_attention(query, key, value, attention_mask, options.get("scaling")), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -66,8 +54,6 @@ def causal_attention(
 
     Parameters
     ----------
-    key, value
-        By sequence, head and position.
     query
         Of as many heads as `key` and `value` have, or a multiple (grouped queries).
     mask

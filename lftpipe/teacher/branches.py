@@ -16,12 +16,8 @@ class Branches(nn.Module):
 
     Parameters
     ----------
-    family, config
-        Of the teacher.
     index
         Which layer; it matters only to families whose layers differ.
-    layer
-        The layer itself, where it was built already.
     """
 
     def __init__(self, family: Family, config: Any, index: int, layer: nn.Module | None = None) -> None:
@@ -55,15 +51,7 @@ class Branches(nn.Module):
     def attention(
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext
     ) -> Float[Tensor, "sequence position feature"]:
-        """The attention branch's output for normed states `x`, as it is added to the stream.
-
-        Parameters
-        ----------
-        x
-            What the norm before the branch gave.
-        context
-            Positions and mask.
-        """
+        """The attention branch's output for normed states `x`, as it is added to the stream."""
         branch = self._branch("attention")
         module = self.layer.get_submodule(branch.module)
         if context.layers is None:
@@ -77,15 +65,7 @@ class Branches(nn.Module):
     def mlp(
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext | None = None
     ) -> Float[Tensor, "sequence position feature"]:
-        """The MLP branch's output for normed states `x`, as it is added to the stream.
-
-        Parameters
-        ----------
-        x
-            What the norm before the branch gave.
-        context
-            Positions and mask, which some families' MLPs look at.
-        """
+        """The MLP branch's output for normed states `x`, as it is added to the stream."""
         branch = self._branch("mlp")
         if context is not None and context.apart:  # RWKV's mixes positions too
             return _one_by_one(self.mlp, x, context)
@@ -95,15 +75,7 @@ class Branches(nn.Module):
     def forward(
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext
     ) -> Float[Tensor, "sequence position feature"]:
-        """The layer's output, as the teacher computes it.
-
-        Parameters
-        ----------
-        x
-            The states that enter the layer.
-        context
-            Positions and mask.
-        """
+        """The layer's output, as the teacher computes it."""
         if self.whole:
             if context.apart:
                 return _one_by_one(self.forward, x, context)
@@ -116,15 +88,7 @@ class Branches(nn.Module):
     def own(
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext
     ) -> Float[Tensor, "sequence position feature"]:
-        """The layer's output by its own forward pass, whose sums are in the teacher's order.
-
-        Parameters
-        ----------
-        x
-            The states that enter the layer.
-        context
-            Positions and mask.
-        """
+        """The layer's output by its own forward pass, whose sums are in the teacher's order."""
         if context.layers is not None:
             return _first(self.layer(x, **context.layers[self.index]))
         return _first(

@@ -33,14 +33,8 @@ def hooks(
 
     Parameters
     ----------
-    layers
-        Of the model.
     forms
         Their branches; a layer without an attention branch hands out no `a[l]`.
-    deepest
-        The deepest state wanted.
-    hidden, attention
-        What takes them.
     """
     placed = []
     if hidden:
@@ -84,23 +78,8 @@ def check(
 
     Parameters
     ----------
-    run
-        The model's forward pass.
-    capture
-        `hooks` with the sink for states alone.
-    name
-        Of the teacher, for errors.
-    vocabulary
-        How many tokens it knows.
-    deepest
-        The deepest state captured.
     apart
         Whether it is known already that the model does not keep segments apart.
-
-    Returns
-    -------
-    bool
-        `apart`, or what was found where that is worse.
 
     Raises
     ------
@@ -168,15 +147,7 @@ def _compare(states: dict[int, Tensor], theirs: Any, name: str, deepest: int) ->
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether two states are the same up to rounding.
-
-    Parameters
-    ----------
-    a, b
-        The states.
-    tolerance
-        Of the largest difference, relative to the largest value.
-    """
+    """Whether two states are the same up to rounding."""
     if a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):
         return False
     a, b = a.nan_to_num(), b.nan_to_num()  # whoever stores them says where a teacher computes NaN

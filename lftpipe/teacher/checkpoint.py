@@ -75,11 +75,6 @@ class Checkpoint:
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named tensors, as float32.
 
-        Parameters
-        ----------
-        names
-            In the checkpoint.
-
         Raises
         ------
         TeacherError
@@ -110,13 +105,7 @@ class Checkpoint:
         return total.hexdigest()
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor of this name.
-
-        Parameters
-        ----------
-        name
-            In the checkpoint.
-        """
+        """Whether there is a tensor of this name."""
         return name in self._file_of
 
 
@@ -124,13 +113,6 @@ class Overlay(Checkpoint):
     """A checkpoint some of whose tensors are others: what healing changed of a teacher.
 
     Its digest is that of the checkpoint below it, by which runs know their teacher.
-
-    Parameters
-    ----------
-    below
-        The checkpoint.
-    changed
-        Tensors by their names in it.
     """
 
     def __init__(self, below: Checkpoint, changed: dict[str, Tensor]) -> None:
@@ -153,23 +135,11 @@ class Overlay(Checkpoint):
         return self.below.digest
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor of this name.
-
-        Parameters
-        ----------
-        name
-            In the checkpoint.
-        """
+        """Whether there is a tensor of this name."""
         return self.below.has(name)
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """The named tensors, as float32; those that were changed in their new form.
-
-        Parameters
-        ----------
-        names
-            In the checkpoint.
-        """
+        """The named tensors, as float32; those that were changed in their new form."""
         kept = self.below.read([name for name in names if name not in self.changed])
         return {name: self.changed[name] if name in self.changed else kept[name] for name in names}
 

@@ -31,13 +31,7 @@ class AttentionContext:
     """Whether segments must be run one by one, since the layers would not keep them apart."""
 
     def rows(self, rows: slice) -> "AttentionContext":
-        """Of some of the sequences.
-
-        Parameters
-        ----------
-        rows
-            Which of them.
-        """
+        """Of some of the sequences."""
         places = self.position_ids[rows] if len(self.position_ids) > 1 else self.position_ids
         if self.again is not None:
             return self.again(places)
@@ -73,10 +67,6 @@ def attention_context(
     ----------
     frame
         What `Family.frame` made: a rotary module, or the model around its layers.
-    position_ids
-        Of the batch.
-    dtype
-        Of the rotary embedding.
     one_segment
         Whether every sequence is one segment, for callers that know: to look at a GPU's position ids is to
         wait for them.

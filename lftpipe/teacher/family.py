@@ -73,12 +73,6 @@ class Family:
     """Why the family can be extracted and mapped, but has no flow layers."""
 
     def parallel_residual(self, config: Any) -> bool:
-        """Whether attention and MLP both read the layer's input.
-
-        Parameters
-        ----------
-        config
-            Of the model.
-        """
+        """Whether attention and MLP both read the layer's input."""
         form = self.form(config, 0)
         return form is not None and form.parallel

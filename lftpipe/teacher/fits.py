@@ -20,15 +20,8 @@ def check_sizes(config: Any, checkpoint: Checkpoint) -> None:
 
     Parameters
     ----------
-    config
-        Of the model.
     checkpoint
         Its files; only their headers are read.
-
-    Raises
-    ------
-    TeacherError
-        Naming what does not fit.
     """
     shapes = checkpoint.shapes
     lengths = {length for shape in shapes.values() for length in shape}
@@ -46,8 +39,6 @@ def check_layer(config: Any, family: Family, checkpoint: Checkpoint) -> None:
     ----------
     config, family
         Of the model; the family is one that is written out.
-    checkpoint
-        Its files.
 
     Raises
     ------

@@ -76,8 +76,6 @@ def find_form(layer: nn.Module, arguments: Arguments, width: int) -> LayerForm |
         On any device, the meta device too: its weights are not used.
     arguments
         What the model calls it with, for one sequence of four positions.
-    width
-        Features of a state.
     """
     for arities in ARITIES:
         generator = torch.Generator().manual_seed(0)

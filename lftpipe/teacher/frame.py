@@ -37,13 +37,7 @@ class Recorder(nn.Module):
             return getattr(self.__dict__["_stood_for"][0], name)  # models read `layer.attention_type`, say
 
     def forward(self, *given: Any, **named: Any) -> Any:
-        """Note what the layer is called with.
-
-        Parameters
-        ----------
-        *given, **named
-            Whatever the model gives it.
-        """
+        """Note what the layer is called with."""
         bound = self._signature.bind(*given, **named)
         arguments = dict(bound.arguments)
         states = arguments.pop(next(iter(arguments)))
@@ -62,15 +56,7 @@ class Zeros(nn.Module):
         self.width = width
 
     def forward(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Zeros of the embedding's shape.
-
-        Parameters
-        ----------
-        ids
-            Token ids.
-        *_, **__
-            Whatever else the model gives.
-        """
+        """Zeros of the embedding's shape."""
         return torch.zeros(*ids.shape, self.width, device=ids.device)
 
 
@@ -90,15 +76,7 @@ class Passed(Zeros):
             return getattr(self.__dict__["_stood_for"][0], name)
 
     def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The states, as they are.
-
-        Parameters
-        ----------
-        states
-            Of any shape.
-        *_, **__
-            Whatever else the model gives.
-        """
+        """The states, as they are."""
         self.read, self.made = states, states.clone()
         return self.made
 
@@ -139,15 +117,7 @@ def _separates(mask: Tensor) -> bool:
 
 
 class Frame(nn.Module):
-    """The base model of a teacher with recorders for layers, and nothing that has weights.
-
-    Parameters
-    ----------
-    config
-        Of the teacher.
-    implementation
-        Of attention.
-    """
+    """The base model of a teacher with recorders for layers, and nothing that has weights."""
 
     apart: bool = False
     """Whether the layers keep no segments apart by themselves."""
@@ -210,15 +180,7 @@ class Frame(nn.Module):
     def arguments(
         self, position_ids: Int[Tensor, "sequence position"], embeddings: Tensor | None = None
     ) -> dict[int, Arguments]:
-        """What every layer is called with, beside the states, by index.
-
-        Parameters
-        ----------
-        position_ids
-            The place of each token in its segment.
-        embeddings
-            Of the tokens, where layers look at them too.
-        """
+        """What every layer is called with, beside the states, by index."""
         if embeddings is None:
             embeddings = torch.zeros(*position_ids.shape, self.width, device=position_ids.device)
         given: dict[str, Any] = {"inputs_embeds": embeddings, "use_cache": False}
@@ -235,13 +197,7 @@ class Frame(nn.Module):
 
     @torch.no_grad()
     def context(self, position_ids: Int[Tensor, "sequence position"]) -> AttentionContext:
-        """Everything that layers need to know of a batch.
-
-        Parameters
-        ----------
-        position_ids
-            The place of each token in its segment.
-        """
+        """Everything that layers need to know of a batch."""
         several = bool((position_ids[:, 1:] == 0).any())
         apart = self.apart and several
         nothing = torch.empty(0, device=position_ids.device)

@@ -20,17 +20,8 @@ def convert(gguf: Path, folder: Path, accept: Callable[[Any, str], object]) -> P
 
     Parameters
     ----------
-    gguf
-        The file.
-    folder
-        To make.
     accept
         Called with the config and the file's name before any weight is read; raises what it does not accept.
-
-    Returns
-    -------
-    Path
-        The folder.
 
     Raises
     ------

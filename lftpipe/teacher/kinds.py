@@ -7,20 +7,7 @@ from lftpipe.teacher.family import Family
 
 
 def check_kind(config: Any, model: str) -> None:
-    """Refuse by its config what is no decoder of text with weights as they were trained.
-
-    Parameters
-    ----------
-    config
-        Of the model.
-    model
-        What the user named, for errors.
-
-    Raises
-    ------
-    TeacherError
-        With the reason.
-    """
+    """Refuse by its config what is no decoder of text with weights as they were trained."""
     if getattr(config, "quantization_config", None):
         method = config.quantization_config
         method = method.get("quant_method") if isinstance(method, dict) else type(method).__name__
@@ -56,22 +43,7 @@ def check_kind(config: Any, model: str) -> None:
 
 
 def check_attention(model: str, family: Family, config: Any, layers: tuple[int, ...]) -> None:
-    """Refuse to store attention outputs of layers that add none to the residual stream.
-
-    Parameters
-    ----------
-    model
-        What the user named, for errors.
-    family, config
-        Of the model.
-    layers
-        Whose attention outputs are wanted.
-
-    Raises
-    ------
-    TeacherError
-        Naming the first such layer.
-    """
+    """Refuse to store attention outputs of layers that add none to the residual stream."""
     for layer in layers:
         form = family.form(config, layer)
         if form is None or not form.is_attention:

@@ -19,13 +19,7 @@ Result = TypeVar("Result")
 
 
 class Lanes:
-    """So many threads, each with products of its own; a single lane is the caller's own thread.
-
-    Parameters
-    ----------
-    count
-        How many.
-    """
+    """So many threads, each with products of its own; a single lane is the caller's own thread."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -36,15 +30,7 @@ class Lanes:
 
     @classmethod
     def on(cls, device: torch.device, most: int) -> "Lanes":
-        """A lane for each of torch's threads where the processor computes; a device has one.
-
-        Parameters
-        ----------
-        device
-            Where products are computed.
-        most
-            Lanes that there is work for.
-        """
+        """A lane for each of torch's threads where the processor computes; a device has one."""
         return cls(min(torch.get_num_threads(), most) if device.type == "cpu" else 1)
 
     def map(self, function: Callable[[int, Item], Result], items: Iterable[Item | None]) -> Iterator[Result]:

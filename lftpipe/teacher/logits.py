@@ -23,15 +23,6 @@ class Head:
 
     It computes in float32 whatever the trunk computes in: a bfloat16 logit of 20 is a multiple of
     1/8, which is coarser than what a student is to learn from it.
-
-    Parameters
-    ----------
-    teacher
-        Whose head.
-    count
-        How many logits of a position are kept.
-    device
-        Where to run.
     """
 
     def __init__(self, teacher: Teacher, count: int, device: str = "cpu") -> None:
@@ -41,13 +32,7 @@ class Head:
 
     @torch.inference_mode()
     def top(self, state: Float[Tensor, "sequence position feature"]) -> TopLogits:
-        """The largest logits of a batch of last states.
-
-        Parameters
-        ----------
-        state
-            `h[L]`, before the final norm.
-        """
+        """The largest logits of a batch of last states."""
         pieces = []
         for piece in state.flatten(0, 1).float().split(self._piece):
             logits = self._tail.logits(piece)
@@ -71,12 +56,6 @@ def compute_batch(
 
     Parameters
     ----------
-    trunk, head
-        The teacher.
-    tokens, position_ids
-        Of the sequences.
-    put
-        Takes array, layer and values.
     batch_sequences
         Sequences of which logits are computed at once; left out, all.
     """

@@ -21,8 +21,6 @@ class NamedCheckpoint(Checkpoint):
 
     Parameters
     ----------
-    folder
-        In transformers' format.
     model
         Without weights: it says which tensors there are, which are tied, and how files are converted.
     """
@@ -82,27 +80,11 @@ class NamedCheckpoint(Checkpoint):
         return name in self._parameters and (name in self._sources or name in self._first_of)
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor of this name.
-
-        Parameters
-        ----------
-        name
-            As the model has it.
-        """
+        """Whether there is a tensor of this name."""
         return name in self._sources or name in self._first_of
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named tensors, as float32.
-
-        Parameters
-        ----------
-        names
-            As the model's `state_dict` has them.
-
-        Returns
-        -------
-        dict
-            By name.
 
         Raises
         ------

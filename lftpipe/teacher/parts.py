@@ -16,13 +16,6 @@ from lftpipe.teacher.structure import structure_of
 def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
     """A layer of the teacher's shape, on the meta device, to be filled with other weights.
 
-    Parameters
-    ----------
-    teacher
-        The teacher.
-    index
-        Which layer's shape.
-
     Raises
     ------
     TeacherError
@@ -40,13 +33,6 @@ def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
 
 def load_layer(teacher: Teacher, index: int) -> Branches:
     """Layer `index` with the teacher's weights, in float32.
-
-    Parameters
-    ----------
-    teacher
-        The teacher.
-    index
-        Which layer.
 
     Raises
     ------
@@ -77,13 +63,6 @@ def _check_branches(layer: Branches, teacher: Teacher) -> None:
 def load_norm(teacher: Teacher, index: int) -> nn.Module:
     """What `h[index]` is first read through: the norm before attention of that layer, or the final one.
 
-    Parameters
-    ----------
-    teacher
-        The teacher.
-    index
-        Which state.
-
     Raises
     ------
     TeacherError
@@ -104,23 +83,12 @@ def load_norm(teacher: Teacher, index: int) -> nn.Module:
 
 
 def load_rotary(teacher: Teacher) -> nn.Module:
-    """What `attention_context` turns position ids into a context with.
-
-    Parameters
-    ----------
-    teacher
-        The teacher.
-    """
+    """What `attention_context` turns position ids into a context with."""
     return teacher.family.frame(teacher.config)
 
 
 def load_embedding(teacher: Teacher) -> nn.Module:
     """From token ids to `h[0]`.
-
-    Parameters
-    ----------
-    teacher
-        The teacher.
 
     Raises
     ------
@@ -143,12 +111,6 @@ def fill(module: nn.Module, teacher: Teacher, prefix: str, *, strip: str = "") -
 
     Parameters
     ----------
-    module
-        What is filled.
-    teacher
-        Whose checkpoint is read.
-    prefix
-        Of the tensors' names in the checkpoint.
     strip
         Of their names in the module, what the checkpoint's names don't have.
     """
@@ -165,8 +127,6 @@ def fill_buffers(teacher: Teacher, module: nn.Module) -> None:
 
     Parameters
     ----------
-    teacher
-        Whose config gives the values.
     module
         Of the teacher's layers, on the meta device or with weights.
     """

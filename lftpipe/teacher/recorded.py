@@ -12,13 +12,7 @@ PARTS = ("weights", "config", "tokenizer")
 
 
 def record_of(identity: dict[str, Any]) -> dict[str, Any]:
-    """What a store's identity records of its teacher, with the tokenizer's digest that stands beside it.
-
-    Parameters
-    ----------
-    identity
-        Of a store.
-    """
+    """What a store's identity records of its teacher, with the tokenizer's digest that stands beside it."""
     known = {"tokenizer_digest": identity["tokenizer_digest"]} if "tokenizer_digest" in identity else {}
     return identity["teacher"] | known
 
@@ -30,8 +24,6 @@ def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teac
     ----------
     recorded
         `Teacher.identity()` as it was then, and the tokenizer's digest if that was recorded too.
-    workspace
-        Where converted teachers lie.
     made
         What was made with it, for the error, and to find a folder that was moved together with it.
 
@@ -58,13 +50,7 @@ def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teac
 
 
 def _place(model: str, made: Path) -> str:
-    """Where a local teacher is now: as recorded, or, if that moved, as it lay to what was made with it.
-
-    Raises
-    ------
-    TeacherError
-        If it is in neither place.
-    """
+    """Where a local teacher is now: as recorded, or, if that moved, as it lay to what was made with it."""
     old = Path(model)
     if not old.is_absolute() or old.exists():
         return model

@@ -6,13 +6,7 @@ from lftpipe.teacher.tail import head_names
 
 
 def count_parameters(teacher: Teacher) -> int:
-    """Parameters of the whole teacher, from the checkpoint's headers; a tied head counts once.
-
-    Parameters
-    ----------
-    teacher
-        The teacher.
-    """
+    """Parameters of the whole teacher, from the checkpoint's headers; a tied head counts once."""
     if teacher.family.derived:
         return sum(teacher.checkpoint.sizes.values())
     family, sizes = teacher.family, teacher.checkpoint.sizes
@@ -24,15 +18,7 @@ def count_parameters(teacher: Teacher) -> int:
 
 
 def count_layer_parameters(teacher: Teacher, index: int = 0) -> int:
-    """Parameters of one layer.
-
-    Parameters
-    ----------
-    teacher
-        The teacher.
-    index
-        Which layer; in some families they differ in size.
-    """
+    """Parameters of one layer."""
     return sum(parameter.numel() for parameter in empty_layer(teacher, index).parameters())
 
 
@@ -40,11 +26,6 @@ def keys_fraction(teacher: Teacher) -> float:
     """Fraction of a layer's parameters that make keys and values.
 
     It is what a position costs at least that others still attend to.
-
-    Parameters
-    ----------
-    teacher
-        The teacher.
     """
     config = teacher.config
     if teacher.family.form(config, 0) is None:

@@ -21,22 +21,7 @@ LARGEST_BUFFER = 2**28
 
 
 def build(config: Any, implementation: str = attention.NAME, device: str = "meta") -> Any:
-    """The language model of a config, as transformers builds it, without weights.
-
-    Parameters
-    ----------
-    config
-        Of the teacher; it is copied.
-    implementation
-        Of attention.
-    device
-        `meta` holds no memory at all.
-
-    Returns
-    -------
-    PreTrainedModel
-        In evaluation mode.
-    """
+    """The language model of a config, as transformers builds it, without weights."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
@@ -52,16 +37,6 @@ def layers_path(model: Any) -> str:
 
     The layer's class is the one that the model itself records hidden states of (`_can_record_outputs`);
     where it names none, the layers are the longest list of modules of `num_hidden_layers`.
-
-    Parameters
-    ----------
-    model
-        A language model of transformers.
-
-    Raises
-    ------
-    TeacherError
-        If there is no such list.
     """
     count = model.config.num_hidden_layers
     kinds = _recorded_kinds(model)
@@ -83,13 +58,7 @@ def layers_path(model: Any) -> str:
 
 
 def takes_any_attention(model: Any) -> bool:
-    """Whether torch's own attention computes all that this model's does: no sinks, soft-caps or biases.
-
-    Parameters
-    ----------
-    model
-        A language model of transformers.
-    """
+    """Whether torch's own attention computes all that this model's does: no sinks, soft-caps or biases."""
     parts = [part for part in model.modules() if hasattr(part, "_supports_sdpa")]
     return all(part._supports_sdpa for part in parts) and not any(
         getattr(model.config, name, None) for name in ("attn_logit_softcapping", "attn_logit_softcap")
@@ -114,8 +83,6 @@ def materialise_buffers(root: Any, module: nn.Module) -> None:
     ----------
     root
         The model that the module was taken out of, which knows how to initialise it.
-    module
-        Its parameters are left as they are.
     """
     for parameter in module.parameters():
         parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -31,13 +31,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_l
 
 
 def max_positions_of(config: Any) -> int | None:
-    """The longest context that a model knows positions for; None if it has no bound.
-
-    Parameters
-    ----------
-    config
-        Of the model.
-    """
+    """The longest context that a model knows positions for; None if it has no bound."""
     named = (getattr(config, name, None) for name in POSITIONS)
     return next((count for count in named if isinstance(count, int)), None)
 
@@ -116,12 +110,8 @@ def open_teacher(model: str, workspace: Path, *, revision: str | None = None) ->
 
     Parameters
     ----------
-    model
-        Name, id, folder or file.
     workspace
         Where folders of teachers are looked for, and GGUF files are converted to.
-    revision
-        On the Hub.
 
     Raises
     ------
@@ -164,13 +154,6 @@ def open_teacher(model: str, workspace: Path, *, revision: str | None = None) ->
 
 def family_of(config: Any, model: str) -> Family:
     """The family of a model by its config.
-
-    Parameters
-    ----------
-    config
-        Of the model.
-    model
-        What the user named, for errors.
 
     Returns
     -------

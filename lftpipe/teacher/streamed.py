@@ -27,14 +27,8 @@ class StreamedTrunk(Trunk):
 
     Parameters
     ----------
-    teacher
-        Whose trunk.
-    deepest
-        The deepest state `h[l]` wanted.
     compute_dtype
         `torch.bfloat16` runs matrix products in it and keeps the residual stream in float32.
-    device
-        Where to run.
     batch_sequences
         Sequences of one pass through a layer. Passes are the same as without streaming, so are the results.
 
@@ -75,15 +69,7 @@ class StreamedTrunk(Trunk):
         hidden: Sink | None = None,
         attention: Sink | None = None,
     ) -> None:
-        """One forward pass; `hidden(l, h[l])` and `attention(l, a[l])` are called as layers finish.
-
-        Parameters
-        ----------
-        tokens, position_ids
-            Of any number of sequences.
-        hidden, attention
-            What takes states and attention outputs.
-        """
+        """One forward pass; `hidden(l, h[l])` and `attention(l, a[l])` are called as layers finish."""
         rows = [
             slice(first, first + self._batch_sequences)
             for first in range(0, len(tokens), self._batch_sequences)

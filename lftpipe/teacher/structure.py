@@ -26,13 +26,6 @@ class Logits(nn.Module):
     """What a language model makes of normed states: its head, with any scale, soft-cap or bias.
 
     The model's own forward pass runs around a base model that only hands the states on.
-
-    Parameters
-    ----------
-    model
-        Without weights; changed.
-    base
-        Path to its part that the layers are in.
     """
 
     def __init__(self, model: Any, base: str) -> None:
@@ -46,13 +39,7 @@ class Logits(nn.Module):
         return self.model.get_output_embeddings()
 
     def forward(self, states: Tensor) -> Tensor:
-        """Logits of normed states `(..., feature)`.
-
-        Parameters
-        ----------
-        states
-            After the final norm.
-        """
+        """Logits of normed states `(..., feature)`."""
         self.handed.states = states.reshape(1, -1, states.shape[-1])
         ids = torch.zeros(self.handed.states.shape[:2], dtype=torch.long, device=states.device)
         logits = self.model(input_ids=ids, use_cache=False).logits
@@ -93,11 +80,6 @@ class _Output:
 
 class Structure:
     """A model without weights, taken apart.
-
-    Parameters
-    ----------
-    config
-        Of the teacher.
 
     Raises
     ------
@@ -152,13 +134,7 @@ class Structure:
         return AttentionContext((nothing, nothing), None, places, layers=self._arguments)
 
     def form(self, index: int) -> LayerForm | None:
-        """The branches of a layer.
-
-        Parameters
-        ----------
-        index
-            Which layer.
-        """
+        """The branches of a layer."""
         if self._frame is None:
             return None
         if index not in self._forms:
@@ -178,13 +154,7 @@ class Structure:
         return Frame(self.config, self.implementation)
 
     def layer(self, index: int) -> nn.Module:
-        """One layer, on the meta device.
-
-        Parameters
-        ----------
-        index
-            Which layer.
-        """
+        """One layer, on the meta device."""
         return copy.deepcopy(self.layers[index])
 
     def norm(self) -> nn.Module:
@@ -270,11 +240,6 @@ class _Held:
 
 def structure_of(config: Any) -> Structure:
     """The structure of a config's model; models of equal configs share it.
-
-    Parameters
-    ----------
-    config
-        Of a model of transformers.
 
     Raises
     ------

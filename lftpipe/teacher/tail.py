@@ -47,17 +47,7 @@ class Tail(nn.Module):
         start: int | None = None,
         stop: int | None = None,
     ) -> Float[Tensor, "sequence position feature"]:
-        """From `h[start]` to `h[stop]` through the teacher's own layers; left out, through the whole tail.
-
-        Parameters
-        ----------
-        h
-            States that enter layer `start`.
-        context
-            Positions and mask.
-        start, stop
-            From where to where, within the tail.
-        """
+        """From `h[start]` to `h[stop]` through the teacher's own layers; left out, through the whole tail."""
         first = 0 if start is None else start - self.start
         last = None if stop is None else stop - self.start
         for layer in self.layers[first:last]:
@@ -71,38 +61,16 @@ class Tail(nn.Module):
         *,
         start: int | None = None,
     ) -> Float[Tensor, "sequence position vocabulary"]:
-        """Next-token logits from `h[start]`; `start` defaults to the tail's own.
-
-        Parameters
-        ----------
-        h
-            States that enter layer `start`.
-        context
-            Positions and mask.
-        start
-            Which layer is the first to run.
-        """
+        """Next-token logits from `h[start]`; `start` defaults to the tail's own."""
         return self.logits(self.states(h, context, start=start))
 
     def logits(self, last: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch vocabulary"]:
-        """Next-token logits of last states.
-
-        Parameters
-        ----------
-        last
-            `h[L]`, before the final norm.
-        """
+        """Next-token logits of last states."""
         return self.head(self.norm(last))
 
 
 def head_names(teacher: Teacher) -> list[str]:
-    """The head's weight in the checkpoint; empty where it is tied to the embedding.
-
-    Parameters
-    ----------
-    teacher
-        The teacher.
-    """
+    """The head's weight in the checkpoint; empty where it is tied to the embedding."""
     return [name for name in teacher.family.head_names if teacher.checkpoint.has(name)][:1]
 
 
@@ -131,15 +99,7 @@ class TopLogits(NamedTuple):
 
 
 class Layers(nn.Module):
-    """Some of the teacher's own layers, one after the other.
-
-    Parameters
-    ----------
-    teacher
-        Whose layers.
-    start, stop
-        From `h[start]` to `h[stop]`.
-    """
+    """Some of the teacher's own layers, one after the other."""
 
     def __init__(self, teacher: Teacher, start: int, stop: int) -> None:
         super().__init__()
@@ -148,15 +108,7 @@ class Layers(nn.Module):
     def forward(
         self, h: Float[Tensor, "sequence position feature"], context: AttentionContext
     ) -> Float[Tensor, "sequence position feature"]:
-        """The states after the layers.
-
-        Parameters
-        ----------
-        h
-            The states before them.
-        context
-            Positions and mask of the sequences.
-        """
+        """The states after the layers."""
         for layer in self.layers:
             h = layer(h, context)
         return h
@@ -165,15 +117,5 @@ class Layers(nn.Module):
 def load_bridges(
     teacher: Teacher, blocks: Sequence[tuple[int, int]], device: str | torch.device
 ) -> list[Layers]:
-    """The layers between each block and the next one, for students of several flow layers.
-
-    Parameters
-    ----------
-    teacher
-        Whose layers.
-    blocks
-        Half-open, in order.
-    device
-        Where they run.
-    """
+    """The layers between each block and the next one, for students of several flow layers."""
     return [Layers(teacher, n, m).to(device) for (_, n), (m, _) in pairwise(blocks)]

@@ -17,11 +17,6 @@ _TRIAL = "The state h[3] of a layer, 12 %.\n"
 def load_tokenizer(teacher: Teacher) -> Any:
     """The teacher's tokenizer.
 
-    Parameters
-    ----------
-    teacher
-        Whose.
-
     Raises
     ------
     TeacherError
@@ -40,20 +35,6 @@ def load_tokenizer(teacher: Teacher) -> Any:
 
 def tokenizer_of(folder: Path, kind: type[LftpipeError], do: str) -> Any:
     """The tokenizer of a folder in transformers' format, which takes a text apart and puts it together.
-
-    Parameters
-    ----------
-    folder
-        Where it is.
-    kind
-        Of the error.
-    do
-        What to do where there is none.
-
-    Returns
-    -------
-    PreTrainedTokenizerFast
-        One with the Rust library behind it.
 
     Raises
     ------

@@ -30,14 +30,10 @@ class Trunk:
 
     Parameters
     ----------
-    teacher
-        Whose trunk.
     deepest
         The deepest state `h[l]` wanted; layers `0 .. l-1` are loaded and run.
     compute_dtype
         `torch.bfloat16` runs matrix products in it and keeps the residual stream in float32.
-    device
-        Where to run.
 
     Raises
     ------
@@ -106,8 +102,6 @@ class Trunk:
 
         Parameters
         ----------
-        tokens, position_ids
-            Of the batch.
         hidden, attention
             What takes states and attention outputs. A layer without an attention branch gives none.
         """
@@ -154,13 +148,7 @@ class Trunk:
 
 
 def twin_of(module: Module) -> Module:
-    """A copy that shares all weights and buffers; hooks on one do not see what the other computes.
-
-    Parameters
-    ----------
-    module
-        Without hooks, in no thread's use.
-    """
+    """A copy that shares all weights and buffers; hooks on one do not see what the other computes."""
     shared: dict[int, Any] = {id(each): each for each in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
 

@@ -35,15 +35,9 @@ def train_apart(
 
     Parameters
     ----------
-    groups
-        Of runs that are trained together; see `train_runs`.
-    store, teacher
-        Of all of them.
     workers
         Processes. Each has a GPU with the device `cuda`, else its part of the threads; a run's numbers are
         those of one process with as many threads.
-    done
-        Called after every group.
 
     Returns
     -------

@@ -34,8 +34,6 @@ class Checkpoint:
 
     Parameters
     ----------
-    joint
-        The runs.
     written
         Is told the step of every checkpoint that is on the disk.
     """
@@ -64,13 +62,7 @@ class Checkpoint:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until what was begun is on the disk.
-
-        Raises
-        ------
-        OSError
-            If it could not be written.
-        """
+        """Wait until what was begun is on the disk."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -123,10 +115,6 @@ def is_due(settings: TrainSettings | HealSettings, step: int, saved: float) -> b
 
     Parameters
     ----------
-    settings
-        `checkpoint_minutes`, `checkpoint_every`.
-    step
-        Steps done.
     saved
         When the last one was begun, as `time.monotonic()` tells it.
     """
@@ -142,10 +130,6 @@ def write_checkpoint(path: Path, states: list[dict[str, Any]], binding: str) -> 
     ----------
     path
         Of the newest; its folder is made if it is not there.
-    states
-        What it holds.
-    binding
-        Digest of the runs that it belongs to.
     """
     path.parent.mkdir(exist_ok=True)
     content = io.BytesIO()
@@ -163,12 +147,6 @@ def restore_newest(
 
     Parameters
     ----------
-    path
-        Of the newest.
-    binding
-        Digest of the runs that it must belong to.
-    device
-        Where its tensors go.
     take
         Is given what it holds; raises ValueError if it cannot use it.
 
@@ -198,15 +176,7 @@ def _say(line: str) -> None:
 
 
 def seal_checkpoint(content: bytes | memoryview, binding: str) -> bytes:
-    """The content after a digest of itself and of what it is bound to.
-
-    Parameters
-    ----------
-    content
-        What `torch.save` wrote.
-    binding
-        Digest of the runs that it belongs to.
-    """
+    """The content after a digest of itself and of what it is bound to."""
     bound = MAGIC + bytes.fromhex(binding) + xxhash.xxh3_128_digest(content)
     return bound + content
 
@@ -218,12 +188,8 @@ def read_checkpoint(
 
     Parameters
     ----------
-    path
-        The file.
     binding
         Digest of the runs that it must belong to; None takes any.
-    device
-        Where the tensors go.
 
     Raises
     ------
@@ -246,13 +212,7 @@ def read_checkpoint(
 
 
 def drop_checkpoints(run: Path) -> None:
-    """Remove a run's checkpoints, and their folder if nothing else is in it.
-
-    Parameters
-    ----------
-    run
-        Its folder.
-    """
+    """Remove a run's checkpoints, and their folder if nothing else is in it."""
     newest = run / runs.CHECKPOINT
     for path in (newest, newest.with_name(BEFORE), newest.with_name(f"{newest.name}.partial")):
         path.unlink(missing_ok=True)

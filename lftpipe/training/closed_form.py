@@ -39,24 +39,7 @@ Fitted = tuple[nn.Module, tuple[int, int], dict[str, Any], int]
 def fit_closed_form(
     folder: Path, settings: TrainSettings, store: Store, teacher: Teacher, block: tuple[int, int]
 ) -> TrainedRun:
-    """Fit and write a run of an objective that needs no steps.
-
-    Parameters
-    ----------
-    folder
-        The run's.
-    settings
-        Resolved; `objective` says what is fitted.
-    store, teacher
-        What is read: the training split, and single layers.
-    block
-        Which layers are replaced.
-
-    Returns
-    -------
-    TrainedRun
-        Where the run is and how long it took.
-    """
+    """Fit and write a run of an objective that needs no steps."""
     started = time.monotonic()
     module, replaced, shape, seen = _FITS[settings.objective](folder.name, settings, store, teacher, block)
     manifest = manifest_of(settings, store, replaced, {"time": False, "shift": False} | shape)

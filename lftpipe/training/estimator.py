@@ -20,15 +20,6 @@ def build_estimator(
 ) -> Velocity | LayerStack:
     """A velocity that starts as the block's first layer, or as the mean of its layers; or a stack of several.
 
-    Parameters
-    ----------
-    settings
-        `objective`, `depth`, `init`, `condition`, `walk_steps`.
-    teacher
-        Whose layers.
-    block
-        Which of them are replaced.
-
     Raises
     ------
     SettingsError
@@ -48,15 +39,7 @@ def build_estimator(
 
 
 def parts(block: tuple[int, int], depth: int) -> list[tuple[int, int]]:
-    """The block's layers divided among the layers that stand for them, as evenly as can be.
-
-    Parameters
-    ----------
-    block
-        `(m, n)`, half-open.
-    depth
-        How many layers stand for them.
-    """
+    """The block's layers divided among the layers that stand for them, as evenly as can be."""
     m, n = block
     ends = [m + round(index * (n - m) / depth) for index in range(depth + 1)]
     return list(pairwise(ends))
@@ -84,15 +67,7 @@ def _start(settings: TrainSettings, teacher: Teacher, kind: int, part: tuple[int
 
 
 def description(flow: Velocity | LayerStack, settings: TrainSettings) -> dict[str, Any]:
-    """The manifest's `velocity`, from which `lftpipe.runs.build_flow` builds the module again.
-
-    Parameters
-    ----------
-    flow
-        What was trained.
-    settings
-        Those of its run.
-    """
+    """The manifest's `velocity`, from which `lftpipe.runs.build_flow` builds the module again."""
     found: dict[str, Any] = {
         "time": flow.modulation is not None,
         "shift": flow.shift,

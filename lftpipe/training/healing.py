@@ -32,22 +32,8 @@ class Healing:
 
     Parameters
     ----------
-    folder
-        The new run's.
-    settings
-        Resolved ones.
-    reader
-        Of the store.
-    fields
-        What a batch holds.
     order
         Which sequences a step sees; the rest of the training split is held back.
-    trained
-        The weights that are moved, by name.
-    loss
-        Of a batch; the weights are those of `trained`.
-    healed
-        Digest of the weights that it begins with.
     """
 
     def __init__(
@@ -87,15 +73,8 @@ class Healing:
     def run(self) -> dict[str, Any]:
         """Do what steps are left; the weights are then the best on what is held back.
 
-        Returns
-        -------
-        dict
-            How it went, JSON-plain.
-
         Raises
         ------
-        RunError
-            If the checkpoints are damaged.
         DivergenceError
             If a loss or a gradient is not finite.
         """

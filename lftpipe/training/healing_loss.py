@@ -37,32 +37,7 @@ def prepare_healing(
     trained: dict[str, nn.Parameter],
     healed: str,
 ) -> Healing:
-    """The healing of a student, before its first step.
-
-    Parameters
-    ----------
-    folder
-        The new run's.
-    settings
-        Resolved ones.
-    store
-        What it is healed on.
-    teacher
-        The store's.
-    student
-        From `h[start]` to the states that the head reads.
-    start
-        Where it begins.
-    trained
-        Its weights that are moved, by name.
-    healed
-        Digest of what it was before.
-
-    Raises
-    ------
-    RunError
-        If all training sequences are held back.
-    """
+    """The healing of a student, before its first step."""
     dtype = getattr(torch, settings.compute_dtype)
     reader = BatchReader(store, teacher, settings.device)
     embedding = None if start in store.layers else load_embedding(teacher).to(settings.device)

@@ -24,8 +24,6 @@ class HoldOut:
 
     Parameters
     ----------
-    joint
-        Runs that are trained jointly.
     bridges
         The teacher's layers from each block to the next one.
     """

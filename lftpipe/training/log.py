@@ -9,13 +9,7 @@ from lftpipe.training.trackers import tracker_of
 
 
 class Log:
-    """Writes `metrics.jsonl`; of several processes only the first does.
-
-    Parameters
-    ----------
-    run
-        Whose metrics.
-    """
+    """Writes `metrics.jsonl`; of several processes only the first does."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
@@ -29,10 +23,6 @@ class Log:
 
         Parameters
         ----------
-        learning_rate
-            Of the step.
-        nmse
-            On the step's batch, after it.
         evaluated
             What was found on sequences that are not trained on, by name.
         """

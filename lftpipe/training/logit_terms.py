@@ -43,19 +43,7 @@ class FrozenTails:
     _loaded: dict[tuple[int, torch.dtype, torch.device], Tail] = field(default_factory=dict)
 
     def get(self, teacher: Teacher, start: int, dtype: torch.dtype, device: torch.device) -> Tail:
-        """From `h[start]` to the logits.
-
-        Parameters
-        ----------
-        teacher
-            Whose tail.
-        start
-            Its first layer.
-        dtype
-            In which its linear maps compute.
-        device
-            Where.
-        """
+        """From `h[start]` to the logits."""
         key = (start, dtype, device)
         if key not in self._loaded:
             tail = Tail(teacher, start)
@@ -66,13 +54,6 @@ class FrozenTails:
 
 def check_head(tail: Tail, teacher: Teacher) -> None:
     """Refuse a head of which single tokens' logits cannot be had.
-
-    Parameters
-    ----------
-    tail
-        With the head.
-    teacher
-        Whose it is.
 
     Raises
     ------
@@ -92,14 +73,8 @@ def logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
 
     Parameters
     ----------
-    tail
-        Of the teacher.
-    end
-        The student's states at the block's end.
     batch
         The teacher's: its last states, if the store has them, else those at the block's end.
-    start
-        The block's end.
     """
     with torch.no_grad():
         last = tail.start + len(tail.layers)
@@ -115,19 +90,7 @@ def logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
 
 
 def top_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
-    """A lower bound of the same, from the teacher's largest logits.
-
-    Parameters
-    ----------
-    tail
-        Of the teacher.
-    end
-        The student's states at the block's end.
-    batch
-        The teacher's, with `logits`.
-    start
-        The block's end.
-    """
+    """A lower bound of the same, from the teacher's largest logits."""
     return _over_positions(tail, end, batch, start, on_top_logits(tail, batch))
 
 
@@ -136,28 +99,14 @@ def sampled_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) 
 
     Parameters
     ----------
-    tail
-        Of the teacher; it has a `linear_head`.
-    end
-        The student's states at the block's end.
     batch
         The teacher's, with `logits`; its number is the draw's seed.
-    start
-        The block's end.
     """
     return _over_positions(tail, end, batch, start, on_sampled_logits(tail, batch))
 
 
 def on_top_logits(tail: Tail, batch: Batch) -> Comparison:
-    """How a student is compared with the teacher's largest logits.
-
-    Parameters
-    ----------
-    tail
-        With the head.
-    batch
-        The teacher's, with `logits`.
-    """
+    """How a student is compared with the teacher's largest logits."""
     assert batch.logits is not None
     values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
 
@@ -172,8 +121,6 @@ def on_sampled_logits(tail: Tail, batch: Batch) -> Comparison:
 
     Parameters
     ----------
-    tail
-        It has a `linear_head`.
     batch
         The teacher's, with `logits`; its number is the draw's seed.
     """
@@ -207,15 +154,7 @@ def _over_positions(tail: Tail, end: States, batch: Batch, start: int, compariso
 
 
 def over_pieces(states: States, comparison: Comparison) -> Loss:
-    """The mean of a comparison over all positions, as many at a time as the device computes well.
-
-    Parameters
-    ----------
-    states
-        What the head reads.
-    comparison
-        With the teacher.
-    """
+    """The mean of a comparison over all positions, as many at a time as the device computes well."""
     compare, numbers = comparison
     size = max(1, PIECE_BYTES.get(states.device.type, OTHERWISE) // (4 * numbers))
     return by_pieces(states.flatten(0, 1), compare, size)

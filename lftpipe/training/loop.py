@@ -37,8 +37,6 @@ class Chain:
 
     Attributes
     ----------
-    nmse
-        Of the first run, when it was last computed.
     error
         Why the chain stopped before its end, if it did.
     """
@@ -116,13 +114,6 @@ class Chain:
         """One step of every run, logged, judged and saved where it is time to.
 
         The error is kept if a run diverges: others may go on.
-
-        Parameters
-        ----------
-        batch
-            What the step sees.
-        waited
-            Seconds until the batch was there.
         """
         started, look = time.monotonic(), self._is_time_to_look()
         try:
@@ -200,8 +191,6 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[Trained
     ----------
     chains
         Runs of one flow layer, or of several that are trained jointly.
-    resume
-        Go on from checkpoints.
 
     Returns
     -------

@@ -19,17 +19,6 @@ def manifest_of(
 ) -> dict[str, Any]:
     """What a finished run says of itself.
 
-    Parameters
-    ----------
-    settings
-        Resolved ones.
-    store
-        What it was trained on.
-    block
-        Whose layers it stands for.
-    velocity
-        What its module is, as `runs.build_flow` takes it.
-
     Raises
     ------
     LftpipeError
@@ -62,17 +51,7 @@ def manifest_of(
 
 
 def of_student(names: list[str], settings: TrainSettings, store: Store) -> dict[str, Any]:
-    """What the manifests of all runs of a joint student say alike: their names, and a mark of their own.
-
-    Parameters
-    ----------
-    names
-        Of all runs, in the order of their blocks.
-    settings
-        Of one of them.
-    store
-        What they were trained on.
-    """
+    """What the manifests of all runs of a joint student say alike: their names, and a mark of their own."""
     keys = ("objective", "loss", "seed", "tokens", "batch_tokens", "learning_rate", "optimizer")
     alike = [names, store.origin, *(str(getattr(settings, key)) for key in keys)]
     return {"joint": names, "student": fingerprint(alike)}

@@ -21,21 +21,7 @@ WIDE = 1.5
 def orthogonalised(
     matrices: Matrices, coefficients: Coefficients, steps: int, eps: float, dtype: torch.dtype
 ) -> Matrices:
-    """Near to the closest orthogonal matrices, by the quintic Newton-Schulz iteration of Muon (Jordan, 2024).
-
-    Parameters
-    ----------
-    matrices
-        With no more rows than columns.
-    coefficients
-        Of the iteration's polynomial.
-    steps
-        Iterations.
-    eps
-        The smallest norm that is divided by.
-    dtype
-        In which to compute, and of the result.
-    """
+    """Near to the closest orthogonal matrices, by the quintic Newton-Schulz iteration of Muon (Jordan, 2024)."""
     x = matrices.to(dtype)
     x = x / x.flatten(1).norm(dim=1)[:, None, None].clamp(min=eps)
     if dtype == torch.float32 and x.shape[2] > WIDE * x.shape[1]:
@@ -69,17 +55,6 @@ class Muon(TorchMuon):
 
     Of several processes each orthogonalises its part of the matrices. In bfloat16 on a processor the weights
     are those of `torch.optim.Muon` to the bit.
-
-    Parameters
-    ----------
-    params
-        The matrices.
-    lr
-        Learning rate.
-    weight_decay
-        Decoupled.
-    dtype
-        In which the iteration computes.
     """
 
     def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
@@ -88,13 +63,7 @@ class Muon(TorchMuon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Move every matrix that has a gradient.
-
-        Parameters
-        ----------
-        closure
-            Not used.
-        """
+        """Move every matrix that has a gradient."""
         del closure
         if self._dtype == torch.bfloat16 and self.param_groups[0]["params"][0].device.type == "cpu":
             super().step()  # a processor gains nothing from stacks, and keeps its bits

@@ -15,17 +15,7 @@ BETAS = (0.9, 0.95)
 
 
 def rate_fraction(step: int, num_steps: int, warmup: float) -> float:
-    """Which fraction of the peak learning rate a step has: a linear warm-up, then a cosine to a hundredth.
-
-    Parameters
-    ----------
-    step
-        Steps done before it.
-    num_steps
-        Steps in all.
-    warmup
-        Fraction of them in which the rate rises.
-    """
+    """Which fraction of the peak learning rate a step has: a linear warm-up, then a cosine to a hundredth."""
     rising = max(1, round(warmup * num_steps))
     if step < rising:
         return (step + 1) / rising
@@ -34,13 +24,7 @@ def rate_fraction(step: int, num_steps: int, warmup: float) -> float:
 
 
 def muon_dtype(settings: TrainSettings) -> str:
-    """In which Muon orthogonalises: `auto` is bfloat16 only where the device multiplies in it.
-
-    Parameters
-    ----------
-    settings
-        `muon_dtype`, `device`.
-    """
+    """In which Muon orthogonalises: `auto` is bfloat16 only where the device multiplies in it."""
     if settings.muon_dtype != "auto":
         return settings.muon_dtype
     return dtype_name(resolve_compute_dtype("auto", settings.device))
@@ -57,8 +41,6 @@ class Optimizer:
     ----------
     flow
         The layer; those of its submodules called `modulation` map the time.
-    settings
-        `optimizer`, `learning_rate`, `weight_decay`.
     """
 
     def __init__(self, flow: nn.Module, settings: TrainSettings) -> None:
@@ -82,13 +64,7 @@ class Optimizer:
             self._parts.append(Muon(matrices, self.learning_rate, settings.weight_decay, dtype))
 
     def step(self, fraction: float) -> float:
-        """Move the weights, and forget their gradients; the learning rate of that.
-
-        Parameters
-        ----------
-        fraction
-            Of the learning rate at its peak.
-        """
+        """Move the weights, and forget their gradients; the learning rate of that."""
         rate = fraction * self.learning_rate
         for part in self._parts:
             for group in part.param_groups:
@@ -102,13 +78,7 @@ class Optimizer:
         return [part.state_dict() for part in self._parts]
 
     def restore(self, state: list[dict[str, Any]]) -> None:
-        """Go on from a checkpoint.
-
-        Parameters
-        ----------
-        state
-            What `state` gave.
-        """
+        """Go on from a checkpoint."""
         for part, saved in zip(self._parts, state, strict=True):
             part.load_state_dict(saved)
 

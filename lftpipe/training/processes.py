@@ -62,13 +62,7 @@ def agree(value: T | None) -> T:
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean over the processes, on all of them.
-
-    Parameters
-    ----------
-    value
-        This process's.
-    """
+    """The mean over the processes, on all of them."""
     if count() == 1:
         return value
     value = value.detach().clone()
@@ -83,8 +77,6 @@ def divided(values: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     ----------
     values
         Along its first axis the pieces of work, the same on all processes.
-    work
-        From some of the pieces to as many results.
     """
     if count() == 1:
         return work(values)
@@ -100,11 +92,6 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its mean over the processes, in one exchange.
 
     A wrapper like `DistributedDataParallel` expects one forward pass a step; a walk has many.
-
-    Parameters
-    ----------
-    parameters
-        Whose gradients.
     """
     if count() == 1:
         return

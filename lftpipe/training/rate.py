@@ -27,8 +27,6 @@ def peak_rate(settings: TrainSettings, start: nn.Module | None) -> float:
 
     Parameters
     ----------
-    settings
-        `learning_rate`, `objective` and `optimizer`.
     start
         The teacher's layer from which the flow layer starts; without one the default is what was tuned.
     """
@@ -43,13 +41,7 @@ def peak_rate(settings: TrainSettings, start: nn.Module | None) -> float:
 
 
 def weight_size(layer: nn.Module) -> float:
-    """Root mean square of all entries of a layer's matrices; infinite where it has none.
-
-    Parameters
-    ----------
-    layer
-        Any module.
-    """
+    """Root mean square of all entries of a layer's matrices; infinite where it has none."""
     matrices = [weight.detach().float() for weight in layer.parameters() if weight.ndim >= 2]
     if not matrices:
         return torch.inf

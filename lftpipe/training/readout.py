@@ -37,8 +37,6 @@ def refit(run: TrainingRun, batches: Callable[[], Iterable[Batch]]) -> None:
 
     Parameters
     ----------
-    run
-        Whose flow layer.
     batches
         Gives what to fit on, every time it is called.
     """
@@ -52,11 +50,6 @@ def refit(run: TrainingRun, batches: Callable[[], Iterable[Batch]]) -> None:
 
 def last_maps(run: TrainingRun) -> list[str]:
     """The linear maps that end the branches of the run's layer.
-
-    Parameters
-    ----------
-    run
-        Whose flow layer.
 
     Raises
     ------

@@ -33,13 +33,7 @@ _OF_ALL = {"store", "workspace", "threads", "workers", "cache", "cache_bytes"}
 
 
 def variants_of(settings: TrainSettings) -> list[TrainSettings]:
-    """One settings for each `[train.variants.NAME]` of a recipe, or the settings themselves.
-
-    Parameters
-    ----------
-    settings
-        As they were given.
-    """
+    """One settings for each `[train.variants.NAME]` of a recipe, or the settings themselves."""
     if not settings.variants:
         return [settings]
     chosen = settings.run.split(",") if settings.run else list(settings.variants)
@@ -67,12 +61,6 @@ def resolved(
 
     Parameters
     ----------
-    settings
-        As they were given.
-    store
-        What the run is trained on.
-    block
-        Whose layers it stands for.
     teacher
         The store's, whose layer at the block's start training begins from.
 
@@ -251,15 +239,7 @@ def _ranges(layers: tuple[int, ...]) -> str:
 
 
 def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
-    """What a run is called that was given no name: after block, objective and seed.
-
-    Parameters
-    ----------
-    settings
-        Of the run.
-    block
-        Whose layers it stands for.
-    """
+    """What a run is called that was given no name: after block, objective and seed."""
     objective = settings.objective
     if objective in ("fw", "hybrid"):
         objective += str(settings.walk_steps) + ("" if settings.solver == "midpoint" else "-euler")

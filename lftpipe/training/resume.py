@@ -51,12 +51,6 @@ def is_finished(
 
     Parameters
     ----------
-    run
-        The folder.
-    settings
-        Resolved ones.
-    store
-        What it is trained on.
     healed
         Digest of the weights that are healed, if any are.
 
@@ -91,12 +85,6 @@ def begin(run: Path, settings: TrainSettings | HealSettings, store: Store, heale
 
     Parameters
     ----------
-    run
-        The folder, which `is_finished` has looked at.
-    settings
-        Resolved ones.
-    store
-        What it is trained on.
     healed
         Digest of the weights that are healed, if any are.
     """
@@ -116,13 +104,6 @@ def refuse_foreign(run: Path, settings: TrainSettings | HealSettings) -> None:
     ----------
     run
         The folder; one that is not there, or is empty, is free.
-    settings
-        Of the run that is to be there.
-
-    Raises
-    ------
-    RunError
-        Naming what is there.
     """
     if not run.exists():
         return
@@ -156,12 +137,6 @@ def changed_settings(
 
     Parameters
     ----------
-    run
-        The folder.
-    settings
-        Those of now.
-    store
-        What the run is to be trained on now.
     healed
         Digest of the weights that are to be healed now.
     """

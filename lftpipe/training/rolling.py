@@ -14,15 +14,8 @@ def window_of(settings: TrainSettings, store: Store) -> int:
 
     Parameters
     ----------
-    settings
-        Of the run.
     store
         What it is trained on; a rolling one has its own windows.
-
-    Raises
-    ------
-    SettingsError
-        If a rolling store has other windows.
     """
     if not store.spec.rolling:
         return settings.window
@@ -37,13 +30,6 @@ def window_of(settings: TrainSettings, store: Store) -> int:
 
 def check_rolling(settings: TrainSettings, store: Store) -> None:
     """Refuse what needs training states that a rolling store has dropped, or not made yet.
-
-    Parameters
-    ----------
-    settings
-        Of the run.
-    store
-        What it is trained on.
 
     Raises
     ------
@@ -77,8 +63,6 @@ class Standing:
     ----------
     folder
         Of the first run, whose checkpoint is that of all.
-    store
-        The store.
     batch, steps
         Sequences of a step, and how many steps there are.
     """
@@ -87,13 +71,7 @@ class Standing:
         self._store, self._folder, self._batch, self._steps = store, folder.resolve(), batch, steps
 
     def passed(self, step: int) -> None:
-        """A checkpoint of this step is on the disk: windows before it are no longer needed.
-
-        Parameters
-        ----------
-        step
-            Steps done.
-        """
+        """A checkpoint of this step is on the disk: windows before it are no longer needed."""
         register(self._store.path, self._at(step))
 
     def leave(self) -> None:
@@ -101,13 +79,7 @@ class Standing:
         unregister(self._store.path, self._at(0))
 
     def enters_window(self, step: int) -> bool:
-        """Whether a new window begins with this step: time for a checkpoint, so that the one before may go.
-
-        Parameters
-        ----------
-        step
-            Steps done.
-        """
+        """Whether a new window begins with this step: time for a checkpoint, so that the one before may go."""
         number = self._store.windows.number
         return number(step * self._batch) > number((step - 1) * self._batch)
 

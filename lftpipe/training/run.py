@@ -41,16 +41,6 @@ class TrainingRun:
 
     Parameters
     ----------
-    folder
-        Where its files go.
-    settings
-        Resolved ones.
-    store
-        What it is trained on.
-    teacher
-        The store's.
-    block
-        Whose layers the flow layer stands for.
     tails, reader
         Shared by the runs of one command; left out, its own.
     student
@@ -60,8 +50,6 @@ class TrainingRun:
 
     Attributes
     ----------
-    step
-        Steps done.
     loss
         Over all processes, of the last step after which one looked.
     """
@@ -148,11 +136,6 @@ class TrainingRun:
         """Which fraction of the peak learning rate a step has.
 
         A linear warm-up, then a cosine to a hundredth, over all stages.
-
-        Parameters
-        ----------
-        step
-            Steps done before it.
         """
         return rate_fraction(step, self.num_steps, self.settings.warmup)
 
@@ -168,13 +151,7 @@ class TrainingRun:
             self.weights.forget_best()
 
     def judge(self, held_back_loss: float) -> None:
-        """Take note of an evaluation; end the run where the last stage has had no better one for long.
-
-        Parameters
-        ----------
-        held_back_loss
-            On the sequences that are kept from training.
-        """
+        """Take note of an evaluation; end the run where the last stage has had no better one for long."""
         since_best = self.weights.judge(held_back_loss)
         in_last_stage = self.stage_end == self.num_steps
         if self.settings.patience and since_best >= self.settings.patience and in_last_stage:
@@ -193,13 +170,7 @@ class TrainingRun:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Parameters
-        ----------
-        state
-            What `state` gave.
-        """
+        """Go on from a checkpoint."""
         self.flow.load_state_dict(state["flow"])
         self.optimizer.restore(state["optimizer"])
         self.weights.restore(state["kept"])
@@ -234,13 +205,6 @@ class TrainingRun:
 
 def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
     """Which sequences a run sees, in which order.
-
-    Parameters
-    ----------
-    settings
-        Batch size, seed and what is held back.
-    store
-        What is trained on.
 
     Raises
     ------

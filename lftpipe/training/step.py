@@ -33,19 +33,10 @@ def take_step(
 
     Parameters
     ----------
-    joint
-        The runs, in the order of their blocks.
     bridges
         The teacher's layers from each block to the next one.
-    batch
-        What the step sees.
     look
         Whether to look if losses and gradients were finite: before weights are kept in any way, one must.
-
-    Returns
-    -------
-    list of float
-        The learning rate of each run's step.
 
     Raises
     ------
@@ -62,12 +53,8 @@ def losses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Ba
 
     Parameters
     ----------
-    joint
-        The runs, in the order of their blocks.
     bridges
         The teacher's layers from each block to the next one.
-    batch
-        Whose loss.
     """
     return _in_order(joint, bridges, batch, lambda run, x_0: loss_of(run, batch, x_0))
 
@@ -98,10 +85,6 @@ def loss_of(run: TrainingRun, batch: Batch, x_0: States | None = None) -> tuple[
 
     Parameters
     ----------
-    run
-        Whose flow layer.
-    batch
-        What it is to carry.
     x_0
         Where to begin; left out, at the stored `h[m]`.
     """
@@ -115,14 +98,8 @@ def pose(run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_ste
 
     Parameters
     ----------
-    run
-        Whose flow layer.
-    batch
-        What it is to carry.
     x_0
         Where to begin; left out, at the stored `h[m]`.
-    equal_steps
-        Whether to walk as at inference.
     """
     x_0 = batch.states[run.m] if x_0 is None else x_0
     timed = run.flow.modulation is not None
@@ -152,17 +129,8 @@ def move_weights(run: TrainingRun, loss: Loss, look: bool) -> float:
 
     Parameters
     ----------
-    run
-        Whose weights.
-    loss
-        From which the gradients came.
     look
         Whether to look if they were finite since the last look.
-
-    Raises
-    ------
-    DivergenceError
-        If they were not.
     """
     processes.average_gradients(run.flow.parameters())
     norm = gradient_norm(list(run.flow.parameters()), run.settings.clip)
@@ -198,12 +166,8 @@ def nmses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Bat
 
     Parameters
     ----------
-    joint
-        The runs, in the order of their blocks.
     bridges
         The teacher's layers from each block to the next one.
-    batch
-        What is predicted.
     """
 
     def nmse(run: TrainingRun, x_0: States | None) -> tuple[float, Problem]:

@@ -31,15 +31,6 @@ _SHARED = ("batch_tokens", "seed", "window", "hold_back", "from_teacher", "resum
 def train_runs(wanted: list[Wanted], store: Store, teacher: Teacher) -> list[TrainedRun]:
     """Train runs with `resolved` settings, or go on with them; finished ones are left as they are.
 
-    Parameters
-    ----------
-    wanted
-        The runs.
-    store
-        What they are trained on.
-    teacher
-        The store's.
-
     Returns
     -------
     list of TrainedRun
@@ -150,18 +141,7 @@ def _finished(run: Path) -> TrainedRun:
 
 
 def check_together(wanted: list[Wanted]) -> None:
-    """Refuse runs that can't be trained by one command.
-
-    Parameters
-    ----------
-    wanted
-        The runs.
-
-    Raises
-    ------
-    SettingsError
-        With the reason.
-    """
+    """Refuse runs that can't be trained by one command."""
     (_, first, _), *others = wanted
     for run, settings, _ in others:
         for key in _SHARED:

@@ -21,8 +21,6 @@ class TensorBoard:
 
     Parameters
     ----------
-    folder
-        Of the run.
     tokens
         Where it goes on; later events of a run that was killed are hidden.
     """
@@ -33,13 +31,7 @@ class TensorBoard:
         )
 
     def write(self, row: Mapping[str, int | float]) -> None:
-        """Track one line.
-
-        Parameters
-        ----------
-        row
-            With `step` and `tokens`.
-        """
+        """Track one line."""
         for key, value in _figures(row).items():
             self._writer.add_scalar(key, value, row["tokens"])
 
@@ -49,17 +41,7 @@ class TensorBoard:
 
 
 class Service:
-    """A run of Weights & Biases or of Trackio, which have the same calls.
-
-    Parameters
-    ----------
-    package
-        Its name: of the module, and of lftpipe's extra.
-    folder
-        Of the run.
-    options
-        The run's settings.
-    """
+    """A run of Weights & Biases or of Trackio, which have the same calls."""
 
     def __init__(self, package: str, folder: Path, options: dict[str, Any]) -> None:
         own: dict[str, Any] = {}
@@ -71,13 +53,7 @@ class Service:
         )
 
     def write(self, row: Mapping[str, int | float]) -> None:
-        """Track one line.
-
-        Parameters
-        ----------
-        row
-            With `step` and `tokens`.
-        """
+        """Track one line."""
         self._run.log({**_figures(row), "tokens": row["tokens"]}, step=int(row["step"]))
 
     def close(self) -> None:
@@ -89,22 +65,7 @@ Tracker = TensorBoard | Service
 
 
 def tracker_of(settings: TrainSettings | HealSettings, folder: Path, tokens: int) -> Tracker | None:
-    """The tracker that `--track` names; None without one.
-
-    Parameters
-    ----------
-    settings
-        Of the run.
-    folder
-        Of the run.
-    tokens
-        Trained on so far.
-
-    Raises
-    ------
-    SettingsError
-        If its package is not installed.
-    """
+    """The tracker that `--track` names; None without one."""
     track = _name_of(settings)
     if track == "tensorboard":
         return TensorBoard(folder, tokens)
@@ -112,18 +73,7 @@ def tracker_of(settings: TrainSettings | HealSettings, folder: Path, tokens: int
 
 
 def check_tracker(settings: TrainSettings | HealSettings) -> None:
-    """Refuse a tracker that is not installed, before anything is computed.
-
-    Parameters
-    ----------
-    settings
-        Of the run.
-
-    Raises
-    ------
-    SettingsError
-        If its package is not installed.
-    """
+    """Refuse a tracker that is not installed, before anything is computed."""
     if (track := _name_of(settings)) is not None:
         _needed("torch.utils.tensorboard" if track == "tensorboard" else track, track)
 

@@ -12,13 +12,7 @@ OTHERWISE = 20
 
 
 def look_every(device: torch.device) -> int:
-    """Steps after which a loss or gradient that is not finite is noticed at the latest.
-
-    Parameters
-    ----------
-    device
-        Where the steps are computed.
-    """
+    """Steps after which a loss or gradient that is not finite is noticed at the latest."""
     return LOOK_EVERY.get(device.type, OTHERWISE)
 
 
@@ -38,11 +32,6 @@ class DivergenceWatch:
 
     `add` takes no look at the numbers, so nothing is waited for. What was computed with a loss that is not
     finite must not be kept: look before weights are written or judged.
-
-    Parameters
-    ----------
-    device
-        Where the run computes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,8 +44,6 @@ class DivergenceWatch:
 
         Parameters
         ----------
-        step
-            Its number.
         loss, norm
             Its loss and the norm of its gradient, on the device.
         """

@@ -12,15 +12,7 @@ Weights = dict[str, Tensor]
 
 
 class WeightAverage:
-    """Follows a module's weights through training.
-
-    Parameters
-    ----------
-    module
-        Whose weights.
-    decay
-        Of the average; 0 for none.
-    """
+    """Follows a module's weights through training."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._module, self._decay = module, decay
@@ -30,13 +22,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
-        """Take in the weights after a step.
-
-        Parameters
-        ----------
-        step
-            Steps done.
-        """
+        """Take in the weights after a step."""
         if self._average is not None:
             # A short memory at first, or the average would hold on to where it began.
             decay = min(self._decay, (1 + step) / (10 + step))
@@ -44,13 +30,7 @@ class WeightAverage:
                 self._average[name].lerp_(value, 1 - decay)
 
     def judge(self, loss: float) -> int:
-        """Take note of an evaluation; how many there were since the best.
-
-        Parameters
-        ----------
-        loss
-            On what is held back.
-        """
+        """Take note of an evaluation; how many there were since the best."""
         if loss < self._best_loss:
             self._best_loss, self._since_best = loss, 0
             with self.shown():
@@ -91,23 +71,11 @@ class WeightAverage:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Parameters
-        ----------
-        state
-            What `state` gave.
-        """
+        """Go on from a checkpoint."""
         self._average, self._best = state["average"], state["best"]
         self._best_loss, self._since_best = state["best_loss"], state["since_best"]
 
 
 def copy_of(module: nn.Module) -> Weights:
-    """Weights that further training leaves alone.
-
-    Parameters
-    ----------
-    module
-        Whose weights.
-    """
+    """Weights that further training leaves alone."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
