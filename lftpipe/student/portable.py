@@ -55,7 +55,7 @@ def modelling_file(model: Any) -> str:
 
 
 def bundle(root: str) -> list[str]:
-    """The source of a module and of all that it needs of lftpipe: imports, then each module, the root last."""
+    """The source of a module and what it needs of lftpipe: imports, then each module, the root last."""
     imports: dict[str, None] = {"from types import SimpleNamespace": None}
     bodies: list[str] = []
     owners: dict[str, str] = {}

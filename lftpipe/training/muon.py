@@ -21,7 +21,7 @@ WIDE = 1.5
 def orthogonalised(
     matrices: Matrices, coefficients: Coefficients, steps: int, eps: float, dtype: torch.dtype
 ) -> Matrices:
-    """Near to the closest orthogonal matrices, by the quintic Newton-Schulz iteration of Muon (Jordan, 2024)."""
+    """Near the closest orthogonal matrices, by the quintic Newton-Schulz iteration of Muon (Jordan 2024)."""
     x = matrices.to(dtype)
     x = x / x.flatten(1).norm(dim=1)[:, None, None].clamp(min=eps)
     if dtype == torch.float32 and x.shape[2] > WIDE * x.shape[1]:

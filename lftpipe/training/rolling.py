@@ -79,7 +79,7 @@ class Standing:
         unregister(self._store.path, self._at(0))
 
     def enters_window(self, step: int) -> bool:
-        """Whether a new window begins with this step: time for a checkpoint, so that the one before may go."""
+        """Whether a new window begins with this step: time for a checkpoint, to let the last one go."""
         number = self._store.windows.number
         return number(step * self._batch) > number((step - 1) * self._batch)
 
