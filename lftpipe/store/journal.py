@@ -4,6 +4,8 @@ A shard's digest is in the journal *before* the shard gets its name. So a crash 
 ``.partial`` file that the journal knows, and opening the store again gives it its name.
 """
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from lftpipe.store.parsing import (
     parse_records,
     parse_spec,
 )
+
+#: Local files read at the same time: a digest lets other threads run.
+_READERS = 4
 
 
 class Journal:
@@ -107,3 +112,16 @@ def progress(path: Path) -> tuple[int, int] | None:
             whole = min(step, count - index * step)
             done += all(record and record.sequences >= whole for record in files)
     return done, num_shards(spec)
+
+
+def digests(storage: Storage, files: Iterable[str]) -> Iterator[tuple[str, str | Exception]]:
+    """The digest of each file, or why it has none; some are read at the same time."""
+
+    def read(file: str) -> tuple[str, str | Exception]:
+        try:
+            return file, storage.digest(file)
+        except OSError as error:
+            return file, error
+
+    with ThreadPoolExecutor(max(storage.concurrency, _READERS)) as pool:
+        yield from pool.map(read, files)

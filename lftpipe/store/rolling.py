@@ -10,13 +10,12 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from lftpipe.errors import SettingsError
-from lftpipe.store.finish import refuse_changed, write_metadata
 from lftpipe.store.layout import ShardKey, StoreSpec, metadata
 from lftpipe.store.manifest import Manifest, describe
 from lftpipe.store.rolling_files import Reader
 from lftpipe.store.sealed import Sealed
 from lftpipe.store.windows import ROLLING_SPLIT, Windows, most_bytes, rolls
-from lftpipe.store.writer import StoreWriter
+from lftpipe.store.writer import StoreWriter, write_metadata
 
 
 class Rolled(NamedTuple):
@@ -71,7 +70,7 @@ class Roll:
             if rolls(spec, key.split, array)
         }
         stays = {file: each for file, each in writer.ledger.records.items() if file not in rolling}
-        refuse_changed(writer, stays, writer.ledger.checked)
+        writer.refuse_changed(stays)
         files = metadata(spec, complete=False)  # to other programs, its training states are not all there
         write_metadata(writer.storage, files)
         described = {name: describe(data) for name, data in files.items()}

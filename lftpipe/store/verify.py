@@ -5,8 +5,7 @@ from pathlib import Path
 
 from lftpipe.errors import StoreError
 from lftpipe.objects import Storage, local_path, storage_of
-from lftpipe.store.finish import digests
-from lftpipe.store.journal import Journal
+from lftpipe.store.journal import Journal, digests
 from lftpipe.store.layout import JOURNAL, MANIFEST, ShardKey, StoreSpec
 from lftpipe.store.manifest import Manifest
 from lftpipe.store.parsing import Records

@@ -11,20 +11,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from lftpipe.errors import StoreError
 from lftpipe.files import sync_folder
-from lftpipe.objects import local_path, storage_of
+from lftpipe.objects import Storage, local_path, storage_of
 from lftpipe.store import resume as opening
+from lftpipe.store.chunk_reader import ChunkReader
 from lftpipe.store.disk import disk_errors, take_lock
-from lftpipe.store.finish import refuse_incomplete, write_metadata
+from lftpipe.store.journal import digests, on_disk
 from lftpipe.store.layout import MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
 from lftpipe.store.ledger import Ledger
 from lftpipe.store.leftovers import clear_leftovers, remove_partials
 from lftpipe.store.manifest import Manifest, describe
+from lftpipe.store.parsing import Records
 from lftpipe.store.plan import read_plan, write_plan
 from lftpipe.store.recognised import refuse_other
 from lftpipe.store.sealed import Sealed
+from lftpipe.store.shard import DamagedShardError
 from lftpipe.store.shard_writer import ShardWriter, produce_shard
-from lftpipe.store.token_shards import put_tokens
 from lftpipe.store.verify import Report
 
 
@@ -158,7 +161,47 @@ class StoreWriter:
             begin, end = max(first, key.sequences.start), min(stop, key.sequences.stop)
             if key.split == split and begin < end:
                 part = slice(begin - first, end - first)
-                put_tokens(self, key, begin, {"tokens": tokens[part], "document": document[part]})
+                self._put_shard_tokens(key, begin, {"tokens": tokens[part], "document": document[part]})
+
+    def _put_shard_tokens(self, key: ShardKey, begin: int, parts: dict[str, np.ndarray]) -> None:
+        """Store one shard's tokens from sequence ``begin`` on, and compare those that are stored already."""
+        arrays = [self.spec.arrays[name] for name in parts]
+        origin = key.sequences.start
+        try:
+            stored = min(self.stored(key, array) for array in arrays)
+            for array in arrays:
+                part = parts[array.name][: max(origin + stored - begin, 0)]
+                self._compare_tokens(array, key, part, begin - origin)
+        except (DamagedShardError, FileNotFoundError) as error:
+            if self.complete:
+                raise StoreError(str(error), "an undamaged store", "run `lftpipe extract --repair`") from None
+            self.forget({array.file(key.split, key.index) for array in arrays})
+            stored = 0
+        if stored == len(key.sequences):
+            return
+        rest = key.sequences[stored:]
+        if begin > rest.start:
+            raise ValueError(
+                f"tokens of {key.split} sequence {rest.start} must be put before those of {begin}"
+            )
+        with self.shard(ShardKey(key.split, key.index, rest), arrays) as shard:
+            for name, part in parts.items():
+                shard.put(name, None, 0, part[rest.start - begin :])
+
+    def _compare_tokens(self, array: ArrayLayout, key: ShardKey, rows: np.ndarray, first: int) -> None:
+        """Refuse rows that differ from the stored ones, from the shard's chunk ``first`` on."""
+        if not len(rows):
+            return
+        reader = ChunkReader(self.storage, array.file(key.split, key.index), array.chunks_per_shard)
+        stored = np.empty(array.chunk, array.dtype)
+        for chunk, row in enumerate(rows, start=first):
+            if not np.array_equal(reader.read(chunk, stored), row):
+                sequence = key.sequences.start + chunk
+                raise StoreError(
+                    f"{array.name} of {key.split} sequence {sequence} are not the stored ones",
+                    "the corpus and the tokenizer the store was begun with",
+                    "use those, name another --store, or start over (--force)",
+                )
 
     def note(self, sequences: dict[str, int] | None = None, **details: Any) -> None:
         """Record details of a store in the making; whoever resumes it finds them in its specification.
@@ -214,7 +257,7 @@ class StoreWriter:
         if self.complete:
             return
         with disk_errors(self.path):
-            refuse_incomplete(self, self.ledger.records, self.ledger.checked)
+            self._refuse_incomplete()
             files = metadata(self.spec, complete=True)
             write_metadata(self.storage, files)
             clear_leftovers(self.path)
@@ -223,6 +266,34 @@ class StoreWriter:
             self.storage.remove_log()
             sync_folder(self.path)
         self.complete = True
+
+    def _refuse_incomplete(self) -> None:
+        """Everything that must be there is there, and what an earlier process wrote is what it wrote."""
+        if todo := self.pending():
+            raise StoreError(
+                f"{len(todo)} shards of {self.path} are not written",
+                "all of them",
+                "run `lftpipe extract --resume`",
+            )
+        if missing := self.missing_tokens():
+            raise ValueError(f"{missing} was never put")
+        self.refuse_changed(self.ledger.records)
+
+    def refuse_changed(self, records: Records) -> None:
+        """Refuse shards that changed since an earlier process wrote them: they are pending again.
+
+        Those whose bytes this process or one of its peers has checked are not read again.
+        """
+        inherited = dict(records.items() - self.ledger.checked.items())
+        bad = {file for file, digest in digests(self.storage, inherited) if digest != records[file].digest}
+        bad |= records.keys() - on_disk(self.path, records).keys()
+        if bad:
+            self.forget(bad)
+            raise StoreError(
+                f"{', '.join(sorted(bad))} changed since they were written",
+                "files that no other program changes",
+                "run `lftpipe extract --resume`: only these are written again",
+            )
 
     @property
     def _computed(self) -> list[ArrayLayout]:
@@ -249,3 +320,14 @@ class StoreWriter:
     def forget(self, files: set[str]) -> None:
         """Count these shard files as not written."""
         self.ledger.forget(files)
+
+
+def write_metadata(storage: Storage, files: dict[str, bytes]) -> None:
+    """Write the Zarr metadata, the root's last: it says whether the store is complete."""
+    for name in sorted(files, key=lambda name: -name.count("/")):
+        try:
+            same = storage.read(name) == files[name]
+        except FileNotFoundError:
+            same = False
+        if not same:
+            storage.write(name, files[name])
