@@ -86,7 +86,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "student": ("artefacts config errors flow runs teacher", "zarr"),
     "evaluation": (
-        "artefacts batch config device errors flow live progress runs store teacher",
+        "artefacts batch config device errors files flow live progress runs store teacher",
         "transformers zarr",
     ),
     "reporting": (

@@ -157,6 +157,8 @@ def _plain(value: Any) -> Any:
         return value.to_json()
     if isinstance(value, list | tuple) and value and isinstance(value[0], JsonObject):
         return [each.to_json() for each in value]
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
     return value
 
 

@@ -3,15 +3,36 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from lftpipe.artefacts.base import Artefact, require
+from lftpipe.artefacts.base import READ_STRICTLY, Artefact, JsonObject, require
 
 #: Between the runs, and their digests, of a student that several runs make.
 JOINED = " + "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskScore(JsonObject):
+    """What a model reaches on a task of lm_eval, or in the mean over tasks, and how much of its teacher's."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = READ_STRICTLY
+
+    metric: str
+    value: float
+    stderr: float | None
+    """None where the metric is no mean over documents."""
+    teacher: float
+    kept: float | None
+    """Fraction of the teacher's; of a perplexity, the teacher's over the model's."""
+    kept_above_chance: float | None
+    """The same after what guessing reaches is taken from both; None where the teacher does not beat it."""
+    chance: float
+    documents: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Score(Artefact):
     """One line of the table: what a predictor is, and what it reached. None is what has no meaning."""
+
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"tasks", "tasks_mean"})
 
     method: str
     block: str | None = None
@@ -34,6 +55,9 @@ class Score(Artefact):
     seed: int | None = None
     train_tokens: int | None = None
     weights_digest: str | None = None
+    tasks: dict[str, TaskScore] | None = None
+    tasks_mean: TaskScore | None = None
+    """Of the tasks of which more is better; each counts the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,16 +3,20 @@
 Of the teacher only the layers from the blocks' first on, the final norm and the head are loaded.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lftpipe import runs
 from lftpipe.artefacts.outcomes.pipeline import Evaluation
-from lftpipe.artefacts.results import AdaptiveScore, Results
+from lftpipe.artefacts.results import JOINED, AdaptiveScore, Results, Score
 from lftpipe.config.layers import check_apart
 from lftpipe.config.settings import EvaluateSettings, recorded
-from lftpipe.device import prepare
+from lftpipe.device import prepare, resolve_compute_dtype
 from lftpipe.errors import RunError, SettingsError, StoreError
 from lftpipe.evaluation.predictor import Predictor
 from lftpipe.evaluation.predictors import joined_predictors, run_predictors, skip_predictor, teacher_predictor
@@ -22,12 +26,18 @@ from lftpipe.outputs import COMMENT, making
 from lftpipe.reporting.tables import COLUMNS, cell, results_page
 from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.store import Store
+from lftpipe.student.assemble import build_student
+from lftpipe.student.loading import load_teacher
 from lftpipe.teacher.recorded import open_recorded, record_of
 from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tokenizer import load_tokenizer
 from lftpipe.workspace import find_runs, find_store, require_json_name
 
 #: Batches that every row is timed on.
 TIMED_BATCHES = 3
+
+#: Tokens of a request to lm_eval, by which `--batch-tokens` becomes a number of requests.
+TASK_TOKENS = 128
 
 METRICS = ("kl_latent", "nmse", "nmse_without_first", "kl", "ppl", "ppl_ratio", "agreement")
 
@@ -48,6 +58,17 @@ def _elsewhere() -> Any:
     return other_corpus
 
 
+def _tasks_module() -> Any:
+    """Only where tasks are asked for: it needs lm_eval, and whole models."""
+    if not find_spec("lm_eval"):
+        raise SettingsError(
+            "--tasks without lm_eval", "the package lm_eval", "install it: pip install 'lftpipe[lm-eval]'"
+        )
+    from lftpipe.evaluation import tasks
+
+    return tasks
+
+
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Score teacher, skips and runs over the whole validation split, and write the table.
 
@@ -56,6 +77,8 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     LftpipeError
         If a run is missing or of another store, or the store lacks a state.
     """
+    if settings.limit is not None and settings.tasks is None:
+        raise SettingsError("--limit without --tasks", "tasks whose documents it counts", "pass --tasks too")
     prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     name = "results" if settings.corpus is None else f"results-{_elsewhere().slug_of(settings.corpus)}"
@@ -85,6 +108,7 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
         alone = [each for each in opened if settings.together or [each] in students]
         _check_adaptive(alone, settings)
     teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
+    in_tasks = _on_tasks(students, settings, teacher, store_path.parent / "tasks")
     corpus = settings.corpus
     scored = store if corpus is None else _elsewhere().states_elsewhere(store, corpus, settings)
     scores = score(
@@ -96,6 +120,7 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
         device=settings.device,
         timed_batches=TIMED_BATCHES,
     )
+    scores = [_with_tasks(each, in_tasks) for each in scores]
     adaptive = [each for each in scores if isinstance(each, AdaptiveScore)]
     return Results(
         teacher=teacher.name,
@@ -108,6 +133,47 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
         rows=[each for each in scores if not isinstance(each, AdaptiveScore)],
         adaptive=adaptive if settings.adaptive else None,
     )
+
+
+def _on_tasks(
+    students: list[list[runs.Run]], settings: EvaluateSettings, teacher: Teacher, folder: Path
+) -> dict[Any, dict[str, Any]]:
+    """Scores on lm_eval's tasks, as columns by run and steps, and the teacher's by None.
+
+    A flow is scored in the steps of its training if `--k` has them, else in the most.
+    """
+    if settings.tasks is None:
+        return {}
+    of_lm_eval = _tasks_module()
+    tasks, tokenizer = of_lm_eval.load_tasks(settings.tasks), load_tokenizer(teacher)
+    dtype = resolve_compute_dtype(settings.compute_dtype, settings.device)
+    batch = max(1, settings.batch_tokens // TASK_TOKENS)
+
+    def score_on(label: str, identity: list[Any], load: Callable[[], Any]) -> dict[str, Any]:
+        def model() -> Any:
+            loaded = load().to(settings.device)
+            return of_lm_eval.LanguageModel(label, loaded, tokenizer, batch=batch, dtype=dtype)
+
+        identity = [teacher.checkpoint.digest, str(dtype), *identity]
+        return of_lm_eval.score_tasks(model, identity, tasks, settings.limit, folder)
+
+    records: dict[Any, Any] = {None: score_on("teacher", [], partial(load_teacher, teacher))}
+    for student in students:
+        timed = [run for run in student if run.has_time]
+        most = max(settings.k) if timed else None
+        steps = next((run.walk_steps for run in timed if run.walk_steps in settings.k), most)
+        name, digests = JOINED.join(run.path.name for run in student), [run.weights_digest for run in student]
+        build = partial(
+            build_student, teacher, student, steps=steps, solver=settings.solver if timed else None
+        )
+        records[name, steps or 1] = score_on(name, [*digests, steps, settings.solver], build)
+    columns = {key: of_lm_eval.compared(each, records[None]) for key, each in records.items()}
+    return {key: {"tasks": tasks, "tasks_mean": mean} for key, (tasks, mean) in columns.items()}
+
+
+def _with_tasks(row: Score, columns: dict[Any, dict[str, Any]]) -> Score:
+    key = None if row.block is None else (row.run, row.k)
+    return row if isinstance(row, AdaptiveScore) or key not in columns else replace(row, **columns[key])
 
 
 def _check_run(run: runs.Run, store: Store) -> None:

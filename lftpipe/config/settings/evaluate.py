@@ -49,6 +49,11 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
     corpus: Text | None = None
     """Score on this corpus in place of the store's: registered name, file, folder, or `hf:...`. The teacher
     runs once for it, and its states are kept beside the store."""
+    tasks: Text | None = None
+    """Score teacher and students on these tasks of lm_eval too: names with commas between, or a folder of
+    YAML files. What was scored is kept beside the store, so the same command goes on where it was."""
+    limit: Count | None = None
+    """Documents of each task; default: all."""
     batch_tokens: Batch = 2048
     """Tokens in one batch of validation."""
     compute_dtype: ComputeDtype = "float32"
@@ -59,7 +64,7 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "k skips device store workspace out force",
-        "What to score": "corpus solver together adaptive",
+        "What to score": "corpus tasks limit solver together adaptive",
     }
     FORMER: ClassVar[dict[str, str]] = {"seed": "evaluation draws no random numbers"}
 
