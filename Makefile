@@ -5,7 +5,7 @@
 #   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
 #   make qwen                               fetch Qwen2.5-Coder-0.5B; gemma and smollm2 likewise
 #   make results OBJECTIVE=sfm              trains and evaluates another objective from the same store
-#   make lm-eval RUN=NAME                   a run's student and its teacher on lm_eval's tasks
+#   make lm-eval TEACHER=smollm2-135m       its runs and itself on lm_eval's tasks, into the table of results
 #
 # Every setting below can be given on the command line of make.
 
@@ -145,7 +145,7 @@ crash: setup
 
 # Exports in other runtimes, lm_eval and llama.cpp, and the table of what runs where.
 runtimes: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval xllamacpp
+	$(BIN)/pip install --quiet --constraint constraints.txt xllamacpp
 	$(BIN)/pytest -m slow tests/student/test_runtimes.py
 	$(BIN)/python tests/runtime_matrix.py
 
@@ -171,11 +171,11 @@ dist-check: dist
 	test -f dist/check/venv/lib/python*/site-packages/lftpipe/py.typed
 	rm -rf dist/check
 
-# A run's student and its teacher on lm_eval's tasks: `make lm-eval RUN=NAME`, offline with TASKS=FOLDER of YAML files.
+# All finished runs (or RUN="NAME NAME") and their teacher on lm_eval's tasks; offline with TASKS=FOLDER of YAML files.
+TASKS      ?= piqa,arc_easy,arc_challenge,hellaswag,winogrande,boolq,openbookqa,lambada_openai
 lm-eval: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval
-	$(BIN)/python benchmarks/lm_eval_tasks.py $(RUN) --workspace $(WORKSPACE) \
-	  $(if $(TASKS),--tasks $(TASKS)) $(if $(LIMIT),--limit $(LIMIT))
+	$(LFTPIPE) evaluate $(if $(filter command,$(origin RUN)),$(RUN)) $(COMMON) --store $(STORE) $(USE_RECIPE) \
+	  --tasks $(TASKS) $(if $(LIMIT),--limit $(LIMIT)) --force
 
 clean:
 	rm -rf $(VENV) dist

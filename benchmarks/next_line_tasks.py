@@ -1,7 +1,7 @@
 """Tasks for lm_eval that need no network: which of four lines comes next in a text that is held out.
 
     python benchmarks/next_line_tasks.py STORE --out tasks [--count 200] [--seed 0]
-    python benchmarks/lm_eval_tasks.py RUN --tasks tasks
+    lftpipe evaluate RUN --tasks tasks
 
 The texts are the store's validation sequences. A question is the text up to a line's end; the choices are the
 line that follows and three others of the same sequence, all of at least 12 characters.

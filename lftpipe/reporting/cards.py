@@ -8,7 +8,7 @@ from lftpipe.artefacts.outcomes.student import Exported
 from lftpipe.artefacts.results import JOINED, Results, Score
 from lftpipe.errors import LftpipeError
 from lftpipe.reporting.runs import scores_of
-from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table
+from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table, tasks_section
 from lftpipe.teacher.registry import REGISTERED
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run_card(run: "Run", repository: str, *, licence: str | None = None) -> str:
         "",
         "## Measured",
         "",
-        *(markdown_table(scores) if scores else ["Not measured yet."]),
+        *(_scores(scores) if scores else ["Not measured yet."]),
         "",
         "## Use",
         "",
@@ -244,11 +244,17 @@ def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
         rows = []  # no table, or a damaged one: the card says that there is none
     rows = [row for row in rows if row.method == "teacher" or _is_of(row, result, opened)]
     if len(rows) > 1:
-        return markdown_table(rows)
+        return _scores(rows)
     together = len(opened) > 1 and not opened[0].joint  # what was trained jointly is scored as one anyway
     names = " ".join(run.path.name for run in opened) + (" --together" if together else "")
     solver = "" if all(run.solver == result.solver for run in opened) else f" --solver {result.solver}"
     return [f"Not measured yet: `lftpipe evaluate {names} --k {result.k}{solver}` does."]
+
+
+def _scores(rows: Sequence[Score]) -> list[str]:
+    """Rows of Table 1, and their scores on tasks."""
+    tasks = [line.replace("## ", "### ", 1) for line in tasks_section(rows)]
+    return [*markdown_table(rows), *(["", *tasks[:-1]] if tasks else [])]
 
 
 def _is_of(row: Score, result: Exported, opened: Sequence["Run"]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lftpipe.artefacts.results import JOINED, AdaptiveScore, Results, Score
+from lftpipe.artefacts.results import JOINED, AdaptiveScore, Results, Score, TaskScore
 
 #: Keys of a row of `results.json` and their headings.
 COLUMNS = {
@@ -158,6 +158,47 @@ def _adaptive_cells(row: Score) -> list[str]:
     return [cell(given.get(key, getattr(row, key, None))) for key in ADAPTIVE_COLUMNS]
 
 
+def tasks_section(rows: Sequence[Score]) -> list[str]:
+    """The lines of the table of scores on lm_eval's tasks; none if no row has any."""
+    scored = [(row, row.tasks) for row in rows if row.tasks]
+    if not scored:
+        return []
+    names = list(dict.fromkeys(name for _, tasks in scored for name in tasks))
+    metrics = {name: score.metric for _, tasks in scored for name, score in tasks.items()}
+    heading = ["model", "k", *(f"{name} ({metrics[name]})" for name in names), "mean", "kept", "above chance"]
+    cells = [
+        [
+            row.run or row.method,
+            cell(row.k),
+            *(_with_error(tasks.get(name)) for name in names),
+            _with_error(row.tasks_mean),
+            *(percent(getattr(row.tasks_mean, key, None)) for key in ("kept", "kept_above_chance")),
+        ]
+        for row, tasks in scored
+    ]
+    return [
+        "## Tasks",
+        "",
+        "Scores and their standard errors. The mean is over the tasks of which more is better, each counted "
+        "the same; `kept` is its fraction of the teacher's, and `above chance` the same after what guessing "
+        "reaches is taken from both.",
+        "",
+        *markdown_lines(heading, cells),
+        "",
+    ]
+
+
+def _with_error(score: TaskScore | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score.value:.4g}" + ("" if score.stderr is None else f" ± {score.stderr:.2g}")
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage; `-` where there is none."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
 def results_page(result: Results, title: str, introduction: str) -> list[str]:
     """The lines of a page with the table of results and what follows from it."""
     return [
@@ -167,6 +208,7 @@ def results_page(result: Results, title: str, introduction: str) -> list[str]:
         "",
         *markdown_table(result.rows),
         "",
+        *tasks_section(result.rows),
         *means_section(result.rows),
         *adaptive_section(result),
     ]

@@ -14,15 +14,18 @@ from fuzz.mutations import edited
 from lftpipe.artefacts.base import Artefact, read_json
 from lftpipe.artefacts.metrics import read_metrics
 from lftpipe.artefacts.recoupling import Ranked, RecouplingMap
-from lftpipe.artefacts.results import AdaptiveScore, Results, Score
+from lftpipe.artefacts.results import AdaptiveScore, Results, Score, TaskScore
 from lftpipe.artefacts.run import RunManifest
 from lftpipe.artefacts.samples import Sample, keep_sample, read_samples
+from lftpipe.artefacts.tasks import TaskRecord
 from lftpipe.errors import LftpipeError
 
 
 def results() -> Results:
     flow = {"method": "fw", "block": "1:3", "solver": "euler", "nfe": 2, "kl": 0.5, "parameters": 7}
-    row = Score(**flow, k=2, run="a|b", seed=0, train_tokens=64)
+    known = {"metric": "acc", "stderr": 0.1, "kept": 0.9, "kept_above_chance": 0.8, "chance": 0.5}
+    task = TaskScore(**known, value=0.63, teacher=0.7, documents=9)
+    row = Score(**flow, k=2, run="a|b", seed=0, train_tokens=64, tasks={"piqa": task}, tasks_mean=task)
     chosen = AdaptiveScore(**flow | {"nfe": 1.5}, k=2, run="a|b", nfe_with_keys=1.7, threshold=0.1)
     return Results(
         teacher="tiny",
@@ -52,7 +55,17 @@ def manifest() -> RunManifest:
     )
 
 
-ARTEFACTS: dict[str, Artefact] = {"map": make_map(4, 8), "results": results(), "manifest": manifest()}
+def record() -> TaskRecord:
+    known = {"task": "piqa", "metric": "acc", "higher_is_better": True}
+    return TaskRecord(**known, value=0.5, documents=2, scores=[0.0, 1.0], chance=[0.5, 0.5])
+
+
+ARTEFACTS: dict[str, Artefact] = {
+    "map": make_map(4, 8),
+    "results": results(),
+    "manifest": manifest(),
+    "record": record(),
+}
 
 
 @pytest.fixture(params=list(ARTEFACTS))

@@ -11,6 +11,7 @@ from fake_maps import make_map
 from report_data import results
 
 from lftpipe.artefacts.metrics import Metrics
+from lftpipe.artefacts.results import TaskScore
 from lftpipe.reporting.collect import Found
 from lftpipe.reporting.pages import recoupling_page, report_page
 
@@ -113,6 +114,19 @@ def test_a_browser_draws_all_sections_without_an_error(tmp_path):
     assert "lftpipe extract --model tiny" in shown
     assert 'href="#recoupling"' in shown
     assert 'href="#blocks"' not in shown, "links to what is there alone"
+
+
+@needs_browser
+def test_a_browser_shows_scores_on_tasks_where_there_are_some(tmp_path):
+    assert 'id="tasks"' not in in_browser(whole(), "", tmp_path)
+    known = {"metric": "acc", "teacher": 0.7, "kept_above_chance": 0.5, "chance": 0.5, "documents": 100}
+    score = TaskScore(**known, value=0.6125, stderr=0.0492, kept=0.875)
+    found = results()
+    rows = [*found.rows[:-1], dataclasses.replace(found.rows[-1], tasks={"piqa": score}, tasks_mean=score)]
+    shown = in_browser(whole(results=dataclasses.replace(found, rows=rows)), "", tmp_path)
+    assert "piqa (acc)" in shown
+    assert '<td class="">0.6125 ± 0.049</td>' in shown
+    assert '<td class="">87.5</td>' in shown
 
 
 @needs_browser

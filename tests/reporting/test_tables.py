@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lftpipe.artefacts.results import Score
-from lftpipe.reporting.tables import markdown_table, means_over_seeds, means_section
+from lftpipe.artefacts.results import Score, TaskScore
+from lftpipe.reporting.tables import markdown_table, means_over_seeds, means_section, tasks_section
 
 
 def row(run: str | None, **values: Any) -> Score:
@@ -46,3 +46,17 @@ def test_a_name_is_a_cell_and_nothing_else():
     assert "<" not in line
     assert "[l]" not in line.replace("\\[l\\]", "")
     assert "a&#124;b &lt;img src=x&gt;" in line
+
+
+def test_scores_on_tasks_have_a_table_with_their_errors_and_what_is_kept():
+    known = {"teacher": 0.7, "kept": 6 / 7, "kept_above_chance": 0.5, "chance": 0.5, "documents": 100}
+    score = TaskScore(metric="acc", value=0.6, stderr=0.0492, **known)
+    tasks = {"piqa": score, "wiki": TaskScore(metric="ppl", value=17.25, stderr=None, **known)}
+    lines = tasks_section(
+        [row(None), row("walk", tasks=tasks, tasks_mean=score), row("b", tasks={"piqa": score})]
+    )
+    table = [line for line in lines if line.startswith("|")]
+    assert table[0] == "| model | k | piqa (acc) | wiki (ppl) | mean | kept | above chance |"
+    assert table[2] == "| walk | 1 | 0.6 ± 0.049 | 17.25 | 0.6 ± 0.049 | 85.7 % | 50.0 % |"
+    assert table[3] == "| b | 1 | 0.6 ± 0.049 | - | - | - | - |"
+    assert tasks_section([row(None)]) == []

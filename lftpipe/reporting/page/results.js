@@ -116,4 +116,24 @@ function training() {
   if (data.damaged.length) at("training").append(make("p", {class: "warn"}, data.damaged.join("; ")));
 }
 
-headline(); table(); figures(); training();
+function tasks() {
+  const scored = data.rows.filter(row => row.tasks);
+  if (!scored.length) return at("tasks").remove();
+  const percent = value => (value === null ? null : 100 * value), metrics = {};
+  const rows = scored.map(row => {
+    const all = {...row.tasks, ...(row.tasks_mean ? {mean: row.tasks_mean} : {})};
+    const shown = {model: row.run || row.method, k: row.k, spread: {}};
+    for (const [name, score] of Object.entries(all)) {
+      [shown[`task ${name}`], shown.spread[`task ${name}`], metrics[name]] = [score.value, score.stderr, score.metric];
+    }
+    if (row.tasks_mean) [shown.kept, shown.above] = [percent(row.tasks_mean.kept), percent(row.tasks_mean.kept_above_chance)];
+    return shown;
+  });
+  const columns = Object.entries(metrics).filter(([name]) => name !== "mean")
+    .map(([name, metric]) => ({key: `task ${name}`, name: `${name} (${metric})`}));
+  sortable(at("task-table"), {rows, label: "Tasks", filter: false, className: row => (row.model === "teacher" ? "baseline" : ""), columns: [
+    {key: "model", name: "model", text: true}, {key: "k", name: "k"}, ...columns, {key: "task mean", name: "mean"},
+    {key: "kept", name: "kept, %"}, {key: "above", name: "above chance, %"}]});
+}
+
+headline(); table(); tasks(); figures(); training();
