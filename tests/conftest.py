@@ -1,16 +1,22 @@
-"""Tiny teachers with random weights, text, and a store made of them; all of lftpipe with shapes checked."""
+"""Tiny teachers with random weights, text, and stores made of them, each once for all workers of a run.
+
+With `LFTPIPE_CHECK_TYPES=1` every annotated call of lftpipe is checked, shapes too (`make check-types`).
+"""
 # ruff: noqa: E402 (the import hook comes first)
 
 import os
+import shutil
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from jaxtyping import install_import_hook
+CHECK_TYPES = os.environ.get("LFTPIPE_CHECK_TYPES") == "1"
+if CHECK_TYPES:
+    from jaxtyping import install_import_hook
 
-install_import_hook("lftpipe", "beartype.beartype")
+    install_import_hook("lftpipe", "beartype.beartype")
 
 import gc
 from collections.abc import Callable, Iterable
@@ -21,7 +27,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from beartype._util.cache.pool.utilcachepool import KeyPool
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPTNeoXConfig,
@@ -41,15 +47,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _locks_of_beartype() -> list[Any]:
-    return [each._thread_lock for each in gc.get_objects() if type(each) is KeyPool]
+    from beartype._util.cache.pool.utilcachepool import KeyPool
+
+    return [pool._thread_lock for pool in gc.get_objects() if type(pool) is KeyPool]
 
 
 # A process that is forked while a thread checks a type would wait for ever for a lock that nobody holds.
-os.register_at_fork(
-    before=lambda: [lock.acquire() for lock in _locks_of_beartype()],
-    after_in_parent=lambda: [lock.release() for lock in _locks_of_beartype()],
-    after_in_child=lambda: [lock.release() for lock in _locks_of_beartype()],
-)
+if CHECK_TYPES:
+    os.register_at_fork(
+        before=lambda: [lock.acquire() for lock in _locks_of_beartype()],
+        after_in_parent=lambda: [lock.release() for lock in _locks_of_beartype()],
+        after_in_child=lambda: [lock.release() for lock in _locks_of_beartype()],
+    )
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -58,6 +67,32 @@ hypothesis.settings.load_profile("untimed")
 WORDS = ("the", "state", "of", "a", "layer", "flows", "into", "next", "walk", "return", "self", "def", "not")
 CONTEXT = 32
 VOCABULARY = 320
+
+
+class Shared:
+    """Folders that the workers of a run share: the first one that asks makes a folder, the others wait."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def folder(self, name: str, make: Callable[[Path], object], *, seconds: float = 120) -> Path:
+        """The folder `name` as `make` filled it. A folder that was left half made is made again."""
+        folder, done = self._root / name, self._root / f"{name}.done"
+        # Timeout's message names the lock's file, and so what the test waited for.
+        with FileLock(self._root / f"{name}.lock", timeout=seconds):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Folders made once for all workers, in the folder that holds the workers' own."""
+    root = tmp_path_factory.getbasetemp()
+    return Shared(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root)
 
 
 def text_of(seed: int, words: int) -> str:
@@ -152,9 +187,10 @@ def make_teachers(root: Path, names: Iterable[str], tokenizer: PreTrainedTokeniz
 
 
 @pytest.fixture(scope="session")
-def teachers(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+def teachers(shared: Shared, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
     """A folder in transformers' format for every one of `MODELS`."""
-    return make_teachers(tmp_path_factory.mktemp("teachers"), tuple(MODELS), tokenizer)
+    root = shared.folder("teachers", lambda root: make_teachers(root, tuple(MODELS), tokenizer))
+    return {name: root / name for name in MODELS}
 
 
 @pytest.fixture(scope="session", params=list(MODELS))
@@ -198,12 +234,14 @@ def neox_student(neox_teacher: Teacher, neox_run: runs.Run) -> Any:
 
 
 @pytest.fixture(scope="session")
-def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_folder(shared: Shared) -> Path:
     """Sixty short documents: enough that the usual fraction of them is held out."""
-    folder = tmp_path_factory.mktemp("text")
-    for seed in range(60):
-        (folder / f"{seed:02d}.md").write_text(text_of(seed, 20 + 3 * seed))
-    return folder
+
+    def write(folder: Path) -> None:
+        for seed in range(60):
+            (folder / f"{seed:02d}.md").write_text(text_of(seed, 20 + 3 * seed))
+
+    return shared.folder("text", write)
 
 
 def extracted(workspace: Path, teacher: Path, text: Path, **changes: Any) -> Path:
@@ -228,15 +266,18 @@ def extracted(workspace: Path, teacher: Path, text: Path, **changes: Any) -> Pat
 
 
 @pytest.fixture(scope="session")
-def stores(
-    tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, Path], text_folder: Path
-) -> dict[str, Path]:
+def stores(shared: Shared, teachers: dict[str, Path], text_folder: Path) -> dict[str, Path]:
     """A float16 store of all states of each family. Their folders are shared: write runs elsewhere."""
-    workspace = tmp_path_factory.mktemp("workspace")
-    return {name: extracted(workspace, teachers[name], text_folder) for name in ("neox", "llama")}
+
+    def extract(name: str) -> Path:
+        workspace = shared.folder(f"store-{name}", lambda here: extracted(here, teachers[name], text_folder))
+        return next(workspace.glob("*/states.zarr"))
+
+    return {name: extract(name) for name in ("neox", "llama")}
 
 
 @pytest.fixture(scope="session")
-def store_with_logits(tmp_path_factory, teachers, text_folder) -> Path:
+def store_with_logits(shared: Shared, teachers: dict[str, Path], text_folder: Path) -> Path:
     """A store of the GPT-NeoX teacher with eight logits at each position."""
-    return extracted(tmp_path_factory.mktemp("logits"), teachers["neox"], text_folder, logits=8)
+    workspace = shared.folder("logits", lambda here: extracted(here, teachers["neox"], text_folder, logits=8))
+    return next(workspace.glob("*/states.zarr"))
