@@ -1,7 +1,8 @@
 # The pipeline as file targets: a stage runs again only if what it is made from has changed.
 #
 #   make demo                               set-up and the whole pipeline on the embedded teacher
-#   make check                              set-up, format, lint, types and tests: what CI runs (`make test` is the same)
+#   make test                               set-up and the everyday tests, in JOBS processes
+#   make check                              lint, types, the everyday tests, and the slower ones: what CI runs
 #   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
 #   make qwen                               fetch Qwen2.5-Coder-0.5B; gemma and smollm2 likewise
 #   make results OBJECTIVE=sfm              trains and evaluates another objective from the same store
@@ -27,7 +28,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check lint coverage slow fuzz crash runtimes lm-eval results sweep report pythia-tiny smollm2 qwen gemma families \
+.PHONY: help setup demo test check check-types lint coverage slow fuzz crash runtimes lm-eval results sweep report pythia-tiny smollm2 qwen gemma families \
         docs dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -120,14 +121,25 @@ lint: setup
 
 FAST       := not slow and not network and not gpu
 
-test: lint
-	$(BIN)/pytest -m "$(FAST)"
+# Processes that run tests side by side, with one thread each.
+JOBS       ?= 2
+PARALLEL   := -n $(JOBS) --dist worksteal
 
-check: test
+test: setup
+	$(BIN)/pytest $(PARALLEL) -m "$(FAST)"
+
+check:
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory check-types
+
+# The first case of each test, with every annotated call of lftpipe checked.
+check-types: setup
+	LFTPIPE_CHECK_TYPES=1 $(BIN)/pytest $(PARALLEL) -m "$(FAST)"
 
 # The tests again, with a table of the lines and branches of lftpipe that they do not reach.
 coverage: setup
-	$(BIN)/pytest -m "$(FAST)" --cov --cov-report=term
+	$(BIN)/pytest $(PARALLEL) -m "$(FAST)" --cov --cov-report=term
 
 slow: setup
 	$(BIN)/pytest -m slow

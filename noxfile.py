@@ -19,8 +19,8 @@ NO_TORCH = [
     "jaxtyping",
     "pyarrow",
     "pytest",
+    "pytest-timeout",
     "hypothesis",
-    "beartype",
     "xarray",
 ]
 
@@ -29,7 +29,16 @@ NO_TORCH = [
 def tests(session: nox.Session) -> None:
     """Install the package with the pinned versions and run the fast tests."""
     session.install("--constraint", "constraints.txt", ".[dev]")
-    session.run("pytest", "-m", "not slow and not network and not gpu", *session.posargs)
+    session.run(
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "worksteal",
+        "-m",
+        "not slow and not network and not gpu",
+        *session.posargs,
+    )
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])

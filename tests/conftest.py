@@ -60,6 +60,19 @@ if CHECK_TYPES:
         after_in_child=lambda: [lock.release() for lock in _locks_of_beartype()],
     )
 
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With types checked, the first case of each test: it calls what the others call."""
+    if not CHECK_TYPES:
+        return
+    first: dict[tuple[Path, str], pytest.Item] = {}
+    for item in items:
+        first.setdefault((item.path, getattr(item, "originalname", item.name)), item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+    items[:] = first.values()
+
+
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

@@ -1,6 +1,9 @@
 """The documentation's own promises: its links lead somewhere, and the files that it names exist."""
 
+import inspect
+import pkgutil
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,38 @@ def test_every_page_is_in_the_sites_navigation():
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     there = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     assert there - listed == set()
+
+
+def rendered() -> Iterator[tuple[str, Callable[..., object]]]:
+    """Functions and methods that the site's Python reference renders."""
+    page = (ROOT / "docs/reference/python.md").read_text()
+    named = {name: pkgutil.resolve_name(name) for name in re.findall(r"^::: (\S+)$", page, re.M)}
+    for module, inside in [each for each in named.items() if inspect.ismodule(each[1])]:
+        public = {name: value for name, value in vars(inside).items() if not name.startswith("_")}
+        named |= {
+            f"{module}.{name}": value
+            for name, value in public.items()
+            if getattr(value, "__module__", None) == module
+        }
+    for name, value in named.items():
+        if inspect.isfunction(value):
+            yield name, value
+        elif inspect.isclass(value):
+            for method, function in inspect.getmembers(value, callable):
+                if not method.startswith("_") and function.__module__.startswith("lftpipe."):
+                    yield f"{name}.{method}", function
+
+
+def test_what_the_python_reference_renders_documents_all_parameters():
+    """Ruff holds for all of the package that a public name has a docstring, its first line a sentence."""
+    found = dict(rendered())
+    assert len(found) > 30
+    marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    for name, function in found.items():
+        section = re.search(
+            r"^Parameters\n-+\n(.*?)(?=^\w[\w ]*\n-+\n|\Z)", inspect.getdoc(function) or "", re.M | re.S
+        )
+        heads = re.findall(r"^(\S.*)$", section[1], re.M) if section else []
+        documented = {word.strip() for head in heads for word in head.split(" : ")[0].split(",")}
+        taken = inspect.signature(function).parameters.values()
+        assert documented == {marks.get(p.kind, "") + p.name for p in taken} - {"self", "cls"}, name
