@@ -51,11 +51,28 @@ class Description:
         return Windows(self.spec)
 
     def rolls(self, split: str) -> bool:
-        """Whether the states of a split come and go."""
+        """Whether the states of a split come and go.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        """
         return bool(self.spec.rolling) and split == ROLLING_SPLIT
 
     def need_whole(self, what: str) -> None:
-        """Refuse a rolling store, whose training states come and go."""
+        """Refuse a rolling store, whose training states come and go.
+
+        Parameters
+        ----------
+        what
+            What needs them all.
+
+        Raises
+        ------
+        StoreError
+            If it is one.
+        """
         if self.spec.rolling:
             raise StoreError(
                 f"{what} on the rolling store {self.path}",
@@ -64,7 +81,13 @@ class Description:
             )
 
     def num_sequences(self, split: str) -> int:
-        """Sequences of a split."""
+        """Sequences of a split.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        """
         try:
             return self.spec.sequences[split]
         except KeyError:
@@ -74,7 +97,13 @@ class Description:
             ) from None
 
     def need_logits(self) -> None:
-        """Refuse a store without logits."""
+        """Refuse a store without logits.
+
+        Raises
+        ------
+        StoreError
+            If it was made without.
+        """
         if not self.spec.logits:
             raise StoreError(
                 f"{self.path} holds no logits",
@@ -87,6 +116,8 @@ class Description:
 
         Parameters
         ----------
+        array
+            `hidden`, `attention`, `tokens`, `document` or one of the logits' arrays.
         layer
             One that is to be read; None of an array without layers.
 
