@@ -152,8 +152,8 @@ fuzz: setup
 # Every command that writes, killed at every disk operation and at KILLS random moments, and run again.
 KILLS      ?= 100
 crash: setup
-	LFTPIPE_KILLS=$(KILLS) $(BIN)/pytest -s -m "slow or not slow" tests/stages/test_crash.py tests/store/test_killed.py \
-	  tests/training/test_kills.py tests/training/test_torchrun.py tests/stages/test_small_disk.py tests/test_outputs.py
+	LFTPIPE_KILLS=$(KILLS) $(BIN)/pytest -s -m "slow or not slow" tests/commands/test_crash.py tests/store/test_killed.py \
+	  tests/training/test_kills.py tests/training/test_torchrun.py tests/commands/test_small_disk.py tests/test_outputs.py
 
 # Exports in other runtimes, lm_eval and llama.cpp, and the table of what runs where.
 runtimes: setup

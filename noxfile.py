@@ -47,7 +47,9 @@ def light(session: nox.Session) -> None:
     session.install("--no-deps", ".")
     session.install("--constraint", "constraints.txt", *NO_TORCH)
     session.run(
-        "python", "-c", "import lftpipe.cli.app, lftpipe.files, lftpipe.config.recipe, lftpipe.workspace"
+        "python",
+        "-c",
+        "import lftpipe.cli.app, lftpipe.base.files, lftpipe.config.recipe, lftpipe.base.workspace",
     )
     for command in ([], ["extract"], ["train"], ["evaluate"]):
         session.run("lftpipe", *command, "--help", silent=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lftpipe.device import prepare_processor
-from lftpipe.teacher.attention import causal_attention
+from lftpipe.base.device import prepare_processor
+from lftpipe.families.attention import causal_attention
 
 #: Sequences, heads, heads of keys, positions, features of a head.
 SHAPES = {

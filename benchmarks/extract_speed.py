@@ -54,7 +54,7 @@ def settings_of(options: argparse.Namespace, folder: Path, tokens: int) -> Any:
 
 def peak(options: argparse.Namespace, folder: Path, tokens: int) -> dict[str, Any]:
     """Extract in this process; MiB that were resident at most."""
-    from lftpipe.stages.extract import extract
+    from lftpipe.commands.extract import extract
 
     result = extract(settings_of(options, folder, tokens))
     return {
@@ -94,12 +94,12 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
     import numpy as np
     import torch
 
-    from lftpipe.batch import make_batch
-    from lftpipe.device import prepare_processor
+    from lftpipe.base.device import prepare_processor
+    from lftpipe.data.batches import make_batch
     from lftpipe.extraction.forward import Passes
     from lftpipe.extraction.plan import make_plan
     from lftpipe.store import StoreSpec, StoreWriter
-    from lftpipe.teacher.lanes import Lanes
+    from lftpipe.teacher.thread_pool import Lanes
 
     prepare_processor(options.threads)
     plan = make_plan(settings_of(options, folder, options.tokens))

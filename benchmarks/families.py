@@ -23,13 +23,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lftpipe import runs
-from lftpipe.errors import LftpipeError
+from lftpipe.base.errors import LftpipeError
+from lftpipe.families.attention import attention_context
+from lftpipe.families.structure import check_attention, check_kind
 from lftpipe.flow.velocity import Velocity
 from lftpipe.student.assemble import build_student
 from lftpipe.student.plain import unroll
-from lftpipe.teacher.context import attention_context
-from lftpipe.teacher.kinds import check_attention, check_kind
-from lftpipe.teacher.parts import load_layer, load_rotary
+from lftpipe.teacher.layers import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.trunk import Trunk

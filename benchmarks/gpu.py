@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from extract_speed import contenders, settings_of
 
+from lftpipe.commands.extract import extract
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
 from lftpipe.config.settings.base import default_workspace
 from lftpipe.runs import METRICS
-from lftpipe.stages.extract import extract
-from lftpipe.stages.train import train
 
 #: Bytes that are moved to measure the bus and the disk.
 PROBE_BYTES = 2**28

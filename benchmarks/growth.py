@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 from lftpipe.extraction.plan import LARGE_SHARD_BYTES, MOST_SHARD_SEQUENCES, state_bytes
-from lftpipe.objects.bucket import PART_BYTES
+from lftpipe.storage.bucket import PART_BYTES
 from lftpipe.store import StoreSpec
-from lftpipe.store.journal import line_of
+from lftpipe.store.records import line_of
 from lftpipe.store.shard import Record
 
 CONTEXT, BATCH_TOKENS, PER_MACHINE = 512, 2048, 8

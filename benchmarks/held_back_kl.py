@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 
 from lftpipe import runs
-from lftpipe.batch import BatchFields, BatchReader
+from lftpipe.base.workspace import find_runs
 from lftpipe.config.settings.base import default_workspace
-from lftpipe.evaluation.predictor import Block, Predictor
-from lftpipe.evaluation.predictors import joined_predictors, run_predictors
+from lftpipe.data.batches import BatchFields, BatchReader
+from lftpipe.evaluation.predictors import Block, Predictor, joined_predictors, run_predictors
 from lftpipe.flow.distillation import full_divergence
 from lftpipe.store import Store
-from lftpipe.teacher.recorded import open_recorded, record_of
+from lftpipe.teacher.source import open_recorded, record_of
 from lftpipe.teacher.tail import Tail
-from lftpipe.workspace import find_runs
 
 
 @torch.inference_mode()

@@ -15,17 +15,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lftpipe.artefacts.results import Score
+from lftpipe.commands.evaluate import evaluate
+from lftpipe.commands.extract import extract
+from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExtractSettings, TrainSettings
 from lftpipe.config.settings.base import default_workspace
 from lftpipe.evaluation.predictors import run_predictors
 from lftpipe.evaluation.scoring import score
+from lftpipe.results.scores import Score
 from lftpipe.runs import open_run
-from lftpipe.stages.evaluate import evaluate
-from lftpipe.stages.extract import extract
-from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.teacher.recorded import open_recorded
+from lftpipe.teacher.source import open_recorded
 
 DTYPES = ("float16", "int8")
 FIGURES = ("kl", "nmse", "nmse_without_first", "ppl")

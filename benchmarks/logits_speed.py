@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lftpipe.batch import Batch, BatchFields, BatchReader
+from lftpipe.base.device import cast_linear, dtype_name, resolve_compute_dtype
 from lftpipe.config.layers import parse_block
 from lftpipe.config.settings.base import default_workspace
-from lftpipe.device import cast_linear, dtype_name, resolve_compute_dtype
+from lftpipe.data.batches import Batch, BatchFields, BatchReader
 from lftpipe.flow.distillation import full_divergence
 from lftpipe.store import Store
-from lftpipe.teacher.parts import load_layer, load_rotary
+from lftpipe.teacher.layers import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.tail import Tail, TopLogits
-from lftpipe.training.logit_terms import logit_divergence, sampled_logit_divergence, top_logit_divergence
+from lftpipe.training.terms import logit_divergence, sampled_logit_divergence, top_logit_divergence
 
 
 def main() -> None:

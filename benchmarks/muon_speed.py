@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lftpipe.training import muon
+from lftpipe.training import optimizer
 
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (576, 1536), (576, 1536), (576, 1536)]
 GIVEN = ((3.4445, -4.775, 2.0315), 5, 1e-7)
@@ -37,13 +37,13 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="time torch's own format too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    work, wide = stacks(), muon.WIDE
+    work, wide = stacks(), optimizer.WIDE
 
     def run(dtype: torch.dtype, parts: list[Tensor], from_columns: float) -> Callable[[], None]:
         def once() -> None:
-            muon.WIDE = from_columns
+            optimizer.WIDE = from_columns
             for part in parts:
-                muon.orthogonalised(part, *GIVEN, dtype)
+                optimizer.orthogonalised(part, *GIVEN, dtype)
 
         return once
 

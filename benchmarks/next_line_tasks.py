@@ -15,8 +15,7 @@ from typing import Any
 
 from lftpipe.config.settings.base import default_workspace
 from lftpipe.store import Store
-from lftpipe.teacher.recorded import open_recorded, record_of
-from lftpipe.teacher.tokenizer import load_tokenizer
+from lftpipe.teacher.source import load_tokenizer, open_recorded, record_of
 
 #: Fewest characters of a line that is asked for, and lines of text before it.
 SHORTEST, BEFORE = 12, 8

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from s3_server import make_bucket, s3_server
 
-from lftpipe.objects.places import mirror_of
+from lftpipe.storage.places import mirror_of
 from lftpipe.store import Store, StoreSpec, StoreWriter, batch_sequences
 
 CONTEXT, BATCH, STEPS = 256, 8, 4

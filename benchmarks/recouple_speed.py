@@ -24,11 +24,9 @@ from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
 from lftpipe.config.settings import RecoupleSettings
-from lftpipe.recoupling.assignment import assign, lapjvx
-from lftpipe.recoupling.clouds import tie_groups
-from lftpipe.recoupling.costs import cost_matrix
-from lftpipe.recoupling.coupling import Coupling, recoupled
+from lftpipe.recoupling.coupling import Coupling, assign, lapjvx, recoupled
 from lftpipe.recoupling.map import group_pairs, make_clouds
+from lftpipe.recoupling.point_clouds import cost_matrix, tie_groups
 from lftpipe.recoupling.sinkhorn import couple_approximately
 
 Key = tuple[int, int, int]

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
+from lftpipe.base.files import file_digest
+from lftpipe.commands.extract import extract
+from lftpipe.commands.train import train
 from lftpipe.config.settings import ExtractSettings, TrainSettings
-from lftpipe.files import file_digest
-from lftpipe.stages.extract import extract
-from lftpipe.stages.train import train
 from lftpipe.store import StoreSpec, registered
 from lftpipe.store.windows import most_bytes
 from lftpipe.teacher.source import open_teacher

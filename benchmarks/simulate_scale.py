@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from lftpipe.objects import storage_of
+from lftpipe.storage import storage_of
 from lftpipe.store import ShardKey, Store, StoreSpec, produce_shard
-from lftpipe.store.journal import Journal
 from lftpipe.store.manifest import Manifest
-from lftpipe.store.parsing import Records
+from lftpipe.store.records import Journal, Records
 from lftpipe.store.shard import Record
 
 CONTEXT, WIDTH, STEP = 2, 2, 1

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lftpipe.store import Store
-from lftpipe.store.codec import decode, encode
-from lftpipe.store.lossless import compress, decompress
+from lftpipe.store.codec import compress, decode, decompress, encode
 
 
 def main() -> None:

@@ -28,18 +28,18 @@ import torch
 import transformers
 from timed_students import Entry, bytes_on_disk, entries_of, label, open_student
 
+from lftpipe.base.device import prepare_processor
+from lftpipe.base.errors import LftpipeError
 from lftpipe.config.settings.base import default_workspace
 from lftpipe.corpus.packing import default_threshold, text_hash
 from lftpipe.corpus.readers import PYTHON_STDLIB, open_corpus
-from lftpipe.device import prepare_processor
-from lftpipe.errors import LftpipeError
 from lftpipe.flow.solver import EVALUATIONS
 from lftpipe.reporting.tables import markdown_lines
 from lftpipe.student.assemble import without_layers
 from lftpipe.student.decoding import continue_prompt, speculate, warm_up
 from lftpipe.student.loading import load_teacher
-from lftpipe.teacher.quiet import quiet_transformers
-from lftpipe.teacher.tokenizer import load_tokenizer
+from lftpipe.teacher.silence import quiet_transformers
+from lftpipe.teacher.source import load_tokenizer
 
 #: Tokens of a document before the passage: licences and imports are much alike.
 PASSAGE_START = 128

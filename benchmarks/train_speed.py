@@ -11,9 +11,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
 from lftpipe.config.settings.base import default_workspace
-from lftpipe.stages.train import train
 
 
 def main() -> None:

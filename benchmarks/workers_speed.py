@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lftpipe.files import file_digest
+from lftpipe.base.files import file_digest
 
 HERE = Path(__file__).resolve().parent
 WAYS = {
@@ -79,8 +79,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def resume(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of an extraction whose store is complete, in this process, after imports."""
+    from lftpipe.commands.extract import extract as run
     from lftpipe.config.settings import ExtractSettings
-    from lftpipe.stages.extract import extract as run
 
     teacher = folder / "narrow"
     command = [sys.executable, str(HERE / "random_teacher.py"), "--out", str(teacher)]

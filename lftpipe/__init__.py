@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         train,
         verify,
     )
-    from lftpipe.errors import LftpipeError
+    from lftpipe.base.errors import LftpipeError
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "lftpipe.errors" if name == "LftpipeError" else "lftpipe.api"
+    module = "lftpipe.base.errors" if name == "LftpipeError" else "lftpipe.api"
     return getattr(importlib.import_module(module), name)
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from lftpipe.config import settings
-from lftpipe.config.outside import add_term as add_term
+from lftpipe.config.loss import add_term as add_term
 from lftpipe.config.settings import Common
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _stage(kind: Callable[Options, Common], place: str) -> Callable[Options, Res
     module, name = place.split(":")
 
     def run(*arguments: Options.args, **options: Options.kwargs) -> Result:
-        from lftpipe.objects import mirror
+        from lftpipe.storage import mirror
 
         stage = importlib.import_module(module)
         values = mirror.run(getattr(stage, name), kind(*arguments, **options))
@@ -127,22 +127,22 @@ def _stage(kind: Callable[Options, Common], place: str) -> Callable[Options, Res
     return run
 
 
-extract = _stage(settings.ExtractSettings, "lftpipe.stages.extract:extract")
-recouple = _stage(settings.RecoupleSettings, "lftpipe.stages.recouple:recouple")
-train = _stage(settings.TrainSettings, "lftpipe.stages.train:train")
-heal = _stage(settings.HealSettings, "lftpipe.stages.heal:heal")
-evaluate = _stage(settings.EvaluateSettings, "lftpipe.stages.evaluate:evaluate")
-sweep = _stage(settings.SweepSettings, "lftpipe.stages.sweep:sweep")
-toy = _stage(settings.ToySettings, "lftpipe.stages.toy:toy")
-export = _stage(settings.ExportSettings, "lftpipe.stages.export:export")
-generate = _stage(settings.GenerateSettings, "lftpipe.stages.generate:generate")
-info = _stage(settings.InfoSettings, "lftpipe.stages.info:info")
-push = _stage(settings.PushSettings, "lftpipe.stages.push:push")
-pull = _stage(settings.PullSettings, "lftpipe.stages.pull:pull")
-list_runs = _stage(settings.RunsSettings, "lftpipe.stages.runs:runs")
-compare_runs = _stage(settings.CompareSettings, "lftpipe.stages.compare:compare")
-verify = _stage(settings.VerifySettings, "lftpipe.stages.verify:verify")
-report = _stage(settings.ReportSettings, "lftpipe.stages.report:report")
+extract = _stage(settings.ExtractSettings, "lftpipe.commands.extract:extract")
+recouple = _stage(settings.RecoupleSettings, "lftpipe.commands.recouple:recouple")
+train = _stage(settings.TrainSettings, "lftpipe.commands.train:train")
+heal = _stage(settings.HealSettings, "lftpipe.commands.heal:heal")
+evaluate = _stage(settings.EvaluateSettings, "lftpipe.commands.evaluate:evaluate")
+sweep = _stage(settings.SweepSettings, "lftpipe.commands.sweep:sweep")
+toy = _stage(settings.ToySettings, "lftpipe.commands.toy:toy")
+export = _stage(settings.ExportSettings, "lftpipe.commands.export:export")
+generate = _stage(settings.GenerateSettings, "lftpipe.commands.generate:generate")
+info = _stage(settings.InfoSettings, "lftpipe.commands.info:info")
+push = _stage(settings.PushSettings, "lftpipe.commands.push:push")
+pull = _stage(settings.PullSettings, "lftpipe.commands.pull:pull")
+list_runs = _stage(settings.RunsSettings, "lftpipe.commands.runs:runs")
+compare_runs = _stage(settings.CompareSettings, "lftpipe.commands.compare:compare")
+verify = _stage(settings.VerifySettings, "lftpipe.commands.verify:verify")
+report = _stage(settings.ReportSettings, "lftpipe.commands.report:report")
 
 
 def open_store(path: str | Path) -> "Store":

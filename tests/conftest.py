@@ -259,8 +259,8 @@ def text_folder(shared: Shared) -> Path:
 
 def extracted(workspace: Path, teacher: Path, text: Path, **changes: Any) -> Path:
     """A store of 48 training and 7 validation sequences of 32 tokens in a workspace."""
+    from lftpipe.commands.extract import extract
     from lftpipe.config.settings import ExtractSettings
-    from lftpipe.stages.extract import extract
 
     settings = ExtractSettings(
         **{

@@ -13,6 +13,15 @@ from typing import Any
 from conftest import CONTEXT, extracted, text_of
 from training_runs import short_run
 
+from lftpipe.commands.evaluate import evaluate
+from lftpipe.commands.export import export
+from lftpipe.commands.generate import generate
+from lftpipe.commands.heal import heal
+from lftpipe.commands.recouple import recouple
+from lftpipe.commands.report import report
+from lftpipe.commands.sweep import sweep
+from lftpipe.commands.toy import toy
+from lftpipe.commands.train import train
 from lftpipe.config.settings import (
     EvaluateSettings,
     ExportSettings,
@@ -23,15 +32,6 @@ from lftpipe.config.settings import (
     SweepSettings,
     ToySettings,
 )
-from lftpipe.stages.evaluate import evaluate
-from lftpipe.stages.export import export
-from lftpipe.stages.generate import generate
-from lftpipe.stages.heal import heal
-from lftpipe.stages.recouple import recouple
-from lftpipe.stages.report import report
-from lftpipe.stages.sweep import sweep
-from lftpipe.stages.toy import toy
-from lftpipe.stages.train import train
 
 BATCH = 4 * CONTEXT
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from conftest import CONTEXT
 
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
-from lftpipe.stages.train import train
 
 #: What `evaluate` promises of each row.
 ROW = {

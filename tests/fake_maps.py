@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from lftpipe.artefacts.recoupling import FIGURES, RecouplingMap
+from lftpipe.results.recoupling import FIGURES, RecouplingMap
 
 
 def upper(size: int, value: Any) -> list[list[Any]]:

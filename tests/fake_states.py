@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lftpipe.files import read_sealed, write_sealed
+from lftpipe.base.files import read_sealed, write_sealed
 from lftpipe.store import ShardWriter, StoreSpec, StoreWriter
 
 SPLITS = ("train", "validation")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lftpipe.artefacts.results import Results, Score
+from lftpipe.results.scores import Results, Score
 
 
 def results(*, seeds: int = 2, run: str = "walk", teacher: str = "tiny", **changes: Any) -> Results:

@@ -11,9 +11,9 @@ from typing import Any
 
 from conftest import CONTEXT, text_of
 
-from lftpipe.artefacts.outcomes.pipeline import Extraction, PlannedExtraction
+from lftpipe.commands.extract import extract
 from lftpipe.config.settings import ExtractSettings
-from lftpipe.stages.extract import extract
+from lftpipe.results.outcomes import Extraction, PlannedExtraction
 from lftpipe.store.windows import ROLLING_SPLIT
 
 #: Bytes of a shard of four sequences: two states of 32 features in float16, checksums, the index.

@@ -28,13 +28,12 @@ from runtimes import (
 )
 from tiny_students import save_run, tokens
 
+from lftpipe.base.errors import LftpipeError
+from lftpipe.commands.export import export
 from lftpipe.config.settings import ExportSettings
-from lftpipe.errors import LftpipeError
-from lftpipe.stages.export import export
 from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import load_model
-from lftpipe.teacher.source import open_teacher
-from lftpipe.teacher.tokenizer import load_tokenizer
+from lftpipe.teacher.source import load_tokenizer, open_teacher
 
 STEPS = (1, 2, 3)
 #: Runtimes and what is compared there.

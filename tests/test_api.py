@@ -11,8 +11,8 @@ import pytest
 import lftpipe
 from lftpipe import api
 from lftpipe.api import Result
+from lftpipe.base.errors import LftpipeError
 from lftpipe.cli.app import COMMANDS
-from lftpipe.errors import LftpipeError
 from lftpipe.student import loading
 
 #: Commands whose function has another name, since a module or a verb has theirs.

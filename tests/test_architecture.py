@@ -1,13 +1,11 @@
-"""Who may know whom: the import table of the package, read from its sources."""
+"""The table of rooms and floors, and what every file keeps to, read from the sources."""
 
 import ast
-import functools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "lftpipe").rglob("*.py"))
@@ -17,128 +15,111 @@ EVERYTHING = [
     for path in (ROOT / folder).rglob("*.py")
 ]
 
+#: Rooms by floor: a room imports rooms of lower floors and nothing else of lftpipe.
+FLOORS: tuple[str, ...] = (
+    "base",
+    "results config storage corpus families",
+    "teacher store flow",
+    "data runs",
+    "extraction recoupling student training evaluation",
+    "reporting",
+    "commands",
+    "api",
+    "cli",
+)
+
+NO_ARRAYS = "torch numpy transformers zarr"
+
+#: Libraries that a room, or one of its files, does not import at all.
+WITHOUT: dict[str, str] = {
+    "base": "zarr",
+    "base.errors": NO_ARRAYS,
+    "base.files": NO_ARRAYS,
+    "base.outputs": NO_ARRAYS,
+    "base.progress": NO_ARRAYS,
+    "base.workspace": NO_ARRAYS,
+    "results": NO_ARRAYS,
+    "config": NO_ARRAYS,
+    "storage": NO_ARRAYS,
+    "corpus": "torch transformers zarr",
+    "families": "safetensors zarr",
+    "families.branches": "transformers pathlib",
+    "families.family": "transformers pathlib",
+    "teacher": "zarr",
+    "store": "torch transformers",
+    "flow": "transformers safetensors zarr pathlib json os",
+    "data": "transformers zarr",
+    "runs": "transformers zarr",
+    "extraction": "zarr",
+    "recoupling": "transformers zarr",
+    "recoupling.coupling": "torch transformers",
+    "recoupling.ranking": NO_ARRAYS,
+    "student": "zarr",
+    "training": "transformers zarr",
+    "evaluation": "transformers zarr",
+    "reporting": "torch transformers zarr",
+    "reporting.terminal": f"{NO_ARRAYS} pydantic",
+    "commands.train": "transformers",
+    "commands.recouple": "transformers",
+    "commands.report": "torch transformers",
+    "api": NO_ARRAYS,
+    "cli": NO_ARRAYS,
+    "cli.guard": f"{NO_ARRAYS} pydantic",
+    "cli.interrupt": f"{NO_ARRAYS} pydantic typer",
+}
+
 
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@functools.cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+def is_or_is_in(module: str, place: str) -> bool:
+    return f"{module}.".startswith(f"{place}.")
 
 
 def type_checking_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
-    """Modules that a source file names, all of them or only those outside functions."""
-    found: set[str] = set()
-    stack: list[ast.AST] = [parsed(path)]
+def imported(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each import of a source file, within functions too: a module, and the names that are taken from it."""
+    stack: list[ast.AST] = [ast.parse(path.read_text())]
     while stack:
         node = stack.pop()
         if type_checking_only(node):
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
-        if not (at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
-            stack += ast.iter_child_nodes(node)
+            yield str(node.module), [alias.name for alias in node.names]
+        stack += ast.iter_child_nodes(node)
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def modules_of(path: Path) -> set[str]:
+    """The modules that a source file imports; `from lftpipe.flow import solver` names the solver."""
+    found = set()
+    for module, names in imported(path):
+        within = {f"{module}.{name}" for name in names} & MODULES.keys()
+        taken = len(within) < len(names) or not names  # something of the module itself
+        found |= within | ({module} if taken else set())
     return found
 
 
-def knows(path: Path, names: tuple[str, ...], *, at_import_time: bool = False) -> set[str]:
-    return {
-        name
-        for name in imports(path, at_import_time=at_import_time)
-        if any(name == each or name.startswith(each + ".") for each in names)
-    }
+ARROWS = {module: modules_of(path) for module, path in MODULES.items()}
 
 
-#: A room, the rooms and modules of lftpipe that it may know beside itself, and libraries that it must not.
-ROOMS: dict[str, tuple[str, str]] = {
-    "errors": ("", "torch numpy transformers zarr"),
-    "files": ("", "torch numpy transformers zarr"),
-    "artefacts": ("errors files", "torch numpy transformers zarr"),
-    "outputs": ("errors files", "torch numpy transformers zarr"),
-    "progress": ("", "torch numpy transformers zarr"),
-    "workspace": ("errors outputs", "torch numpy transformers zarr"),
-    "device": ("errors", "transformers zarr"),
-    "spawned": ("", "transformers zarr"),
-    "config": ("errors", "torch numpy transformers zarr"),
-    "corpus": ("errors", "torch transformers zarr"),
-    "teacher": ("errors device", "zarr"),
-    "objects": ("errors files", "torch numpy transformers zarr"),
-    "store": ("errors files objects", "torch transformers"),
-    "batch": ("corpus device store teacher", "transformers zarr"),
-    "live": ("batch store teacher", "transformers zarr"),
-    "extraction": (
-        "artefacts batch errors config corpus device files objects progress spawned store teacher workspace",
-        "zarr",
-    ),
-    "recoupling": ("artefacts errors config corpus device flow outputs progress store", "transformers zarr"),
-    "flow": (
-        "teacher.branches teacher.context teacher.family",
-        "transformers safetensors zarr pathlib json os",
-    ),
-    "runs": ("artefacts config errors files flow teacher workspace", "transformers zarr"),
-    "training": (
-        "artefacts batch config device errors files flow live objects outputs progress runs spawned "
-        "store teacher",
-        "transformers zarr",
-    ),
-    "student": ("artefacts config errors flow runs teacher", "zarr"),
-    "evaluation": (
-        "artefacts batch config device errors files flow live progress runs store teacher",
-        "transformers zarr",
-    ),
-    "reporting": (
-        "artefacts evaluation.correlation outputs recoupling.ranking errors teacher.registry",
-        "torch transformers zarr",
-    ),
-    "stages": (
-        "artefacts config corpus device errors evaluation extraction files flow live objects outputs "
-        "progress recoupling reporting runs store student teacher training workspace",
-        "",
-    ),
-    "api": ("config errors objects reporting runs store student", "torch numpy transformers zarr"),
-    "cli": (
-        "config errors objects progress reporting.terminal",
-        "torch numpy transformers zarr",
-    ),
-}
-
-#: Modules that know less than their rooms do.
-STRICTER: dict[str, tuple[str, str]] = {
-    "cli.interrupt": ("", "torch numpy transformers zarr pydantic typer"),
-    "cli.guard": ("errors cli.interrupt progress", "torch numpy transformers zarr pydantic"),
-    "reporting.terminal": ("", "torch numpy transformers zarr pydantic"),
-    "teacher.family": ("", "transformers pathlib"),
-    "teacher.context": ("", "transformers pathlib"),
-    "teacher.branches": ("teacher.context teacher.family", "transformers pathlib"),
-    "recoupling.assignment": ("", "torch transformers zarr"),
-    "recoupling.coupling": (
-        "config recoupling.assignment recoupling.clouds recoupling.costs",
-        "torch transformers",
-    ),
-    "evaluation.correlation": ("", "torch transformers zarr"),
-    "stages.train": (
-        "artefacts config device errors progress recoupling runs store teacher training workspace",
-        "transformers",
-    ),
-    "stages.recouple": (
-        "artefacts config device errors outputs recoupling reporting store workspace",
-        "transformers",
-    ),
-    "stages.report": ("artefacts config errors outputs reporting runs store workspace", "torch transformers"),
-}
+def floor_of(module: str) -> int:
+    room = module.split(".")[1]
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms.split())
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(ROOT / "lftpipe").with_suffix("").parts[0]
+def knows(module: str, places: str) -> set[str]:
+    return {name for name in ARROWS[module] for place in places.split() if is_or_is_in(name, place)}
 
 
 def test_no_two_files_of_tests_have_the_same_name():
@@ -148,77 +129,81 @@ def test_no_two_files_of_tests_have_the_same_name():
 
 
 def test_every_file_is_in_a_room():
-    assert {room_of(path) for path in SOURCES} == {*ROOMS, "__init__", "__main__"}
+    rooms = {module.split(".")[1] for module in MODULES if module != "lftpipe"} - {"__main__"}
+    assert rooms == set(" ".join(FLOORS).split())
 
 
-@pytest.mark.parametrize("room", [*ROOMS, *STRICTER])
-def test_a_room_knows_only_what_the_table_says(room):
-    known, forbidden = (ROOMS | STRICTER)[room]
-    allowed = tuple(f"lftpipe.{name}" for name in (*known.split(), room if room in ROOMS else ""))
-    files = [path for path in SOURCES if f"{module_of(path)}.".startswith(f"lftpipe.{room}.")]
-    assert files, f"there is no {room}"
-    for path in files:
-        named = {name for name in imports(path) if name.startswith("lftpipe.")}
-        rest = {n for n in named if not any(f"{n}.".startswith(f"{each}.") for each in allowed)}
-        # `from lftpipe.flow import path` names the package too, which is no secret.
-        rest -= {each.rsplit(".", 1)[0] for each in allowed}
-        assert rest == set(), path
-        assert knows(path, tuple(forbidden.split())) == set(), path
+def test_no_room_imports_a_room_of_its_floor_or_above():
+    up = {
+        f"{module} -> {name}"
+        for module, names in ARROWS.items()
+        if module not in ("lftpipe", "lftpipe.__main__")
+        for name in names
+        if name.startswith("lftpipe.") and module.split(".")[1] != name.split(".")[1]
+        if floor_of(name) >= floor_of(module)
+    }
+    assert up == set()
 
 
-def test_a_stage_never_imports_a_stage():
-    stages = sorted((ROOT / "lftpipe/stages").glob("*.py"))
-    assert stages
-    assert [path for path in stages if knows(path, ("lftpipe.stages",))] == []
+def test_no_files_import_each_other_in_a_circle():
+    left = {module: {name for name in names if name in MODULES} for module, names in ARROWS.items()}
+    while free := {module for module, names in left.items() if not names & left.keys()}:
+        left = {module: names for module, names in left.items() if module not in free}
+    assert left == {}
+
+
+def test_a_room_imports_no_library_that_it_must_not():
+    known = {
+        f"{module} imports {name}"
+        for place, libraries in WITHOUT.items()
+        for module in MODULES
+        if is_or_is_in(module, f"lftpipe.{place}")
+        for name in knows(module, libraries)
+    }
+    assert known == set()
+
+
+def test_every_place_without_libraries_exists():
+    assert {place for place in WITHOUT if f"lftpipe.{place}" not in MODULES} == set()
+
+
+def test_a_command_never_imports_a_command():
+    commands = [module for module in MODULES if module.startswith("lftpipe.commands.")]
+    assert {module: knows(module, "lftpipe.commands") for module in commands} == dict.fromkeys(commands, set())
 
 
 def test_training_from_the_cache_knows_no_trunk():
-    """`train` from the cache and `evaluate` run single layers; the trunk is for extraction."""
-    for path in SOURCES:
-        if module_of(path) not in (
-            "lftpipe.live",
-            "lftpipe.teacher.logits",
-            "lftpipe.teacher.streamed",
-            "lftpipe.teacher.trunk",
-        ):
-            allowed = module_of(path).startswith(("lftpipe.extraction", "lftpipe.stages.extract"))
-            assert allowed or not knows(path, ("lftpipe.teacher.trunk",)), path
-        # Also where it is named inside a function, it is only for `--from-teacher`.
-        if module_of(path) == "lftpipe.training.live":
-            assert not knows(path, ("lftpipe.teacher.trunk",), at_import_time=True)
+    """`train` from the cache and `evaluate` run single layers; the trunk is for extraction and live teachers."""
+    may = ("lftpipe.teacher.trunk", "lftpipe.data.teacher_reader", "lftpipe.extraction", "lftpipe.commands.extract")
+    known = {module for module in MODULES if knows(module, "lftpipe.teacher.trunk")}
+    assert {module for module in known if not any(is_or_is_in(module, place) for place in may)} == set()
 
 
-def test_nobody_imports_the_command_line():
-    own = ("lftpipe.cli", "lftpipe.__main__")
-    outside = [path for path in SOURCES if not module_of(path).startswith(own)]
-    assert [path for path in outside if knows(path, ("lftpipe.cli",))] == []
-
-
-def test_models_are_loaded_only_where_a_trunk_is():
-    """`AutoModel` and its kin: the trunk, the conversion of GGUF files, and students."""
-    allowed = ("lftpipe.teacher.trunk", "lftpipe.teacher.gguf", "lftpipe.teacher.skeleton")
-    rooms = ("lftpipe.student", "lftpipe.stages.")
-    outside = [
-        path for path in SOURCES if module_of(path) not in allowed and not module_of(path).startswith(rooms)
-    ]
-    loaders = ("transformers.AutoModel", "transformers.AutoModelForCausalLM")
-    assert [path for path in outside if knows(path, loaders)] == []
-
-
-def effects(path: Path) -> list[str]:
-    """What a module's body does rather than defines: loops, and bare calls that register nothing."""
-    return [
-        f"{path}:{node.lineno}: {ast.unparse(node)}"
-        for node in parsed(path).body
-        if isinstance(node, ast.For | ast.While | ast.With)
-        or (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant))
-        if "register" not in ast.unparse(node)
-    ]
+def test_models_are_loaded_only_where_a_trunk_or_a_student_is():
+    """`AutoModel` and its kin: the trunk, the conversion of GGUF files, models on meta, and students."""
+    may = "teacher.trunk teacher.gguf families.meta_model student commands".split()
+    loading = {
+        module
+        for module, path in MODULES.items()
+        for name, taken in imported(path)
+        if name == "transformers" and {"AutoModel", "AutoModelForCausalLM"} & set(taken)
+    }
+    assert {
+        module for module in loading if not any(is_or_is_in(module, f"lftpipe.{place}") for place in may)
+    } == set()
 
 
 def test_importing_has_no_effects():
-    commands = ROOT / "lftpipe/cli/app.py"  # registers its commands
-    assert [effect for path in SOURCES if path != commands for effect in effects(path)] == []
+    """A module's body defines; a bare call at its top level would do. The command line registers its commands."""
+    effects = []
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            does = isinstance(node, ast.For | ast.While | ast.With) or (
+                isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+            )
+            if does and module != "lftpipe.cli.app" and "register" not in ast.unparse(node):
+                effects.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    assert effects == []
 
 
 def test_no_module_is_called_utils():
@@ -243,7 +228,7 @@ def test_no_function_is_endless():
     lengths = {
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": lines_of(node)
         for path in EVERYTHING
-        for node in ast.walk(parsed(path))
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert {name: length for name, length in lengths.items() if length > 60} == {}

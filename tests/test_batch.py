@@ -6,10 +6,10 @@ import torch
 from conftest import CONTEXT, extracted
 from training_runs import teacher_of
 
-from lftpipe.batch import BatchFields, BatchOrder, BatchReader, make_batch
-from lftpipe.live import LiveReader
+from lftpipe.data.batches import BatchFields, BatchOrder, BatchReader, make_batch
+from lftpipe.data.teacher_reader import LiveReader
 from lftpipe.store import Store, batch_sequences
-from lftpipe.teacher.parts import load_layer
+from lftpipe.teacher.layers import load_layer
 
 FIELDS = BatchFields((1, 3), (1, 2), True)
 ORDER = BatchOrder(batch_size=5, seed=3, num_sequences=40)

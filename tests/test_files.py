@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lftpipe.files import (
+from lftpipe.base.files import (
     differences,
     file_digest,
     fingerprint,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lftpipe.errors import RunError, SettingsError
-from lftpipe.outputs import COMMENT, MARK, making, making_folder, refuse_foreign_files, refuse_name
+from lftpipe.base.errors import RunError, SettingsError
+from lftpipe.base.outputs import COMMENT, MARK, making, making_folder, refuse_foreign_files, refuse_name
 
 MARKS = (b'"mine"', b'"ours"')
 

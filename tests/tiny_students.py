@@ -9,8 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lftpipe import runs
+from lftpipe.base.files import seal
 from lftpipe.config.settings import ExportSettings
-from lftpipe.files import seal
 from lftpipe.teacher.source import Teacher
 
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from lftpipe import runs
 from lftpipe.config.settings import TrainSettings
 from lftpipe.store import Store
-from lftpipe.teacher.recorded import open_recorded
-from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.source import Teacher, open_recorded
 from lftpipe.training import step as training_step
 
 

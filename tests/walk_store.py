@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from lftpipe.artefacts.outcomes.pipeline import Recoupling
+from lftpipe.commands.recouple import recouple
 from lftpipe.config.settings import RecoupleSettings
-from lftpipe.stages.recouple import recouple
+from lftpipe.results.outcomes import Recoupling
 from lftpipe.store import Store, StoreSpec, StoreWriter
 
 LAYERS, CONTEXT, WIDTH, VOCABULARY = 4, 16, 24, 30

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import lftpipe
-from lftpipe import progress
+from lftpipe.base import progress
 from lftpipe.cli import interrupt
 from lftpipe.cli.guard import fail, guarded
 
@@ -39,97 +39,97 @@ class Command:
 COMMANDS = {
     "extract": Command(
         "ExtractSettings",
-        "lftpipe.stages.extract:extract",
+        "lftpipe.commands.extract:extract",
         PIPELINE,
         "Run the teacher once and store its hidden states.",
     ),
     "recouple": Command(
         "RecoupleSettings",
-        "lftpipe.stages.recouple:recouple",
+        "lftpipe.commands.recouple:recouple",
         PIPELINE,
         "Map the recoupling ratio over all pairs of stored states.",
     ),
     "train": Command(
         "TrainSettings",
-        "lftpipe.stages.train:train",
+        "lftpipe.commands.train:train",
         PIPELINE,
         "Learn a flow layer for a block, or for several blocks.",
     ),
     "heal": Command(
         "HealSettings",
-        "lftpipe.stages.heal:heal",
+        "lftpipe.commands.heal:heal",
         PIPELINE,
         "Train a run's layer together with the layers around it.",
     ),
     "evaluate": Command(
         "EvaluateSettings",
-        "lftpipe.stages.evaluate:evaluate",
+        "lftpipe.commands.evaluate:evaluate",
         PIPELINE,
         "Score runs over the whole validation split, as in the paper's Table 1.",
     ),
     "report": Command(
         "ReportSettings",
-        "lftpipe.stages.report:report",
+        "lftpipe.commands.report:report",
         PIPELINE,
         "Write one page about everything found beside a store.",
     ),
     "export": Command(
         "ExportSettings",
-        "lftpipe.stages.export:export",
+        "lftpipe.commands.export:export",
         STUDENT,
         "Write a student as a folder that transformers loads.",
     ),
     "generate": Command(
         "GenerateSettings",
-        "lftpipe.stages.generate:generate",
+        "lftpipe.commands.generate:generate",
         STUDENT,
         "Continue a prompt with a student, and measure its speed.",
     ),
     "push": Command(
         "PushSettings",
-        "lftpipe.stages.push:push",
+        "lftpipe.commands.push:push",
         STUDENT,
         "Upload a store, a run or an exported student to the Hugging Face Hub.",
     ),
     "pull": Command(
         "PullSettings",
-        "lftpipe.stages.pull:pull",
+        "lftpipe.commands.pull:pull",
         STUDENT,
         "Bring a store or a run here from the Hugging Face Hub, and check it.",
     ),
     "info": Command(
         "InfoSettings",
-        "lftpipe.stages.info:info",
+        "lftpipe.commands.info:info",
         LOOK,
         "Show what a store or a run holds, and what it was made from.",
     ),
     "runs": Command(
         "RunsSettings",
-        "lftpipe.stages.runs:runs",
+        "lftpipe.commands.runs:runs",
         LOOK,
         "List every run of a workspace with its block, objective, tokens and scores.",
     ),
     "compare": Command(
         "CompareSettings",
-        "lftpipe.stages.compare:compare",
+        "lftpipe.commands.compare:compare",
         LOOK,
         "Show what differs between two runs, in settings and results.",
     ),
     "verify": Command(
         "VerifySettings",
-        "lftpipe.stages.verify:verify",
+        "lftpipe.commands.verify:verify",
         LOOK,
         "Check every byte of a store against its manifest.",
     ),
     "sweep": Command(
         "SweepSettings",
-        "lftpipe.stages.sweep:sweep",
+        "lftpipe.commands.sweep:sweep",
         LOOK,
         "Train a short run for every block of some lengths: does the map predict their errors?",
     ),
     "toy": Command(
         "ToySettings",
-        "lftpipe.stages.toy:toy",
+        "lftpipe.commands.toy:toy",
         LOOK,
         "Draw figure 3: paired points of the plane under every objective.",
     ),
@@ -182,7 +182,7 @@ def _function(name: str) -> Callable[..., None]:
     from lftpipe.cli.options import parameters, parse
     from lftpipe.config import settings as settings_module
     from lftpipe.config.recipe import from_recipe
-    from lftpipe.objects import mirror
+    from lftpipe.storage import mirror
 
     command = COMMANDS[name]
     kind = getattr(settings_module, command.settings)

@@ -9,9 +9,9 @@ from typing import NoReturn
 
 import typer
 
+from lftpipe.base.errors import LftpipeError
+from lftpipe.base.progress import speaks
 from lftpipe.cli import interrupt
-from lftpipe.errors import LftpipeError
-from lftpipe.progress import speaks
 
 #: Seconds that a process other than the first of `torchrun` waits before it says why it failed. If the first
 #: failed too, torchrun ends this one in that time, and the reason stands there once.

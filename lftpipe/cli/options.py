@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
+from lftpipe.base.errors import SettingsError
 from lftpipe.config.settings import Common, Role
-from lftpipe.errors import SettingsError
 
 #: Options with two spellings.
 SPELLINGS = {"from_teacher": "--from-teacher/--from-cache"}

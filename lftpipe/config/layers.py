@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from lftpipe.errors import SettingsError
+from lftpipe.base.errors import SettingsError
 
 
 def parse_layers(text: str, num_states: int) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from lftpipe.base.errors import SettingsError
 from lftpipe.config.refusal import as_option, refusal
 from lftpipe.config.settings import Common
-from lftpipe.errors import SettingsError
 
 S = TypeVar("S", bound=Common)
 

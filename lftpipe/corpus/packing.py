@@ -14,8 +14,8 @@ from itertools import chain
 import numpy as np
 from jaxtyping import Int32
 
+from lftpipe.base.errors import CorpusError
 from lftpipe.corpus.readers import Corpus, Document
-from lftpipe.errors import CorpusError
 
 SPLITS: tuple[str, ...] = ("train", "validation")
 

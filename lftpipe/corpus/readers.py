@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lftpipe.base.errors import CorpusError, foreign
 from lftpipe.corpus.files import (
     COMPRESSIONS,
     MAX_DOCUMENT_BYTES,
@@ -22,7 +23,6 @@ from lftpipe.corpus.files import (
     shown,
     text_of,
 )
-from lftpipe.errors import CorpusError, foreign
 
 #: Names for corpora that many experiments share. The Pile's original host is gone; this copy
 #: on the Hub is the one without the parts that were taken down for copyright.

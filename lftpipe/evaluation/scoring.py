@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lftpipe import progress
-from lftpipe.artefacts.results import AdaptiveScore, Score
-from lftpipe.batch import Batch, BatchFields, BatchReader
+from lftpipe.base import progress
+from lftpipe.base.device import cast_linear, resolve_compute_dtype
+from lftpipe.base.errors import TeacherError
 from lftpipe.config.settings import ComputeDtype
-from lftpipe.device import cast_linear, resolve_compute_dtype
-from lftpipe.errors import TeacherError
+from lftpipe.data.batches import Batch, BatchFields, BatchReader
+from lftpipe.data.teacher_reader import reader_of, states_at_hand
 from lftpipe.evaluation.metrics import LogitMetrics, NextTokens, Reference, StateMetrics
-from lftpipe.evaluation.predictor import Predictor
-from lftpipe.live import reader_of, states_at_hand
+from lftpipe.evaluation.predictors import Predictor
+from lftpipe.results.scores import AdaptiveScore, Score
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail

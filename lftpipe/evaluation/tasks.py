@@ -17,11 +17,11 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lftpipe import progress
-from lftpipe.artefacts.results import TaskScore
-from lftpipe.artefacts.tasks import TaskRecord
-from lftpipe.errors import SettingsError, foreign
-from lftpipe.files import fingerprint
+from lftpipe.base import progress
+from lftpipe.base.errors import SettingsError, foreign
+from lftpipe.base.files import fingerprint
+from lftpipe.results.scores import TaskScore
+from lftpipe.results.tasks import TaskRecord
 
 #: Metrics that count where a task has several, the first of them first.
 METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity")

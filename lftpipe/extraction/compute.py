@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lftpipe import progress
+from lftpipe.base import progress
+from lftpipe.base.device import device_kind
 from lftpipe.config.settings import ExtractSettings
-from lftpipe.device import device_kind
-from lftpipe.extraction.background import Commit
+from lftpipe.extraction.async_writer import Commit
 from lftpipe.extraction.forward import Advance
-from lftpipe.extraction.frozen import FrozenPlan, partly_stored
 from lftpipe.extraction.plan import Plan
-from lftpipe.extraction.produce import Producer, needs_measure
+from lftpipe.extraction.shard_job import FrozenPlan, Producer, needs_measure, partly_stored
 from lftpipe.store import ShardKey, StoreWriter
 from lftpipe.teacher.source import Teacher
 

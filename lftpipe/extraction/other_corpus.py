@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 from typing import cast
 
+from lftpipe.base.device import device_kind
+from lftpipe.base.files import fingerprint
 from lftpipe.config.settings import Dtype, EvaluateSettings, ExtractSettings
-from lftpipe.device import device_kind
 from lftpipe.extraction.compute import compute
 from lftpipe.extraction.plan import make_plan
 from lftpipe.extraction.tokens import packing_of, spec_of, store_tokens
-from lftpipe.files import fingerprint
 from lftpipe.store import Store, StoreWriter
 
 

@@ -9,22 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lftpipe import progress
-from lftpipe.artefacts.outcomes.pipeline import PlannedExtraction
+from lftpipe.base import progress
+from lftpipe.base.device import dtype_name, resolve_compute_dtype
+from lftpipe.base.errors import SettingsError, StoreError
+from lftpipe.base.workspace import STORE_NAME
 from lftpipe.config.layers import parse_layers
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.corpus.readers import Corpus, open_corpus
-from lftpipe.device import dtype_name, resolve_compute_dtype
-from lftpipe.errors import SettingsError, StoreError
-from lftpipe.objects import storage_of
+from lftpipe.families.structure import check_attention
+from lftpipe.results.outcomes import PlannedExtraction
+from lftpipe.storage import storage_of
 from lftpipe.store import planned_spec
 from lftpipe.store.codec import encoded_bytes
-from lftpipe.teacher.kinds import check_attention
-from lftpipe.teacher.logits import Head, compute_batch
 from lftpipe.teacher.source import Teacher, open_teacher
-from lftpipe.teacher.streamed import StreamedTrunk
-from lftpipe.teacher.trunk import Trunk
-from lftpipe.workspace import STORE_NAME
+from lftpipe.teacher.trunk import Head, StreamedTrunk, Trunk, compute_batch
 
 #: Aim for the bytes of states in one shard of a small store: little is to be redone after a kill.
 SHARD_BYTES = 128 * 2**20

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lftpipe.errors import LftpipeError, SettingsError, StoreError
+from lftpipe.base.errors import LftpipeError, SettingsError, StoreError
 from lftpipe.extraction.compute import Work
-from lftpipe.extraction.produce import produce, producer_of
+from lftpipe.extraction.shard_job import produce, producer_of
 from lftpipe.store import Sealed, ShardKey
 
 #: Times that Ray runs a task again whose process or node died. Preemption does not count.

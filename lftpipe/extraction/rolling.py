@@ -5,14 +5,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from lftpipe import progress
+from lftpipe.base import progress
+from lftpipe.base.errors import SettingsError
 from lftpipe.config.settings import ExtractSettings
-from lftpipe.errors import SettingsError
 from lftpipe.extraction.compute import freeze
 from lftpipe.extraction.plan import Plan
-from lftpipe.extraction.produce import Producer, needs_measure
+from lftpipe.extraction.shard_job import Producer, needs_measure
 from lftpipe.extraction.tokens import spec_of
-from lftpipe.objects import storage_of
+from lftpipe.storage import storage_of
 from lftpipe.store import (
     Reader,
     Roll,

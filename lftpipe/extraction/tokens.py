@@ -6,13 +6,13 @@ from importlib.metadata import version
 import numpy as np
 
 import lftpipe
-from lftpipe import progress
+from lftpipe.base import progress
+from lftpipe.base.device import device_kind, dtype_name
+from lftpipe.base.errors import CorpusError, TeacherError
 from lftpipe.corpus.packing import SPLITS, Packing
-from lftpipe.device import device_kind, dtype_name
-from lftpipe.errors import CorpusError, TeacherError
 from lftpipe.extraction.plan import Plan
 from lftpipe.store import StoreSpec, StoreWriter
-from lftpipe.teacher.tokenizer import load_tokenizer
+from lftpipe.teacher.source import load_tokenizer
 
 #: More than a token has on average: with so many for each that is wanted, a corpus has enough text.
 CHARACTERS_OF_A_TOKEN = 8

@@ -10,12 +10,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from lftpipe import spawned
-from lftpipe.device import prepare
-from lftpipe.errors import LftpipeError, StoreError
+from lftpipe.base import executor
+from lftpipe.base.device import prepare
+from lftpipe.base.errors import LftpipeError, StoreError
 from lftpipe.extraction.compute import Work
-from lftpipe.extraction.frozen import FrozenPlan
-from lftpipe.extraction.produce import Producer
+from lftpipe.extraction.shard_job import FrozenPlan, Producer
 from lftpipe.store import ShardKey
 
 #: Workers that die one after the other, in the same place and with nothing done, until the run is given up.
@@ -87,7 +86,7 @@ class _Crew:
     def _start(self, number: int, deaths: int = 0) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        device, threads = spawned.place_of(
+        device, threads = executor.place_of(
             self._work.settings.device, self._work.settings.threads, number, self._count
         )
         measure = self._measure and number == 0
@@ -156,7 +155,7 @@ def _work(
     connection: Connection, plan: dict[str, Any], device: str, threads: int | None, measure: bool
 ) -> None:
     """A worker's process."""
-    spawned.begin()
+    executor.begin()
     lock = threading.Lock()
 
     def say(kind: str, content: Any = None) -> None:

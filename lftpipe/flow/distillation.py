@@ -1,20 +1,101 @@
-"""Losses on next-token distributions: KL(teacher || student), or a bound of it from the largest logits."""
+"""Divergences of next-token distributions: whole, on the top logits, sampled; in chunks of rows."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
-from lftpipe.flow import by_rows
 from lftpipe.flow.objective import Loss
+
+# --- Sums over a large vocabulary, a few positions at a time, together with their gradients.
+#
+# Written out in torch, a divergence of logits goes through memory a dozen times. Here a few rows go
+# through all of it while they are in the processor's cache, and what is left is the gradient.
+
+#: Numbers of a piece that stays in a processor's cache; a GPU takes all rows at once.
+TILE = 2**18
+
+RowLogits = Float[Tensor, "position vocabulary"]
+Sums = Float[Tensor, "position"]
+
+
+def divergence(teacher: RowLogits, student: RowLogits) -> Sums:
+    """KL(teacher || student) of every position, in nats. The teacher gets no gradient."""
+    return _Divergence.apply(teacher, student)
+
+
+def logsumexp(logits: RowLogits) -> Sums:
+    """Of every position, in float32."""
+    return _LogSumExp.apply(logits)
+
+
+def _tiles(logits: Tensor) -> list[slice]:
+    rows, vocabulary = logits.shape
+    size = max(1, TILE // vocabulary) if logits.device.type == "cpu" else max(1, rows)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, teacher: Tensor, student: Tensor) -> Tensor:
+        found = torch.empty(len(student), device=student.device)
+        gradient = torch.empty_like(student) if student.requires_grad else None
+        with torch.autocast(student.device.type, enabled=False):  # it would sum in bfloat16
+            for part in _tiles(student):
+                log_p = teacher[part].log_softmax(-1, dtype=torch.float32)
+                log_q = student[part].log_softmax(-1, dtype=torch.float32)
+                p = log_p.exp()
+                found[part] = torch.linalg.vecdot(p, log_p.sub_(log_q))
+                if gradient is not None:
+                    gradient[part] = log_q.exp_().sub_(p)
+        ctx.gradient = gradient
+        return found
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *given: Any) -> tuple[None, Tensor]:
+        return None, _scaled(ctx, given[0])
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        found = torch.empty(len(logits), device=logits.device)
+        gradient = torch.empty_like(logits) if logits.requires_grad else None
+        for part in _tiles(logits):
+            tile = logits[part].float()
+            found[part] = total = tile.logsumexp(-1)
+            if gradient is not None:
+                gradient[part] = tile.sub(total[:, None]).exp_()
+        ctx.gradient = gradient
+        return found
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *given: Any) -> Tensor:
+        return _scaled(ctx, given[0])
+
+
+def _scaled(ctx: Any, given: Sums) -> RowLogits:
+    """What was kept of the forward pass, once: it is as large as the logits, and is scaled where it lies."""
+    gradient, ctx.gradient = ctx.gradient, None
+    return gradient.mul_(given[:, None])
+
+
+# --- Losses on next-token distributions: KL(teacher || student), or a bound of it from the largest logits.
 
 Logits = Float[Tensor, "*batch vocabulary"]
 
 
 def full_divergence(teacher: Logits, student: Logits) -> Loss:
     """KL(teacher || student) over the whole vocabulary, in nats, mean over positions."""
-    return by_rows.divergence(teacher.flatten(0, -2), student.flatten(0, -2)).mean()
+    return divergence(teacher.flatten(0, -2), student.flatten(0, -2)).mean()
 
 
 def top_divergence(
@@ -38,7 +119,7 @@ def top_divergence(
 
 
 def _logsumexp(logits: Logits) -> Float[Tensor, "*batch"]:
-    return by_rows.logsumexp(logits.flatten(0, -2)).view(logits.shape[:-1])
+    return logsumexp(logits.flatten(0, -2)).view(logits.shape[:-1])
 
 
 def lumped_divergence(log_p: Float[Tensor, "*batch rank"], log_q: Float[Tensor, "*batch rank"]) -> Loss:
@@ -96,3 +177,77 @@ def by_pieces(
         return total
     carried = (states * gradient).sum()
     return total + (carried - carried.detach())
+
+
+# --- A next-token loss without most of the head: the teacher's likely tokens, and a sample of the others.
+#
+# The logits of a whole vocabulary are most of what a loss on them costs. KL(teacher || student) with all
+# tokens but the teacher's largest taken as one needs of the student the logits of those tokens, and the
+# sum of exponentials over the rest. That sum is estimated by importance sampling (Bengio & Senecal, 2008).
+
+#: Tokens drawn for a batch. The estimate's relative error falls with the root of it.
+DRAWS = 1024
+
+#: Of the proposal, the part that is equal for all tokens: none is impossible.
+UNIFORM = 0.5
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens that stand for the whole vocabulary, each once."""
+
+    ids: Int[Tensor, "drawn"]
+    log_weight: Float[Tensor, "drawn"]
+    """Log of how many tokens each stands for: its draws over (all draws times its probability)."""
+    slot: Int[Tensor, "vocabulary"]
+    """Where in `ids` a token is; -1 for those that were not drawn."""
+
+
+def draw(ids: Int[Tensor, "*batch rank"], vocabulary: int, seed: int, draws: int = DRAWS) -> Drawn:
+    """Draw tokens, often those that are likely somewhere in the batch."""
+    counts = torch.bincount(ids.flatten().long(), minlength=vocabulary).float()
+    probability = (1 - UNIFORM) * counts / counts.sum() + UNIFORM / vocabulary
+    generator = torch.Generator(device=ids.device).manual_seed(seed)
+    drawn = torch.multinomial(probability, draws, replacement=True, generator=generator)
+    unique, times = drawn.unique(return_counts=True)
+    slot = torch.full((vocabulary,), -1, dtype=torch.long, device=ids.device)
+    slot[unique] = torch.arange(len(unique), device=ids.device)
+    return Drawn(unique, (times / (draws * probability[unique])).log(), slot)
+
+
+def sampled_divergence(
+    values: Float[Tensor, "position rank"],
+    ids: Int[Tensor, "position rank"],
+    normaliser: Float[Tensor, "position"],
+    states: Float[Tensor, "position feature"],
+    weight: Float[Tensor, "vocabulary feature"],
+    bias: Float[Tensor, "vocabulary"] | None,
+    drawn: Drawn,
+) -> Loss:
+    """`top_divergence` in nats, mean over positions, with the student's normaliser estimated.
+
+    The sum of exponentials is estimated without bias; its logarithm, and so the loss, is slightly low.
+
+    Parameters
+    ----------
+    normaliser
+        Log of the sum of exponentials over the teacher's whole vocabulary.
+    """
+    ids = ids.long()
+    kept = torch.bmm(weight[ids], states[:, :, None])[:, :, 0].float()
+    others = (states @ weight[drawn.ids].T).float()
+    if bias is not None:
+        kept, others = kept + bias[ids], others + bias[drawn.ids]
+    others = (others + drawn.log_weight).masked_fill(_kept_too(ids, drawn), -torch.inf)
+    log_sum = torch.cat([kept, others], dim=1).logsumexp(1, keepdim=True)
+    log_p = values.float() - normaliser.float()[:, None]
+    return lumped_divergence(log_p, kept - log_sum)
+
+
+def _kept_too(ids: Int[Tensor, "position rank"], drawn: Drawn) -> Bool[Tensor, "position drawn"]:
+    """Which of the drawn tokens are among a position's own, and counted there."""
+    slots = drawn.slot[ids]
+    columns = len(drawn.ids)
+    mask = torch.zeros(len(ids), columns + 1, dtype=torch.bool, device=ids.device)
+    mask.scatter_(1, slots.where(slots >= 0, columns), value=True)
+    return mask[:, :columns]

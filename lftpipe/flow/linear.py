@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lftpipe.families.attention import AttentionContext
 from lftpipe.flow.path import States, Times
-from lftpipe.teacher.context import AttentionContext
 
 #: Fraction of each input's own variance added to it, so that channels that never vary stay solvable.
 RIDGE = 1e-6

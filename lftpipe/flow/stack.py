@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lftpipe.families.attention import AttentionContext
+from lftpipe.families.branches import Branches
 from lftpipe.flow.path import States, Times
-from lftpipe.teacher.branches import Branches
-from lftpipe.teacher.context import AttentionContext
 
 
 class LayerStack(nn.Module):

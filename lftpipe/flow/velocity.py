@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lftpipe.families.attention import AttentionContext
+from lftpipe.families.branches import Branches
 from lftpipe.flow.path import States, Times
-from lftpipe.teacher.branches import Branches
-from lftpipe.teacher.context import AttentionContext
 
 #: Width of the time embedding's features and hidden layer. Time is one number: a small MLP is enough,
 #: and at inference its outputs are constants, folded into the layer.

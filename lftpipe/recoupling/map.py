@@ -1,30 +1,175 @@
-"""The coupling of all pairs of a store's states: batch by batch, in threads."""
+"""The map of all pairs of states: which positions are drawn, what is solved, and its statistics."""
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, Int64
 from threadpoolctl import threadpool_limits
 
-from lftpipe import progress
+from lftpipe.base import progress
+from lftpipe.base.errors import SettingsError, StoreError
 from lftpipe.config.settings import Metric, RecoupleSettings
-from lftpipe.recoupling.clouds import (
+from lftpipe.corpus.packing import positions
+from lftpipe.recoupling.coupling import Coupling, couple_products
+from lftpipe.recoupling.point_clouds import (
     Cloud,
     directions,
     heavy_channels,
     make_cloud,
     peaks,
+    relative_displacement,
+    squared_displacement,
     standardised,
     tie_groups,
 )
-from lftpipe.recoupling.costs import relative_displacement, squared_displacement
-from lftpipe.recoupling.coupling import Coupling, couple_products
-from lftpipe.recoupling.sampling import gather
-from lftpipe.recoupling.statistics import FIGURES, MEANS, influence
+from lftpipe.results.recoupling import Matrix
 from lftpipe.store import Store
+
+# --- Random positions of a store's sequences, and their states: each state is read once.
+
+#: Bytes read at a time by each thread.
+READ_BYTES = 32 * 2**20
+
+
+def draw_samples(
+    store: Store, *, tokens: int, batches: int, sequences: int, seed: int, skip_first: bool
+) -> Int64[np.ndarray, "batch token 2"]:
+    """Draw batches of `[sequence, position]` from `train`, uniformly and without replacement.
+
+    Each batch has sequences of its own, so that batches are independent; it draws from all their positions
+    alike. A store with too few sequences for that is drawn from as a whole, still without replacement.
+
+    Parameters
+    ----------
+    sequences
+        How many sequences a batch draws from; more if it would otherwise take over half of their positions.
+    skip_first
+        Leave out the first position of each segment, where massive activations sit.
+    """
+    rng = np.random.default_rng(seed)
+    available = store.num_sequences("train")
+    each = min(max(sequences, -(-2 * tokens // store.context)), available)
+    order = rng.permutation(available)
+    if each and batches * each <= available:
+        pools = [
+            _candidates(store, rows, skip_first) for rows in order[: batches * each].reshape(batches, -1)
+        ]
+        short = min(len(pool) for pool in pools) < tokens
+        drawn = [] if short else [pool[rng.choice(len(pool), tokens, replace=False)] for pool in pools]
+    else:
+        pool = _candidates(store, order, skip_first)
+        short = len(pool) < batches * tokens
+        drawn = [] if short else np.split(pool[rng.permutation(len(pool))[: batches * tokens]], batches)
+    if short:
+        have = store.num_sequences("train") * store.context
+        raise SettingsError(
+            f"--batches {batches} of --tokens {tokens}, {batches * tokens:,} samples",
+            f"no more than {store.path} has in train: {have:,} positions"
+            + (", fewer without first ones" if skip_first else ""),
+            "lower --tokens or --batches, or extract with more --tokens",
+        )
+    return np.stack([batch[np.lexsort(batch.T[::-1])] for batch in drawn])
+
+
+def _candidates(
+    store: Store, rows: Int64[np.ndarray, " row"], skip_first: bool
+) -> Int64[np.ndarray, "place 2"]:
+    rows = np.sort(rows)
+    if skip_first:
+        row, position = np.nonzero(positions(store.document("train", rows.tolist())) > 0)
+    else:
+        row, position = np.indices((len(rows), store.context)).reshape(2, -1)
+    return np.stack([rows[row], position], 1)
+
+
+def gather(
+    store: Store,
+    layers: Sequence[int],
+    samples: Int64[np.ndarray, "batch token 2"],
+    pool: Executor,
+) -> list[Float[np.ndarray, "batch token feature"]]:
+    """States of the samples, a layer at a time, in the store's dtype; every sequence is read once a layer.
+
+    Raises
+    ------
+    StoreError
+        If a value is not finite, naming layer, sequence, position and channel.
+    """
+    wanted, inverse = np.unique(samples[..., 0], return_inverse=True)
+    inverse = inverse.reshape(samples.shape[:2])
+    step = max(1, READ_BYTES // (store.context * store.width * 4))
+
+    def one(layer: int) -> np.ndarray:
+        states = None
+        for first in range(0, len(wanted), step):
+            block = store.read("train", layer, wanted[first : first + step].tolist())
+            if states is None:
+                states = np.empty((*samples.shape[:2], block.shape[-1]), block.dtype)
+            here = (first <= inverse) & (inverse < first + step)
+            states[here] = block[inverse[here] - first, samples[..., 1][here]]
+        assert states is not None
+        if not np.isfinite(states).all():
+            batch, token, channel = (int(index[0]) for index in np.nonzero(~np.isfinite(states)))
+            sequence, position = samples[batch, token].tolist()
+            raise StoreError(
+                f"state {layer} that is not finite at sequence {sequence}, position {position}, "
+                f"channel {channel}",
+                "finite states",
+                "run `lftpipe verify`, then extract again",
+            )
+        return states
+
+    return list(pool.map(one, layers))
+
+
+# --- What the map says of each pair: means over batches, their errors, and the block influence.
+
+#: Figures of a pair, and what of a `Coupling` is averaged over batches.
+MEANS = ("ratio", "ratio_raw", "transport_cost", "identity_cost", "random_cost")
+FIGURES = (*MEANS, "displacement", "influence")
+
+
+def influence(states: list[Float[np.ndarray, "token feature"]]) -> Float64[np.ndarray, "state state"]:
+    """One minus the mean cosine of each token's states `h[m]` and `h[n]`, for `m < n`; NaN elsewhere.
+
+    Source: "block influence" of ShortGPT (Men et al., 2024, arXiv 2403.03853). A state of zeros has the
+    cosine 0 with every other.
+    """
+    size = len(states)
+    cosines = np.zeros((size, size))
+    for some in np.array_split(np.arange(len(states[0])), max(1, len(states[0]) // 64)):
+        unit = np.stack([directions(state[some]).reshape(-1) for state in states])
+        cosines += unit @ unit.T
+    found = np.full((size, size), np.nan)
+    upper = np.triu_indices(size, 1)
+    found[upper] = 1 - cosines[upper] / len(states[0])
+    return found
+
+
+def statistics(figures: dict[str, Float64[np.ndarray, "batch state state"]]) -> dict[str, Matrix]:
+    """Means over batches and what follows from them, as squares `[m][n]`, None where `m >= n`."""
+    mean = {name: figure.mean(0) for name, figure in figures.items()}
+    ratios = figures["ratio"]
+    spread = (
+        ratios.std(0, ddof=1) / len(ratios) ** 0.5 if len(ratios) > 1 else np.full_like(ratios[0], np.nan)
+    )
+    identity = mean["identity_cost"]
+    saved = identity - mean["transport_cost"]
+    gap = np.divide(saved, identity, out=np.where(np.isnan(identity), np.nan, 0.0), where=identity > 0)
+    matrices = {name: mean[name] for name in MEANS[:2]} | {"ratio_stderr": spread}
+    matrices |= {name: mean[name] for name in MEANS[2:]}
+    matrices |= {"relative_gap": gap, "relative_displacement": mean["displacement"]}
+    matrices |= {"influence": mean["influence"]}
+    return {
+        name: [[None if np.isnan(entry) else float(entry) for entry in row] for row in matrix]
+        for name, matrix in matrices.items()
+    }
+
+
+# --- The coupling of all pairs of a store's states: batch by batch, in threads.
 
 #: States held at a time; batches beyond it are read and solved in turn.
 HELD_BYTES = 2**30

@@ -10,8 +10,8 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from lftpipe import progress
-from lftpipe.errors import StoreError
+from lftpipe.base import progress
+from lftpipe.base.errors import StoreError
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.flow.path import States
 from lftpipe.store import Store, read_in_turn

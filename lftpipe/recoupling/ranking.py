@@ -6,9 +6,9 @@ rounded, one token in 2,048 that changes its partner would outweigh a displaceme
 docs/recoupling.md gives the reasons. Another figure may be asked for (`by`); the ratio breaks its ties.
 """
 
-from lftpipe.artefacts.recoupling import Ranked, RecouplingMap
+from lftpipe.base.errors import SettingsError
 from lftpipe.config.settings import Predictor
-from lftpipe.errors import SettingsError
+from lftpipe.results.recoupling import Ranked, RecouplingMap
 
 RATIO_DIGITS = 2
 GAP_DIGITS = 3

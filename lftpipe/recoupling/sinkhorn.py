@@ -8,9 +8,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from lftpipe.config.settings import Metric
-from lftpipe.recoupling.clouds import Cloud
-from lftpipe.recoupling.costs import cost_matrix, squared_displacement
 from lftpipe.recoupling.coupling import Coupling, coupling_of
+from lftpipe.recoupling.point_clouds import Cloud, cost_matrix, squared_displacement
 
 #: Entropic regularisation as a fraction of the costs' interquartile range, which massive activations do not
 #: stretch, and the iterations it is given.

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lftpipe.artefacts.outcomes.student import Exported
-from lftpipe.artefacts.results import JOINED, Results, Score
-from lftpipe.errors import LftpipeError
+from lftpipe.base.errors import LftpipeError
 from lftpipe.reporting.runs import scores_of
 from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table, tasks_section
+from lftpipe.results.outcomes import Exported
+from lftpipe.results.scores import JOINED, Results, Score
 from lftpipe.teacher.registry import REGISTERED
 
 if TYPE_CHECKING:

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lftpipe.artefacts.base import read_json
-from lftpipe.artefacts.metrics import Metrics, read_metrics
-from lftpipe.artefacts.recoupling import RecouplingMap
-from lftpipe.artefacts.results import JOINED, Results
-from lftpipe.artefacts.run import RunManifest, metrics_digest
-from lftpipe.artefacts.samples import SAMPLES, read_samples
-from lftpipe.artefacts.sweep import Sweep
-from lftpipe.errors import LftpipeError
+from lftpipe.base.errors import LftpipeError
+from lftpipe.results.base import read_json
+from lftpipe.results.recoupling import RecouplingMap
+from lftpipe.results.run import SAMPLES, Metrics, RunManifest, metrics_digest, read_metrics, read_samples
+from lftpipe.results.scores import JOINED, Results
+from lftpipe.results.sweep import Sweep
 
 #: Samples of a run that a page shows, from the last.
 MOST_SAMPLES = 4

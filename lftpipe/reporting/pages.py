@@ -16,13 +16,12 @@ from typing import Any
 from matplotlib import colormaps
 
 import lftpipe
-from lftpipe.artefacts.recoupling import RecouplingMap
-from lftpipe.artefacts.results import Score
-from lftpipe.artefacts.sweep import Sweep
 from lftpipe.reporting.collect import Found
-from lftpipe.reporting.heatmap import COLOUR_MAP
-from lftpipe.reporting.plots import PREDICTOR_LABELS
+from lftpipe.reporting.plots import COLOUR_MAP, PREDICTOR_LABELS
 from lftpipe.reporting.tables import COLUMNS
+from lftpipe.results.recoupling import RecouplingMap
+from lftpipe.results.scores import Score
+from lftpipe.results.sweep import Sweep
 
 #: Colours of the map's scale.
 COLOUR_STEPS = 32

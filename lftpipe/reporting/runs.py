@@ -5,12 +5,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from lftpipe.artefacts.base import read_json
-from lftpipe.artefacts.metrics import read_metrics
-from lftpipe.artefacts.outcomes.look import Comparison, RunLine
-from lftpipe.artefacts.results import JOINED, Results, Score
-from lftpipe.artefacts.run import RunManifest
-from lftpipe.errors import LftpipeError
+from lftpipe.base.errors import LftpipeError
+from lftpipe.results.base import read_json
+from lftpipe.results.facts import Comparison, RunLine
+from lftpipe.results.run import RunManifest, read_metrics
+from lftpipe.results.scores import JOINED, Results, Score
 
 #: Settings that say where and how a command ran, not what it made.
 WHERE = frozenset(

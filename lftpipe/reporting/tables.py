@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lftpipe.artefacts.results import JOINED, AdaptiveScore, Results, Score, TaskScore
+from lftpipe.results.scores import JOINED, AdaptiveScore, Results, Score, TaskScore
 
 #: Keys of a row of `results.json` and their headings.
 COLUMNS = {

@@ -1,21 +1,25 @@
 """Runs: the folder that a trained flow layer lies in, its manifest, its module."""
 
-from lftpipe.artefacts.samples import SAMPLES
-from lftpipe.runs.finished import Run, open_run, save_run
+from lftpipe.results.run import SAMPLES
 from lftpipe.runs.flow import build_flow, healed_teacher, is_stack, load_flow
-from lftpipe.runs.folder import (
+from lftpipe.runs.run import (
     CHECKPOINT,
     DIVERGED,
     MANIFEST,
     METRICS,
     SETTINGS,
     WEIGHTS,
+    Run,
     drop_metrics_after,
     note_divergence,
+    open_run,
+    open_student,
+    open_students,
     read_settings,
+    refuse_parts,
+    save_run,
     write_settings,
 )
-from lftpipe.runs.joint import open_student, open_students, refuse_parts
 
 __all__ = [
     "CHECKPOINT",

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lftpipe.errors import RunError
+from lftpipe.base.errors import RunError
 from lftpipe.flow.linear import LinearMap
 from lftpipe.flow.stack import LayerStack, NoLayer
 from lftpipe.flow.velocity import Velocity
-from lftpipe.runs.finished import OF_TEACHER, Run, load_weights
-from lftpipe.runs.folder import WEIGHTS
+from lftpipe.runs.run import OF_TEACHER, WEIGHTS, Run, load_weights
 from lftpipe.teacher.checkpoint import Overlay
-from lftpipe.teacher.parts import empty_layer, fill_buffers
+from lftpipe.teacher.layers import empty_layer, fill_buffers
 from lftpipe.teacher.source import Teacher
 
 

@@ -1,20 +1,17 @@
 """The cache of a teacher's states: a Zarr store never wrong, and read at the speed of a memory map."""
 
+from lftpipe.store.array_job import PartJournal, read_parts
 from lftpipe.store.batches import Batch, Logits, batch_sequences
-from lftpipe.store.in_turn import read_in_turn
-from lftpipe.store.journal import stored_records
-from lftpipe.store.layout import ShardKey, StoreSpec
+from lftpipe.store.commit_log import Sealed
+from lftpipe.store.layout import ShardKey, StoreSpec, read_plan
 from lftpipe.store.manifest import planned_spec
-from lftpipe.store.parts import PartJournal, read_parts
-from lftpipe.store.plan import read_plan
-from lftpipe.store.reader import Store
+from lftpipe.store.reader import Store, read_in_turn
+from lftpipe.store.records import stored_records
 from lftpipe.store.resume import abandon
 from lftpipe.store.rolling import Roll, Rolled, window_shards
-from lftpipe.store.rolling_files import Reader, producing, register, registered, unregister
-from lftpipe.store.sealed import Sealed
 from lftpipe.store.shard_writer import ShardWriter, Slot, produce_shard
 from lftpipe.store.verify import Damage, Report, verify_store
-from lftpipe.store.windows import most_bytes
+from lftpipe.store.windows import Reader, most_bytes, producing, register, registered, unregister
 from lftpipe.store.writer import StoreWriter
 
 __all__ = [

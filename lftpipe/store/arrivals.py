@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store.batches import Batch, Buffer
-from lftpipe.store.rolling_files import producer_lives, registered
-from lftpipe.store.shards import AbsentShardError, Shards
-from lftpipe.store.windows import Windows
+from lftpipe.store.shard_reader import AbsentShardError, Shards
+from lftpipe.store.windows import Windows, producer_lives, registered
 
 #: Seconds between two looks at the disk.
 POLL = 0.1

@@ -1,17 +1,20 @@
-"""What a store looks like on disk: arrays, shards, file names, and the Zarr metadata.
-
-Each split is a Zarr group with the arrays of `StoreSpec.arrays`. The chunk (one sequence of one layer) is the
-unit of reading, the shard (all layers of `sequences_per_shard` sequences) the unit of writing. Chunk keys are
-separated by dots, so that an array is one flat folder: one fsync makes its new shards permanent.
-"""
+"""Where each byte of a store is: arrays, shards, chunks, attributes; the plan that is written first."""
 
 import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from lftpipe.files import plain
+from lftpipe.base.files import plain, read_sealed, write_sealed
+
+# --- What a store looks like on disk: arrays, shards, file names, and the Zarr metadata.
+#
+# Each split is a Zarr group with the arrays of `StoreSpec.arrays`. The chunk (one sequence of one layer)
+# is the unit of reading, the shard (all layers of `sequences_per_shard` sequences) the unit of writing.
+# Chunk keys are separated by dots, so that an array is one flat folder: one fsync makes its new shards
+# permanent.
 
 SCHEMA_VERSION = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "writer.lock"
@@ -212,7 +215,7 @@ def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
 
-    from lftpipe.store.lossless import zarr_codec
+    from lftpipe.store.codec import zarr_codec
     from lftpipe.store.zarr_codec import Int8Codec, register
 
     register()
@@ -243,3 +246,19 @@ def metadata(spec: StoreSpec, *, complete: bool) -> dict[str, bytes]:
             zarr.consolidate_metadata(store, path=split)
         zarr.consolidate_metadata(store)
     return {name: value.to_bytes() for name, value in sorted(store._store_dict.items())}
+
+
+# --- What is to be computed, frozen in a file: every process of an extraction reads it there.
+
+
+def read_plan(path: Path) -> dict[str, Any] | None:
+    """What is to be computed, as `write_plan` froze it; None if nothing is, or if it is damaged."""
+    try:
+        return read_sealed(path / PLAN)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def write_plan(path: Path, plan: dict[str, Any]) -> None:
+    """Freeze what is to be computed."""
+    write_sealed(path / PLAN, plan)

@@ -1,4 +1,4 @@
-"""Reading a complete store: one system call a chunk, straight into the caller's memory, checksum checked."""
+"""Reading a store: what it is, its arrays by layer and sequence, batches, and xarray's view."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -8,18 +8,182 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int32
 
-from lftpipe.files import fingerprint
-from lftpipe.objects import local_path
+from lftpipe.base.errors import StoreError
+from lftpipe.base.files import fingerprint
+from lftpipe.storage import local_path
 from lftpipe.store.arrivals import Arrivals
 from lftpipe.store.batches import Batch, Buffer, Logits, batch_sequences, read_ahead
-from lftpipe.store.description import Description
-from lftpipe.store.expected import Expected, expected_shards
-from lftpipe.store.layout import LOGIT_ARRAYS, StoreSpec
+from lftpipe.store.layout import LOGIT_ARRAYS, ArrayLayout, StoreSpec
 from lftpipe.store.manifest import finished_manifest
-from lftpipe.store.shards import Shards
+from lftpipe.store.records import Expected, expected_shards
+from lftpipe.store.shard_reader import Shards
+from lftpipe.store.windows import ROLLING_SPLIT, Windows
 
 if TYPE_CHECKING:
     from xarray import Dataset
+
+
+# --- What a store says of itself: where its states come from, which there are, how many, in which form.
+
+
+class Description:
+    """A store's specification, in the words of who reads it."""
+
+    def __init__(self, path: Path, spec: StoreSpec) -> None:
+        self.path, self.spec = path, spec
+        self._arrays = spec.arrays
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Where the states come from."""
+        return self.spec.identity
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Which states are stored."""
+        return self.spec.layers
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Of which layers attention outputs are stored."""
+        return self.spec.attention_layers
+
+    @property
+    def context(self) -> int:
+        """Positions of a sequence."""
+        return self.spec.context
+
+    @property
+    def width(self) -> int:
+        """Features of a state."""
+        return self.spec.width
+
+    @property
+    def dtype(self) -> str:
+        """How states are stored: float16, float32 or int8."""
+        return self.spec.dtype
+
+    @property
+    def windows(self) -> Windows:
+        """Of a rolling store."""
+        return Windows(self.spec)
+
+    def rolls(self, split: str) -> bool:
+        """Whether the states of a split come and go.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        """
+        return bool(self.spec.rolling) and split == ROLLING_SPLIT
+
+    def need_whole(self, what: str) -> None:
+        """Refuse a rolling store, whose training states come and go.
+
+        Parameters
+        ----------
+        what
+            What needs them all.
+
+        Raises
+        ------
+        StoreError
+            If it is one.
+        """
+        if self.spec.rolling:
+            raise StoreError(
+                f"{what} on the rolling store {self.path}",
+                "a store that keeps all of its training states",
+                "extract one without --rolling into another --store; fewer --tokens will do",
+            )
+
+    def num_sequences(self, split: str) -> int:
+        """Sequences of a split.
+
+        Parameters
+        ----------
+        split
+            `train` or `validation`.
+        """
+        try:
+            return self.spec.sequences[split]
+        except KeyError:
+            has = ", ".join(self.spec.sequences)
+            raise StoreError(
+                f"split {split!r} of {self.path}", f"one of {has}", "name one of these"
+            ) from None
+
+    def need_logits(self) -> None:
+        """Refuse a store without logits.
+
+        Raises
+        ------
+        StoreError
+            If it was made without.
+        """
+        if not self.spec.logits:
+            raise StoreError(
+                f"{self.path} holds no logits",
+                "a store with the teacher's top-K logits",
+                "extract with --logits 64 into another --store",
+            )
+
+    def layout(self, array: str, layer: int | None) -> ArrayLayout:
+        """How an array is laid out.
+
+        Parameters
+        ----------
+        array
+            `hidden`, `attention`, `tokens`, `document` or one of the logits' arrays.
+        layer
+            One that is to be read; None of an array without layers.
+
+        Raises
+        ------
+        StoreError
+            If the array, or the layer in it, is not stored.
+        """
+        layout = self._arrays.get(array)
+        if layout is None or (layer is not None and layer not in (layout.layers or ())):
+            stored = "; ".join(
+                f"{name} of layers {', '.join(map(str, each.layers))}"
+                for name, each in self._arrays.items()
+                if each.layers
+            )
+            raise StoreError(
+                f"{array} of layer {layer} is not in {self.path}", stored, "extract with these --layers"
+            )
+        return layout
+
+
+# --- A store as an xarray data set, its layers by their numbers. Needs the extra `xarray`.
+
+
+def as_dataset(
+    path: Path, split: str, layers: tuple[int, ...], attention_layers: tuple[int, ...]
+) -> "Dataset":
+    """Open a split lazily: nothing is read before it is asked for.
+
+    Raises
+    ------
+    StoreError
+        If xarray is not installed, there is no such split, or the store is at a URL.
+    """
+    try:
+        import xarray
+    except ImportError as error:
+        raise StoreError(
+            "to_xarray without xarray", "the package xarray", 'pip install "lftpipe[xarray]"'
+        ) from error
+    if not (path / split / "zarr.json").is_file():
+        raise StoreError(f"split {split!r} of {path}", "train or validation, in a folder", "name one of them")
+    found = xarray.open_zarr(path, group=split, consolidated=False)
+    numbers = {"layer": list(layers), "attention_layer": list(attention_layers)}
+    return found.assign_coords({name: value for name, value in numbers.items() if name in found.sizes})
+
+
+# --- Reading a complete store: one system call a chunk, straight into the caller's memory, checksum checked.
 
 Indices = Sequence[int] | np.ndarray
 _ALL = slice(None)
@@ -186,8 +350,6 @@ class Store(Description):
         StoreError
             If xarray is not installed, or the store is at a URL.
         """
-        from lftpipe.store.labelled import as_dataset
-
         return as_dataset(local_path(self.path), split, self.layers, self.attention_layers)
 
     def batches(
@@ -296,3 +458,25 @@ class Store(Description):
     ) -> np.ndarray:
         layout, count = self.layout(array, layer), self.num_sequences(split)
         return self.shards.rows(layout, split, layer, count, sequences, out)
+
+
+# --- Sequences read once, in order: what is fitted in one pass needs no shuffling and no thread.
+
+
+def read_in_turn(
+    store: Store,
+    split: str,
+    parts: Sequence[tuple[str, int]],
+    sequences: Sequence[int],
+    at_once: int,
+) -> Iterator[list[Float[np.ndarray, "sequence position feature"]]]:
+    """The same few states of one lot of sequences after the other, as they are stored.
+
+    Parameters
+    ----------
+    parts
+        `(array, layer)` of each: `hidden` for states, `attention` for attention outputs.
+    """
+    for first in range(0, len(sequences), at_once):
+        some = sequences[first : first + at_once]
+        yield [store.read(split, layer, some, array=array) for array, layer in parts]

@@ -6,17 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lftpipe.errors import StoreError
-from lftpipe.files import differences, parse_json
-from lftpipe.objects import storage_of
-from lftpipe.store.chunk_reader import ChunkReader
-from lftpipe.store.journal import Journal, on_disk
+from lftpipe.base.errors import StoreError
+from lftpipe.base.files import differences, parse_json
+from lftpipe.storage import storage_of
+from lftpipe.store.commit_log import clear_leftovers, settle
 from lftpipe.store.layout import MANIFEST, StoreSpec, root_attributes
-from lftpipe.store.leftovers import clear_leftovers, settle
-from lftpipe.store.manifest import Manifest
-from lftpipe.store.parsing import Records
-from lftpipe.store.recognised import names_beside_log, refuse_other
-from lftpipe.store.shard import DamagedShardError, Record
+from lftpipe.store.manifest import Manifest, names_beside_log, refuse_other
+from lftpipe.store.records import Journal, Records, on_disk
+from lftpipe.store.shard import ChunkReader, DamagedShardError, Record
 from lftpipe.store.verify import Report
 
 

@@ -9,12 +9,11 @@ import threading
 from collections.abc import Collection
 from typing import NamedTuple
 
-from lftpipe.errors import SettingsError
+from lftpipe.base.errors import SettingsError
+from lftpipe.store.commit_log import Sealed
 from lftpipe.store.layout import ShardKey, StoreSpec, metadata
 from lftpipe.store.manifest import Manifest, describe
-from lftpipe.store.rolling_files import Reader
-from lftpipe.store.sealed import Sealed
-from lftpipe.store.windows import ROLLING_SPLIT, Windows, most_bytes, rolls
+from lftpipe.store.windows import ROLLING_SPLIT, Reader, Windows, most_bytes, rolls
 from lftpipe.store.writer import StoreWriter, write_metadata
 
 

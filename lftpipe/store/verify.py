@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lftpipe.errors import StoreError
-from lftpipe.objects import Storage, local_path, storage_of
-from lftpipe.store.journal import Journal, digests
+from lftpipe.base.errors import StoreError
+from lftpipe.storage import Storage, local_path, storage_of
 from lftpipe.store.layout import JOURNAL, MANIFEST, ShardKey, StoreSpec
-from lftpipe.store.manifest import Manifest
-from lftpipe.store.parsing import Records
+from lftpipe.store.manifest import Manifest, refuse_other
 from lftpipe.store.reader import Store
-from lftpipe.store.recognised import refuse_other
+from lftpipe.store.records import Journal, Records, digests
 from lftpipe.store.shard import Record
 from lftpipe.store.windows import Windows
 

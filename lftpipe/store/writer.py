@@ -11,22 +11,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from lftpipe.errors import StoreError
-from lftpipe.files import sync_folder
-from lftpipe.objects import Storage, local_path, storage_of
+from lftpipe.base.errors import StoreError
+from lftpipe.base.files import sync_folder
+from lftpipe.storage import Storage, local_path, storage_of
 from lftpipe.store import resume as opening
-from lftpipe.store.chunk_reader import ChunkReader
-from lftpipe.store.disk import disk_errors, take_lock
-from lftpipe.store.journal import digests, on_disk
-from lftpipe.store.layout import MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata
-from lftpipe.store.ledger import Ledger
-from lftpipe.store.leftovers import clear_leftovers, remove_partials
-from lftpipe.store.manifest import Manifest, describe
-from lftpipe.store.parsing import Records
-from lftpipe.store.plan import read_plan, write_plan
-from lftpipe.store.recognised import refuse_other
-from lftpipe.store.sealed import Sealed
-from lftpipe.store.shard import DamagedShardError
+from lftpipe.store.commit_log import Ledger, Sealed, clear_leftovers, disk_errors, remove_partials, take_lock
+from lftpipe.store.layout import MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata, read_plan, write_plan
+from lftpipe.store.manifest import Manifest, describe, refuse_other
+from lftpipe.store.records import Records, digests, on_disk
+from lftpipe.store.shard import ChunkReader, DamagedShardError
 from lftpipe.store.shard_writer import ShardWriter, produce_shard
 from lftpipe.store.verify import Report
 

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from lftpipe import runs
-from lftpipe.errors import RunError, TeacherError, foreign
+from lftpipe.base.errors import RunError, TeacherError, foreign
+from lftpipe.families import attention
+from lftpipe.families.meta_model import materialise_buffers
+from lftpipe.families.structure import structure_of
 from lftpipe.runs import Run
 from lftpipe.student.config import Block, Kind
 from lftpipe.student.derived import per_layer_lists, student_class
+from lftpipe.student.flow_layer import number_layer
 from lftpipe.student.loading import STUDENTS
-from lftpipe.student.slot import number_layer
-from lftpipe.teacher import attention
-from lftpipe.teacher.skeleton import materialise_buffers
 from lftpipe.teacher.source import Teacher
-from lftpipe.teacher.structure import structure_of
 
 
 def build_student(

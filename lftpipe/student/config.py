@@ -5,8 +5,8 @@ from typing import Any, Literal, no_type_check
 
 from transformers import GPTNeoXConfig, LlamaConfig
 
+from lftpipe.base.errors import SettingsError
 from lftpipe.config.layers import check_apart
-from lftpipe.errors import SettingsError
 from lftpipe.flow.solver import EVALUATIONS
 
 Kind = Literal["flow", "layer", "layers", "linear", "skip"]

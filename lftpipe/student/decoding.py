@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, TextStreamer
 
-from lftpipe.artefacts.outcomes.student import Drafted, Written
-from lftpipe.errors import SettingsError
+from lftpipe.base.errors import SettingsError
+from lftpipe.results.outcomes import Drafted, Written
 
 #: Tokens of the pass that is not timed: the first calls of a process set up kernels and threads.
 WARM_UP_TOKENS = 2

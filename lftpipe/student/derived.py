@@ -16,14 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lftpipe.errors import TeacherError
+from lftpipe.base.errors import TeacherError
+from lftpipe.families.attention import Arguments, AttentionContext
+from lftpipe.families.family import Family
+from lftpipe.families.structure import Structure, structure_of
 from lftpipe.student.config import Block, FlowLayout
-from lftpipe.student.flow_layer import FlowLayer
+from lftpipe.student.flow_layer import FlowLayer, number_layer
 from lftpipe.student.model import LatentFlow
-from lftpipe.student.slot import number_layer
-from lftpipe.teacher.context import Arguments, AttentionContext
-from lftpipe.teacher.family import Family
-from lftpipe.teacher.structure import Structure, structure_of
 
 #: Model types of students begin with it.
 PREFIX = "latent_flow_"

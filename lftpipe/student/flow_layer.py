@@ -1,4 +1,4 @@
-"""The layer that stands in a student for a block: it carries states through by velocity and solver."""
+"""A flow layer inside a transformers model, and its place in the KV cache."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,16 +10,53 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lftpipe.families.attention import AttentionContext
+from lftpipe.families.branches import Branches
+from lftpipe.families.family import Family
 from lftpipe.flow.linear import LinearMap
 from lftpipe.flow.path import States, Times
 from lftpipe.flow.solver import Method, ODESolver
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Modulations, Velocity
 from lftpipe.student.config import Block
-from lftpipe.student.slot import Slot
-from lftpipe.teacher.branches import Branches
-from lftpipe.teacher.context import AttentionContext
-from lftpipe.teacher.family import Family
+
+# --- One place of a KV cache.
+
+
+class Slot:
+    """One place of a KV cache, whatever index the attention that writes to it believes to have."""
+
+    def __init__(self, cache: Any, index: int) -> None:
+        self._cache, self._index = cache, index
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of this evaluation, behind those it had before.
+
+        Parameters
+        ----------
+        layer_idx
+            Of the layer that asks, which has a slot of its own instead.
+        """
+        del layer_idx
+        return self._cache.update(keys, values, self._index, *rest, **named)
+
+
+def number_layer(layer: nn.Module, index: int) -> None:
+    """Let a layer's parts take this place of the cache for theirs.
+
+    Parameters
+    ----------
+    layer
+        Of any family; parts that know of a cache have a `layer_idx`.
+    """
+    for part in layer.modules():
+        if hasattr(part, "layer_idx"):
+            part.layer_idx = index  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
+# --- The layer that stands in a student for a block: it carries states through by velocity and solver.
 
 
 class FlowLayer(GradientCheckpointingLayer):

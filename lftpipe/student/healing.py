@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lftpipe import runs
-from lftpipe.errors import SettingsError
+from lftpipe.base.errors import SettingsError
+from lftpipe.families.attention import AttentionContext
+from lftpipe.families.layer_probe import is_linear_map, is_transposed
 from lftpipe.flow.path import States
 from lftpipe.flow.solver import Method, ODESolver
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
 from lftpipe.runs import Run
-from lftpipe.teacher.context import AttentionContext
-from lftpipe.teacher.maps import is_linear_map, is_transposed
-from lftpipe.teacher.parts import load_layer, load_norm
+from lftpipe.teacher.layers import load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 
 

@@ -8,15 +8,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lftpipe.artefacts.export import SOURCE, ExportSource
-from lftpipe.errors import RunError, TeacherError, foreign
+from lftpipe.base.errors import RunError, TeacherError, foreign
+from lftpipe.results.run import SOURCE, ExportSource
 from lftpipe.runs import Run
 from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
 from lftpipe.student.derived import PREFIX, student_class
 from lftpipe.teacher.checkpoint import Checkpoint
-from lftpipe.teacher.quiet import quiet_transformers
-from lftpipe.teacher.recorded import open_recorded
-from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.silence import quiet_transformers
+from lftpipe.teacher.source import Teacher, open_recorded
 
 #: By family. transformers types its classes too loosely for a checker to follow.
 STUDENTS: dict[str, Any] = {

@@ -12,12 +12,12 @@ from transformers import GPTNeoXForCausalLM, GPTNeoXModel, LlamaForCausalLM, Lla
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from lftpipe.errors import RunError
+from lftpipe.base.errors import RunError
+from lftpipe.families.family import Family
+from lftpipe.families.gpt_neox import GPT_NEOX
+from lftpipe.families.llama import LLAMA
 from lftpipe.student.config import FlowLayout, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
 from lftpipe.student.flow_layer import FlowLayer
-from lftpipe.teacher.family import Family
-from lftpipe.teacher.gpt_neox import GPT_NEOX
-from lftpipe.teacher.llama import LLAMA
 
 
 class LatentFlow:

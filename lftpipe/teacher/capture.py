@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lftpipe.errors import TeacherError
-from lftpipe.teacher.family import LayerForm
+from lftpipe.base.errors import TeacherError
+from lftpipe.families.family import LayerForm
 
 #: Called with `(l, tensor)`; the tensor is `(sequence, position, feature)` and must be used at once.
 Sink = Callable[[int, Tensor], None]

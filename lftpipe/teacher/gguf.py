@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lftpipe.errors import TeacherError, foreign
-from lftpipe.teacher.quiet import quiet_transformers
+from lftpipe.base.errors import TeacherError, foreign
+from lftpipe.teacher.silence import quiet_transformers
 
 
 def convert(gguf: Path, folder: Path, accept: Callable[[Any, str], object]) -> Path:

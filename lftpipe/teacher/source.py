@@ -1,4 +1,4 @@
-"""From the name of a teacher to a local folder with its config, weights and tokenizer."""
+"""From a name to a frozen teacher: its folder, family and tokenizer, and how a record finds it again."""
 
 import errno
 import hashlib
@@ -7,19 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lftpipe.errors import TeacherError, foreign
-from lftpipe.teacher import attention
-from lftpipe.teacher.checkpoint import Checkpoint
-from lftpipe.teacher.family import Family
-from lftpipe.teacher.fits import check_layer, check_sizes
+from lftpipe.base.errors import LftpipeError, TeacherError, foreign
+from lftpipe.families import attention
+from lftpipe.families.family import Family
+from lftpipe.families.gpt_neox import GPT_NEOX
+from lftpipe.families.llama import LLAMA
+from lftpipe.families.structure import check_kind, structure_of
+from lftpipe.teacher.checkpoint import Checkpoint, NamedCheckpoint, check_layer, check_sizes
 from lftpipe.teacher.gguf import convert
-from lftpipe.teacher.gpt_neox import GPT_NEOX
-from lftpipe.teacher.kinds import check_kind
-from lftpipe.teacher.llama import LLAMA
-from lftpipe.teacher.named import NamedCheckpoint
-from lftpipe.teacher.quiet import quiet_transformers
 from lftpipe.teacher.registry import REGISTERED
-from lftpipe.teacher.structure import structure_of
+from lftpipe.teacher.silence import quiet_rust, quiet_transformers
+
+# --- From the name of a teacher to a local folder with its config, weights and tokenizer.
 
 #: Families that are written out; all others are derived from their models' structure.
 FAMILIES: tuple[Family, ...] = (GPT_NEOX, LLAMA)
@@ -225,3 +224,119 @@ def _config(folder: Path, model: str) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._attn_implementation = attention.NAME  # single layers are built from it, with no model around
         return config
+
+
+# --- A folder's tokenizer, by transformers, tried before it is used.
+
+#: One of these holds a tokenizer's vocabulary.
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.*")
+
+#: What every tokenizer can take apart and put together.
+_TRIAL = "The state h[3] of a layer, 12 %.\n"
+
+
+def load_tokenizer(teacher: Teacher) -> Any:
+    """The teacher's tokenizer.
+
+    Raises
+    ------
+    TeacherError
+        If the folder has none, or it has no end-of-text token.
+    """
+    save = "save the tokenizer into the same folder with save_pretrained"
+    tokenizer = tokenizer_of(teacher.folder, TeacherError, save)
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise TeacherError(
+            f"the tokenizer of {teacher.model} without an end-of-text token",
+            "an eos_token that closes documents",
+            "set eos_token in tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def tokenizer_of(folder: Path, kind: type[LftpipeError], do: str) -> Any:
+    """The tokenizer of a folder in transformers' format, which takes a text apart and puts it together.
+
+    Raises
+    ------
+    LftpipeError
+        Of the kind, if the folder has none, or it does not work.
+    """
+    from transformers import AutoTokenizer
+
+    given, expected = f"{folder} without a usable tokenizer", "tokenizer.json beside the weights"
+    with foreign(kind, given, expected, do), quiet_transformers(), quiet_rust():
+        if not any(any(folder.glob(pattern)) for pattern in FILES):
+            raise FileNotFoundError("no file of one")  # transformers would make one up that knows no words
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise TypeError("it has not the Rust library behind it")
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}")
+        ids = tokenizer(_TRIAL)["input_ids"]
+        if not tokenizer(["", _TRIAL])["input_ids"] or not all(isinstance(each, int) for each in ids):
+            raise TypeError(f"it makes {ids!r} of a text")
+        tokenizer.decode(ids)
+    return tokenizer
+
+
+# --- A teacher that a store, a run or an export has recorded, found again and proved to be the same.
+
+#: Files of a teacher whose digests are recorded. With other rotary settings, or other token ids, the same
+#: weights are another model.
+PARTS = ("weights", "config", "tokenizer")
+
+
+def record_of(identity: dict[str, Any]) -> dict[str, Any]:
+    """What a store's identity records of its teacher, with the tokenizer's digest that stands beside it."""
+    known = {"tokenizer_digest": identity["tokenizer_digest"]} if "tokenizer_digest" in identity else {}
+    return identity["teacher"] | known
+
+
+def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teacher:
+    """The teacher that something was made with.
+
+    Parameters
+    ----------
+    recorded
+        `Teacher.identity()` as it was then, and the tokenizer's digest if that was recorded too.
+    made
+        What was made with it, for the error, and to find a folder that was moved together with it.
+
+    Raises
+    ------
+    TeacherError
+        If it is not found, or any part of it is no longer as it was.
+    """
+    teacher = open_teacher(_place(recorded["model"], made), workspace, revision=recorded["revision"])
+    now = {
+        "weights": lambda: teacher.checkpoint.digest,
+        "config": lambda: teacher.config_digest,
+        "tokenizer": lambda: teacher.tokenizer_digest,
+    }
+    for part in PARTS:
+        before = recorded.get(f"{part}_digest")  # older stores and runs recorded fewer
+        if before is not None and now[part]() != before:
+            raise TeacherError(
+                f"teacher {recorded['model']} whose {part} changed since {made} was made",
+                f"{part} with digest {before[:12]}…",
+                f"put the old {part} back, or make it again from the start (extract --force, train --force)",
+            )
+    return teacher
+
+
+def _place(model: str, made: Path) -> str:
+    """Where a local teacher is now: as recorded, or, if that moved, as it lay to what was made with it."""
+    old = Path(model)
+    if not old.is_absolute() or old.exists():
+        return model
+    for above in made.resolve().parents:
+        for count in range(1, len(old.parts)):
+            new = above.joinpath(*old.parts[-count:])
+            if (new / "config.json").is_file() or (new.suffix == ".gguf" and new.is_file()):
+                return str(new)
+    raise TeacherError(
+        f"teacher {model} of {made}, which is not there",
+        "the folder or file that it was made with",
+        f"put it back, or move it along, such as to {made.resolve().parent / old.name}",
+    )

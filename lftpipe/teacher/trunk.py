@@ -1,24 +1,32 @@
-"""The teacher's trunk: embedding and layers up to the deepest state asked for, with hooks.
-
-The LM head is never loaded, the layers above the deepest state neither.
-"""
+"""Forward passes of the frozen teacher: the trunk with hooks, its logits, and layer by layer."""
 
 import copy
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lftpipe.device import cast_linear
-from lftpipe.errors import TeacherError, foreign
-from lftpipe.teacher import attention, capture, skeleton
+from lftpipe.base.device import cast_linear
+from lftpipe.base.errors import TeacherError, foreign
+from lftpipe.families import attention, meta_model
+from lftpipe.families.attention import AttentionContext, attention_context
+from lftpipe.families.branches import Branches
+from lftpipe.families.structure import structure_of
+from lftpipe.teacher import capture
 from lftpipe.teacher.capture import Sink
-from lftpipe.teacher.quiet import quiet_transformers
+from lftpipe.teacher.layers import load_layer, load_rotary
+from lftpipe.teacher.silence import quiet_transformers
 from lftpipe.teacher.source import Teacher
-from lftpipe.teacher.structure import structure_of
+from lftpipe.teacher.tail import Tail, TopLogits
+from lftpipe.teacher.thread_pool import Lanes
+
+# --- The teacher's trunk: embedding and layers up to the deepest state asked for, with hooks.
+#
+# The LM head is never loaded, the layers above the deepest state neither.
 
 __all__ = ["Sink", "Trunk", "twin_of"]
 
@@ -184,12 +192,187 @@ def _derived_base(teacher: Teacher, deepest: int) -> Any:
     """The base model of a derived family, from the checkpoint's single tensors."""
     structure = structure_of(teacher.config)
     with quiet_transformers():
-        model = skeleton.build(teacher.config, structure.implementation)
+        model = meta_model.build(teacher.config, structure.implementation)
     layers = model.get_submodule(structure.path)
     del layers[max(deepest, 1) :]
     base = model.base_model
     names = {name: structure.base_prefix + name for name in base.state_dict()}
     tensors = teacher.checkpoint.read(list(names.values()))
     base.load_state_dict({name: tensors[source] for name, source in names.items()}, assign=True)
-    skeleton.materialise_buffers(model, base)
+    meta_model.materialise_buffers(model, base)
     return base
+
+
+# --- The teacher's own predictions: final norm and LM head on its last state, the largest logits kept.
+
+#: Called with an array's name in the store, the layer (None for logits), and a batch of it.
+Put = Callable[[str, int | None, Tensor], None]
+
+#: Logits of one piece of work are held at once: 64 MiB, of a vocabulary of 50,000 for 320 positions.
+PIECE_LOGITS = 2**24
+
+
+class Head:
+    """From the last state `h[L]`, before the final norm, to the largest next-token logits.
+
+    It computes in float32 whatever the trunk computes in: a bfloat16 logit of 20 is a multiple of
+    1/8, which is coarser than what a student is to learn from it.
+    """
+
+    def __init__(self, teacher: Teacher, count: int, device: str = "cpu") -> None:
+        self._tail = Tail(teacher, teacher.num_layers).to(device)
+        self._count = count
+        self._piece = max(1, PIECE_LOGITS // teacher.config.vocab_size)
+
+    @torch.inference_mode()
+    def top(self, state: Float[Tensor, "sequence position feature"]) -> TopLogits:
+        """The largest logits of a batch of last states."""
+        pieces = []
+        for piece in state.flatten(0, 1).float().split(self._piece):
+            logits = self._tail.logits(piece)
+            values, ids = logits.topk(self._count)
+            pieces.append((values, ids.int(), logits.logsumexp(-1)))
+        values, ids, normaliser = (
+            torch.cat(parts).unflatten(0, state.shape[:2]) for parts in zip(*pieces, strict=True)
+        )
+        return TopLogits(values, ids, normaliser)
+
+
+def compute_batch(
+    trunk: Trunk,
+    head: Head | None,
+    tokens: Int[Tensor, "sequence position"],
+    position_ids: Int[Tensor, "sequence position"],
+    put: Put,
+    batch_sequences: int | None = None,
+) -> None:
+    """Everything that a store holds of a batch: states and attention outputs as they come, then logits.
+
+    Parameters
+    ----------
+    batch_sequences
+        Sequences of which logits are computed at once; left out, all.
+    """
+    last: list[Tensor] = []
+
+    def hidden(layer: int, state: Tensor) -> None:
+        put("hidden", layer, state)
+        if head and layer == trunk.deepest:
+            last.append(state)
+
+    def attention(layer: int, context: Tensor) -> None:
+        put("attention", layer, context)
+
+    trunk.run(tokens, position_ids, hidden=hidden, attention=attention)
+    if head:
+        parts_of = last[0].split(batch_sequences or len(tokens))
+        with Lanes.on(trunk.device, len(parts_of)) as lanes:
+            found = list(lanes.map(lambda _, state: head.top(state), parts_of))
+        for name, *parts in zip(TopLogits._fields, *found, strict=True):
+            put(f"logit_{name}", None, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+# --- A trunk that holds one layer at a time: for teachers that are larger than the memory.
+#
+# Each layer is read from the checkpoint, run over all sequences of a call, and let go. That pays where a
+# call has many tokens: reading is shared by them.
+
+
+class StreamedTrunk(Trunk):
+    """Does what `Trunk` does, with one layer in memory.
+
+    Parameters
+    ----------
+    compute_dtype
+        `torch.bfloat16` runs matrix products in it and keeps the residual stream in float32.
+    batch_sequences
+        Sequences of one pass through a layer. Passes are the same as without streaming, so are the results.
+
+    Raises
+    ------
+    TeacherError
+        If a layer of the teacher cannot be run alone.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        deepest: int,
+        compute_dtype: torch.dtype,
+        device: str = "cpu",
+        *,
+        batch_sequences: int,
+    ) -> None:
+        self.teacher, self.deepest, self.compute_dtype = teacher, deepest, compute_dtype
+        self.device = torch.device(device)
+        self._batch_sequences = batch_sequences
+        # The constructor above is not called, since it would load all layers. This small trunk is tried as
+        # every other is, and makes h[0] of tokens.
+        self._start = Trunk(teacher, 0, compute_dtype, device)
+        self._frame = load_rotary(teacher).to(self.device)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of what is in memory between two layers."""
+        return self._start.num_parameters
+
+    @torch.inference_mode()
+    def run(
+        self,
+        tokens: Int[Tensor, "sequence position"],
+        position_ids: Int[Tensor, "sequence position"],
+        *,
+        hidden: Sink | None = None,
+        attention: Sink | None = None,
+    ) -> None:
+        """One forward pass; `hidden(l, h[l])` and `attention(l, a[l])` are called as layers finish."""
+        rows = [
+            slice(first, first + self._batch_sequences)
+            for first in range(0, len(tokens), self._batch_sequences)
+        ]
+        places = position_ids.to(self.device)
+        states = torch.cat([self._embed(tokens[each], position_ids[each]) for each in rows])
+        if hidden:
+            hidden(0, states)
+        with Lanes.on(self.device, len(rows)) as lanes:
+            for index in range(self.deepest):
+                layer = load_layer(self.teacher, index)
+                cast_linear(layer, self.compute_dtype)
+                layer.to(self.device)
+                own = [layer, *(twin_of(layer) for _ in range(lanes.count - 1))]
+
+                @torch.inference_mode()  # which is a thread's own, too
+                def run_some(lane: int, each: slice, own: list[Branches] = own) -> list[Tensor]:
+                    outputs: list[Tensor] = []
+                    context = attention_context(self._frame, places[each])
+                    states[each] = self._pass(own[lane], states[each], context, outputs)
+                    return outputs
+
+                outputs = [output for found in lanes.map(run_some, rows) for output in found]
+                if attention and outputs:
+                    attention(index, torch.cat(outputs))
+                if hidden:
+                    hidden(index + 1, states)
+
+    def _embed(self, tokens: Tensor, position_ids: Tensor) -> Float[Tensor, "sequence position feature"]:
+        found: list[Tensor] = []
+        self._start.run(tokens, position_ids, hidden=lambda _, state: found.append(state.float()))
+        return found[0]
+
+    def _pass(
+        self, layer: Branches, states: Tensor, context: AttentionContext, outputs: list[Tensor]
+    ) -> Float[Tensor, "sequence position feature"]:
+        """One layer over some of the sequences; its attention outputs are kept beside."""
+        keep = partial(_keep, into=outputs)
+        own = nn.ModuleList([layer.layer])
+        autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
+        )
+        with autocast, capture.hooks(own, [layer.form], 0, None, None if context.apart else keep):
+            if context.apart:
+                return layer(states, context)
+            return layer.own(states, context)
+
+
+def _keep(_index: int, state: Tensor, into: list[Any]) -> None:
+    into.append(state.clone())

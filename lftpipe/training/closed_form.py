@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lftpipe import progress, runs
-from lftpipe.artefacts.outcomes.pipeline import TrainedRun
+from lftpipe import runs
+from lftpipe.base import progress
+from lftpipe.base.errors import SettingsError
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import SettingsError
+from lftpipe.families.branches import Branches
+from lftpipe.families.layer_probe import is_linear_map, weight_of
 from lftpipe.flow.hadamard import hadamard
 from lftpipe.flow.linear import LeastSquares, LinearMap
 from lftpipe.flow.stack import NoLayer
 from lftpipe.flow.velocity import Velocity
+from lftpipe.results.outcomes import TrainedRun
 from lftpipe.store import Store, read_in_turn
-from lftpipe.teacher.branches import Branches
-from lftpipe.teacher.maps import is_linear_map, weight_of
-from lftpipe.teacher.parts import load_layer
+from lftpipe.teacher.layers import load_layer
 from lftpipe.teacher.source import Teacher
-from lftpipe.training.manifest import manifest_of
-from lftpipe.training.resume import begin
-from lftpipe.training.run import order_of
+from lftpipe.training.checkpoint import begin
+from lftpipe.training.run import manifest_of, order_of
 
 #: Sequences read at once.
 _AT_ONCE = 8

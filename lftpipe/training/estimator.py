@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from lftpipe.config.objectives import TIMELESS
+from lftpipe.base.errors import SettingsError
+from lftpipe.config.loss import TIMELESS
 from lftpipe.config.settings import TrainSettings, depth_of
-from lftpipe.errors import SettingsError
+from lftpipe.families.branches import Branches
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.branches import Branches
-from lftpipe.teacher.parts import load_layer
+from lftpipe.teacher.layers import load_layer
 from lftpipe.teacher.source import Teacher
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lftpipe import progress, runs
-from lftpipe.batch import Batch, BatchFields, BatchOrder, BatchReader
+from lftpipe import runs
+from lftpipe.base import progress
+from lftpipe.base.errors import DivergenceError
+from lftpipe.base.files import fingerprint
 from lftpipe.config.settings import HealSettings
-from lftpipe.errors import DivergenceError
-from lftpipe.files import fingerprint
+from lftpipe.data.batches import Batch, BatchFields, BatchOrder, BatchReader
 from lftpipe.training.checkpoint import is_due, restore_newest, write_checkpoint
+from lftpipe.training.log import Tracker, tracker_of
 from lftpipe.training.optimizer import BETAS, gradient_norm, rate_fraction
-from lftpipe.training.trackers import Tracker, tracker_of
 
 #: Sequences held back that an evaluation looks at, at most.
 SEQUENCES = 64

@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lftpipe.batch import Batch, BatchFields, BatchOrder, BatchReader
+from lftpipe.base.device import cast_linear
+from lftpipe.base.errors import RunError
 from lftpipe.config.loss import ON_STORED_LOGITS
 from lftpipe.config.settings import HealSettings
-from lftpipe.device import cast_linear
-from lftpipe.errors import RunError
+from lftpipe.data.batches import Batch, BatchFields, BatchOrder, BatchReader
+from lftpipe.families.attention import AttentionContext
 from lftpipe.flow.distillation import full_divergence, next_token_loss
 from lftpipe.flow.path import States
 from lftpipe.store import Store
-from lftpipe.teacher.context import AttentionContext
-from lftpipe.teacher.parts import load_embedding
+from lftpipe.teacher.layers import load_embedding
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail
 from lftpipe.training.healing import Healing
-from lftpipe.training.logit_terms import check_head, on_sampled_logits, on_top_logits, over_pieces
+from lftpipe.training.terms import check_head, on_sampled_logits, on_top_logits, over_pieces
 
 #: From states at the student's start, and their context, to what the head reads.
 Student = Callable[[States, AttentionContext], States]

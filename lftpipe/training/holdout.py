@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lftpipe.batch import Batch, BatchFields
+from lftpipe.data.batches import Batch, BatchFields
 from lftpipe.teacher.tail import Layers
 from lftpipe.training.run import TrainingRun
 from lftpipe.training.step import losses_of, nmses_of

@@ -8,19 +8,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from lftpipe import progress
-from lftpipe.artefacts.outcomes.pipeline import TrainedRun
-from lftpipe.batch import Batch, BatchFields
-from lftpipe.errors import DivergenceError
+from lftpipe.base import progress
+from lftpipe.base.errors import DivergenceError
+from lftpipe.data.batches import Batch, BatchFields
+from lftpipe.results.outcomes import TrainedRun
 from lftpipe.teacher.tail import load_bridges
-from lftpipe.training import processes, readout
+from lftpipe.training import distributed, least_squares_init
 from lftpipe.training.checkpoint import Checkpoint, is_due
+from lftpipe.training.divergence import look_every
 from lftpipe.training.holdout import HoldOut
 from lftpipe.training.log import Log
 from lftpipe.training.rolling import Standing
 from lftpipe.training.run import TrainingRun
 from lftpipe.training.step import nmses_of, take_step
-from lftpipe.training.watch import look_every
 
 
 class Chain:
@@ -45,7 +45,7 @@ class Chain:
         self.runs, first = joint, joint[0]
         for run in joint:
             if run.settings.init == "readout":
-                readout.last_maps(run)  # refused before anything is written
+                least_squares_init.last_maps(run)  # refused before anything is written
         self.bridges = load_bridges(first.teacher, [run.block for run in joint], first.device)
         self.settings = first.settings
         self.nmse = math.nan
@@ -103,11 +103,11 @@ class Chain:
         files.callback(self._checkpoint.wait)
         if resume:
             self._checkpoint.restore()
-        if self._standing and processes.rank() == 0 and not self.finished:
+        if self._standing and distributed.rank() == 0 and not self.finished:
             self._standing.passed(self.step)
         for run in self.runs:
             if run.settings.init == "readout" and run.step == 0:
-                readout.refit(run, partial(_first_batches, run))
+                least_squares_init.refit(run, partial(_first_batches, run))
         self._logs = [files.enter_context(closing(Log(run))) for run in self.runs]
 
     def advance(self, batch: Batch, waited: float) -> None:
@@ -143,7 +143,7 @@ class Chain:
     def _leave(self) -> None:
         """A rolling store need keep nothing for these runs."""
         self._checkpoint.wait()
-        if self._standing and processes.rank() == 0:
+        if self._standing and distributed.rank() == 0:
             self._standing.leave()
 
     def _enters_window(self, step: int) -> bool:
@@ -173,7 +173,7 @@ class Chain:
         """Write every run's weights and manifest, the first run's last: until then the chain goes on."""
         results = [run.finish() for run in reversed(self.runs)][::-1]
         self._checkpoint.drop()
-        processes.wait()
+        distributed.wait()
         return results
 
 
@@ -246,5 +246,5 @@ def _batches(run: TrainingRun, fields: BatchFields, step: int, stop: int) -> Ite
 
 def _first_batches(run: TrainingRun) -> Iterator[Batch]:
     """What a start in closed form is fitted on."""
-    steps = min(math.ceil(readout.TOKENS / run.tokens_per_step), run.num_steps)
+    steps = min(math.ceil(least_squares_init.TOKENS / run.tokens_per_step), run.num_steps)
     return (batch for batch, _ in _batches(run, BatchFields((run.m, run.n)), 0, steps))

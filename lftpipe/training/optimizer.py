@@ -1,15 +1,155 @@
-"""What moves a flow layer's weights: Muon for its matrices and AdamW for the rest, or AdamW alone."""
+"""Optimisers: the peak learning rate for a teacher, Muon, and AdamW for the rest."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim import Muon as TorchMuon
 
+from lftpipe.base.device import dtype_name, resolve_compute_dtype
 from lftpipe.config.settings import TrainSettings
-from lftpipe.device import dtype_name, resolve_compute_dtype
-from lftpipe.training.muon import Muon
-from lftpipe.training.rate import STEP_SIZE, peak_rate
+from lftpipe.training import distributed
+
+# --- The learning rate where none is given: what was tuned, but no larger than the teacher's weights allow.
+#
+# Optimisers step by their rate, whatever the size of the weights, and teachers' weights differ tenfold in
+# size. As fractions of the weights, the tuned rates are alike (docs/log.md, "a rate for every teacher").
+
+#: At the peak. Muon's steps are scaled to the size of AdamW's, and may be larger.
+LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}
+
+#: Of `distil`, by Muon; chosen on sequences held back (docs/results/rivals.md).
+DISTIL_RATE = 5e-3
+
+#: Root mean square of what a step at a rate of 1 adds to a matrix (Muon: Liu et al., arXiv 2502.16982).
+STEP_SIZE = {"muon": 0.2, "adamw": 1.0}
+
+#: The largest step, as a fraction of the weights' own root mean square; that of `distil` by Muon.
+LARGEST_STEP, LARGEST_DISTIL_STEP = 0.075, 0.0185
+
+
+def peak_rate(settings: TrainSettings, start: nn.Module | None) -> float:
+    """The learning rate at its peak: as given, or a default for a layer that starts from another one.
+
+    Parameters
+    ----------
+    start
+        The teacher's layer from which the flow layer starts; without one the default is what was tuned.
+    """
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    rate, largest = LEARNING_RATES[settings.optimizer], LARGEST_STEP
+    if settings.objective == "distil" and settings.optimizer == "muon":
+        rate, largest = DISTIL_RATE, LARGEST_DISTIL_STEP
+    if start is None:
+        return rate
+    return min(rate, _two_digits(largest * weight_size(start) / STEP_SIZE[settings.optimizer]))
+
+
+def weight_size(layer: nn.Module) -> float:
+    """Root mean square of all entries of a layer's matrices; infinite where it has none."""
+    matrices = [weight.detach().float() for weight in layer.parameters() if weight.ndim >= 2]
+    if not matrices:
+        return torch.inf
+    squares = sum(matrix.square().sum().item() for matrix in matrices)
+    return (squares / sum(matrix.numel() for matrix in matrices)) ** 0.5
+
+
+def _two_digits(rate: float) -> float:
+    """Rounded, so that it is told as it is, and is the same on every machine."""
+    return float(f"{rate:.1e}")
+
+
+# --- Muon for matrices of equal shape at once, in float32 or bfloat16, shared among processes.
+
+Matrices = Float[Tensor, "matrix row column"]
+Coefficients = tuple[float, float, float]
+
+#: Columns for each row from which the iteration on products of rows takes fewer multiplications.
+WIDE = 1.5
+
+
+def orthogonalised(
+    matrices: Matrices, coefficients: Coefficients, steps: int, eps: float, dtype: torch.dtype
+) -> Matrices:
+    """Near the closest orthogonal matrices, by the quintic Newton-Schulz iteration of Muon (Jordan 2024)."""
+    x = matrices.to(dtype)
+    x = x / x.flatten(1).norm(dim=1)[:, None, None].clamp(min=eps)
+    if dtype == torch.float32 and x.shape[2] > WIDE * x.shape[1]:
+        return _by_products_of_rows(x, coefficients, steps)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _by_products_of_rows(x: Matrices, coefficients: Coefficients, steps: int) -> Matrices:
+    """The same iterates from `x x^T` alone.
+
+    Each step multiplies `x` by a polynomial of that product, so that all steps together are one matrix with
+    as many columns as `x` has rows. It needs float32: no step looks at `x` again to make rounding good.
+    """
+    a, b, c = coefficients
+    gram, factor = x @ x.mT, None
+    for step in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        factor = polynomial if factor is None else polynomial @ factor
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial
+    return x if factor is None else factor @ x
+
+
+class Muon(TorchMuon):
+    """`torch.optim.Muon` scaled to the size of AdamW's steps, with one product for all matrices of a shape.
+
+    Of several processes each orthogonalises its part of the matrices. In bfloat16 on a processor the weights
+    are those of `torch.optim.Muon` to the bit.
+    """
+
+    def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__(list(params), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Move every matrix that has a gradient."""
+        del closure
+        if self._dtype == torch.bfloat16 and self.param_groups[0]["params"][0].device.type == "cpu":
+            super().step()  # a processor gains nothing from stacks, and keeps its bits
+            return
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in weights:
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+            for weight in weights:
+                by_shape.setdefault(tuple(sorted(weight.shape)), []).append(weight)
+            for alike in by_shape.values():
+                self._move(alike, group)
+
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Matrices of one shape, lying or standing."""
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+        lying = torch.stack([each.T if each.shape[0] > each.shape[1] else each for each in updates])
+        given = (group["ns_coefficients"], group["ns_steps"], group["eps"], self._dtype)
+        ways = distributed.divided(lying, lambda part: orthogonalised(part, *given))
+        size = 0.2 * math.sqrt(lying.shape[2])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+        for weight, way in zip(weights, ways, strict=True):
+            weight.add_(way.T if weight.shape[0] > weight.shape[1] else way, alpha=-group["lr"] * size)
+
+
+# --- What moves a flow layer's weights: Muon for its matrices and AdamW for the rest, or AdamW alone.
 
 BETAS = (0.9, 0.95)
 

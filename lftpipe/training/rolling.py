@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from lftpipe import runs
-from lftpipe.config.objectives import CLOSED_FORM
+from lftpipe.base.errors import SettingsError
+from lftpipe.config.loss import CLOSED_FORM
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import SettingsError
 from lftpipe.store import Reader, Store, register, unregister
 
 

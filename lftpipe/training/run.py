@@ -1,4 +1,4 @@
-"""One run in progress: its flow layer, its optimiser, its loss, and where it stands."""
+"""One run in progress: its flow layer, optimiser and loss, where it is, and the manifest it ends with."""
 
 import math
 from pathlib import Path
@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lftpipe import progress, runs
-from lftpipe.artefacts.outcomes.pipeline import TrainedRun
-from lftpipe.batch import BatchFields, BatchOrder, BatchReader
+import lftpipe
+from lftpipe import runs
+from lftpipe.base import progress
+from lftpipe.base.device import resolve_compute_dtype
+from lftpipe.base.errors import RunError
+from lftpipe.base.files import fingerprint
 from lftpipe.config.loss import (
+    CLOSED_FORM,
     ON_LOGITS,
     ON_STORED_LOGITS,
     Stage,
@@ -19,21 +23,69 @@ from lftpipe.config.loss import (
     without_logits,
 )
 from lftpipe.config.settings import TrainSettings, loss_text
-from lftpipe.device import resolve_compute_dtype
-from lftpipe.errors import RunError
+from lftpipe.data.batches import BatchFields, BatchOrder, BatchReader
+from lftpipe.data.teacher_reader import reader_of
 from lftpipe.flow.objective import ErrorScale
-from lftpipe.live import reader_of
+from lftpipe.results.outcomes import TrainedRun
+from lftpipe.storage import url_of
 from lftpipe.store import Store
-from lftpipe.teacher.parts import load_norm
-from lftpipe.teacher.source import Teacher
-from lftpipe.training import processes
+from lftpipe.teacher.layers import load_norm
+from lftpipe.teacher.source import Teacher, record_of
+from lftpipe.training import distributed
+from lftpipe.training.averaging import WeightAverage
+from lftpipe.training.divergence import DivergenceWatch
 from lftpipe.training.estimator import build_estimator, description
-from lftpipe.training.logit_terms import FrozenTails, check_head
-from lftpipe.training.manifest import manifest_of, of_student
 from lftpipe.training.optimizer import Optimizer, rate_fraction
 from lftpipe.training.rolling import window_of
-from lftpipe.training.watch import DivergenceWatch
-from lftpipe.training.weights import WeightAverage
+from lftpipe.training.terms import FrozenTails, check_head
+
+# --- What a finished run says of itself, apart from its weights.
+
+
+def manifest_of(
+    settings: TrainSettings, store: Store, block: tuple[int, int], velocity: dict[str, Any]
+) -> dict[str, Any]:
+    """What a finished run says of itself.
+
+    Raises
+    ------
+    LftpipeError
+        If the store is no longer the one that the run was begun on.
+    """
+    now = Store.open(store.path)
+    if now.fingerprint != store.fingerprint and now.origin != store.origin:
+        raise RunError(
+            f"{store.path}, which was made again while a run was trained on it",
+            "the store that the run was begun on",
+            "train the run again with --force",
+        )
+    return {
+        "store_fingerprint": store.fingerprint,
+        "store_origin": store.origin,
+        # As it was typed: a pushed run is not to tell where somebody's home is.
+        "store": url_of(store.shards.where) or str(store.path),
+        "teacher": record_of(store.identity),
+        "block": list(block),
+        "objective": settings.objective,
+        "loss": None if settings.objective in CLOSED_FORM else loss_text(settings),
+        "solver": settings.solver if velocity["time"] else "euler",
+        "walk_steps": settings.walk_steps if velocity["time"] else 1,
+        "seed": settings.seed,
+        "optimizer": settings.optimizer,
+        "compute_dtype": settings.compute_dtype,
+        "velocity": velocity,
+        "versions": {"lftpipe": lftpipe.__version__, "torch": torch.__version__},
+    }
+
+
+def of_student(names: list[str], settings: TrainSettings, store: Store) -> dict[str, Any]:
+    """What the manifests of all runs of a joint student say alike: their names, and a mark of their own."""
+    keys = ("objective", "loss", "seed", "tokens", "batch_tokens", "learning_rate", "optimizer")
+    alike = [names, store.origin, *(str(getattr(settings, key)) for key in keys)]
+    return {"joint": names, "student": fingerprint(alike)}
+
+
+# --- One run in progress: its flow layer, its optimiser, its loss, and where it stands.
 
 
 class TrainingRun:
@@ -83,7 +135,7 @@ class TrainingRun:
         self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
         self.optimizer = Optimizer(self.flow, settings)
         norm = load_norm(teacher, self.n).to(self.device) if settings.loss_scale == "norm" else None
-        self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), norm, processes.mean)
+        self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), norm, distributed.mean)
         through_logits = any(ON_LOGITS & stage.weights.keys() for stage in self.stages)
         load = (tails or FrozenTails()).get
         self.tail = load(teacher, self.n, self.compute_dtype, self.device) if through_logits else None
@@ -176,7 +228,7 @@ class TrainingRun:
         self.weights.restore(state["kept"])
         for name in ("step", "num_steps", "seconds", "waited"):
             setattr(self, name, state[name])
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             runs.drop_metrics_after(self.folder, self.step)
 
     def finish(self) -> TrainedRun:
@@ -187,7 +239,7 @@ class TrainingRun:
         manifest["train_tokens"] = self.step * self.tokens_per_step
         if len(self.student) > 1:
             manifest |= of_student([run.name for run in self.student], self.settings, self.store)
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             runs.save_run(self.folder, self.flow, manifest)
         return TrainedRun(
             run=str(self.folder),
@@ -214,9 +266,9 @@ def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
     total = store.num_sequences("train")
     held_back = math.ceil(settings.hold_back * total)
     batch_size = max(1, settings.batch_tokens // store.context)
-    if batch_size % processes.count():
+    if batch_size % distributed.count():
         raise RunError(
-            f"a batch of {batch_size} sequences for {processes.count()} processes",
+            f"a batch of {batch_size} sequences for {distributed.count()} processes",
             "a multiple of their number",
             "choose another --batch-tokens",
         )
@@ -226,6 +278,6 @@ def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
         batch_size=batch_size,
         seed=settings.seed,
         num_sequences=total - held_back,
-        part=slice(processes.rank(), None, processes.count()),
+        part=slice(distributed.rank(), None, distributed.count()),
         window=window_of(settings, store),
     )

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lftpipe import runs
-from lftpipe.batch import Batch
-from lftpipe.device import move
-from lftpipe.errors import DivergenceError
+from lftpipe.base.device import move
+from lftpipe.base.errors import DivergenceError
+from lftpipe.data.batches import Batch
 from lftpipe.flow.objective import Loss, walk_times
 from lftpipe.flow.path import States
 from lftpipe.teacher.tail import Layers
-from lftpipe.training import processes
+from lftpipe.training import distributed
 from lftpipe.training.optimizer import gradient_norm
 from lftpipe.training.run import TrainingRun
 from lftpipe.training.terms import Problem, weighted_sum
@@ -132,9 +132,9 @@ def move_weights(run: TrainingRun, loss: Loss, look: bool) -> float:
     look
         Whether to look if they were finite since the last look.
     """
-    processes.average_gradients(run.flow.parameters())
+    distributed.average_gradients(run.flow.parameters())
     norm = gradient_norm(list(run.flow.parameters()), run.settings.clip)
-    run.watch.add(run.step, processes.mean(loss.detach()), norm)
+    run.watch.add(run.step, distributed.mean(loss.detach()), norm)
     if look:
         seen = run.watch.look()
         run.loss = seen.loss
@@ -147,7 +147,7 @@ def move_weights(run: TrainingRun, loss: Loss, look: bool) -> float:
 
 def _divergence(run: TrainingRun, norm: float, step: int) -> DivergenceError:
     """Leave a note beside the last checkpoint, from which the run may go on more carefully."""
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         runs.note_divergence(run.folder, step, run.optimizer.learning_rate)
     kept = (run.folder / runs.CHECKPOINT).exists()
     cure = (

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 import lftpipe
-from lftpipe.artefacts.outcomes.base import Outcome
+from lftpipe.base.errors import RunError
 from lftpipe.cli import app as cli
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import RunError
+from lftpipe.results.outcomes import Outcome
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def stage(monkeypatch):
 
     def install(function, summary=lambda result: f"made {result['run']}") -> None:
         fake = SimpleNamespace(train=function, summary=summary)
-        monkeypatch.setitem(sys.modules, "lftpipe.stages.train", fake)
+        monkeypatch.setitem(sys.modules, "lftpipe.commands.train", fake)
 
     return install
 
@@ -87,7 +87,7 @@ def test_the_help_lists_what_one_always_needs_first_and_experts_options_last(run
 def test_every_option_has_a_help_and_shows_its_default():
     # In a process of its own: pydantic finds no docstrings in modules that jaxtyping's hook has rewritten.
     code = """
-from lftpipe.artefacts.outcomes.base import Outcome
+from lftpipe.results.outcomes import Outcome
 from lftpipe.cli import app as cli
 for name in cli.COMMANDS:
     for parameter in cli.command_of(name).params:
@@ -153,7 +153,7 @@ def test_what_stands_behind_a_command_is_its_subject(run, monkeypatch, command):
     fake = SimpleNamespace(
         **{command: lambda settings: seen.append(settings) or {}}, summary=lambda result: ""
     )
-    monkeypatch.setitem(sys.modules, f"lftpipe.stages.{command}", fake)
+    monkeypatch.setitem(sys.modules, f"lftpipe.commands.{command}", fake)
     assert run(command, "here")[0] == 0
     subject = seen[0].runs if command in ("export", "evaluate") else (seen[0].target,)
     assert [str(each) for each in subject] == ["here"]
@@ -232,17 +232,17 @@ def test_an_error_is_one_line_with_the_cure_and_debug_shows_where(run, stage, er
 def test_debug_prints_the_traceback():
     code = """
 import sys, types
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 def train(settings):
     raise StoreError("no store", "one", "make it")
-sys.modules["lftpipe.stages.train"] = types.SimpleNamespace(train=train)
+sys.modules["lftpipe.commands.train"] = types.SimpleNamespace(train=train)
 from lftpipe.cli.app import main
 main()
 """
     done = python(code, "train", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("lftpipe.errors.StoreError")
+    assert done.stderr.splitlines()[-1].startswith("lftpipe.base.errors.StoreError")
     done = python(code, "train")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: given: no store / expected: one / do: make it\n"
@@ -258,7 +258,7 @@ def test_an_interrupt_is_no_traceback(run, stage):
 
 def test_an_interrupted_sweep_needs_no_resume(run, monkeypatch):
     fake = SimpleNamespace(sweep=failing(KeyboardInterrupt()))
-    monkeypatch.setitem(sys.modules, "lftpipe.stages.sweep", fake)
+    monkeypatch.setitem(sys.modules, "lftpipe.commands.sweep", fake)
     status, out, err = run("sweep")
     assert (status, out) == (130, "")
     assert "do: run the same command again" in err
@@ -289,7 +289,7 @@ def test_a_list_of_numbers_is_a_list_of_numbers(run):
 def test_an_option_of_an_earlier_version_is_said_and_ignored(run, monkeypatch):
     seen = []
     fake = SimpleNamespace(verify=lambda settings: seen.append(settings) or {}, summary=lambda result: "ok")
-    monkeypatch.setitem(sys.modules, "lftpipe.stages.verify", fake)
+    monkeypatch.setitem(sys.modules, "lftpipe.commands.verify", fake)
     status, out, err = run("verify", "--threads", "2", "--force")
     assert (status, out) == (0, "ok\n")
     assert sorted(err.splitlines()) == [

@@ -17,7 +17,7 @@ import sys, types
 {before}
 def train(settings):
     {body}
-sys.modules["lftpipe.stages.train"] = types.SimpleNamespace(train=train, summary=str)
+sys.modules["lftpipe.commands.train"] = types.SimpleNamespace(train=train, summary=str)
 from lftpipe.__main__ import main
 main()
 """
@@ -95,7 +95,7 @@ def test_an_interrupt_in_a_stage_is_raised_there():
     assert err.count("\n") == 1
 
 
-REFUSAL = 'from lftpipe.errors import RunError; raise RunError("a", "b", "c")'
+REFUSAL = 'from lftpipe.base.errors import RunError; raise RunError("a", "b", "c")'
 
 
 def test_of_several_ranks_that_refuse_the_first_says_why():
@@ -131,7 +131,7 @@ def test_a_terminal_of_ascii_shows_what_it_can():
     assert (process.returncode, err) == (0, "")
     assert r"gr\xf6\xdfe\u20131" in out
     failing = start(
-        'from lftpipe.errors import RunError; raise RunError("ö", "b", "c")', PYTHONIOENCODING="ascii"
+        'from lftpipe.base.errors import RunError; raise RunError("ö", "b", "c")', PYTHONIOENCODING="ascii"
     )
     assert failing.communicate(timeout=30)[1] == "error: given: \\xf6 / expected: b / do: c\n"
 

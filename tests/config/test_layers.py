@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
+from lftpipe.base.errors import SettingsError
 from lftpipe.config.layers import check_apart
-from lftpipe.errors import SettingsError
 
 
 def accepted(blocks: list[tuple[int, int]], num_layers: int | None = None) -> bool:

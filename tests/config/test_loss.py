@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lftpipe.base.errors import SettingsError
 from lftpipe.config.loss import TERMS, parse_loss, stage_starts
-from lftpipe.errors import SettingsError
 from lftpipe.flow.distillation import full_divergence, top_divergence
 from lftpipe.flow.objective import ErrorScale, branch_matching
 from lftpipe.training.terms import TERMS as COMPUTED

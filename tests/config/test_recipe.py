@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from lftpipe.base.errors import SettingsError
 from lftpipe.config.recipe import RECIPE_TABLES, from_recipe
 from lftpipe.config.settings import EvaluateSettings, ExtractSettings, TrainSettings, to_json
-from lftpipe.errors import SettingsError
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lftpipe.base.errors import SettingsError
 from lftpipe.config import settings as settings_module
 from lftpipe.config.layers import parse_block, parse_layers
 from lftpipe.config.settings import (
@@ -16,7 +17,6 @@ from lftpipe.config.settings import (
     VerifySettings,
     to_json,
 )
-from lftpipe.errors import SettingsError
 
 
 @given(st.integers(1, 40))

@@ -14,11 +14,11 @@ import pytest
 from conftest import text_of
 from tokenizers.processors import TemplateProcessing
 
+from lftpipe.base.errors import CorpusError
+from lftpipe.base.files import canonical
 from lftpipe.corpus import files, packing
 from lftpipe.corpus.packing import Packing
 from lftpipe.corpus.readers import Corpus, Document, open_corpus
-from lftpipe.errors import CorpusError
-from lftpipe.files import canonical
 
 
 def documents(path: Path, **options) -> list[Document]:

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lftpipe.base.errors import CorpusError
 from lftpipe.corpus.packing import SPLITS, Packing, positions, text_hash
 from lftpipe.corpus.readers import Corpus, Document
-from lftpipe.errors import CorpusError
 
 END = 1_000_000  # no character has this number
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lftpipe.base.errors import CorpusError
 from lftpipe.corpus import files as corpus_module
 from lftpipe.corpus.files import TXT_DOCUMENT_CHARACTERS
 from lftpipe.corpus.readers import open_corpus
-from lftpipe.errors import CorpusError
 
 
 def zstd(data: bytes) -> bytes:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lftpipe.evaluation.correlation import correlate, spearman
+from lftpipe.reporting.correlation import correlate, spearman
 
 POINTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=12)
 

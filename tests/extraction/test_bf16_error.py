@@ -9,9 +9,9 @@ from conftest import CONTEXT
 from extractions import change, small_extraction
 from rich.console import Console
 
+from lftpipe.commands.extract import extract
+from lftpipe.commands.info import info, summary
 from lftpipe.config.settings import ExtractSettings, InfoSettings
-from lftpipe.stages.extract import extract
-from lftpipe.stages.info import info, summary
 from lftpipe.store import ShardWriter, Slot, Store
 
 
@@ -56,7 +56,7 @@ def test_the_error_of_bfloat16_is_measured_once_in_a_stores_life(settings, monke
     monkeypatch.setattr(ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(settings)
-    monkeypatch.setattr("lftpipe.extraction.produce.bf16_error", None)
+    monkeypatch.setattr("lftpipe.extraction.shard_job.bf16_error", None)
     path = Path(extract(settings)["store"])
     found = Store.open(path).spec.details["compute_error"]
     extract(change(settings, tokens=60 * CONTEXT))

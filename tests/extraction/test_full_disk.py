@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_states import environment, files, make_spec, states, tokens
 
-from lftpipe.extraction.background import Background, Open
+from lftpipe.extraction.async_writer import Background, Open
 from lftpipe.store import Store, StoreWriter, produce_shard, verify_store
 
 

@@ -16,11 +16,11 @@ from fake_states import environment
 from safetensors.torch import load_file, save_file
 from test_workers import CONTEXT, SETTINGS, change, contents, spawn, store_of
 
+from lftpipe.base.errors import SettingsError
+from lftpipe.commands.extract import extract
 from lftpipe.config.settings import ExtractSettings
-from lftpipe.errors import SettingsError
 from lftpipe.extraction import ray_tasks
 from lftpipe.extraction.compute import Work
-from lftpipe.stages.extract import extract
 
 pytest.importorskip("ray")
 # Ray leaves files and sockets open in the process that begins a cluster.

@@ -6,7 +6,7 @@ from collections import namedtuple
 import pytest
 from conftest import CONTEXT, extracted, text_of
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store import Store
 
 Usage = namedtuple("Usage", "total used free")

@@ -8,8 +8,8 @@ import torch
 from conftest import llama, make_tokenizer
 from extractions import change, contents
 
+from lftpipe.commands.extract import extract
 from lftpipe.config.settings import ExtractSettings
-from lftpipe.stages.extract import extract
 from lftpipe.teacher.source import open_teacher
 from lftpipe.teacher.trunk import Trunk
 

@@ -10,9 +10,9 @@ import torch
 from fake_states import files, make_spec, states, tokens, write
 from torch import Tensor
 
-from lftpipe.errors import StoreError
-from lftpipe.extraction.background import Background
-from lftpipe.extraction.transfer import Direct, Ring
+from lftpipe.base.errors import StoreError
+from lftpipe.extraction.async_writer import Background
+from lftpipe.extraction.device_to_host import Direct, Ring
 from lftpipe.store import StoreWriter, produce_shard
 
 SPEC = make_spec(sequences={"train": 13, "validation": 3})

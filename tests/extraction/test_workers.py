@@ -17,11 +17,11 @@ from extractions import change, contents
 from fake_states import environment
 from safetensors.torch import load_file, save_file
 
+from lftpipe.base.errors import SettingsError, StoreError
 from lftpipe.cli.app import with_values
+from lftpipe.commands.extract import extract
 from lftpipe.config.settings import ExtractSettings
-from lftpipe.errors import SettingsError, StoreError
-from lftpipe.extraction.parts import parse_part
-from lftpipe.stages.extract import extract
+from lftpipe.extraction.array_job import parse_part
 from lftpipe.store import Store, read_plan, verify_store
 
 SETTINGS: dict[str, Any] = {

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lftpipe.flow.adaptive import sample_adaptively
-from lftpipe.flow.solver import ODESolver
+from lftpipe.flow.solver import ODESolver, sample_adaptively
 
 
 def states(seed: int, *shape: int) -> Tensor:

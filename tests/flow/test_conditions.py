@@ -7,11 +7,11 @@ import torch
 from conftest import extracted
 from training_runs import change, log_of, short_run, teacher_of
 
-from lftpipe.batch import Batch
+from lftpipe.base.errors import SettingsError
+from lftpipe.commands.evaluate import evaluate
+from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, TrainSettings
-from lftpipe.errors import SettingsError
-from lftpipe.stages.evaluate import evaluate
-from lftpipe.stages.train import train
+from lftpipe.data.batches import Batch
 from lftpipe.store import Store
 from lftpipe.training import TrainingRun
 from lftpipe.training.step import pose

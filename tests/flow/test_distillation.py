@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lftpipe.flow import by_rows
+from lftpipe.flow import distillation
 from lftpipe.flow.distillation import by_pieces, full_divergence, next_token_loss
 
 
@@ -37,7 +37,7 @@ def test_a_position_without_a_target_does_not_count() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [1, 40, 10_000])
 def test_sums_by_rows_are_those_of_the_formula_with_their_gradients(tile, dtype, monkeypatch):
-    monkeypatch.setattr(by_rows, "TILE", tile)
+    monkeypatch.setattr(distillation, "TILE", tile)
     generator = torch.Generator().manual_seed(0)
     teacher, student = (3 * torch.randn(7, 13, generator=generator) for _ in range(2))
     weights = torch.rand(7, generator=generator)
@@ -47,8 +47,8 @@ def test_sums_by_rows_are_those_of_the_formula_with_their_gradients(tile, dtype,
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
     pairs = [
-        (lambda logits: by_rows.divergence(teacher.to(dtype), logits), plain_divergence),
-        (by_rows.logsumexp, lambda logits: logits.float().logsumexp(-1)),
+        (lambda logits: distillation.divergence(teacher.to(dtype), logits), plain_divergence),
+        (distillation.logsumexp, lambda logits: logits.float().logsumexp(-1)),
     ]
     for ours, formula in pairs:
         found = []

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lftpipe.families.attention import AttentionContext, attention_context
 from lftpipe.flow.linear import LeastSquares, LinearMap
 from lftpipe.flow.objective import ErrorScale, flow_walking, walk_times
 from lftpipe.flow.solver import EVALUATIONS, ODESolver
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.context import AttentionContext, attention_context
-from lftpipe.teacher.parts import load_layer, load_rotary
+from lftpipe.teacher.layers import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher
 
 NMSE = ErrorScale("none")

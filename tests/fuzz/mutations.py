@@ -87,7 +87,7 @@ def edited(value: Any, rng: random.Random) -> Any:
 
 def edited_json(data: bytes, rng: random.Random, *, digest: str = "drop") -> bytes:
     """A JSON file with an edited value; its digest is dropped, or made to fit (`seal`)."""
-    from lftpipe.files import seal
+    from lftpipe.base.files import seal
 
     value = {key: entry for key, entry in json.loads(data).items() if key != "digest"}
     value = edited(value, rng)

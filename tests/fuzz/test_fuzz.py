@@ -25,22 +25,20 @@ from tiny_students import save_run
 from training_runs import short_run, stop_before
 
 from lftpipe import runs
-from lftpipe.artefacts.export import ExportSource
-from lftpipe.artefacts.metrics import read_metrics
-from lftpipe.artefacts.recoupling import RecouplingMap
-from lftpipe.artefacts.results import Results
+from lftpipe.base.errors import LftpipeError
+from lftpipe.commands.evaluate import evaluate
+from lftpipe.commands.export import export
+from lftpipe.commands.recouple import recouple
+from lftpipe.commands.train import train
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import EvaluateSettings, ExportSettings, RecoupleSettings, TrainSettings
 from lftpipe.corpus.readers import open_corpus
-from lftpipe.errors import LftpipeError
-from lftpipe.stages.evaluate import evaluate
-from lftpipe.stages.export import export
-from lftpipe.stages.recouple import recouple
-from lftpipe.stages.train import train
+from lftpipe.results.recoupling import RecouplingMap
+from lftpipe.results.run import ExportSource, read_metrics
+from lftpipe.results.scores import Results
 from lftpipe.store import Store
 from lftpipe.student.loading import load_model
-from lftpipe.teacher.source import open_teacher
-from lftpipe.teacher.tokenizer import load_tokenizer
+from lftpipe.teacher.source import load_tokenizer, open_teacher
 from lftpipe.training.checkpoint import read_checkpoint
 
 CASES = int(os.environ.get("LFTPIPE_FUZZ_CASES", "12"))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from test_fuzz import NAMES, Reader, readers  # noqa: F401 (a fixture)
 
+from lftpipe.base.errors import LftpipeError
 from lftpipe.cli.guard import line_of
-from lftpipe.errors import LftpipeError
 
 DEEP = 100_000
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from lftpipe.recoupling import assignment
-from lftpipe.recoupling.assignment import assign, solver
+from lftpipe.recoupling import coupling
+from lftpipe.recoupling.coupling import assign, solver
 
 
 def total(cost, partner):
@@ -20,8 +20,8 @@ def solved_by(request):
     """Every test with the solver that is installed, and with SciPy alone."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "scipy":
-            patch.setattr(assignment, "lapjvx", None)
-        elif assignment.lapjvx is None:
+            patch.setattr(coupling, "lapjvx", None)
+        elif coupling.lapjvx is None:
             pytest.skip("lapx is not installed")
         yield request.param
 

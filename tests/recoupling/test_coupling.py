@@ -7,9 +7,15 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from lftpipe.config.settings import Metric
-from lftpipe.recoupling.clouds import directions, heavy_channels, make_cloud, standardised, tie_groups
-from lftpipe.recoupling.costs import cost_matrix
 from lftpipe.recoupling.coupling import couple, couple_products, recoupled
+from lftpipe.recoupling.point_clouds import (
+    cost_matrix,
+    directions,
+    heavy_channels,
+    make_cloud,
+    standardised,
+    tie_groups,
+)
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 

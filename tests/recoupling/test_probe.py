@@ -6,11 +6,11 @@ import shutil
 import pytest
 from conftest import CONTEXT
 
+from lftpipe.base.errors import SettingsError, StoreError
+from lftpipe.commands.recouple import recouple
 from lftpipe.config.settings import RecoupleSettings, TrainSettings
-from lftpipe.errors import SettingsError, StoreError
-from lftpipe.recoupling.artefact import choose_block
 from lftpipe.recoupling.probe import draw_parts, probe_residual
-from lftpipe.stages.recouple import recouple
+from lftpipe.recoupling.stored_map import choose_block
 from lftpipe.store import Store
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from fake_maps import make_map
 
-from lftpipe.artefacts.recoupling import Ranked
-from lftpipe.errors import SettingsError
+from lftpipe.base.errors import SettingsError
 from lftpipe.recoupling.ranking import best_block, block_length, rank_blocks, ranking
+from lftpipe.results.recoupling import Ranked
 
 
 def a_map(layers, **figures):

@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 from fake_maps import make_map
 
-from lftpipe.reporting.heatmap import draw_recoupling
+from lftpipe.reporting.plots import draw_recoupling
 
 
 @pytest.mark.parametrize("size", [2, 13, 33])

@@ -10,10 +10,10 @@ import pytest
 from fake_maps import make_map
 from report_data import results
 
-from lftpipe.artefacts.metrics import Metrics
-from lftpipe.artefacts.results import TaskScore
 from lftpipe.reporting.collect import Found
 from lftpipe.reporting.pages import recoupling_page, report_page
+from lftpipe.results.run import Metrics
+from lftpipe.results.scores import TaskScore
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

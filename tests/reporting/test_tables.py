@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lftpipe.artefacts.results import Score, TaskScore
 from lftpipe.reporting.tables import markdown_table, means_over_seeds, means_section, tasks_section
+from lftpipe.results.scores import Score, TaskScore
 
 
 def row(run: str | None, **values: Any) -> Score:

@@ -10,7 +10,7 @@ from fake_states import make_spec, states, tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store import Store, batch_sequences
 
 SPEC = make_spec()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fake_states import files, fill, make_spec, tokens, write
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store import Store, StoreWriter
 
 

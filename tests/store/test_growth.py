@@ -8,7 +8,7 @@ import pytest
 import zarr
 from fake_states import files, fill, make_spec, states, tokens, write
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store import Store, StoreWriter, verify_store
 
 SMALL = {"train": 10, "validation": 0}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from fake_states import files, fill, make_spec, reseal, states, tokens, without_tails, write
 
-from lftpipe.errors import StoreError
-from lftpipe.files import read_sealed, write_sealed
+from lftpipe.base.errors import StoreError
+from lftpipe.base.files import read_sealed, write_sealed
 from lftpipe.store import Store, StoreWriter, verify_store
-from lftpipe.store.journal import Journal, line_of
+from lftpipe.store.records import Journal, line_of
 
 FAR = 10**30
 

@@ -16,7 +16,7 @@ import pytest
 from disk_faults import before_operation, counted, disk_full, small_disk
 from fake_states import files, make_spec, write
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store import Store, StoreWriter, verify_store
 
 SPEC = make_spec(sequences={"train": 6, "validation": 3})

@@ -8,7 +8,7 @@ import pytest
 from conftest import CONTEXT, extracted
 
 import lftpipe
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lftpipe.store import Store, verify_store
-from lftpipe.store.lossless import OVERHEAD, compress, decompress
+from lftpipe.store.codec import OVERHEAD, compress, decompress
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -14,10 +14,10 @@ import pytest
 from fake_states import fill, make_spec, states, tokens, write
 from s3_server import make_bucket, s3_server
 
-from lftpipe.errors import StoreBusyError, StoreError
-from lftpipe.objects import storage_of
-from lftpipe.objects.bucket import BucketStorage
-from lftpipe.objects.places import mirror_of
+from lftpipe.base.errors import StoreBusyError, StoreError
+from lftpipe.storage import storage_of
+from lftpipe.storage.bucket import BucketStorage
+from lftpipe.storage.places import mirror_of
 from lftpipe.store import Store, StoreWriter, verify_store
 
 SMALL, LARGE = {"train": 10, "validation": 0}, {"train": 18, "validation": 5}

@@ -12,7 +12,7 @@ import xarray
 import zarr
 from fake_states import make_spec, states, tokens, without_tails, write
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store import Store, StoreWriter
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from fake_states import files, make_spec, write
 
-from lftpipe.errors import StoreError
-from lftpipe.files import write_sealed
+from lftpipe.base.errors import StoreError
+from lftpipe.base.files import write_sealed
 from lftpipe.store import Store, StoreWriter, verify_store
-from lftpipe.store.journal import line_of
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST
-from lftpipe.store.rolling_files import PRODUCER, READERS
+from lftpipe.store.records import line_of
+from lftpipe.store.windows import PRODUCER, READERS
 
 
 def a_run(path: Path) -> None:

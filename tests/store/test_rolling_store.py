@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_states import fill, make_spec, states, tokens
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store import (
     Reader,
     Roll,

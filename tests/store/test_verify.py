@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fake_states import files, fill, make_spec, tokens, write
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store import Store, StoreWriter, verify_store
 
 
@@ -165,7 +165,7 @@ def test_no_store_and_an_incomplete_one_cannot_be_verified(tmp_path):
 
 
 def test_a_store_of_a_later_version_is_refused(path):
-    from lftpipe.files import read_sealed, write_sealed
+    from lftpipe.base.files import read_sealed, write_sealed
 
     manifest = read_sealed(path / "manifest.json")
     manifest["spec"]["schema_version"] = 2

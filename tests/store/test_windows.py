@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_states import make_spec, tokens
 
-from lftpipe.errors import SettingsError
+from lftpipe.base.errors import SettingsError
 from lftpipe.store import StoreWriter, window_shards
 from lftpipe.store.windows import Windows, most_bytes
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_states import environment, files, fill, make_spec, states, tokens, write
 
-from lftpipe.errors import StoreError
+from lftpipe.base.errors import StoreError
 from lftpipe.store import StoreWriter
 from lftpipe.store.shard import _pages
 

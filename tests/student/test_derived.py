@@ -10,17 +10,16 @@ from tiny_students import save_run, tokens
 from transformers import PreTrainedTokenizerFast
 
 from lftpipe import runs
-from lftpipe.errors import RunError, SettingsError
+from lftpipe.base.errors import RunError, SettingsError
+from lftpipe.families.attention import attention_context
 from lftpipe.flow.solver import ODESolver
 from lftpipe.student.assemble import build_student, without_layers
 from lftpipe.student.decoding import continue_prompt, speculate
 from lftpipe.student.loading import load_model, load_teacher
 from lftpipe.student.plain import unroll
-from lftpipe.teacher.context import attention_context
-from lftpipe.teacher.parts import load_rotary
-from lftpipe.teacher.sizes import count_layer_parameters
+from lftpipe.teacher.layers import load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
-from lftpipe.teacher.tail import Tail
+from lftpipe.teacher.tail import Tail, count_layer_parameters
 from lftpipe.teacher.trunk import Trunk
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

@@ -8,7 +8,7 @@ import torch
 from tiny_students import save_run, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lftpipe.errors import RunError, TeacherError
+from lftpipe.base.errors import RunError, TeacherError
 from lftpipe.student.loading import load_model, load_teacher, teacher_of_run
 from lftpipe.teacher.source import open_teacher
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_students import save_run, tokens
 
+from lftpipe.commands.export import export
 from lftpipe.config.settings import ExportSettings
-from lftpipe.stages.export import export
 from lftpipe.student.loading import load_model
-from lftpipe.student.portable import MODULE, bundle
+from lftpipe.student.standalone_modeling import MODULE, bundle
 from lftpipe.teacher.source import open_teacher
 
 WITHOUT_LFTPIPE = """

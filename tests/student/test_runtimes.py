@@ -13,11 +13,10 @@ from runtimes import DOCUMENTS, byte_perplexities, llama_cpp_likelihoods, log_li
 from tiny_students import save_run, tokens
 from transformers import PreTrainedTokenizerFast
 
+from lftpipe.commands.export import export
 from lftpipe.config.settings import ExportSettings
-from lftpipe.stages.export import export
 from lftpipe.student.assemble import build_student
-from lftpipe.teacher.source import Teacher
-from lftpipe.teacher.tokenizer import load_tokenizer
+from lftpipe.teacher.source import Teacher, load_tokenizer
 
 pytestmark = pytest.mark.slow
 

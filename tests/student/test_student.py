@@ -9,15 +9,15 @@ import torch
 from tiny_students import greedy, save_run, tokens
 
 from lftpipe import runs
-from lftpipe.errors import RunError, SettingsError
+from lftpipe.base.errors import RunError, SettingsError
+from lftpipe.families.attention import attention_context
 from lftpipe.flow.solver import ODESolver
 from lftpipe.flow.velocity import Velocity
 from lftpipe.student.assemble import build_student
 from lftpipe.student.config import LatentFlowGPTNeoXConfig
 from lftpipe.student.loading import load_teacher
 from lftpipe.student.model import LatentFlowGPTNeoXForCausalLM
-from lftpipe.teacher.context import attention_context
-from lftpipe.teacher.parts import load_layer, load_rotary
+from lftpipe.teacher.layers import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.trunk import Trunk

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lftpipe.teacher.attention import BLOCK, attention, causal_attention
-from lftpipe.teacher.context import AttentionContext, attention_context
-from lftpipe.teacher.parts import load_layer, load_rotary
+from lftpipe.families.attention import BLOCK, AttentionContext, attention, attention_context, causal_attention
+from lftpipe.teacher.layers import load_layer, load_rotary
 
 #: bfloat16 keeps eight bits: what one rounding loses at most, relatively.
 ROUNDING = 2.0**-8
@@ -80,7 +79,7 @@ def test_only_bfloat16_is_computed_in_blocks(monkeypatch):
         calls.append(1)
         return causal_attention(*given)
 
-    monkeypatch.setattr("lftpipe.teacher.attention.causal_attention", counted)
+    monkeypatch.setattr("lftpipe.families.attention.causal_attention", counted)
     module = torch.nn.Module()
     module.is_causal = True
     token, whole = (heads(0, 1, 2, positions, 8) for positions in (1, 9))
@@ -101,7 +100,7 @@ def test_layers_in_bfloat16_are_as_exact_as_with_torch_s_attention(teacher, monk
     errors = []
     for in_blocks in (True, False):
         if not in_blocks:
-            monkeypatch.setattr("lftpipe.teacher.attention._in_blocks", lambda *given: False)
+            monkeypatch.setattr("lftpipe.families.attention._in_blocks", lambda *given: False)
         with torch.autocast("cpu", torch.bfloat16):
             errors.append(error(layer(x, context) - x, exact - x))
     assert 0 < errors[0] < 1.5 * errors[1]

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from test_safety import WORKSPACE, copy_of
 
+from lftpipe.base.errors import LftpipeError, RunError, TeacherError, foreign, reason_of
+from lftpipe.commands.generate import generate
 from lftpipe.config.settings import GenerateSettings
-from lftpipe.errors import LftpipeError, RunError, TeacherError, foreign, reason_of
-from lftpipe.stages.generate import generate
-from lftpipe.teacher.source import open_teacher
-from lftpipe.teacher.tokenizer import load_tokenizer
+from lftpipe.teacher.source import load_tokenizer, open_teacher
 
 
 class PanicException(BaseException):

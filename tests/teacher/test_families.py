@@ -10,15 +10,14 @@ from decoders import DECODERS, LATE, LAYERS, VOCABULARY, WHOLE, config_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lftpipe.errors import TeacherError
+from lftpipe.base.errors import TeacherError
+from lftpipe.families.attention import AttentionContext, attention_context
+from lftpipe.families.branches import Branches
+from lftpipe.families.structure import check_attention
 from lftpipe.flow.velocity import Velocity
-from lftpipe.teacher.branches import Branches
-from lftpipe.teacher.context import AttentionContext, attention_context
-from lftpipe.teacher.kinds import check_attention
-from lftpipe.teacher.parts import load_layer, load_rotary
-from lftpipe.teacher.sizes import count_parameters
+from lftpipe.teacher.layers import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
-from lftpipe.teacher.tail import Tail
+from lftpipe.teacher.tail import Tail, count_parameters
 from lftpipe.teacher.trunk import Trunk
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}

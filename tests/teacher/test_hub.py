@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from teachers import WORKSPACE
 
-from lftpipe.errors import TeacherError
+from lftpipe.base.errors import TeacherError
 from lftpipe.teacher.source import open_teacher
 
 # The Hub, with its client faked

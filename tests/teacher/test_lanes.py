@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lftpipe.teacher.lanes import Lanes
+from lftpipe.teacher.thread_pool import Lanes
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -7,10 +7,10 @@ import pytest
 from conftest import extracted
 from training_runs import assert_same_weights, short_run
 
+from lftpipe.base.errors import TeacherError
+from lftpipe.commands.generate import generate
+from lftpipe.commands.train import train
 from lftpipe.config.settings import GenerateSettings
-from lftpipe.errors import TeacherError
-from lftpipe.stages.generate import generate
-from lftpipe.stages.train import train
 
 
 @pytest.fixture

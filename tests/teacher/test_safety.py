@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import lftpipe
-from lftpipe.errors import TeacherError
+from lftpipe.base.errors import TeacherError
 from lftpipe.student.loading import load_model
 from lftpipe.teacher import gguf
 from lftpipe.teacher.checkpoint import Checkpoint
-from lftpipe.teacher.recorded import open_recorded, record_of
-from lftpipe.teacher.source import Teacher, open_teacher
+from lftpipe.teacher.source import Teacher, open_recorded, open_teacher, record_of
 
 WORKSPACE = Path("unused")
 

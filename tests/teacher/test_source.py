@@ -13,15 +13,13 @@ from conftest import MODELS, neox, randomise
 from teachers import WORKSPACE, whole
 from transformers import BertConfig, BertModel
 
-from lftpipe.device import resolve_compute_dtype
-from lftpipe.errors import TeacherError
+from lftpipe.base.device import resolve_compute_dtype
+from lftpipe.base.errors import TeacherError
 from lftpipe.teacher import capture, source
-from lftpipe.teacher.parts import load_layer
+from lftpipe.teacher.layers import load_layer
 from lftpipe.teacher.registry import REGISTERED
-from lftpipe.teacher.sizes import count_parameters
-from lftpipe.teacher.source import open_teacher
-from lftpipe.teacher.tail import Tail
-from lftpipe.teacher.tokenizer import load_tokenizer
+from lftpipe.teacher.source import load_tokenizer, open_teacher
+from lftpipe.teacher.tail import Tail, count_parameters
 from lftpipe.teacher.trunk import Trunk
 
 

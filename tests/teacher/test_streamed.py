@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher, open_teacher
-from lftpipe.teacher.streamed import StreamedTrunk
-from lftpipe.teacher.trunk import Trunk
+from lftpipe.teacher.trunk import StreamedTrunk, Trunk
 
 PLACES = torch.stack([torch.arange(16), torch.cat([torch.arange(7), torch.arange(9)]), torch.arange(16)])
 

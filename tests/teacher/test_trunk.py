@@ -6,10 +6,9 @@ from conftest import CONTEXT, VOCABULARY
 from teachers import whole
 from torch import Tensor
 
-from lftpipe.teacher.context import attention_context
-from lftpipe.teacher.parts import load_layer, load_rotary
-from lftpipe.teacher.sizes import count_layer_parameters, count_parameters
-from lftpipe.teacher.tail import Tail
+from lftpipe.families.attention import attention_context
+from lftpipe.teacher.layers import load_layer, load_rotary
+from lftpipe.teacher.tail import Tail, count_layer_parameters, count_parameters
 from lftpipe.teacher.trunk import Trunk
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}

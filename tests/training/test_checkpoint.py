@@ -8,9 +8,9 @@ import torch
 from training_runs import change, short_run, stop_before, teacher_of, weights_of
 
 from lftpipe import runs
+from lftpipe.base.errors import RunError
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import RunError
-from lftpipe.stages.train import train
 from lftpipe.store import Store
 from lftpipe.training import TrainingRun, checkpoint
 from lftpipe.training.checkpoint import Checkpoint, read_checkpoint
@@ -118,6 +118,6 @@ def test_a_run_may_go_on_with_other_threads_but_not_with_another_seed(settings, 
             train(settings)
     with pytest.raises(RunError, match="seed = 1 for"):
         train(change(settings, resume=True, seed=1))
-    monkeypatch.setattr("lftpipe.training.resolve.torch.get_num_threads", lambda: 3)
+    monkeypatch.setattr("lftpipe.training.validate.torch.get_num_threads", lambda: 3)
     assert train(change(settings, resume=True))["steps"] == 12
     assert runs.read_settings(Path(settings.run))[0]["threads"] == 3

@@ -11,12 +11,12 @@ from training_runs import change, short_run, teacher_of, weights_of
 from transformers import PreTrainedTokenizerFast
 
 from lftpipe import runs
+from lftpipe.base.errors import RunError, SettingsError
+from lftpipe.commands.evaluate import evaluate
+from lftpipe.commands.export import export
+from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExportSettings
-from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.hadamard import hadamard
-from lftpipe.stages.evaluate import evaluate
-from lftpipe.stages.export import export
-from lftpipe.stages.train import train
 from lftpipe.store import Store
 from lftpipe.student.assemble import build_student, without_layers
 from lftpipe.student.loading import load_model, load_teacher

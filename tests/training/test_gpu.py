@@ -8,13 +8,13 @@ import torch
 from training_runs import change, log_of, short_run, stop_before, weights_of
 
 from lftpipe import runs
+from lftpipe.base.device import CopyStream, move
+from lftpipe.base.errors import DivergenceError
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
-from lftpipe.device import CopyStream, move
-from lftpipe.errors import DivergenceError
-from lftpipe.stages.train import train
 from lftpipe.training import step as training_step
 from lftpipe.training.checkpoint import read_checkpoint
-from lftpipe.training.watch import look_every
+from lftpipe.training.divergence import look_every
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,7 @@ from fake_states import files
 from training_runs import assert_same_weights, change, log_of, short_run
 
 from lftpipe import runs
-from lftpipe.stages.train import train
+from lftpipe.commands.train import train
 from lftpipe.store import verify_store
 
 KILLS = int(os.environ.get("LFTPIPE_KILLS", "4"))

@@ -8,11 +8,11 @@ import torch
 from conftest import extracted
 from training_runs import assert_same_weights, change, log_of, short_run, weights_of
 
+from lftpipe.base.errors import DivergenceError, SettingsError
+from lftpipe.commands.evaluate import evaluate
+from lftpipe.commands.train import train
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import EvaluateSettings, TrainSettings
-from lftpipe.errors import DivergenceError, SettingsError
-from lftpipe.stages.evaluate import evaluate
-from lftpipe.stages.train import train
 from lftpipe.teacher.trunk import Trunk
 
 RECIPE = """

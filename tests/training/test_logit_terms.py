@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from training_runs import change, log_of, short_run, teacher_of, weights_of
 from transformers import AutoModelForCausalLM
 
-from lftpipe.batch import Batch, BatchFields, BatchReader
+from lftpipe.base.errors import TeacherError
+from lftpipe.commands.train import train
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import TeacherError
-from lftpipe.flow.distillation import full_divergence, top_divergence
-from lftpipe.flow.sampled_softmax import Drawn, draw, sampled_divergence
-from lftpipe.stages.train import train
+from lftpipe.data.batches import Batch, BatchFields, BatchReader
+from lftpipe.families.structure import Logits
+from lftpipe.flow.distillation import Drawn, draw, full_divergence, sampled_divergence, top_divergence
 from lftpipe.store import Store
-from lftpipe.teacher.structure import Logits
 from lftpipe.teacher.tail import Tail
-from lftpipe.training import logit_terms
-from lftpipe.training.logit_terms import (
+from lftpipe.training import terms
+from lftpipe.training.terms import (
     FrozenTails,
     check_head,
     logit_divergence,
@@ -75,7 +74,7 @@ def top_at_once(tail: Tail, end: Tensor, batch: Batch) -> Tensor:
 def test_a_divergence_in_pieces_is_that_of_the_whole_batch(
     tail, batch, monkeypatch, positions, term, expected
 ):
-    monkeypatch.setattr(logit_terms, "PIECE_BYTES", {"cpu": positions * 4 * tail.vocabulary})
+    monkeypatch.setattr(terms, "PIECE_BYTES", {"cpu": positions * 4 * tail.vocabulary})
     end = wrong_end(batch)
     ours, theirs = term(tail, end, batch, START), expected(tail, end, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -11,11 +11,11 @@ from conftest import CONTEXT, extracted
 from training_runs import change, log_of, short_run, stop_before, weights_of
 
 from lftpipe import runs
+from lftpipe.base.errors import RunError, SettingsError
+from lftpipe.commands.train import summary, train
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import RunError, SettingsError
 from lftpipe.flow.velocity import Velocity
-from lftpipe.stages.train import summary, train
 
 OBJECTIVES = ("fw", "sfm", "hybrid", "regression", "trajectory")
 

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lftpipe.config.settings import TrainSettings
-from lftpipe.training import muon, processes
-from lftpipe.training.muon import Muon, orthogonalised
-from lftpipe.training.optimizer import Optimizer
+from lftpipe.training import distributed, optimizer
+from lftpipe.training.optimizer import Muon, Optimizer, orthogonalised
 
 SHAPES = [(24, 24), (8, 24), (8, 24), (24, 24), (64, 24), (64, 24), (24, 64)]
 JORDAN = (3.4445, -4.775, 2.0315)
@@ -89,13 +88,13 @@ def test_products_of_rows_give_the_same_iterates_whatever_the_singular_values(va
 
 def test_wide_matrices_take_the_cheaper_way_and_nothing_else_does(monkeypatch):
     taken = []
-    real = muon._by_products_of_rows
+    real = optimizer._by_products_of_rows
 
     def noted(x: Tensor, *rest) -> Tensor:
         taken.append(x.shape)
         return real(x, *rest)
 
-    monkeypatch.setattr(muon, "_by_products_of_rows", noted)
+    monkeypatch.setattr(optimizer, "_by_products_of_rows", noted)
     weights = parameters()
     steps_of(Muon(weights, 0.02, 0.01, torch.float32), weights, 1)
     assert [tuple(shape) for shape in taken] == [(2, 8, 24), (3, 24, 64)]
@@ -109,17 +108,17 @@ def test_processes_divide_the_matrices_among_them(monkeypatch, world):
     """What each of them makes adds up to what one alone makes."""
     stack = torch.stack([matrix for matrix in matrices(0) if matrix.shape == (64, 24)] * 2).mT
     alone = orthogonalised(stack, JORDAN, 5, 1e-7, torch.float32)
-    monkeypatch.setattr(processes, "count", lambda: world)
-    monkeypatch.setattr(processes.dist, "all_reduce", lambda value: None)
+    monkeypatch.setattr(distributed, "count", lambda: world)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda value: None)
     parts, seen = [], []
     for rank in range(world):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
 
         def work(part: Tensor) -> Tensor:
             seen.append(len(part))
             return orthogonalised(part, JORDAN, 5, 1e-7, torch.float32)
 
-        parts.append(processes.divided(stack, work))
+        parts.append(distributed.divided(stack, work))
     assert sum(seen) == len(stack)
     torch.testing.assert_close(torch.stack(parts).sum(0), alone)
 

@@ -8,8 +8,8 @@ from conftest import CONTEXT
 from training_runs import assert_same_weights, change, log_of, short_run, stop_before, teacher_of, weights_of
 
 from lftpipe import runs
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
-from lftpipe.stages.train import train
 from lftpipe.store import Store
 from lftpipe.training import TrainingRun
 from lftpipe.training.holdout import HoldOut

@@ -8,12 +8,12 @@ import torch
 from training_runs import assert_same_weights, change, short_run
 
 import lftpipe
-from lftpipe.config import outside
+from lftpipe.base.errors import SettingsError
+from lftpipe.commands.train import train
+from lftpipe.config import loss
 from lftpipe.config.loss import parse_loss
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import SettingsError
 from lftpipe.flow.objective import flow_walking
-from lftpipe.stages.train import train
 from lftpipe.training.terms import Problem
 
 
@@ -24,7 +24,7 @@ def settings(stores: dict[str, Path], tmp_path: Path) -> TrainSettings:
 
 @pytest.fixture(autouse=True)
 def nothing_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outside, "_ADDED", {})
+    monkeypatch.setattr(loss, "_ADDED", {})
 
 
 def walked(problem: Problem) -> torch.Tensor:
@@ -88,4 +88,4 @@ def test_a_run_whose_term_is_gone_says_so(settings: TrainSettings) -> None:
     with pytest.raises(SettingsError, match="'mine' in --loss"):
         train(change(settings, loss="mine"))
     with pytest.raises(SettingsError, match="which nothing here computes"):
-        outside.load_term("mine")
+        loss.load_term("mine")

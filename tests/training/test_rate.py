@@ -9,11 +9,10 @@ from conftest import CONTEXT
 from torch import nn
 from training_runs import short_run
 
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
 from lftpipe.runs import read_settings
-from lftpipe.stages.train import train
-from lftpipe.training.muon import Muon
-from lftpipe.training.rate import STEP_SIZE, peak_rate, weight_size
+from lftpipe.training.optimizer import STEP_SIZE, Muon, peak_rate, weight_size
 
 
 def layer(size: float) -> nn.Module:
@@ -68,7 +67,7 @@ def test_a_run_records_the_rate_of_its_own_teacher(stores: dict[str, Path], tmp_
     from training_runs import teacher_of
 
     from lftpipe.store import Store
-    from lftpipe.teacher.parts import load_layer
+    from lftpipe.teacher.layers import load_layer
 
     settings, _ = read_settings(tmp_path / "run")
     start = load_layer(teacher_of(Store.open(stores["neox"])), int(settings["block"].split(":")[0]))

@@ -10,13 +10,13 @@ from conftest import CONTEXT, extracted
 from decoders import make_decoders
 from training_runs import change, log_of, short_run, teacher_of, weights_of
 
-from lftpipe.batch import Batch
+from lftpipe.base.errors import RunError, SettingsError
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import RunError, SettingsError
+from lftpipe.data.batches import Batch
 from lftpipe.runs import read_settings
-from lftpipe.stages.train import train
 from lftpipe.store import Store
-from lftpipe.training import TrainingRun, readout, resolve
+from lftpipe.training import TrainingRun, least_squares_init, validate
 from lftpipe.training import step as training_step
 from lftpipe.training.loop import _first_batches
 from lftpipe.training.step import pose
@@ -56,11 +56,11 @@ def error(run: TrainingRun, batches: list[Batch]) -> float:
 
 def assert_nearer_on_others(settings: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     run = training(settings, objective="regression")
-    monkeypatch.setattr(readout, "TOKENS", 16 * 4 * CONTEXT)
+    monkeypatch.setattr(least_squares_init, "TOKENS", 16 * 4 * CONTEXT)
     run.num_steps = 16
     first, others = batches_of(run)[:12], batches_of(run)[12:]
     before = error(run, others)
-    readout.refit(run, lambda: first)
+    least_squares_init.refit(run, lambda: first)
     assert error(run, others) < 0.9 * before
 
 
@@ -80,7 +80,7 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
     Where the MLP reads what attention gives, that is so for its own map alone.
     """
     run = training(settings, objective="regression")
-    monkeypatch.setattr(readout, "RIDGE", 1e-9)
+    monkeypatch.setattr(least_squares_init, "RIDGE", 1e-9)
     target = training(settings, objective="regression")
     layer: Any = run.flow.layer
     form: Any = layer.form
@@ -96,7 +96,7 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
             for batch in batches_of(run)
         ]
     before = error(run, batches)
-    readout.refit(run, lambda: batches)
+    least_squares_init.refit(run, lambda: batches)
     assert error(run, batches) < 1e-4 * before
 
 
@@ -106,14 +106,14 @@ def test_a_run_begins_with_it_and_goes_on_from_a_checkpoint_without(settings, tm
     starts = [log_of(str(tmp_path / name))[0]["loss"] for name in ("layer", "run")]
     assert starts[1] < 0.9 * starts[0]
     calls = []
-    real, fit = training_step.loss_of, readout.refit
+    real, fit = training_step.loss_of, least_squares_init.refit
 
     def killed(run, batch, x_0=None):
         if batch.step == 7:
             raise KeyboardInterrupt
         return real(run, batch, x_0)
 
-    monkeypatch.setattr(readout, "refit", lambda *given: calls.append(1) or fit(*given))
+    monkeypatch.setattr(least_squares_init, "refit", lambda *given: calls.append(1) or fit(*given))
     monkeypatch.setattr(training_step, "loss_of", killed)
     again = change(settings, run=str(tmp_path / "again"))
     with pytest.raises(KeyboardInterrupt):
@@ -135,7 +135,7 @@ def test_a_linear_map_has_no_readout(settings):
 
 
 def test_our_recipe_has_one_layer_with_a_readout(settings, monkeypatch):
-    monkeypatch.setattr(resolve, "TWO_FOR", 2)  # as a block of five layers or more
+    monkeypatch.setattr(validate, "TWO_FOR", 2)  # as a block of five layers or more
     run = train(change(settings, objective="distil", tokens=1))
     assert read_settings(Path(run["run"]))[0]["depth"] == 1
 

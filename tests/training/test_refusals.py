@@ -9,9 +9,9 @@ from conftest import extracted
 from training_runs import change, log_of, short_run, stop_before, teacher_of, weights_of
 
 from lftpipe import runs
+from lftpipe.base.errors import DivergenceError, RunError, SettingsError, StoreError, TeacherError
+from lftpipe.commands.train import summary, train
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import DivergenceError, RunError, SettingsError, StoreError, TeacherError
-from lftpipe.stages.train import summary, train
 from lftpipe.training import step as training_step
 from lftpipe.training.checkpoint import BEFORE, read_checkpoint
 
@@ -41,7 +41,7 @@ def test_a_finished_run_is_left_alone_without_force(settings, monkeypatch):
     train(settings)
     before = weights_of(settings.run)
     with monkeypatch.context() as patch:
-        patch.setattr("lftpipe.training.together.TrainingRun", None)
+        patch.setattr("lftpipe.training.joint.TrainingRun", None)
         again = train(settings)
     assert again["already_finished"]
     assert "nothing was computed" in summary(again)

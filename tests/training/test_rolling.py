@@ -10,6 +10,10 @@ from conftest import CONTEXT
 from rolling_stores import CAP, SHARD, Child, Disk, beside, extraction, text_for, training_shards
 from training_runs import assert_same_weights, change, short_run, stop_before
 
+from lftpipe.base.errors import LftpipeError, SettingsError, StoreError
+from lftpipe.commands import heal, info, recouple, sweep, verify
+from lftpipe.commands.extract import extract, summary
+from lftpipe.commands.train import train
 from lftpipe.config.settings import (
     HealSettings,
     InfoSettings,
@@ -17,10 +21,6 @@ from lftpipe.config.settings import (
     SweepSettings,
     VerifySettings,
 )
-from lftpipe.errors import LftpipeError, SettingsError, StoreError
-from lftpipe.stages import heal, info, recouple, sweep, verify
-from lftpipe.stages.extract import extract, summary
-from lftpipe.stages.train import train
 from lftpipe.store import Store, registered
 
 #: Sequences of a window: two shards of four.

@@ -10,12 +10,11 @@ from conftest import extracted
 from training_runs import change, short_run, stop_before, weights_of
 
 from lftpipe import runs
-from lftpipe.artefacts.metrics import read_metrics
-from lftpipe.artefacts.run import RunManifest
+from lftpipe.base.errors import LftpipeError, RunError, SettingsError
+from lftpipe.base.outputs import one_writer
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import LftpipeError, RunError, SettingsError
-from lftpipe.outputs import one_writer
-from lftpipe.stages.train import train
+from lftpipe.results.run import RunManifest, read_metrics
 from lftpipe.store import Store, verify_store
 from lftpipe.training.checkpoint import BEFORE, read_checkpoint
 
@@ -189,14 +188,14 @@ def test_an_edited_manifest_is_no_run(settings):
 )
 def test_what_is_refused_leaves_everything_as_it_was(settings, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr("lftpipe.training.closed_form.hadamard", _no_matrix)
-    monkeypatch.setattr("lftpipe.training.readout.is_linear_map", lambda _: False)
+    monkeypatch.setattr("lftpipe.training.least_squares_init.is_linear_map", lambda _: False)
     train(settings)
     before = content(Path(str(settings.run)))
     settings = change(settings, **changes)
     if "loss" in changes:
         monkeypatch.setattr("lftpipe.teacher.tail.Tail.linear_head", None)
         monkeypatch.setattr(
-            "lftpipe.training.resolve._check_terms", lambda *_: None
+            "lftpipe.training.validate._check_terms", lambda *_: None
         )  # of a store with logits
     with pytest.raises(LftpipeError, match=message):
         train(change(settings, force=True))

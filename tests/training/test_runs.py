@@ -13,11 +13,11 @@ from tiny_students import change_manifest, save_run
 from typer.testing import CliRunner
 
 from lftpipe import runs
+from lftpipe.base.errors import RunError
+from lftpipe.base.files import file_digest
 from lftpipe.cli.app import app
+from lftpipe.commands.export import export
 from lftpipe.config.settings import ExportSettings
-from lftpipe.errors import RunError
-from lftpipe.files import file_digest
-from lftpipe.stages.export import export
 from lftpipe.student.loading import load_model
 from lftpipe.teacher.source import Teacher, open_teacher
 

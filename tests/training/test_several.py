@@ -13,10 +13,10 @@ from conftest import extracted
 from training_runs import assert_same_weights, change, log_of, short_run, stop_before, weights_of
 
 from lftpipe import runs
+from lftpipe.base.errors import DivergenceError, RunError, SettingsError
+from lftpipe.commands.train import summary, train
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import DivergenceError, RunError, SettingsError
-from lftpipe.stages.train import summary, train
 from lftpipe.training.run import TrainingRun
 
 
@@ -271,6 +271,6 @@ def test_two_processes_have_the_loss_of_one_at_the_same_batch(settings, tmp_path
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(settings, monkeypatch):
-    monkeypatch.setattr("lftpipe.training.processes.count", lambda: 3)
+    monkeypatch.setattr("lftpipe.training.distributed.count", lambda: 3)
     with pytest.raises(RunError, match=r"a batch of 4 sequences for 3 processes / expected: a multiple"):
         train(settings)

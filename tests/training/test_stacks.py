@@ -11,11 +11,11 @@ from training_runs import change, log_of, short_run, teacher_of, weights_of
 from transformers import PreTrainedTokenizerFast
 
 from lftpipe import runs
+from lftpipe.base.errors import SettingsError
+from lftpipe.commands.evaluate import evaluate
+from lftpipe.commands.export import export
+from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExportSettings
-from lftpipe.errors import SettingsError
-from lftpipe.stages.evaluate import evaluate
-from lftpipe.stages.export import export
-from lftpipe.stages.train import train
 from lftpipe.store import Store
 from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import load_model

@@ -11,13 +11,13 @@ from conftest import CONTEXT
 from tiny_students import tokens
 
 import lftpipe
+from lftpipe.base.errors import SettingsError
+from lftpipe.commands.evaluate import evaluate
+from lftpipe.commands.export import export
+from lftpipe.commands.generate import generate
+from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExportSettings, GenerateSettings, TrainSettings
-from lftpipe.errors import SettingsError
 from lftpipe.reporting.runs import scores_of
-from lftpipe.stages.evaluate import evaluate
-from lftpipe.stages.export import export
-from lftpipe.stages.generate import generate
-from lftpipe.stages.train import train
 from lftpipe.store import Store
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from training_runs import change, log_of, short_run, stop_before
 
+from lftpipe.base.errors import SettingsError
+from lftpipe.commands.heal import heal
+from lftpipe.commands.train import train
 from lftpipe.config.settings import HealSettings, TrainSettings
-from lftpipe.errors import SettingsError
-from lftpipe.stages.heal import heal
-from lftpipe.stages.train import train
 
 
 class FakeService:

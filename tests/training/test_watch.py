@@ -8,13 +8,13 @@ from conftest import CONTEXT
 from training_runs import change, log_of, short_run, stop_before, teacher_of, weights_of
 
 from lftpipe import runs
-from lftpipe.batch import BatchFields, BatchOrder, BatchReader
+from lftpipe.base.errors import DivergenceError
+from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
-from lftpipe.errors import DivergenceError
-from lftpipe.stages.train import train
+from lftpipe.data.batches import BatchFields, BatchOrder, BatchReader
 from lftpipe.store import Store
+from lftpipe.training import divergence
 from lftpipe.training import step as training_step
-from lftpipe.training import watch
 from lftpipe.training.checkpoint import read_checkpoint
 
 
@@ -27,11 +27,11 @@ def settings(stores, tmp_path) -> TrainSettings:
 @pytest.fixture
 def rare_looks(monkeypatch):
     """As on a GPU: a processor too looks only now and then."""
-    monkeypatch.setattr(watch, "LOOK_EVERY", {"cpu": 100})
+    monkeypatch.setattr(divergence, "LOOK_EVERY", {"cpu": 100})
 
 
 def test_the_first_step_that_was_not_finite_is_remembered():
-    seen = watch.DivergenceWatch(torch.device("cpu"))
+    seen = divergence.DivergenceWatch(torch.device("cpu"))
     for step, loss in enumerate([0.5, 0.25, math.nan, 0.125, math.inf]):
         seen.add(step, torch.tensor(loss), torch.tensor(1.0))
         assert seen.look().diverged_at == (None if step < 2 else 2)
@@ -39,7 +39,7 @@ def test_the_first_step_that_was_not_finite_is_remembered():
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_counts_too():
-    seen = watch.DivergenceWatch(torch.device("cpu"))
+    seen = divergence.DivergenceWatch(torch.device("cpu"))
     seen.add(7, torch.tensor(0.5), torch.tensor(math.inf))
     assert seen.look() == (0.5, math.inf, 7)
 

@@ -24,20 +24,20 @@ from lftpipe.config.settings.base import (
     recorded,
     to_json,
 )
-from lftpipe.config.settings.evaluate import EvaluateSettings, SweepSettings, ToySettings
-from lftpipe.config.settings.extract import ExtractSettings
-from lftpipe.config.settings.heal import HealSettings
-from lftpipe.config.settings.hub import PullSettings, PushSettings
-from lftpipe.config.settings.look import (
+from lftpipe.config.settings.evaluate import (
     CompareSettings,
+    EvaluateSettings,
     InfoSettings,
+    RecoupleSettings,
     ReportSettings,
     RunsSettings,
+    SweepSettings,
+    ToySettings,
     VerifySettings,
 )
-from lftpipe.config.settings.recouple import RecoupleSettings
-from lftpipe.config.settings.student import ExportSettings, GenerateSettings
-from lftpipe.config.settings.train import TrainSettings, depth_of, loss_text
+from lftpipe.config.settings.extract import ExtractSettings
+from lftpipe.config.settings.student import ExportSettings, GenerateSettings, PullSettings, PushSettings
+from lftpipe.config.settings.train import HealSettings, TrainSettings, depth_of, loss_text
 
 __all__ = [
     "Common",

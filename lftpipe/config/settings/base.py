@@ -17,8 +17,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic import model_validator as validator_of_all
 from pydantic.dataclasses import dataclass
 
-from lftpipe.config.refusal import refusal
-from lftpipe.config.words import check_path, check_temperature, check_text
+from lftpipe.config.refusal import check_path, check_temperature, check_text, refusal
 
 CONFIG = ConfigDict(
     strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True

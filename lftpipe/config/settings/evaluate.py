@@ -1,4 +1,4 @@
-"""Settings of the stages that compare: `lftpipe evaluate`, `sweep` and `toy`."""
+"""Settings of the commands that measure (`recouple`, `evaluate`, `sweep`, `toy`) and that show."""
 
 from typing import Annotated, ClassVar
 
@@ -14,12 +14,15 @@ from lftpipe.config.settings.base import (
     Count,
     Counts,
     File,
+    Metric,
     Names,
     NonNegative,
     Objective,
     OfStore,
     OnDevice,
     OptimizerName,
+    Predictor,
+    Role,
     Seeded,
     SolverName,
     Spread,
@@ -27,6 +30,8 @@ from lftpipe.config.settings.base import (
     Text,
     Writing,
 )
+
+# --- Settings of the stages that compare: `lftpipe evaluate`, `sweep` and `toy`.
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -122,3 +127,99 @@ class ToySettings(Computing, Seeded, Writing):
         "store": "the toy reads no store",
         "device": "the toy always runs on the processor",
     }
+
+
+# --- Settings of `lftpipe recouple`.
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class RecoupleSettings(OfStore, OnDevice, Seeded, Writing):
+    """Of `lftpipe recouple`."""
+
+    tokens: Batch = 256
+    """Tokens in one optimal-transport problem."""
+    batches: Count = 8
+    """Problems for each pair of states; the map shows their mean and standard error."""
+    sequences: Count = 16
+    """Sequences from which each problem draws its tokens; more sequences read more of the store."""
+    metric: Metric = "euclidean"
+    """Distance between two states."""
+    layers: Text = "all"
+    """States to compare: `all` that are stored, a list such as `6,18`, or a half-open range such as
+    `0:13`."""
+    standardise: bool = False
+    """First scale each channel of each state to mean 0 and standard deviation 1."""
+    skip_first: bool = False
+    """Leave out the first position of every segment."""
+    approximate: bool = False
+    """Use Sinkhorn instead of exact transport; needed for more than 4096 tokens."""
+    rank_by: Predictor = "ratio"
+    """The figure that ranks blocks; `probe` fits a linear map to every pair first."""
+    show: Text = ""
+    """Pairs whose transport is drawn, such as `0:6,6:18`; default: the first pair and the best quarter."""
+    out: File | None = None
+    """The JSON file; default: `recoupling.json` beside the store."""
+
+    PANELS: ClassVar[dict[str, str]] = {
+        MAIN: "layers tokens batches seed store workspace out force",
+        "The map": "metric rank_by sequences skip_first standardise approximate show",
+    }
+
+
+# --- Settings of `lftpipe info`, `verify`, `runs`, `compare` and `report`, which look at what is there.
+
+_FORMER = {
+    "seed": "this command draws no random numbers",
+    "threads": "this command computes nothing",
+    "device": "this command computes nothing",
+}
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class InfoSettings(OfStore):
+    """Of `lftpipe info`."""
+
+    target: Annotated[File | None, Role.ARGUMENT] = None
+    """A store, or a run by name or folder; default: the workspace's only store."""
+
+    PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}
+    FORMER: ClassVar[dict[str, str]] = _FORMER | {"force": "this command writes no files"}
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class VerifySettings(OfStore):
+    """Of `lftpipe verify`."""
+
+    target: Annotated[File | None, Role.ARGUMENT] = None
+    """The store; default: the workspace's only one."""
+
+    PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}
+    FORMER: ClassVar[dict[str, str]] = _FORMER | {"force": "this command writes no files"}
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ReportSettings(OfStore, Writing):
+    """Of `lftpipe report`."""
+
+    out: File | None = None
+    """The Markdown file; default: `report.md` beside the store."""
+
+    PANELS: ClassVar[dict[str, str]] = {MAIN: "out force store workspace"}
+    FORMER: ClassVar[dict[str, str]] = _FORMER
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class RunsSettings(OfStore):
+    """Of `lftpipe runs`."""
+
+    PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class CompareSettings(OfStore):
+    """Of `lftpipe compare`."""
+
+    runs: Names = ()
+    """Two runs, by name or path."""
+
+    PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}

@@ -1,0 +1,175 @@
+"""`lftpipe export`: a student as a folder that transformers, or any runtime of its family, loads."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lftpipe
+from lftpipe import runs
+from lftpipe.base import progress
+from lftpipe.base.device import prepare_processor
+from lftpipe.base.errors import RunError, SettingsError
+from lftpipe.base.outputs import making_folder, refuse_foreign_files
+from lftpipe.base.workspace import find_run
+from lftpipe.config.settings import ExportSettings
+from lftpipe.reporting.cards import student_card
+from lftpipe.results.outcomes import Exported
+from lftpipe.results.run import SOURCE, ExportSource
+from lftpipe.runs import Run
+from lftpipe.storage.hub import Repository, require_token
+from lftpipe.student.assemble import build_student
+from lftpipe.student.loading import teacher_of_run
+from lftpipe.student.plain import unroll
+from lftpipe.student.standalone_modeling import MODULE, auto_map, modelling_file
+from lftpipe.teacher.silence import quiet_transformers
+from lftpipe.teacher.source import Teacher, load_tokenizer, max_positions_of
+
+#: What exports of older versions, which do not list their files, consist of.
+_OLDER_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|vocab|added_tokens|lftpipe)\.json"
+    r"|model.*\.safetensors(\.index\.json)?|README\.md|merges\.txt|chat_template\.jinja|tokenizer\.model"
+)
+
+#: Tokens that a plain export's logits are compared with the student's on.
+COMPARED_TOKENS = 64
+
+
+def export(settings: ExportSettings) -> Exported:
+    """Write a student with tokenizer, generation config and model card.
+
+    Raises
+    ------
+    LftpipeError
+        If a run is missing, damaged, or of a teacher that changed; if the student has no exact plain
+        form and one was asked for; or if there is something at the destination and no `--force`.
+    """
+    prepare_processor(settings.threads)
+    if not settings.runs:
+        raise SettingsError("export without a run", "the name or path of a run", "name one")
+    repository = Repository(settings.push_to_hub, "model") if settings.push_to_hub else None
+    if repository is not None:
+        require_token()
+    paths = [find_run(settings.workspace, settings.store, name) for name in settings.runs]
+    opened = sorted(chain.from_iterable(runs.open_students(paths)), key=lambda run: run.block)
+    teacher = teacher_of_run(opened[0], settings.workspace)
+    student = build_student(teacher, opened, steps=settings.k, solver=settings.solver)
+    _refuse_nan(student)
+    k = student.config.steps
+    out = settings.out or opened[0].path / f"export-{settings.form}-k{k}"
+    with making_folder(out) as folder:
+        _check_free(out, settings.force, teacher)
+        model, difference = _in_form(student, settings.form)
+        result = replace(
+            _described(settings, teacher, opened, student, model),
+            out=str(out),
+            max_logit_difference=difference,
+        )
+        card = student_card(result, teacher, opened, module=MODULE, licence=settings.license)
+        size = _write(model.to(getattr(torch, settings.dtype)), teacher, card, result, folder)
+    result = replace(result, bytes=size)
+    if repository is not None:
+        result = replace(result, pushed=repository.upload(out, only=["*"], private=settings.private))
+    return result
+
+
+def _refuse_nan(student: Any) -> None:
+    for name, weight in student.named_parameters():
+        if not weight.isfinite().all():
+            raise RunError(
+                f"tensor {name} of the student, which is not finite", "numbers", "check run and teacher"
+            )
+
+
+def _in_form(student: Any, form: str) -> tuple[Any, float | None]:
+    """The model to write, and by how much a plain one's logits differ from the student's."""
+    if form != "plain":
+        return student, None
+    model = unroll(student)
+    return model, _largest_difference(model, student)
+
+
+def _described(
+    settings: ExportSettings, teacher: Teacher, opened: Sequence[Run], student: Any, model: Any
+) -> Exported:
+    """What there is to say of an export before it is written."""
+    return Exported(
+        out="",
+        form=settings.form,
+        model_type=model.config.model_type,
+        teacher=teacher.name,
+        blocks=[f"{run.block[0]}:{run.block[1]}" for run in opened],
+        runs=[str(run.path) for run in opened],
+        k=student.config.steps,
+        solver=student.config.solver,
+        layers=len(model.get_submodule(teacher.family.layers_prefix)),
+        attention_evaluations=model.config.num_hidden_layers,
+        parameters=model.num_parameters(),
+        dtype=settings.dtype,
+        max_logit_difference=None,
+        bytes=0,
+    )
+
+
+def _check_free(out: Path, force: bool, teacher: Teacher) -> None:
+    """Refuse to replace anything but an export, with nothing else in its folder, that is not the teacher."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise RunError(f"{out}, which is there already", "a new folder, or --force", "pass --out or --force")
+    if Path(teacher.model).exists() and Path(teacher.model).resolve() == out.resolve():
+        raise RunError(f"--force on {out}, the student's own teacher", "another folder", "name another --out")
+    if not (out / SOURCE).is_file():
+        raise RunError(
+            f"--force on {out}, which is no exported model", f"a folder with {SOURCE}", "name another --out"
+        )
+    known = ExportSource.of_folder(out).files
+    names = {entry.name for entry in out.iterdir()}
+    known = set(known) if known is not None else {name for name in names if _OLDER_FILES.fullmatch(name)}
+    refuse_foreign_files(out, known, "what `lftpipe export` writes")
+
+
+@torch.inference_mode()
+def _largest_difference(model: Any, student: Any) -> float:
+    """Between the logits of both, over random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    count = min(COMPARED_TOKENS, max_positions_of(student.config) or COMPARED_TOKENS)
+    tokens = torch.randint(student.config.vocab_size, (1, count), generator=generator)
+    return (model(tokens).logits - student(tokens).logits).abs().max().item()
+
+
+def _write(model: Any, teacher: Teacher, card: str, result: Exported, folder: Path) -> int:
+    """Write everything into a folder; the bytes written."""
+    with progress.task(f"export to {result.out}", 1, "models") as task, quiet_transformers():
+        if result.form == "latent-flow":
+            model.config.auto_map = auto_map(model)
+            (folder / f"{MODULE}.py").write_text(modelling_file(model), encoding="utf-8")
+        model.save_pretrained(folder)
+        load_tokenizer(teacher).save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        files = sorted({SOURCE, *(entry.name for entry in folder.iterdir())})
+        of_result = {key: getattr(result, key) for key in ("form", "blocks", "runs", "k", "solver")}
+        recorded: Any = teacher.identity() | {"tokenizer_digest": teacher.tokenizer_digest}
+        source = ExportSource(**of_result, teacher=recorded, lftpipe=lftpipe.__version__, files=files)
+        source.write(folder / SOURCE)
+        task.advance(1)
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def summary(result: Exported) -> str:
+    """What was made, where, and what to type next."""
+    lines = [
+        f"{result.out}: {result.model_type}, {result.layers} layers, "
+        f"{result.parameters:,} parameters, {progress.human_bytes(result.bytes)} of {result.dtype}",
+        f"  blocks {', '.join(result.blocks)} of {result.teacher}, {result.k} {result.solver} steps",
+    ]
+    if result.max_logit_difference is not None:
+        lines.append(f"  logits differ from the student's by at most {result.max_logit_difference:.1e}")
+    if result.pushed:
+        lines.append(f"  uploaded to {result.pushed}")
+    lines.append(f"next: lftpipe generate {result.out} --prompt TEXT")
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""States that the teacher computes for each batch (`--from-teacher`): the yardstick for the cache."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lftpipe.data.batches import Batch, BatchFields, BatchOrder, BatchReader
+from lftpipe.store import Store
+from lftpipe.teacher.source import Teacher
+
+if TYPE_CHECKING:
+    from lftpipe.teacher.trunk import Trunk
+
+
+class LiveReader(BatchReader):
+    """Gives the batches that a `BatchReader` gives, with states that are computed and not read.
+
+    Of the store it reads tokens, and logits if wanted: a store without states will do. The teacher's pass is
+    shared by all runs that are trained on a batch.
+
+    Parameters
+    ----------
+    teacher
+        The store's; its trunk runs as it did at extraction.
+    """
+
+    def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:
+        super().__init__(store, teacher, device)
+        self._teacher = teacher
+        self._trunk: Trunk | None = None  # training from the cache never imports it
+
+    @override
+    def read(self, split: str, sequences: range, fields: BatchFields, step: int = 0) -> Batch:
+        return self._computed(super().read(split, sequences, _without_states(fields), step), fields)
+
+    @override
+    def shuffled(self, fields: BatchFields, order: BatchOrder, start_step: int) -> Iterator[Batch]:
+        for batch in super().shuffled(_without_states(fields), order, start_step):
+            yield self._computed(batch, fields)
+
+    def _computed(self, batch: Batch, fields: BatchFields) -> Batch:
+        """The batch with the states that the teacher computes for it."""
+        states: dict[int, Tensor] = {}
+        attention: dict[int, Tensor] = {}
+
+        def keep(layer: int, state: Tensor) -> None:
+            if layer in fields.layers:
+                states[layer] = state.float()
+
+        def keep_attention(layer: int, output: Tensor) -> None:
+            if layer in fields.attention:
+                attention[layer] = output.float()
+
+        deepest = max(*fields.layers, *(layer + 1 for layer in fields.attention), 0)
+        self._trunk_to(deepest).run(
+            batch.tokens,
+            batch.position_ids,
+            hidden=keep,
+            attention=keep_attention if fields.attention else None,
+        )
+        # Tensors of inference mode can't take part in autograd; a clone outside of it can.
+        copies = ({layer: state.clone() for layer, state in each.items()} for each in (states, attention))
+        return replace(batch, **dict(zip(("states", "attention"), copies, strict=True)))
+
+    def _trunk_to(self, deepest: int) -> "Trunk":
+        """The teacher below a state, loaded once for all that ask for the same."""
+        from lftpipe.teacher.trunk import Trunk
+
+        if self._trunk is None or self._trunk.deepest != deepest:
+            self._trunk = None  # before another takes as much memory
+            dtype = getattr(torch, self.store.identity["compute_dtype"])
+            self._trunk = Trunk(self._teacher, deepest, dtype, str(self.device))
+        return self._trunk
+
+
+def _without_states(fields: BatchFields) -> BatchFields:
+    return BatchFields(logits=fields.logits)
+
+
+def reader_of(store: Store, teacher: Teacher, device: str, *, live: bool) -> BatchReader:
+    """What gives the batches of training and of scoring."""
+    return (LiveReader if live else BatchReader)(store, teacher, device)
+
+
+def states_at_hand(store: Store, teacher: Teacher) -> tuple[int, ...]:
+    """The states of a store; of one that holds tokens alone, all that the teacher can compute."""
+    return store.layers or tuple(range(teacher.num_layers + 1))

@@ -1,0 +1,1 @@
+"""What a decoder layer is: norms, branches, forward arguments, attention. No checkpoints, no stores."""

@@ -1,0 +1,240 @@
+"""The folder of a run: its settings, manifest and files; finished runs, and those that are one student."""
+
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import tomli_w
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from lftpipe.base.errors import RunError, foreign
+from lftpipe.base.files import file_digest, seal, write_atomic
+from lftpipe.base.workspace import command_of
+from lftpipe.config.recipe import RECORD_TABLE
+from lftpipe.flow.solver import EVALUATIONS, Method
+from lftpipe.results.run import RunManifest
+
+# --- A run's folder: the names of its files, and those that a run in progress writes.
+
+MANIFEST, SETTINGS, METRICS, WEIGHTS, CHECKPOINT, DIVERGED = (
+    "manifest.json",
+    "settings.toml",
+    "metrics.jsonl",
+    "flow.safetensors",
+    "checkpoint/state.pt",
+    "diverged.json",
+)
+
+
+def write_settings(
+    run: Path,
+    settings: dict[str, Any],
+    store_fingerprint: str,
+    table: str = "train",
+    healed: str | None = None,
+) -> None:
+    """The run's resolved settings as a recipe that makes it again, and the store they go with.
+
+    Parameters
+    ----------
+    healed
+        Digest of the weights that it healed, if it did.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    record = {"fingerprint": store_fingerprint} | ({"healed": healed} if healed else {})
+    recipe = {table: settings, RECORD_TABLE: record}
+    write_atomic(run / SETTINGS, tomli_w.dumps(recipe).encode())
+
+
+def read_settings(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `write_settings` wrote: the settings, and what they go with, as `fingerprint` and `healed`."""
+    with foreign(RunError, f"damaged {run / SETTINGS}", "the run's settings", "start again with --force"):
+        recipe = tomllib.loads((run / SETTINGS).read_text())
+        settings, record = recipe["heal" if "heal" in recipe else "train"], recipe[RECORD_TABLE]
+        if not (isinstance(settings, dict) and isinstance(record["fingerprint"], str)):
+            raise TypeError("no table of settings")
+        return settings, record
+
+
+def note_divergence(run: Path, step: int, learning_rate: float) -> None:
+    """Record where a run diverged: it may be resumed with other settings of its steps then."""
+    note = {"step": step, "learning_rate": learning_rate}
+    write_atomic(run / DIVERGED, (json.dumps(note) + "\n").encode())
+
+
+def drop_metrics_after(run: Path, step: int) -> None:
+    """Cut the lines of steps that will be done again, and one that a kill cut short."""
+    metrics = run / METRICS
+    if metrics.exists():
+        lines = metrics.read_bytes().decode(errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        write_atomic(metrics, "".join(line + "\n" for line in kept).encode())
+
+
+def _step_of(line: str) -> int | float:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int | float) else math.inf
+
+
+# --- A finished run: its manifest, sealed, and the weights that it was written for.
+
+#: Before the names of a teacher's tensors that healing changed, in a run's weights.
+OF_TEACHER = "teacher."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(RunManifest):
+    """A finished run: its manifest, and where it is."""
+
+    path: Path
+
+    @property
+    def has_time(self) -> bool:
+        """Whether the estimator is a flow, that can be run in any number of steps."""
+        return bool(self.velocity["time"])
+
+    @property
+    def label(self) -> str:
+        """What a table calls its method."""
+        return self.objective + (", healed" if self.healed else "")
+
+    @property
+    def starts_at(self) -> int:
+        """The first layer that is not the teacher's: the block's, or 0 where healing trained those before."""
+        told = self.healed
+        while told is not None:
+            if told["train"] == "student":
+                return 0
+            told = told.get("before")
+        return self.block[0]
+
+    def evaluations(self, method: Method, k: int) -> int:
+        """NFE: layers that are evaluated in place of the block."""
+        if self.velocity.get("skip"):
+            return 0
+        return self.velocity.get("depth", 1) * self.velocity.get("loops", 1) * EVALUATIONS[method] * k
+
+
+def load_weights(run: Run) -> dict[str, Tensor]:
+    """All tensors of a run's weights, those of the teacher that healing changed too."""
+    try:
+        return load_file(run.path / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(f"damaged {run.path / WEIGHTS}", "safetensors", "train the run again") from error
+
+
+def save_run(
+    path: Path,
+    flow: nn.Module | dict[str, Tensor],
+    manifest: dict[str, Any],
+    changed: dict[str, Tensor] | None = None,
+) -> None:
+    """Write weights, then the sealed manifest that makes the run a finished one.
+
+    Parameters
+    ----------
+    manifest
+        What is said of the run, JSON-plain; the digests are added here.
+    changed
+        Tensors of the teacher that are others now, by their names in its checkpoint.
+    """
+    weights = flow.state_dict() if isinstance(flow, nn.Module) else flow
+    weights = weights | {OF_TEACHER + name: value for name, value in (changed or {}).items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    write_atomic(path / WEIGHTS, save(tensors))
+    manifest = manifest | {"weights_digest": file_digest(path / WEIGHTS)}
+    if (path / METRICS).exists():
+        manifest |= {"metrics_digest": file_digest(path / METRICS)}
+    RunManifest.from_plain(manifest)
+    write_atomic(path / MANIFEST, (json.dumps(seal(manifest), indent=1) + "\n").encode())
+
+
+def open_run(path: Path) -> Run:
+    """Read a finished run's manifest, and check that its weights are the ones it was written with.
+
+    Raises
+    ------
+    RunError
+        If the folder is no finished run, or its manifest or weights were changed.
+    """
+    try:
+        manifest = RunManifest.from_json(path / MANIFEST)
+    except FileNotFoundError as error:
+        if (path / SETTINGS).is_file():
+            how = f"continue it with `lftpipe {command_of(path)} --resume`"
+            raise RunError(f"unfinished run {path}", "a finished one", how) from error
+        raise RunError(f"{path}", RunManifest.NAME, "train it again") from error
+    run = Run(path=path, **{field.name: getattr(manifest, field.name) for field in fields(manifest)})
+    if not (path / WEIGHTS).is_file() or file_digest(path / WEIGHTS) != run.weights_digest:
+        raise RunError(
+            f"{path / WEIGHTS}", "the weights that the manifest was written for", "train the run again"
+        )
+    return run
+
+
+# --- Runs whose flow layers are one student's: found by the name of any of them, and kept together.
+
+
+def open_student(path: Path) -> list[Run]:
+    """A run and those that were trained with it as one student, in the order of their blocks.
+
+    One whose others are gone, or that has another name now, is a student by itself.
+
+    Raises
+    ------
+    RunError
+        If one is damaged or unfinished, or healing fitted a run to others that are not there.
+    """
+    run = open_run(path)
+    names = run.joint or []
+    if path.name not in names and path.resolve().name in names:  # `.`, or a link
+        run = replace(run, path=path.resolve())
+    found = [run]
+    if run.path.name in names:
+        folders = [run.path.parent / name for name in names]
+        for folder in folders:
+            if (folder / SETTINGS).is_file() and not (folder / MANIFEST).is_file():
+                open_run(folder)  # says that it is unfinished
+        if all((folder / MANIFEST).is_file() for folder in folders):
+            others = [run if folder == run.path else open_run(folder) for folder in folders]
+            if all(each.joint == run.joint and each.student == run.student for each in others):
+                found = others
+    refuse_parts(found)
+    return sorted(found, key=lambda each: each.block)
+
+
+def refuse_parts(opened: Sequence[Run]) -> None:
+    """Refuse to put a healed run into a student that it was not healed in."""
+    names = [run.path.name for run in opened]
+    for run in opened:
+        fitting = run.joint or [run.path.name]
+        whole = sorted(names) == sorted(fitting) and all(each.student == run.student for each in opened)
+        if run.healed is None or whole:
+            continue
+        if len(fitting) == 1:
+            raise RunError(
+                "a healed run beside others", "a healed run alone: its layers fit no other", "name it alone"
+            )
+        raise RunError(
+            f"{run.path}, one of {len(fitting)} flow layers that were healed as one student",
+            f"all of them, side by side and by their names: {', '.join(fitting)}",
+            "bring back what is missing, or heal again",
+        )
+
+
+def open_students(paths: Iterable[Path]) -> list[list[Run]]:
+    """The students of several runs, each once, in the order in which they are named."""
+    found: dict[tuple[Path, ...], list[Run]] = {}
+    for path in paths:
+        student = open_student(path)
+        found.setdefault(tuple(run.path.resolve() for run in student), student)
+    return list(found.values())
