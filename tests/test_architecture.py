@@ -169,19 +169,24 @@ def test_every_place_without_libraries_exists():
 
 def test_a_command_never_imports_a_command():
     commands = [module for module in MODULES if module.startswith("lftpipe.commands.")]
-    assert {module: knows(module, "lftpipe.commands") for module in commands} == dict.fromkeys(commands, set())
+    assert {module for module in commands if knows(module, "lftpipe.commands")} == set()
 
 
 def test_training_from_the_cache_knows_no_trunk():
-    """`train` from the cache and `evaluate` run single layers; the trunk is for extraction and live teachers."""
-    may = ("lftpipe.teacher.trunk", "lftpipe.data.teacher_reader", "lftpipe.extraction", "lftpipe.commands.extract")
+    """`train` from the cache and `evaluate` run single layers; the trunk is for extraction."""
+    may = (
+        "lftpipe.teacher.trunk",
+        "lftpipe.data.teacher_reader",
+        "lftpipe.extraction",
+        "lftpipe.commands.extract",
+    )
     known = {module for module in MODULES if knows(module, "lftpipe.teacher.trunk")}
     assert {module for module in known if not any(is_or_is_in(module, place) for place in may)} == set()
 
 
 def test_models_are_loaded_only_where_a_trunk_or_a_student_is():
     """`AutoModel` and its kin: the trunk, the conversion of GGUF files, models on meta, and students."""
-    may = "teacher.trunk teacher.gguf families.meta_model student commands".split()
+    may = ("teacher.trunk", "teacher.gguf", "families.meta_model", "student", "commands")
     loading = {
         module
         for module, path in MODULES.items()
@@ -194,7 +199,7 @@ def test_models_are_loaded_only_where_a_trunk_or_a_student_is():
 
 
 def test_importing_has_no_effects():
-    """A module's body defines; a bare call at its top level would do. The command line registers its commands."""
+    """A module's body defines; a bare call at its top level would do. `cli.app` registers commands."""
     effects = []
     for module, path in MODULES.items():
         for node in ast.parse(path.read_text()).body:
