@@ -21,7 +21,7 @@ from lftpipe.training import distributed
 #: At the peak. Muon's steps are scaled to the size of AdamW's, and may be larger.
 LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}
 
-#: Of `distil`, by Muon; chosen on sequences held back (docs/results/rivals.md).
+#: Of `distil`, by Muon; chosen on sequences held back (docs/results/baselines.md).
 DISTIL_RATE = 5e-3
 
 #: Root mean square of what a step at a rate of 1 adds to a matrix (Muon: Liu et al., arXiv 2502.16982).

@@ -1,4 +1,4 @@
-"""Rivals without steps: what each fits, that it is a run like any other, and what it refuses."""
+"""Baselines without steps: what each fits, that it is a run like any other, and what it refuses."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def stores_of_three(
 
 
 @pytest.mark.parametrize("family", ["neox", "llama", "gpt2"])
-def test_every_rival_is_scored_and_replaceme_beats_skipping(
+def test_every_baseline_is_scored_and_replaceme_beats_skipping(
     stores_of_three: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     for objective in RIVALS:
