@@ -91,7 +91,9 @@ def rendered() -> Iterator[tuple[str, Callable[..., object]]]:
             yield name, value
         elif inspect.isclass(value):
             for method, function in inspect.getmembers(value, callable):
-                if not method.startswith("_") and function.__module__.startswith("lftpipe."):
+                if not method.startswith("_") and (getattr(function, "__module__", "") or "").startswith(
+                    "lftpipe"
+                ):
                     yield f"{name}.{method}", function
 
 

@@ -160,6 +160,10 @@ def sample_adaptively(
     ----------
     velocity
         `(x, t, step_size)` to `dx/dt`; evaluated for all tokens while any of them goes on.
+    x_init
+        Where the walk begins, at `t = 0`.
+    max_steps
+        Steps of a token that does not settle.
     threshold
         Relative change below which a token is finished: 0 gives `max_steps` fixed steps to the bit,
         infinity one.
