@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lftpipe.base.device import cast_linear, dtype_name, resolve_compute_dtype
+from lftpipe.base.device import autocast, cast_linear, dtype_name, resolve_compute_dtype
 from lftpipe.config.layers import parse_block
 from lftpipe.config.settings.base import default_workspace
 from lftpipe.data.batches import Batch, BatchFields, BatchReader
@@ -42,7 +42,7 @@ def main() -> None:
     cast_linear(tail, dtype)
     batch, start = states_of(options, teacher, m, n)
     x = batch.states[n]
-    computing = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    computing = autocast("cpu", dtype)
     with torch.no_grad(), computing:
         last = tail.states(x, batch.context, start=n, stop=teacher.num_layers)
         logits = tail.head(tail.norm(last))
@@ -63,12 +63,15 @@ def main() -> None:
     def another() -> Batch:
         return replace(stored, step=len(found["states"]))  # a step draws a sample of its own
 
+    def on(term: Callable[..., Tensor], seen: Batch) -> Tensor:
+        return term(tail, tail.head_input(end, seen.context), seen)
+
     ways: dict[str, Callable[[], Tensor]] = {
         "logits, as they were": before,
-        "logits, without the last states": lambda: logit_divergence(tail, end, batch, n),
-        "logits": lambda: logit_divergence(tail, end, stored, n),
-        "top-logits": lambda: top_logit_divergence(tail, end, stored, n),
-        "sampled-logits": lambda: sampled_logit_divergence(tail, end, another(), n),
+        "logits, without the last states": lambda: on(logit_divergence, batch),
+        "logits": lambda: on(logit_divergence, stored),
+        "top-logits": lambda: on(top_logit_divergence, stored),
+        "sampled-logits": lambda: on(sampled_logit_divergence, another()),
         "states": lambda: (layer(x, batch.context) - x).square().mean(),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

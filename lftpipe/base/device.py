@@ -45,6 +45,11 @@ def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
             part.to(dtype)
 
 
+def autocast(device: str | torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Within it, products are computed in bfloat16 if that is the format, and in float32 else."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16`, as settings and stores write it."""
     return str(dtype).removeprefix("torch.")

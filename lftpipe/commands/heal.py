@@ -3,19 +3,17 @@
 A student of several flow layers is healed as one, into as many runs.
 """
 
-import json
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 
-import lftpipe
 from lftpipe import runs
 from lftpipe.base.device import dtype_name, prepare, resolve_compute_dtype
 from lftpipe.base.errors import RunError, SettingsError, StoreError
-from lftpipe.base.files import fingerprint
 from lftpipe.base.outputs import one_writer
 from lftpipe.base.workspace import find_runs, find_store, run_path
 from lftpipe.config.loss import ON_STORED_LOGITS
@@ -23,17 +21,16 @@ from lftpipe.config.settings import ComputeDtype, HealSettings
 from lftpipe.results.outcomes import Healing
 from lftpipe.runs import Run
 from lftpipe.store import Store
-from lftpipe.student.healing import HealingStudent
 from lftpipe.teacher.source import Teacher, open_recorded, record_of
-from lftpipe.training.checkpoint import begin, drop_checkpoints, is_finished, refuse_foreign
-from lftpipe.training.healing_loss import prepare_healing
+from lftpipe.training import distributed
+from lftpipe.training.checkpoint import begin, is_finished, refuse_foreign
+from lftpipe.training.healing import HealingRun, Part
 from lftpipe.training.log import check_tracker
+from lftpipe.training.loop import Chain, train_together
+from lftpipe.training.validate import check_patience
 
 #: Peak learning rates, where none is given.
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
-
-#: Settings that a healed run's manifest tells.
-TOLD = ("train", "adapter", "loss", "learning_rate", "seed")
 
 
 def heal(settings: HealSettings) -> Healing:
@@ -50,67 +47,71 @@ def heal(settings: HealSettings) -> Healing:
         If the run, the store or the settings do not allow it, or training diverges.
     """
     prepare(settings.device, settings.threads)
-    store_path = find_store(settings.workspace, settings.store)
-    store = Store.open(store_path)
-    store.need_whole("heal")
-    source = _find(store_path, settings.target)
-    settings = _resolved(settings, source, store)
-    teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
-    _check_start(settings, store, teacher)
-    new: list[_Part] = []
-    for run in source:
-        folder = run_path(store_path, _name(settings, run, source))
-        new.append(_Part(folder, replace(settings, target=str(run.path)), run))
+    settings = replace(settings, device=distributed.join(settings.device))
+    try:
+        store_path = find_store(settings.workspace, settings.store)
+        store = Store.open(store_path)
+        store.need_whole("heal")
+        source = _find(store_path, settings.target)
+        settings = _resolved(settings, source, store)
+        teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
+        _check_start(settings, store, teacher)
+        check_tracker(settings)
+        new: list[Part] = []
+        for run in source:
+            folder = run_path(store_path, _name(settings, run, source))
+            new.append(Part(folder, replace(settings, target=str(run.path)), run))
+        with ExitStack() as locks:
+            if distributed.rank() == 0:
+                _claim(new, source, locks)
+            return _healed(new, store, teacher)
+    finally:
+        distributed.leave()
+
+
+def _claim(new: list[Part], source: list[Run], locks: ExitStack) -> None:
+    """Be the only writer of the new runs' folders; refuse what must not be overwritten."""
     for part in new:
         if part.folder.resolve() in {run.path.resolve() for run in source}:
             raise SettingsError(f"--run {part.folder}, the run that is healed", "a new name", "give another")
-    check_tracker(settings)
     for part in new:
-        refuse_foreign(part.folder, settings)
-    with ExitStack() as locks:
-        for part in new:
-            locks.enter_context(one_writer(part.folder))
-        return _healed(new, store, teacher)
+        refuse_foreign(part.folder, part.settings)
+    for part in new:
+        locks.enter_context(one_writer(part.folder))
 
 
-class _Part(NamedTuple):
-    """One flow layer of the student: where it goes, by which settings, and what it was."""
-
-    folder: Path
-    settings: HealSettings
-    source: Run
-
-
-def _healed(new: list[_Part], store: Store, teacher: Teacher) -> Healing:
+def _healed(new: list[Part], store: Store, teacher: Teacher) -> Healing:
     """What is left to do of runs whose only writer this process is."""
     folder, settings, source = new[0]
-    joint = [str(part.folder) for part in new] if len(new) > 1 else None
-    told = Healing(
-        run=str(folder), store=str(store.path), healed=str(source.path), block=list(source.block), joint=joint
+    outcome = Healing(
+        run=str(folder),
+        store=str(store.path),
+        healed=str(source.path),
+        block=list(source.block),
+        joint=[str(part.folder) for part in new] if len(new) > 1 else None,
     )
-    if _are_finished(new, store):
-        return replace(told, already_finished=True)
-    student = _student([part.source for part in new], teacher, settings)
-    healed = fingerprint([part.source.weights_digest for part in new])
-    work = prepare_healing(folder, settings, store, teacher, student, student.first, student.trained, healed)
-    for part in new:
-        begin(part.folder, part.settings, store, part.source.weights_digest)
-    result = work.run()
-    trained_tokens = work.step * work.tokens_per_step
-    # The first run's is the last manifest: its folder has the checkpoint that all go on from.
-    for part, merged in reversed(list(zip(new, student.merged(), strict=True))):
-        manifest = _manifest(part.source, part.settings, trained_tokens)
-        if joint:
-            names = [Path(run).name for run in joint]
-            of_student = [names, [run.source.weights_digest for run in new], manifest["healed"]["tokens"]]
-            of_student += [manifest["healed"][key] for key in TOLD]
-            manifest |= {"joint": names, "student": fingerprint(of_student)}
-        runs.save_run(part.folder, merged.flow, manifest, merged.teacher)
-    drop_checkpoints(folder)
-    return replace(told, objective=source.objective, train_tokens=trained_tokens, **result)
+    if distributed.agree(_are_finished(new, store) if distributed.rank() == 0 else None):
+        return replace(outcome, already_finished=True)
+    run = HealingRun(new, store, teacher)
+    chain = Chain([run])
+    if distributed.rank() == 0:  # all that could be refused was looked at
+        for part in new:
+            begin(part.folder, part.settings, store, part.source.weights_digest)
+    (ended,) = train_together([chain], resume=settings.resume, verb="heal")
+    best = run.weights.best_loss
+    return replace(
+        outcome,
+        objective=ended.objective,
+        train_tokens=ended.train_tokens,
+        steps=ended.steps,
+        loss=ended.loss,
+        held_back_loss=None if math.isinf(best) else best,
+        seconds=ended.seconds,
+        tokens_per_second=ended.tokens_per_second,
+    )
 
 
-def _are_finished(new: list[_Part], store: Store) -> bool:
+def _are_finished(new: list[Part], store: Store) -> bool:
     """Whether all runs are there already; refuses folders that hold something else."""
     folders = [part.folder for part in new]
     there = [(folder / runs.MANIFEST).exists() for folder in folders]
@@ -160,8 +161,7 @@ def _resolved(settings: HealSettings, student: list[Run], store: Store) -> HealS
             "a run of this store",
             "name the run's store with --store",
         )
-    if settings.rank < 1:
-        raise SettingsError(f"--rank {settings.rank}", "at least 1", "give --rank 16")
+    check_patience(settings)
     if settings.loss in ON_STORED_LOGITS and not store.spec.logits:
         raise SettingsError(
             f"--loss {settings.loss} on store {store.path} without logits",
@@ -213,34 +213,6 @@ def _check_start(settings: HealSettings, store: Store, teacher: Teacher) -> None
             "state 0, which is read in place of the embedding",
             "extract with 0 in --layers too, or use --train tail",
         )
-
-
-def _student(source: list[Run], teacher: Teacher, settings: HealSettings) -> HealingStudent:
-    torch.manual_seed(settings.seed)
-    student = HealingStudent(source, teacher, whole=settings.train == "student")
-    if settings.adapter == "lora":
-        student.adapt(settings.rank)
-    if not student.trained:
-        raise RunError(f"{source[0].path} with --train {settings.train}", "a layer to train", "use student")
-    return student.to(settings.device)
-
-
-def _manifest(source: Run, settings: HealSettings, tokens: int) -> dict[str, Any]:
-    """That of the run that was healed, and what healing did."""
-    manifest = json.loads((source.path / runs.MANIFEST).read_text())
-    for own in ("weights_digest", "metrics_digest", "digest", "joint", "student"):
-        manifest.pop(own, None)
-    told = {key: getattr(settings, key) for key in TOLD}
-    if settings.adapter == "lora":
-        told["rank"] = settings.rank
-    told |= {"run": str(source.path), "weights_digest": source.weights_digest, "tokens": tokens}
-    if source.healed is not None:
-        told["before"] = source.healed
-    return manifest | {
-        "healed": told,
-        "train_tokens": source.train_tokens + tokens,
-        "versions": {"lftpipe": lftpipe.__version__, "torch": torch.__version__},
-    }
 
 
 def summary(result: Healing) -> str:

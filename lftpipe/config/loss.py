@@ -115,13 +115,14 @@ TERMS = {
     "logits": "the student's next-token distribution on the teacher's, through the frozen tail",
     "top-logits": "the same on the teacher's top-K logits, from the store",
     "sampled-logits": "the same, with the student's other logits estimated from a sample",
+    "tokens": "the student's next-token distribution on the text itself, through the frozen tail",
 }
 
-#: Terms that compare next-token distributions, through the frozen tail.
-ON_LOGITS = frozenset({"logits", "top-logits", "sampled-logits"})
+#: Terms that read the store's logits.
+ON_STORED_LOGITS = frozenset({"top-logits", "sampled-logits"})
 
-#: Those of them that read the store's logits.
-ON_STORED_LOGITS = ON_LOGITS - {"logits"}
+#: Terms on next-token distributions, through the frozen tail.
+ON_LOGITS = ON_STORED_LOGITS | {"logits", "tokens"}
 
 
 @dataclass(frozen=True)

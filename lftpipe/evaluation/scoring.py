@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lftpipe.base import progress
-from lftpipe.base.device import cast_linear, resolve_compute_dtype
+from lftpipe.base.device import autocast, cast_linear, resolve_compute_dtype
 from lftpipe.base.errors import TeacherError
 from lftpipe.config.settings import ComputeDtype
 from lftpipe.data.batches import Batch, BatchFields, BatchReader
@@ -112,7 +112,6 @@ def score(
     for one in predictors:
         if one.tail is not None:
             cast_linear(one.tail, dtype)
-    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
     measured = [Measured(one) for one in predictors]
     of_teacher = LogitMetrics()
     ends = {_end(one, stored) for one in predictors} | {max(stored)}
@@ -122,7 +121,7 @@ def score(
     reader = reader_of(store, teacher, device, live=not store.layers)
     fields = BatchFields(tuple(sorted({start} | starts | ends)))
     total = store.num_sequences("validation") * store.context * len(predictors)
-    with autocast, progress.task(f"evaluate {teacher.name}", total, "tokens") as task:
+    with autocast(device, dtype), progress.task(f"evaluate {teacher.name}", total, "tokens") as task:
         for batch in _batches(reader, fields, batch_tokens):
             for n in sorted(ends):
                 here = [one for one in measured if _end(one.predictor, stored) == n]

@@ -175,6 +175,8 @@ def by_pieces(
             (gradient[part],) = torch.autograd.grad(loss, piece)
     if gradient is None:
         return total
+    # The graphs of the pieces are gone by now. A product with their gradient, minus its own value, adds
+    # nothing to the loss and hands exactly that gradient to the states (a straight-through gradient).
     carried = (states * gradient).sum()
     return total + (carried - carried.detach())
 

@@ -56,6 +56,12 @@ class Tail(nn.Module):
             h = layer(h, context)
         return h
 
+    def head_input(
+        self, h: Float[Tensor, "sequence position feature"], context: AttentionContext
+    ) -> Float[Tensor, "sequence position feature"]:
+        """What the head reads of `h[start]`: the last states after the final norm."""
+        return self.norm(self.states(h, context))
+
     def forward(
         self,
         h: Float[Tensor, "sequence position feature"],

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lftpipe.base.device import cast_linear
+from lftpipe.base.device import autocast, cast_linear
 from lftpipe.base.errors import TeacherError, foreign
 from lftpipe.families import attention, meta_model
 from lftpipe.families.attention import AttentionContext, attention_context
@@ -121,10 +121,7 @@ class Trunk:
 
     def _forward(self, tokens: Tensor, position_ids: Tensor, **options: Any) -> Any:
         places = {"position_ids": position_ids.to(self.device)} if self._takes_positions else {}
-        autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
-        )
-        with autocast:
+        with autocast(self.device, self.compute_dtype):
             return self.model(input_ids=tokens.to(self.device), use_cache=False, **places, **options)
 
     def _run_apart(
@@ -365,10 +362,8 @@ class StreamedTrunk(Trunk):
         """One layer over some of the sequences; its attention outputs are kept beside."""
         keep = partial(_keep, into=outputs)
         own = nn.ModuleList([layer.layer])
-        autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
-        )
-        with autocast, capture.hooks(own, [layer.form], 0, None, None if context.apart else keep):
+        hooks = capture.hooks(own, [layer.form], 0, None, None if context.apart else keep)
+        with autocast(self.device, self.compute_dtype), hooks:
             if context.apart:
                 return layer(states, context)
             return layer.own(states, context)

@@ -18,7 +18,7 @@ class WeightAverage:
         self._module, self._decay = module, decay
         self._average = copy_of(module) if decay else None
         self._best: Weights | None = None
-        self._best_loss, self._since_best = math.inf, 0
+        self.best_loss, self._since_best = math.inf, 0
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
@@ -26,13 +26,13 @@ class WeightAverage:
         if self._average is not None:
             # A short memory at first, or the average would hold on to where it began.
             decay = min(self._decay, (1 + step) / (10 + step))
-            for name, value in self._module.state_dict().items():
+            for name, value in trained_weights(self._module).items():
                 self._average[name].lerp_(value, 1 - decay)
 
     def judge(self, loss: float) -> int:
         """Take note of an evaluation; how many there were since the best."""
-        if loss < self._best_loss:
-            self._best_loss, self._since_best = loss, 0
+        if loss < self.best_loss:
+            self.best_loss, self._since_best = loss, 0
             with self.shown():
                 self._best = copy_of(self._module)
         else:
@@ -41,7 +41,7 @@ class WeightAverage:
 
     def forget_best(self) -> None:
         """Another loss begins, which has another best."""
-        self._best, self._best_loss, self._since_best = None, math.inf, 0
+        self._best, self.best_loss, self._since_best = None, math.inf, 0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -50,32 +50,53 @@ class WeightAverage:
             yield
             return
         trained = copy_of(self._module)
-        self._module.load_state_dict(self._average)
+        set_weights(self._module, self._average)
         try:
             yield
         finally:
-            self._module.load_state_dict(trained)
+            set_weights(self._module, trained)
 
     def settle(self) -> None:
         """Give the module the weights that are kept."""
         if weights := self._best or self._average:
-            self._module.load_state_dict(weights)
+            set_weights(self._module, weights)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
             "average": self._average,
             "best": self._best,
-            "best_loss": self._best_loss,
+            "best_loss": self.best_loss,
             "since_best": self._since_best,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._average, self._best = state["average"], state["best"]
-        self._best_loss, self._since_best = state["best_loss"], state["since_best"]
+        self.best_loss, self._since_best = state["best_loss"], state["since_best"]
+
+
+def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What learns of a module, by name: all else is the same in every process that makes it."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
 def copy_of(module: nn.Module) -> Weights:
     """Weights that further training leaves alone."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+    return {name: weight.detach().clone() for name, weight in trained_weights(module).items()}
+
+
+@torch.no_grad()
+def set_weights(module: nn.Module, weights: Weights) -> None:
+    """Give a module the weights that `copy_of` gave.
+
+    Raises
+    ------
+    ValueError
+        If they are of another module.
+    """
+    learns = trained_weights(module)
+    if learns.keys() != weights.keys():
+        raise ValueError("weights of other names: it was written by another version")
+    for name, weight in learns.items():
+        weight.copy_(weights[name])

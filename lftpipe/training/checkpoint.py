@@ -20,7 +20,7 @@ from lftpipe.base.outputs import LOCK
 from lftpipe.config.settings import HealSettings, TrainSettings, to_json
 from lftpipe.store import Store
 from lftpipe.training import distributed
-from lftpipe.training.run import TrainingRun
+from lftpipe.training.run import ModuleTraining
 
 # --- Checkpoints: all that a killed run needs to go on, in one file for runs that are trained jointly.
 
@@ -43,7 +43,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, joint: Sequence[TrainingRun], written: Callable[[int], object] = lambda _: None
+        self, joint: Sequence[ModuleTraining], written: Callable[[int], object] = lambda _: None
     ) -> None:
         self._runs, self._written = joint, written
         self._path: Path = joint[0].folder / runs.CHECKPOINT
@@ -82,7 +82,20 @@ class Checkpoint:
         RunError
             If both are damaged, or of other runs.
         """
-        restore_newest(self._path, self._binding(), self._runs[0].device, self._take)
+        there = [path for path in (self._path, self._path.with_name(BEFORE)) if path.exists()]
+        for path in there:
+            try:
+                states = read_checkpoint(path, self._binding(), self._runs[0].device)
+                for run, state in zip(self._runs, states, strict=True):
+                    run.restore(state)
+            except ValueError as error:
+                _say(f"{path}: {error}; " + ("trying the one before" if path != there[-1] else "no other"))
+                continue
+            if path != self._path:
+                _say(f"going on from {path}, step {states[0]['step']}")
+            return
+        if there:
+            raise RunError(f"damaged {self._path}", "a checkpoint", "start the run again with --force")
 
     def drop(self) -> None:
         """The runs are finished: nothing has to go on."""
@@ -93,25 +106,18 @@ class Checkpoint:
 
     def _binding(self) -> str:
         """Digest over what all runs of the checkpoint are: block, objective, seed, loss, and their store."""
-        return fingerprint([_identity_of(run) for run in self._runs])
-
-    def _take(self, states: list[dict[str, Any]]) -> None:
-        for run, state in zip(self._runs, states, strict=True):
-            run.restore(state)
+        return fingerprint([run.identity() for run in self._runs])
 
     def _write(self, state: list[dict[str, Any]]) -> None:
         try:
-            write_checkpoint(self._path, state, self._binding())
+            self._path.parent.mkdir(exist_ok=True)
+            content = io.BytesIO()
+            torch.save(state, content)
+            sealed = seal_checkpoint(content.getbuffer(), self._binding())
+            write_atomic(self._path, sealed, keep=self._path.with_name(BEFORE))
             self._written(state[0]["step"])
         except BaseException as error:  # whatever it is, training hears of it
             self._error = error
-
-
-def _identity_of(run: TrainingRun) -> list[Any]:
-    """What a run can't go on with another value of."""
-    used = run.settings
-    named = (used.objective, used.loss, used.seed, used.batch_tokens, used.optimizer, used.condition)
-    return [*map(str, named), list(run.block), run.store.origin]
 
 
 def is_due(settings: TrainSettings | HealSettings, step: int, saved: float) -> bool:
@@ -125,53 +131,6 @@ def is_due(settings: TrainSettings | HealSettings, step: int, saved: float) -> b
     steps, seconds = settings.checkpoint_every, 60 * settings.checkpoint_minutes
     by_clock = seconds > 0 and time.monotonic() - saved >= seconds
     return by_clock or (steps > 0 and step % steps == 0)
-
-
-def write_checkpoint(path: Path, states: list[dict[str, Any]], binding: str) -> None:
-    """Write a checkpoint, whole or not at all, and keep the one before.
-
-    Parameters
-    ----------
-    path
-        Of the newest; its folder is made if it is not there.
-    """
-    path.parent.mkdir(exist_ok=True)
-    content = io.BytesIO()
-    torch.save(states, content)
-    write_atomic(path, seal_checkpoint(content.getbuffer(), binding), keep=path.with_name(BEFORE))
-
-
-def restore_newest(
-    path: Path,
-    binding: str,
-    device: torch.device | str,
-    take: Callable[[list[dict[str, Any]]], None],
-) -> None:
-    """Go on from the newest checkpoint if there is one; from the one before, with a word, if it is damaged.
-
-    Parameters
-    ----------
-    take
-        Is given what it holds; raises ValueError if it cannot use it.
-
-    Raises
-    ------
-    RunError
-        If both are damaged, or of other runs.
-    """
-    there = [each for each in (path, path.with_name(BEFORE)) if each.exists()]
-    for each in there:
-        try:
-            states = read_checkpoint(each, binding, device)
-            take(states)
-        except ValueError as error:
-            _say(f"{each}: {error}; " + ("trying the one before" if each != there[-1] else "no other"))
-            continue
-        if each != path:
-            _say(f"going on from {each}, step {states[0]['step']}")
-        return
-    if there:
-        raise RunError(f"damaged {path}", "a checkpoint", "start the run again with --force")
 
 
 def _say(line: str) -> None:
@@ -188,7 +147,7 @@ def seal_checkpoint(content: bytes | memoryview, binding: str) -> bytes:
 def read_checkpoint(
     path: Path, binding: str | None, device: torch.device | str = "cpu"
 ) -> list[dict[str, Any]]:
-    """The states in a checkpoint; one of an older version has no seal.
+    """The states in a checkpoint.
 
     Parameters
     ----------
@@ -201,18 +160,14 @@ def read_checkpoint(
         If it is damaged or of other runs.
     """
     data = path.read_bytes()
-    if data.startswith(MAGIC):
-        sealed, digest, data = data[8:24], data[24:40], data[40:]
-        if xxhash.xxh3_128_digest(data) != digest:
-            raise ValueError("its digest does not match its content")
-        if binding is not None and sealed.hex() != binding:
-            raise ValueError("it is of a run with other settings or of another store")
-    elif not data.startswith(b"PK"):
+    sealed, digest, content = data[8:24], data[24:40], data[40:]
+    if not data.startswith(MAGIC):
         raise ValueError("it is no checkpoint")
-    try:
-        return torch.load(io.BytesIO(data), weights_only=True, map_location=device)
-    except Exception as error:  # torch has no error of its own for a damaged file of an older version
-        raise ValueError("it is no checkpoint") from error
+    if xxhash.xxh3_128_digest(content) != digest:
+        raise ValueError("its digest does not match its content")
+    if binding is not None and sealed.hex() != binding:
+        raise ValueError("it is of a run with other settings or of another store")
+    return torch.load(io.BytesIO(content), weights_only=True, map_location=device)
 
 
 def drop_checkpoints(run: Path) -> None:

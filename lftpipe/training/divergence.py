@@ -50,6 +50,7 @@ class DivergenceWatch:
         loss, norm = loss.float(), norm.float()
         bad = ~(loss.isfinite() & norm.isfinite())
         entry = torch.stack([torch.full_like(loss, step), loss, norm, bad.float()])
+        # Chosen on the device: an `if` would have to wait for the loss.
         self._seen = torch.where(self._seen[3] > 0, self._seen, entry)
 
     def look(self) -> Seen:

@@ -10,11 +10,7 @@ import torch
 
 from lftpipe.data.batches import Batch, BatchFields
 from lftpipe.teacher.tail import Layers
-from lftpipe.training.run import TrainingRun
-from lftpipe.training.step import losses_of, nmses_of
-
-#: Sequences of a split that an evaluation looks at, at most.
-SEQUENCES = 32
+from lftpipe.training.step import Run, losses_of, nmses_of
 
 
 class HoldOut:
@@ -28,12 +24,14 @@ class HoldOut:
         The teacher's layers from each block to the next one.
     """
 
-    def __init__(self, joint: Sequence[TrainingRun], bridges: Sequence[Layers]) -> None:
+    def __init__(self, joint: Sequence[Run], bridges: Sequence[Layers]) -> None:
         self.runs, self.bridges = joint, bridges
-        store, used = joint[0].store, joint[0].order.num_sequences
+        first = joint[0]
+        store, used, most = first.store, first.order.num_sequences, first.sequences_held_back
+        validation = store.num_sequences("validation") if first.predicts_states else 0
         self._sequences = {
-            "train": range(used, store.num_sequences("train"))[:SEQUENCES],
-            "validation": range(store.num_sequences("validation"))[:SEQUENCES],
+            "train": range(used, store.num_sequences("train"))[:most],
+            "validation": range(validation)[:most],
         }
 
     def evaluate(self) -> dict[Path, dict[str, float]]:
@@ -58,20 +56,19 @@ class HoldOut:
 
     @torch.no_grad()
     def _evaluate_split(self, split: str, key: str, found: dict[Path, dict[str, float]]) -> None:
-        batches = 0
         losses = [0.0] * len(self.runs)
         nmses = [0.0] * len(self.runs)
+        sequences = len(self._sequences[split])
         for batch in self._batches(split):
-            batches += 1
             for i, nmse in enumerate(nmses_of(self.runs, self.bridges, batch)):
-                nmses[i] += nmse
+                nmses[i] += nmse * len(batch)
             if key == "held_back":
                 for i, loss in enumerate(losses_of(self.runs, self.bridges, batch)):
-                    losses[i] += loss.item()
+                    losses[i] += loss.item() * len(batch)
         for run, loss, nmse in zip(self.runs, losses, nmses, strict=True):
-            found[run.folder][f"{key}_nmse"] = nmse / batches
+            found[run.folder][f"{key}_nmse"] = nmse / sequences
             if key == "held_back":
-                found[run.folder]["held_back_loss"] = loss / batches
+                found[run.folder]["held_back_loss"] = loss / sequences
 
     def _batches(self, split: str) -> Iterator[Batch]:
         """The same each time: the step, of which the random draws are a function, is the batch's number."""

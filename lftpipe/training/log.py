@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lftpipe.base.errors import SettingsError
 from lftpipe.base.files import fingerprint
 from lftpipe.config.settings import HealSettings, TrainSettings, to_json
 from lftpipe.training import distributed
-from lftpipe.training.run import TrainingRun
+from lftpipe.training.run import ModuleTraining
 
 # --- Trackers: a run's metrics as they come, in TensorBoard's files, Weights & Biases or Trackio.
 
@@ -108,7 +109,7 @@ def _figures(row: Mapping[str, int | float]) -> dict[str, int | float]:
 class Log:
     """Writes `metrics.jsonl`; of several processes only the first does."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: ModuleTraining) -> None:
         self.run = run
         writes = distributed.rank() == 0
         self._file = (run.folder / runs.METRICS).open("a" if run.step else "w") if writes else None
@@ -116,7 +117,7 @@ class Log:
         self._tracker = tracker_of(run.settings, run.folder, done) if writes else None
 
     def write(self, learning_rate: float, nmse: float, evaluated: dict[str, float]) -> None:
-        """A line for the step just done.
+        """A line for the step just done; what is NaN was not measured.
 
         Parameters
         ----------
@@ -134,6 +135,7 @@ class Log:
             "data_wait_seconds": round(run.waited, 3),
             **evaluated,
         }
+        row = {key: value for key, value in row.items() if not math.isnan(value)}
         if self._file:
             self._file.write(json.dumps(row) + "\n")
         if self._tracker:

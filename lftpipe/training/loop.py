@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from lftpipe.training.holdout import HoldOut
 from lftpipe.training.log import Log
 from lftpipe.training.rolling import Standing
 from lftpipe.training.run import TrainingRun
-from lftpipe.training.step import nmses_of, take_step
+from lftpipe.training.step import Run, nmses_of, take_step
 
 
 class Chain:
@@ -41,11 +41,10 @@ class Chain:
         Why the chain stopped before its end, if it did.
     """
 
-    def __init__(self, joint: list[TrainingRun]) -> None:
+    def __init__(self, joint: Sequence[Run]) -> None:
         self.runs, first = joint, joint[0]
-        for run in joint:
-            if run.settings.init == "readout":
-                least_squares_init.last_maps(run)  # refused before anything is written
+        for run in _fitted(joint):
+            least_squares_init.last_maps(run)  # refused before anything is written
         self.bridges = load_bridges(first.teacher, [run.block for run in joint], first.device)
         self.settings = first.settings
         self.nmse = math.nan
@@ -105,10 +104,14 @@ class Chain:
             self._checkpoint.restore()
         if self._standing and distributed.rank() == 0 and not self.finished:
             self._standing.passed(self.step)
-        for run in self.runs:
-            if run.settings.init == "readout" and run.step == 0:
+        for run in _fitted(self.runs):
+            if run.step == 0:
                 least_squares_init.refit(run, partial(_first_batches, run))
         self._logs = [files.enter_context(closing(Log(run))) for run in self.runs]
+        if self.step == 0 and self._hold_out and self.runs[0].starts_trained:
+            figures = self._hold_out.evaluate()
+            for log in self._logs:
+                log.write(0.0, math.nan, figures[log.run.folder])
 
     def advance(self, batch: Batch, waited: float) -> None:
         """One step of every run, logged, judged and saved where it is time to.
@@ -177,14 +180,19 @@ class Chain:
         return results
 
 
-def _standing_of(run: TrainingRun) -> Standing | None:
+def _fitted(joint: Sequence[Run]) -> list[TrainingRun]:
+    """Those that start in closed form."""
+    return [run for run in joint if isinstance(run, TrainingRun) and run.settings.init == "readout"]
+
+
+def _standing_of(run: Run) -> Standing | None:
     """For the producer of a rolling store, if a run reads its states."""
-    if not run.store.spec.rolling or run.settings.from_teacher:
+    if not run.store.spec.rolling or not isinstance(run, TrainingRun) or run.settings.from_teacher:
         return None
     return Standing(run.folder, run.store, run.order.batch_size, run.num_steps)
 
 
-def train_together(chains: list[Chain], *, resume: bool = False) -> list[TrainedRun]:
+def train_together(chains: list[Chain], *, resume: bool = False, verb: str = "train") -> list[TrainedRun]:
     """Train chains that share store, batches and seed from one stream of batches, each read once.
 
     Parameters
@@ -210,7 +218,7 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[Trained
         start = min((chain.step for chain in chains if not chain.finished), default=0)
         total = max(chain.num_steps for chain in chains) * first.tokens_per_step
         done = start * first.tokens_per_step
-        task = files.enter_context(progress.task(f"train {labels}", total, "tokens", done=done))
+        task = files.enter_context(progress.task(f"{verb} {labels}", total, "tokens", done=done))
         while active := [chain for chain in chains if chain.goes_on]:
             step = min(chain.step for chain in active)
             stop = min(chain.stage_end for chain in active if chain.step == step)
@@ -235,7 +243,7 @@ def train_together(chains: list[Chain], *, resume: bool = False) -> list[Trained
     return results
 
 
-def _batches(run: TrainingRun, fields: BatchFields, step: int, stop: int) -> Iterator[tuple[Batch, float]]:
+def _batches(run: Run, fields: BatchFields, step: int, stop: int) -> Iterator[tuple[Batch, float]]:
     """Batches of steps `step` to `stop - 1`, and the seconds waited for each."""
     batches = run.reader.shuffled(fields, run.order, step)
     for _ in range(step, stop):

@@ -12,6 +12,7 @@ from torch.optim import Muon as TorchMuon
 from lftpipe.base.device import dtype_name, resolve_compute_dtype
 from lftpipe.config.settings import TrainSettings
 from lftpipe.training import distributed
+from lftpipe.training.averaging import trained_weights
 
 # --- The learning rate where none is given: what was tuned, but no larger than the teacher's weights allow.
 #
@@ -140,6 +141,7 @@ class Muon(TorchMuon):
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+        # The iteration squares a matrix: that of the shorter side is smaller, and gives the same.
         lying = torch.stack([each.T if each.shape[0] > each.shape[1] else each for each in updates])
         given = (group["ns_coefficients"], group["ns_steps"], group["eps"], self._dtype)
         ways = distributed.divided(lying, lambda part: orthogonalised(part, *given))
@@ -179,29 +181,34 @@ class Optimizer:
 
     Parameters
     ----------
-    flow
-        The layer; those of its submodules called `modulation` map the time.
+    module
+        What learns; in a flow layer, a submodule called `modulation` maps the time.
+    learning_rate
+        At its peak.
+    muon
+        The format in which Muon orthogonalises; None leaves all weights to AdamW.
     """
 
-    def __init__(self, flow: nn.Module, settings: TrainSettings) -> None:
-        self.learning_rate = peak_rate(settings, None)
-        named = list(flow.named_parameters())
-        matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("modulation.")]
-        mine = {id(p) for p in matrices} if settings.optimizer == "muon" else set()
-        rest = [p for _, p in named if id(p) not in mine]
+    def __init__(
+        self, module: nn.Module, learning_rate: float, weight_decay: float, muon: torch.dtype | None = None
+    ) -> None:
+        self.learning_rate = learning_rate
+        named = trained_weights(module)
+        matrices = [p for name, p in named.items() if p.ndim == 2 and not name.startswith("modulation.")]
+        mine = {id(p) for p in matrices} if muon else set()
+        rest = [p for p in named.values() if id(p) not in mine]
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in rest if p.ndim == 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in rest if p.ndim == 2], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
         if stacks := [p for p in rest if p.ndim > 2]:
-            scale = STEP_SIZE[settings.optimizer] / STEP_SIZE["adamw"]
-            groups.append({"params": stacks, "weight_decay": settings.weight_decay, "scale": scale})
+            scale = STEP_SIZE["muon" if muon else "adamw"] / STEP_SIZE["adamw"]
+            groups.append({"params": stacks, "weight_decay": weight_decay, "scale": scale})
         self._parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=self.learning_rate, betas=BETAS, fused=True)
         ]
-        if mine:
-            dtype = getattr(torch, muon_dtype(settings))
-            self._parts.append(Muon(matrices, self.learning_rate, settings.weight_decay, dtype))
+        if mine and muon:
+            self._parts.append(Muon(matrices, learning_rate, weight_decay, muon))
 
     def step(self, fraction: float) -> float:
         """Move the weights, and forget their gradients; the learning rate of that."""

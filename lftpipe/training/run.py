@@ -1,16 +1,18 @@
-"""One run in progress: its flow layer, optimiser and loss, where it is, and the manifest it ends with."""
+"""A run in progress: the module that learns, its optimiser and loss, how far it is, and what it ends with."""
 
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 import lftpipe
 from lftpipe import runs
 from lftpipe.base import progress
-from lftpipe.base.device import resolve_compute_dtype
+from lftpipe.base.device import autocast, resolve_compute_dtype
 from lftpipe.base.errors import RunError
 from lftpipe.base.files import fingerprint
 from lftpipe.config.loss import (
@@ -22,7 +24,7 @@ from lftpipe.config.loss import (
     stage_starts,
     without_logits,
 )
-from lftpipe.config.settings import TrainSettings, loss_text
+from lftpipe.config.settings import HealSettings, TrainSettings, loss_text
 from lftpipe.data.batches import BatchFields, BatchOrder, BatchReader
 from lftpipe.data.teacher_reader import reader_of
 from lftpipe.flow.objective import ErrorScale
@@ -31,11 +33,12 @@ from lftpipe.storage import url_of
 from lftpipe.store import Store
 from lftpipe.teacher.layers import load_norm
 from lftpipe.teacher.source import Teacher, record_of
+from lftpipe.teacher.tail import Tail
 from lftpipe.training import distributed
-from lftpipe.training.averaging import WeightAverage
+from lftpipe.training.averaging import WeightAverage, copy_of, set_weights
 from lftpipe.training.divergence import DivergenceWatch
 from lftpipe.training.estimator import build_estimator, description
-from lftpipe.training.optimizer import Optimizer, rate_fraction
+from lftpipe.training.optimizer import Optimizer, muon_dtype, peak_rate, rate_fraction
 from lftpipe.training.rolling import window_of
 from lftpipe.training.terms import FrozenTails, check_head
 
@@ -85,73 +88,88 @@ def of_student(names: list[str], settings: TrainSettings, store: Store) -> dict[
     return {"joint": names, "student": fingerprint(alike)}
 
 
-# --- One run in progress: its flow layer, its optimiser, its loss, and where it stands.
+# --- One run in progress: its flow layer, its loss, and what it writes at its end.
 
 
-class TrainingRun:
-    """A run between its first step and its last.
+S = TypeVar("S", bound=TrainSettings | HealSettings)
+
+
+class ModuleTraining(ABC, Generic[S]):
+    """A module between its first step and its last: what of it learns, by which loss, and how far it is.
 
     Parameters
     ----------
-    tails, reader
-        Shared by the runs of one command; left out, its own.
-    student
-        Folders of all runs whose flow layers are one student's, in order; left out, this one alone.
-        Next-token distributions are the whole student's: they are compared at the end of the last one, and
-        teach the others from there.
+    module
+        What learns are those of its weights that take gradients.
+    stages
+        Of the loss.
+    window
+        Sequences that are shuffled among themselves; 0: all.
 
     Attributes
     ----------
+    block
+        The layers that it runs in place of the teacher's.
+    tail
+        What next-token distributions are compared through, if any are.
     loss
         Over all processes, of the last step after which one looked.
     """
 
+    predicts_states: ClassVar[bool] = True
+    """Whether what it makes of `h[m]` is to be the teacher's `h[n]`."""
+    starts_trained: ClassVar[bool] = False
+    """Whether its weights before the first step may be the best."""
+    sequences_held_back: ClassVar[int] = 32
+    """That an evaluation looks at, at most."""
+
+    block: tuple[int, int]
+    tail: Tail | None
+
     def __init__(
         self,
         folder: Path,
-        settings: TrainSettings,
-        store: Store,
+        settings: S,
+        reader: BatchReader,
         teacher: Teacher,
-        block: tuple[int, int],
-        tails: FrozenTails | None = None,
-        reader: BatchReader | None = None,
-        *,
-        student: tuple[Path, ...] = (),
+        module: nn.Module,
+        optimizer: Optimizer,
+        stages: tuple[Stage, ...],
+        window: int = 0,
     ) -> None:
-        self.folder, self.settings, self.store, self.teacher = folder, settings, store, teacher
-        self.m, self.n = self.block = block
+        self.folder, self.settings, self.teacher = folder, settings, teacher
+        self.reader, self.store = reader, reader.store
         self.device = torch.device(settings.device)
         self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, settings.device)
-        self.order = order_of(settings, store)
-        self.reader = reader or reader_of(store, teacher, settings.device, live=settings.from_teacher)
+        self.order = order_of(settings, self.store, window)
         self.reader.say = progress.say
-        self.tokens_per_step = self.order.batch_size * store.context
+        self.tokens_per_step = self.order.batch_size * self.store.context
         self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
-        stages = parse_loss(loss_text(settings))
-        self.student = student or (folder,)
-        self.stages = stages if folder == self.student[-1] else tuple(map(without_logits, stages))
-        self.stage_starts = stage_starts(self.stages, self.num_steps)
-        self.flow = build_estimator(settings, teacher, block).to(self.device)
-        self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
-        self.optimizer = Optimizer(self.flow, settings)
-        norm = load_norm(teacher, self.n).to(self.device) if settings.loss_scale == "norm" else None
-        self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), norm, distributed.mean)
-        through_logits = any(ON_LOGITS & stage.weights.keys() for stage in self.stages)
-        load = (tails or FrozenTails()).get
-        self.tail = load(teacher, self.n, self.compute_dtype, self.device) if through_logits else None
-        if self.tail and any("sampled-logits" in stage.weights for stage in self.stages):
-            check_head(self.tail, teacher)
-        self.weights = WeightAverage(self.flow, settings.ema)
+        self.stages, self.stage_starts = stages, stage_starts(stages, self.num_steps)
+        self.module, self.optimizer = module, optimizer
+        self.weights = WeightAverage(module, settings.ema)
         self.watch = DivergenceWatch(self.device)
         self.step, self.loss, self.seconds, self.waited = 0, math.nan, 0.0, 0.0
 
-    def _channel_variance(self) -> Tensor | None:
-        """Of the target over the first sequences, for `--loss-scale channel`."""
-        if self.settings.loss_scale != "channel":
-            return None
-        count = min(64, self.order.num_sequences)
-        states = self.reader.read("train", range(count), BatchFields((self.n,))).states[self.n]
-        return states.flatten(0, 1).var(0)
+    @property
+    @abstractmethod
+    def fields(self) -> BatchFields:
+        """What the present stage looks at."""
+
+    @abstractmethod
+    def identity(self) -> list[Any]:
+        """What the run can't go on with another value of, JSON-plain."""
+
+    @abstractmethod
+    def finish(self) -> TrainedRun:
+        """Write weights and manifest; what to tell of the run."""
+
+    def frozen_tail(self, tails: FrozenTails, start: int) -> Tail:
+        """From `h[start]` to the logits, for terms on next-token distributions."""
+        tail = tails.get(self.teacher, start, self.compute_dtype, self.device)
+        if any("sampled-logits" in stage.weights for stage in self.stages):
+            check_head(tail, self.teacher)
+        return tail
 
     @property
     def finished(self) -> bool:
@@ -173,17 +191,6 @@ class TrainingRun:
         """The step at which the present stage ends."""
         return self.stage_starts[self._stage_number(self.step) + 1]
 
-    @property
-    def fields(self) -> BatchFields:
-        """What the present stage looks at."""
-        terms = self.stage.weights
-        layers = tuple(range(self.m, self.n + 1)) if "trajectory" in terms else (self.m, self.n)
-        last = self.teacher.num_layers
-        if "logits" in terms and (self.settings.from_teacher or last in self.store.layers):
-            layers = tuple(sorted({*layers, last}))  # the teacher's logits are but a head away from there
-        attention = tuple(range(self.m, self.n)) if "branches" in terms else ()
-        return BatchFields(layers, attention, bool(ON_STORED_LOGITS & terms.keys()))
-
     def rate_fraction(self, step: int) -> float:
         """Which fraction of the peak learning rate a step has.
 
@@ -193,7 +200,7 @@ class TrainingRun:
 
     def autocast(self) -> torch.autocast:
         """Within it, products are computed in the run's format."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+        return autocast(self.device, self.compute_dtype)
 
     def advance(self) -> None:
         """Take note of a step that was done."""
@@ -214,7 +221,7 @@ class TrainingRun:
         return {
             "step": self.step,
             "num_steps": self.num_steps,
-            "flow": self.flow.state_dict(),
+            "weights": copy_of(self.module),
             "optimizer": self.optimizer.state(),
             "kept": self.weights.state(),
             "seconds": self.seconds,
@@ -223,7 +230,7 @@ class TrainingRun:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.flow.load_state_dict(state["flow"])
+        set_weights(self.module, state["weights"])
         self.optimizer.restore(state["optimizer"])
         self.weights.restore(state["kept"])
         for name in ("step", "num_steps", "seconds", "waited"):
@@ -231,8 +238,91 @@ class TrainingRun:
         if distributed.rank() == 0:
             runs.drop_metrics_after(self.folder, self.step)
 
+    def figures(self) -> dict[str, Any]:
+        """How it went, as outcomes say it."""
+        return {
+            "steps": self.step,
+            "train_tokens": self.step * self.tokens_per_step,
+            "loss": self.loss,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.step * self.tokens_per_step / max(self.seconds, 1e-9), 1),
+            "data_wait_share": round(self.waited / max(self.seconds, 1e-9), 4),
+        }
+
+
+class TrainingRun(ModuleTraining[TrainSettings]):
+    """The training of a flow layer that stands for a block.
+
+    Parameters
+    ----------
+    tails, reader
+        Shared by the runs of one command; left out, its own.
+    student
+        Folders of all runs whose flow layers are one student's, in order; left out, this one alone.
+        Next-token distributions are the whole student's: they are compared at the end of the last one, and
+        teach the others from there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: TrainSettings,
+        store: Store,
+        teacher: Teacher,
+        block: tuple[int, int],
+        tails: FrozenTails | None = None,
+        reader: BatchReader | None = None,
+        *,
+        student: tuple[Path, ...] = (),
+    ) -> None:
+        self.m, self.n = self.block = block
+        stages = parse_loss(loss_text(settings))
+        self.student = student or (folder,)
+        self.flow = build_estimator(settings, teacher, block).to(settings.device)
+        self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
+        muon = getattr(torch, muon_dtype(settings)) if settings.optimizer == "muon" else None
+        super().__init__(
+            folder,
+            settings,
+            reader or reader_of(store, teacher, settings.device, live=settings.from_teacher),
+            teacher,
+            self.flow,
+            Optimizer(self.flow, peak_rate(settings, None), settings.weight_decay, muon),
+            stages if folder == self.student[-1] else tuple(map(without_logits, stages)),
+            window_of(settings, store),
+        )
+        norm = load_norm(teacher, self.n).to(self.device) if settings.loss_scale == "norm" else None
+        self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), norm, distributed.mean)
+        through_logits = any(ON_LOGITS & stage.weights.keys() for stage in self.stages)
+        self.tail = self.frozen_tail(tails or FrozenTails(), self.n) if through_logits else None
+
+    def _channel_variance(self) -> Tensor | None:
+        """Of the target over the first sequences, for `--loss-scale channel`."""
+        if self.settings.loss_scale != "channel":
+            return None
+        count = min(64, self.order.num_sequences)
+        states = self.reader.read("train", range(count), BatchFields((self.n,))).states[self.n]
+        return states.flatten(0, 1).var(0)
+
+    @property
+    @override
+    def fields(self) -> BatchFields:
+        terms = self.stage.weights
+        layers = tuple(range(self.m, self.n + 1)) if "trajectory" in terms else (self.m, self.n)
+        last = self.teacher.num_layers
+        if "logits" in terms and (self.settings.from_teacher or last in self.store.layers):
+            layers = tuple(sorted({*layers, last}))  # the teacher's logits are but a head away from there
+        attention = tuple(range(self.m, self.n)) if "branches" in terms else ()
+        return BatchFields(layers, attention, bool(ON_STORED_LOGITS & terms.keys()))
+
+    @override
+    def identity(self) -> list[Any]:
+        used = self.settings
+        named = (used.objective, used.loss, used.seed, used.batch_tokens, used.optimizer, used.condition)
+        return [*map(str, named), list(self.block), self.store.origin]
+
+    @override
     def finish(self) -> TrainedRun:
-        """Write weights and manifest; what to tell of the run."""
         self.weights.settle()
         shape = description(self.flow, self.settings)
         manifest = manifest_of(self.settings, self.store, self.block, shape)
@@ -246,16 +336,11 @@ class TrainingRun:
             block=list(self.block),
             joint=[str(run) for run in self.student] if len(self.student) > 1 else None,
             objective=self.settings.objective,
-            steps=self.step,
-            train_tokens=self.step * self.tokens_per_step,
-            loss=self.loss,
-            seconds=round(self.seconds, 3),
-            tokens_per_second=round(self.step * self.tokens_per_step / max(self.seconds, 1e-9), 1),
-            data_wait_share=round(self.waited / max(self.seconds, 1e-9), 4),
+            **self.figures(),
         )
 
 
-def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
+def order_of(settings: TrainSettings | HealSettings, store: Store, window: int = 0) -> BatchOrder:
     """Which sequences a run sees, in which order.
 
     Raises
@@ -279,5 +364,5 @@ def order_of(settings: TrainSettings, store: Store) -> BatchOrder:
         seed=settings.seed,
         num_sequences=total - held_back,
         part=slice(distributed.rank(), None, distributed.count()),
-        window=window_of(settings, store),
+        window=window,
     )

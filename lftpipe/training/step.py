@@ -5,6 +5,7 @@ is a function of the run's seed and the batch's number. Nothing here waits for t
 whether losses were finite, which is not taken in every step (`watch.py`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -19,15 +20,18 @@ from lftpipe.flow.objective import Loss, walk_times
 from lftpipe.flow.path import States
 from lftpipe.teacher.tail import Layers
 from lftpipe.training import distributed
+from lftpipe.training.healing import HealingRun
 from lftpipe.training.optimizer import gradient_norm
 from lftpipe.training.run import TrainingRun
-from lftpipe.training.terms import Problem, weighted_sum
+from lftpipe.training.terms import LogitsProblem, Problem, weighted_sum
 
 T = TypeVar("T")
 
+Run = TrainingRun | HealingRun
+
 
 def take_step(
-    joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Batch, *, look: bool = True
+    joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch, *, look: bool = True
 ) -> list[float]:
     """One step of runs that are trained jointly.
 
@@ -44,11 +48,12 @@ def take_step(
         If a loss or gradient is not finite, or was not since the last look.
     """
     losses = losses_of(joint, bridges, batch)
+    # Once for all runs: the later ones' losses reach back through the earlier ones' walks.
     torch.stack(losses).sum().backward()
     return [move_weights(run, loss, look) for run, loss in zip(joint, losses, strict=True)]
 
 
-def losses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Batch) -> list[Loss]:
+def losses_of(joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch) -> list[Loss]:
     """The loss of each run; a later one begins where the one before it ends.
 
     Parameters
@@ -60,10 +65,10 @@ def losses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Ba
 
 
 def _in_order(
-    joint: Sequence[TrainingRun],
+    joint: Sequence[Run],
     bridges: Sequence[Layers],
     batch: Batch,
-    measure: Callable[[TrainingRun, States | None], tuple[T, Problem]],
+    measure: Callable[[Run, States | None], tuple[T, LogitsProblem]],
 ) -> list[T]:
     """What is measured of each run's problem; where it ends, through the bridge, the next one begins.
 
@@ -80,7 +85,7 @@ def _in_order(
     return found
 
 
-def loss_of(run: TrainingRun, batch: Batch, x_0: States | None = None) -> tuple[Loss, Problem]:
+def loss_of(run: Run, batch: Batch, x_0: States | None = None) -> tuple[Loss, LogitsProblem]:
     """The loss of a run's present stage, and the problem it was computed on.
 
     Parameters
@@ -89,7 +94,7 @@ def loss_of(run: TrainingRun, batch: Batch, x_0: States | None = None) -> tuple[
         Where to begin; left out, at the stored `h[m]`.
     """
     with run.autocast():
-        problem = pose(run, batch, x_0)
+        problem = run.pose(batch) if isinstance(run, HealingRun) else pose(run, batch, x_0)
         return weighted_sum(problem, run.stage.weights), problem
 
 
@@ -105,6 +110,7 @@ def pose(run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_ste
     timed = run.flow.modulation is not None
     steps = run.settings.walk_steps if timed else 1
     generator = torch.Generator().manual_seed(run.settings.seed * 2_000_003 + batch.step)
+    # On the processor and for the whole batch: the same draws on any device, whoever takes which part.
     draws = torch.rand(steps, run.order.batch_size, generator=generator)
     draws = move(draws[:, batch.part], run.device)
     times = "equal" if equal_steps else run.settings.walk_times
@@ -124,7 +130,7 @@ def pose(run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_ste
     )
 
 
-def move_weights(run: TrainingRun, loss: Loss, look: bool) -> float:
+def move_weights(run: Run, loss: Loss, look: bool) -> float:
     """Move the weights of a run whose gradients are there; the learning rate of that.
 
     Parameters
@@ -132,8 +138,8 @@ def move_weights(run: TrainingRun, loss: Loss, look: bool) -> float:
     look
         Whether to look if they were finite since the last look.
     """
-    distributed.average_gradients(run.flow.parameters())
-    norm = gradient_norm(list(run.flow.parameters()), run.settings.clip)
+    distributed.average_gradients(run.module.parameters())
+    norm = gradient_norm(list(run.module.parameters()), run.settings.clip)
     run.watch.add(run.step, distributed.mean(loss.detach()), norm)
     if look:
         seen = run.watch.look()
@@ -145,7 +151,7 @@ def move_weights(run: TrainingRun, loss: Loss, look: bool) -> float:
     return rate
 
 
-def _divergence(run: TrainingRun, norm: float, step: int) -> DivergenceError:
+def _divergence(run: Run, norm: float, step: int) -> DivergenceError:
     """Leave a note beside the last checkpoint, from which the run may go on more carefully."""
     if distributed.rank() == 0:
         runs.note_divergence(run.folder, step, run.optimizer.learning_rate)
@@ -161,8 +167,8 @@ def _divergence(run: TrainingRun, norm: float, step: int) -> DivergenceError:
 
 
 @torch.no_grad()
-def nmses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Batch) -> list[float]:
-    """NMSE of the states that each run predicts at inference (section 5.1).
+def nmses_of(joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch) -> list[float]:
+    """NMSE of the states that each run predicts at inference (section 5.1); NaN where it predicts none.
 
     Parameters
     ----------
@@ -170,7 +176,9 @@ def nmses_of(joint: Sequence[TrainingRun], bridges: Sequence[Layers], batch: Bat
         The teacher's layers from each block to the next one.
     """
 
-    def nmse(run: TrainingRun, x_0: States | None) -> tuple[float, Problem]:
+    def nmse(run: Run, x_0: States | None) -> tuple[float, LogitsProblem]:
+        if isinstance(run, HealingRun):
+            return math.nan, run.pose(batch)
         with run.autocast():
             problem = pose(run, batch, x_0, equal_steps=True)
             end = problem.end

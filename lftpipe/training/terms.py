@@ -1,5 +1,6 @@
 """The terms of `--loss` on a batch: states, logits through the frozen tail, stored logits, sampled ones."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,12 +9,20 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from lftpipe.base.device import cast_linear
 from lftpipe.base.errors import SettingsError, TeacherError
 from lftpipe.config.loss import load_term
 from lftpipe.data.batches import Batch
-from lftpipe.flow.distillation import by_pieces, draw, full_divergence, sampled_divergence, top_divergence
+from lftpipe.flow.distillation import (
+    by_pieces,
+    draw,
+    full_divergence,
+    next_token_loss,
+    sampled_divergence,
+    top_divergence,
+)
 from lftpipe.flow.objective import ErrorScale, Loss, branch_matching, flow_matching, flow_walking
 from lftpipe.flow.path import LinearPath, PiecewiseLinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver
@@ -36,9 +45,6 @@ OTHERWISE = 2**29
 KEPT_BYTES = 2**30
 
 Positions = Float[Tensor, "position feature"]
-
-#: The mean loss of a slice of positions from what the head reads there, and how many numbers each makes.
-Comparison = tuple[Callable[[Positions, slice], Loss], int]
 
 
 @dataclass
@@ -73,56 +79,42 @@ def check_head(tail: Tail, teacher: Teacher) -> None:
         )
 
 
-def logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
+def logit_divergence(tail: Tail, student: States, batch: Batch) -> Loss:
     """KL(teacher || student) over the whole vocabulary, in nats, mean over positions.
 
     Parameters
     ----------
+    student
+        What the head reads.
     batch
-        The teacher's: its last states, if the store has them, else those at the block's end.
+        The teacher's: its last states, if the store has them, else those at the tail's start.
     """
     with torch.no_grad():
         last = tail.start + len(tail.layers)
-        begin = last if last in batch.states else start
+        begin = last if last in batch.states else tail.start
         teacher = tail.states(batch.states[begin], batch.context, start=begin, stop=last)
         teacher = tail.norm(teacher).flatten(0, 1)
 
-    def divergence(student: Positions, part: slice) -> Loss:
+    def divergence(piece: Positions, part: slice) -> Loss:
         key = (begin, next(tail.head.parameters()).dtype, part.start)
-        return full_divergence(_teacher_logits(tail, teacher, batch, part, key), tail.head(student))
+        return full_divergence(_teacher_logits(tail, teacher, batch, part, key), tail.head(piece))
 
-    return _over_positions(tail, end, batch, start, (divergence, tail.vocabulary))
+    return _over_pieces(student, divergence, tail.vocabulary)
 
 
-def top_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
+def top_logit_divergence(tail: Tail, student: States, batch: Batch) -> Loss:
     """A lower bound of the same, from the teacher's largest logits."""
-    return _over_positions(tail, end, batch, start, on_top_logits(tail, batch))
-
-
-def sampled_logit_divergence(tail: Tail, end: States, batch: Batch, start: int) -> Loss:
-    """The same with the student's sum over the other tokens estimated from a sample: no whole head.
-
-    Parameters
-    ----------
-    batch
-        The teacher's, with `logits`; its number is the draw's seed.
-    """
-    return _over_positions(tail, end, batch, start, on_sampled_logits(tail, batch))
-
-
-def on_top_logits(tail: Tail, batch: Batch) -> Comparison:
-    """How a student is compared with the teacher's largest logits."""
     assert batch.logits is not None
     values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
 
-    def divergence(student: Positions, part: slice) -> Loss:
-        return top_divergence(values[part], ids[part], normaliser[part], tail.head(student))
+    def divergence(piece: Positions, part: slice) -> Loss:
+        return top_divergence(values[part], ids[part], normaliser[part], tail.head(piece))
 
-    return divergence, tail.vocabulary
+    return _over_pieces(student, divergence, tail.vocabulary)
 
 
-def on_sampled_logits(tail: Tail, batch: Batch) -> Comparison:
-    """The same, without a product with the whole head.
+def sampled_logit_divergence(tail: Tail, student: States, batch: Batch) -> Loss:
+    """The same with the student's sum over the other tokens estimated from a sample: no whole head.
 
     Parameters
     ----------
@@ -135,10 +127,23 @@ def on_sampled_logits(tail: Tail, batch: Batch) -> Comparison:
     values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
     drawn = draw(ids, tail.vocabulary, batch.step)
 
-    def divergence(student: Positions, part: slice) -> Loss:
-        return sampled_divergence(values[part], ids[part], normaliser[part], student, weight, bias, drawn)
+    def divergence(piece: Positions, part: slice) -> Loss:
+        return sampled_divergence(values[part], ids[part], normaliser[part], piece, weight, bias, drawn)
 
-    return divergence, ids.shape[1] * weight.shape[1]
+    return _over_pieces(student, divergence, ids.shape[1] * weight.shape[1])
+
+
+def token_loss(tail: Tail, student: States, batch: Batch) -> Loss:
+    """Cross-entropy of the text's own next tokens, in nats, divided by all positions."""
+    following = batch.tokens.roll(-1, dims=1).flatten()
+    known = ~batch.first_of_segment.roll(-1, dims=1)
+    known[:, -1] = False
+    targets = known.flatten()
+
+    def entropy(piece: Positions, part: slice) -> Loss:
+        return next_token_loss(following[part], targets[part], tail.head(piece))
+
+    return _over_pieces(student, entropy, tail.vocabulary)
 
 
 def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, key: tuple[Any, ...]) -> Tensor:
@@ -152,35 +157,54 @@ def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, ke
     return logits
 
 
-def _over_positions(tail: Tail, end: States, batch: Batch, start: int, comparison: Comparison) -> Loss:
-    """The mean of a comparison over all positions, some of them at a time."""
-    states = tail.states(end, batch.context, start=start)
-    return over_pieces(tail.norm(states), comparison)
+def _over_pieces(student: States, compare: Callable[[Positions, slice], Loss], numbers: int) -> Loss:
+    """The mean of a comparison over all positions, as many at a time as the device computes well.
 
-
-def over_pieces(states: States, comparison: Comparison) -> Loss:
-    """The mean of a comparison over all positions, as many at a time as the device computes well."""
-    compare, numbers = comparison
-    size = max(1, PIECE_BYTES.get(states.device.type, OTHERWISE) // (4 * numbers))
-    return by_pieces(states.flatten(0, 1), compare, size)
+    Parameters
+    ----------
+    compare
+        The mean loss of a slice of positions from what the head reads there.
+    numbers
+        That it makes of each position.
+    """
+    size = max(1, PIECE_BYTES.get(student.device.type, OTHERWISE) // (4 * numbers))
+    return by_pieces(student.flatten(0, 1), compare, size)
 
 
 # --- The terms of a loss on one batch: what several of them need is computed once.
 
 
 @dataclass(frozen=True)
-class Problem:
+class LogitsProblem(ABC):
+    """One batch seen by a student: what the terms on next-token distributions look at."""
+
+    batch: Batch
+    x_0: States
+    tail: Tail | None
+    """Frozen, to the logits; None where no term reads any."""
+
+    @cached_property
+    @abstractmethod
+    def end(self) -> States:
+        """What is made of `x_0`."""
+
+    @cached_property
+    def head_input(self) -> States:
+        """What the head reads of it."""
+        assert self.tail is not None
+        return self.tail.head_input(self.end, self.batch.context)
+
+
+@dataclass(frozen=True)
+class Problem(LogitsProblem):
     """One batch seen by one flow layer, with every random draw of the step."""
 
     flow: Velocity | LayerStack
     block: tuple[int, int]
-    batch: Batch
-    x_0: States
     t: Times
     time_grid: Float[Tensor, "time sequence"]
     method: Method
     scale: ErrorScale
-    tail: Tail | None
 
     @property
     def x_1(self) -> States:
@@ -200,6 +224,7 @@ class Problem:
         return self.flow(x, t, self.batch.context, source=self.x_0, step_size=step_size)
 
     @cached_property
+    @override
     def end(self) -> States:
         """Where the walk from `x_0` along the time grid ends."""
         return ODESolver(self.velocity).sample(self.x_0, method=self.method, time_grid=self.time_grid)
@@ -232,35 +257,29 @@ def _branches(problem: Problem) -> Loss:
     return branch_matching(parts, (attention, sample.dx_t - attention), problem.x_1, problem.scale)
 
 
-def _logits(problem: Problem) -> Loss:
-    assert problem.tail is not None
-    return logit_divergence(problem.tail, problem.end, problem.batch, problem.block[1])
+def _on_logits(measure: Callable[[Tail, States, Batch], Loss]) -> Callable[[LogitsProblem], Loss]:
+    def term(problem: LogitsProblem) -> Loss:
+        assert problem.tail is not None
+        return measure(problem.tail, problem.head_input, problem.batch)
 
-
-def _top_logits(problem: Problem) -> Loss:
-    assert problem.tail is not None
-    return top_logit_divergence(problem.tail, problem.end, problem.batch, problem.block[1])
-
-
-def _sampled_logits(problem: Problem) -> Loss:
-    assert problem.tail is not None
-    return sampled_logit_divergence(problem.tail, problem.end, problem.batch, problem.block[1])
+    return term
 
 
 #: What computes the terms of `lftpipe.config.loss.TERMS`; regression is a walk of one step without time.
-TERMS: dict[str, Callable[[Problem], Loss]] = {
+TERMS: dict[str, Callable[[Any], Loss]] = {
     "fw": _fw,
     "regression": _fw,
     "sfm": _sfm,
     "trajectory": _trajectory,
     "branches": _branches,
-    "logits": _logits,
-    "top-logits": _top_logits,
-    "sampled-logits": _sampled_logits,
+    "logits": _on_logits(logit_divergence),
+    "top-logits": _on_logits(top_logit_divergence),
+    "sampled-logits": _on_logits(sampled_logit_divergence),
+    "tokens": _on_logits(token_loss),
 }
 
 
-def weighted_sum(problem: Problem, weights: dict[str, float]) -> Loss:
+def weighted_sum(problem: LogitsProblem, weights: dict[str, float]) -> Loss:
     """The terms of one stage, each times its weight.
 
     Parameters
@@ -273,7 +292,7 @@ def weighted_sum(problem: Problem, weights: dict[str, float]) -> Loss:
     return sum((weight * _term(name, problem) for name, weight in weights.items()), problem.x_0.new_zeros(()))
 
 
-def _term(name: str, problem: Problem) -> Loss:
+def _term(name: str, problem: LogitsProblem) -> Loss:
     """One term; of one from outside it is checked what it gives."""
     if name in TERMS:
         return TERMS[name](problem)

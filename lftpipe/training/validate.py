@@ -17,7 +17,7 @@ from lftpipe.config.loss import (
     TWO_FOR,
     parse_loss,
 )
-from lftpipe.config.settings import ComputeDtype, MuonDtype, TrainSettings, depth_of, loss_text
+from lftpipe.config.settings import ComputeDtype, HealSettings, MuonDtype, TrainSettings, depth_of, loss_text
 from lftpipe.store import Store
 from lftpipe.teacher.layers import load_layer
 from lftpipe.teacher.source import Teacher
@@ -113,10 +113,7 @@ def _check_objective(settings: TrainSettings) -> None:
             "a flow: this layer sees x_0 and makes one step",
             "use --objective fw",
         )
-    if settings.patience and not settings.hold_back:
-        raise SettingsError(
-            "--patience without --hold-back", "sequences to judge by", "give --hold-back 0.02"
-        )
+    check_patience(settings)
     if settings.objective == "hybrid" and settings.alpha == 0:
         raise SettingsError("--objective hybrid --alpha 0", "a positive --alpha", "use --objective fw")
     if settings.loss is not None and settings.objective in ("hybrid", *CLOSED_FORM):
@@ -124,6 +121,14 @@ def _check_objective(settings: TrainSettings) -> None:
             f"--loss with --objective {settings.objective}",
             "one of the two",
             "write the sum as --loss fw,sfm:0.001",
+        )
+
+
+def check_patience(settings: TrainSettings | HealSettings) -> None:
+    """Refuse to wait for a better loss where none is measured."""
+    if settings.patience and not settings.hold_back:
+        raise SettingsError(
+            "--patience without --hold-back", "sequences to judge by", "give --hold-back 0.02"
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CONTEXT, extracted
 from tiny_students import tokens
-from training_runs import log_of, short_run, teacher_of, weights_of
+from training_runs import log_of, short_run, stop_before, teacher_of, weights_of
 
 from lftpipe import runs
 from lftpipe.base.errors import LftpipeError, RunError, SettingsError
@@ -18,8 +18,8 @@ from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExportSettings, HealSettings, TrainSettings
 from lftpipe.store import Store
 from lftpipe.student.assemble import build_student
-from lftpipe.student.healing import HealingStudent
 from lftpipe.student.loading import load_model
+from lftpipe.training.healing import HealingStudent
 
 STEPS = 10
 
@@ -149,18 +149,9 @@ def test_a_resumed_healing_ends_with_the_same_bits(
     store = logit_stores["neox"]
     trained(store, tmp_path, "regression")
     heal(healing(store, tmp_path, adapter=adapter))
-    from lftpipe.training import healing as loop
-
-    advance = loop.Healing._advance
-
-    def killed(self: loop.Healing, batch: object, log: object) -> None:
-        if self.step == 6:
-            raise KeyboardInterrupt
-        advance(self, batch, log)  # pyright: ignore[reportArgumentType]
-
     again = {"adapter": adapter, "run": str(tmp_path / "again"), **often}
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Healing, "_advance", killed)
+        stop_before(patch, 6)
         with pytest.raises(KeyboardInterrupt):
             heal(healing(store, tmp_path, **again))
     with pytest.raises(RunError, match="unfinished run"):

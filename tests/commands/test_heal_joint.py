@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import CONTEXT, extracted
 from tiny_students import tokens
-from training_runs import log_of, short_run, teacher_of, weights_of
+from training_runs import log_of, short_run, stop_before, teacher_of, weights_of
 
 from lftpipe import load_student, runs
 from lftpipe.base.errors import RunError
@@ -20,8 +20,8 @@ from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExportSettings, HealSettings
 from lftpipe.families.attention import attention_context
 from lftpipe.store import Store
-from lftpipe.student.healing import HealingStudent
 from lftpipe.teacher.layers import load_rotary
+from lftpipe.training.healing import HealingStudent
 
 STEPS = 10
 PARTS = ("run-0-1", "run-2-3")
@@ -163,14 +163,7 @@ def test_a_killed_healing_of_a_joint_student_ends_with_the_same_bits(
 ) -> None:
     store = trained[0]
     heal(healing(store, folder))
-    from lftpipe.training import healing as loop
-
-    advance, save, saved = loop.Healing._advance, runs.save_run, []
-
-    def killed_step(self: loop.Healing, batch: object, log: object) -> None:
-        if self.step == 6:
-            raise KeyboardInterrupt
-        advance(self, batch, log)  # pyright: ignore[reportArgumentType]
+    save, saved = runs.save_run, []
 
     def killed_save(*arguments: Any) -> None:
         if saved:
@@ -181,7 +174,7 @@ def test_a_killed_healing_of_a_joint_student_ends_with_the_same_bits(
     again = {"run": str(folder / "again")}
     with monkeypatch.context() as patch:
         if killed_at == "a step":
-            patch.setattr(loop.Healing, "_advance", killed_step)
+            stop_before(patch, 6)
         else:
             patch.setattr(runs, "save_run", killed_save)
         with pytest.raises(KeyboardInterrupt):

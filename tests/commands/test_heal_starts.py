@@ -1,5 +1,7 @@
 """What `lftpipe heal` begins with: every family, stores with little in them, weights that changed."""
 
+import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,12 @@ import torch
 from conftest import CONTEXT, extracted
 from decoders import DECODERS, make_decoders
 from tiny_students import tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import log_of, short_run, teacher_of
 from transformers import PreTrainedTokenizerFast
 
 from lftpipe import runs
-from lftpipe.base.errors import RunError, StoreError
+from lftpipe.base.errors import DivergenceError, RunError, SettingsError, StoreError
 from lftpipe.commands.evaluate import evaluate
 from lftpipe.commands.export import export
 from lftpipe.commands.generate import generate
@@ -22,6 +25,8 @@ from lftpipe.config.settings import EvaluateSettings, ExportSettings, GenerateSe
 from lftpipe.store import Store
 from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import load_model
+from lftpipe.training import divergence
+from lftpipe.training import step as training_step
 
 
 def healing(store: Path, folder: Path, **values: Any) -> HealSettings:
@@ -125,3 +130,58 @@ def test_a_path_may_be_written_in_another_way(
     heal(healing(trained, tmp_path))
     monkeypatch.chdir(tmp_path)
     assert heal(healing(trained, tmp_path, target="./run"))["already_finished"]
+
+
+def test_a_healing_that_diverged_goes_on_from_its_checkpoint(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training_step.loss_of
+
+    def loss_of(run, batch, x_0=None):
+        loss, context = real(run, batch, x_0)
+        return loss * (math.nan if run.step == 6 and torch.is_grad_enabled() else 1.0), context
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_step, "loss_of", loss_of)
+        with pytest.raises(DivergenceError, match=r"at step 6 of .*--resume with a lower --learning-rate"):
+            heal(healing(trained, tmp_path, checkpoint_every=4))
+    again = healing(trained, tmp_path, checkpoint_every=4, resume=True, learning_rate=1e-3)
+    assert heal(again)["steps"] == 10
+
+
+def test_a_healing_stops_where_nothing_is_gained_and_keeps_its_best(trained: Path, tmp_path: Path) -> None:
+    """At a rate at which it only gets worse, what it began with is the best."""
+    result = heal(
+        healing(trained, tmp_path, adapter="full", learning_rate=0.1, evaluate_every=1, patience=3, ema=0.5)
+    )
+    assert result["steps"] == 3
+    first, *others = (row["held_back_loss"] for row in log_of(tmp_path / "healed"))
+    assert result["held_back_loss"] == first < min(others)
+    with pytest.raises(SettingsError, match="--patience without --hold-back"):
+        heal(healing(trained, tmp_path, run=str(tmp_path / "other"), patience=3, hold_back=0.0))
+
+
+@pytest.mark.parametrize("how", [{"loss": "logits"}, {"loss": "tokens", "adapter": "full"}])
+def test_no_step_of_a_healing_waits_for_the_device(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    """What a GPU would have to be waited for raises, in steps at which nobody looks."""
+    monkeypatch.setattr(divergence, "LOOK_EVERY", {"cpu": 100})
+    real, alone = training_step.take_step, []
+
+    def take_step(*given, look):
+        with nullcontext() if look else NoWaiting():
+            alone.append(not look)
+            return real(*given, look=look)
+
+    monkeypatch.setattr("lftpipe.training.loop.take_step", take_step)
+    heal(healing(trained, tmp_path, **how))
+    assert sum(alone) == 8
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a value on the device is asked for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))

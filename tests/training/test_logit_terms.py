@@ -1,6 +1,7 @@
 """Terms on next-token distributions: the same number and gradient in pieces as at once, at a lower price."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,10 @@ def wrong_end(batch: Batch) -> Tensor:
     return (batch.states[START] + 0.3 * noise).requires_grad_()
 
 
+def measured(term: Callable[..., Tensor], tail: Tail, end: Tensor, batch: Batch) -> Tensor:
+    return term(tail, tail.head_input(end, batch.context), batch)
+
+
 def at_once(tail: Tail, end: Tensor, batch: Batch) -> Tensor:
     with torch.no_grad():
         teacher = tail(batch.states[START], batch.context)
@@ -76,27 +81,27 @@ def test_a_divergence_in_pieces_is_that_of_the_whole_batch(
 ):
     monkeypatch.setattr(terms, "PIECE_BYTES", {"cpu": positions * 4 * tail.vocabulary})
     end = wrong_end(batch)
-    ours, theirs = term(tail, end, batch, START), expected(tail, end, batch)
+    ours, theirs = measured(term, tail, end, batch), expected(tail, end, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     gradients = [torch.autograd.grad(loss, end)[0] for loss in (3 * ours, 3 * theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
     with torch.no_grad():
-        torch.testing.assert_close(term(tail, end, batch, START), theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(measured(term, tail, end, batch), theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_without_its_last_states_the_teachers_tail_runs(tail, batch):
     end = wrong_end(batch)
     without = replace(batch, states={START: batch.states[START]})
     torch.testing.assert_close(
-        logit_divergence(tail, end, without, START),
-        logit_divergence(tail, end, batch, START),
+        measured(logit_divergence, tail, end, without),
+        measured(logit_divergence, tail, end, batch),
         rtol=1e-4,
         atol=1e-6,
     )
 
 
 def test_the_teachers_own_end_diverges_by_nothing(tail, batch):
-    assert logit_divergence(tail, batch.states[START], batch, START).item() < 1e-5
+    assert measured(logit_divergence, tail, batch.states[START], batch).item() < 1e-5
 
 
 class Counted(nn.Module):
@@ -115,10 +120,10 @@ def test_the_teachers_logits_are_computed_once_for_all_that_ask(store, batch):
     tail = Tail(teacher_of(store), START)
     tail.head = Counted(tail.head)  # pyright: ignore[reportAttributeAccessIssue]
     end = wrong_end(batch)
-    alone = [logit_divergence(tail, end, batch, START) for _ in range(3)]
+    alone = [measured(logit_divergence, tail, end, batch) for _ in range(3)]
     assert tail.head.calls == 3
     asked = replace(batch, askers=3, kept={})
-    together = [logit_divergence(tail, end, asked, START) for _ in range(3)]
+    together = [measured(logit_divergence, tail, end, asked) for _ in range(3)]
     assert tail.head.calls == 4
     assert [loss.item() for loss in together] == [loss.item() for loss in alone]
 
@@ -178,8 +183,8 @@ def test_the_sampled_sum_over_the_vocabulary_has_no_bias_and_little_noise(tail, 
 
 def test_the_sampled_divergence_and_its_gradient_are_near_the_exact_ones(tail, batch):
     end = wrong_end(batch)
-    exact = top_logit_divergence(tail, end, batch, START)
-    sampled = sampled_logit_divergence(tail, end, batch, START)
+    exact = measured(top_logit_divergence, tail, end, batch)
+    sampled = measured(sampled_logit_divergence, tail, end, batch)
     torch.testing.assert_close(sampled, exact, rtol=0.1, atol=0)
     ours, theirs = (torch.autograd.grad(loss, end)[0].flatten() for loss in (sampled, exact))
     # A random teacher's distributions are nearly flat: what is estimated is nearly all of the mass.

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lftpipe.config.settings import TrainSettings
 from lftpipe.training import distributed, optimizer
 from lftpipe.training.optimizer import Muon, Optimizer, orthogonalised
 
@@ -127,8 +126,7 @@ def test_stacks_of_matrices_move_in_steps_of_muons_size():
     flow = nn.Module()
     flow.experts = nn.Parameter(torch.ones(3, 8, 8))
     flow.matrix = nn.Parameter(torch.ones(8, 8))
-    settings = TrainSettings(learning_rate=1e-2, weight_decay=0.0, muon_dtype="float32")
-    optimizer = Optimizer(flow, settings)
+    optimizer = Optimizer(flow, 1e-2, weight_decay=0.0, muon=torch.float32)
     for weight in flow.parameters():
         weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     optimizer.step(1.0)

@@ -83,7 +83,7 @@ def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch
         train(settings)
     (state,) = read_checkpoint(tmp_path / "run" / runs.CHECKPOINT, None)
     assert state["step"] == 5
-    assert all(tensor.isfinite().all() for tensor in state["flow"].values())
+    assert all(tensor.isfinite().all() for tensor in state["weights"].values())
     assert not (tmp_path / "run" / runs.MANIFEST).exists()
     # Tamed, it goes on from there: the metrics show with which rates.
     monkeypatch.setattr(training_step, "loss_of", real)

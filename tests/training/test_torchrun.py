@@ -90,6 +90,23 @@ def test_when_a_process_dies_the_other_ends_and_the_same_command_goes_on(argumen
     assert runs.open_run(Path(run)).train_tokens == 12 * 4 * CONTEXT
 
 
+@pytest.mark.slow
+def test_a_student_is_healed_by_two_processes_as_by_one(arguments, tmp_path):
+    train, heal = arguments, ["heal", str(tmp_path / "run"), *arguments[1:3], *arguments[5:-2]]
+    heal += ["--adapter", "full", "--loss", "logits", "--hold-back", "0.2", "--evaluate-every", "4"]
+    subprocess.run([sys.executable, "-m", "lftpipe", *train], check=True, timeout=240)
+    subprocess.run(
+        [sys.executable, "-m", "lftpipe", *heal, "--run", str(tmp_path / "one")], check=True, timeout=240
+    )
+    status, out, lines = torchrun("-m", "--", "lftpipe", *heal, "--run", str(tmp_path / "two"))
+    assert (status, lines) == (0, [])
+    assert out.count("next: lftpipe evaluate") == 1
+    one, two = (
+        [row.get("loss") or row["held_back_loss"] for row in log_of(tmp_path / run)] for run in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "text",
     ["[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:2", "NCCL error"],

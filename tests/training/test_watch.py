@@ -72,7 +72,7 @@ def test_no_wrong_weights_are_kept_by_one_who_looks_late(
         train(settings)
     (state,) = read_checkpoint(tmp_path / "run" / runs.CHECKPOINT, None)
     assert state["step"] == kept
-    assert all(tensor.isfinite().all() for tensor in state["flow"].values())
+    assert all(tensor.isfinite().all() for tensor in state["weights"].values())
     assert all(math.isfinite(row["loss"]) for row in log_of(settings.run))
     monkeypatch.setattr(training_step, "loss_of", real)
     assert train(change(settings, resume=True, learning_rate=1e-3))["steps"] == 12

@@ -166,6 +166,36 @@ class Writing(Common):
     """Overwrite what an earlier run of the command left."""
 
 
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class InSteps(Seeded, Writing):
+    """A stage that trains in steps."""
+
+    batch_tokens: Batch = 1024
+    """Tokens in one step; a small budget is better spent on many small steps."""
+    warmup: Fraction = 0.05
+    """Fraction of the steps in which the learning rate rises; cosine decay follows."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay."""
+    clip: NonNegative = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    ema: Fraction = 0.0
+    """Keep an exponential average of the weights with this decay, such as 0.999; 0 keeps the last weights."""
+    patience: CountOrZero = 0
+    """Stop after this many evaluations without a better loss on the sequences held back; 0: never."""
+    compute_dtype: ComputeDtype = "auto"
+    """Number format of matrix products; `auto`: bfloat16 if the processor has it, else float32."""
+    resume: bool = False
+    """Continue an interrupted run."""
+    track: TrackerName | None = None
+    """Also send the metrics to a tracker: `tensorboard` writes into the run's folder."""
+    log_every: Count = 20
+    """Steps between lines of `metrics.jsonl`."""
+    checkpoint_minutes: NonNegative = 5.0
+    """Minutes between checkpoints, which are written in the background; 0: by `--checkpoint-every` alone."""
+    checkpoint_every: CountOrZero = 0
+    """Steps between further checkpoints; 0: by the clock alone."""
+
+
 def to_json(settings: Common) -> dict[str, Any]:
     """Settings as values that JSON and TOML can hold; what is None or an empty table is left out.
 

@@ -10,14 +10,13 @@ from lftpipe.config.refusal import check_names
 from lftpipe.config.settings.base import (
     CONFIG,
     MAIN,
-    Batch,
-    ComputeDtype,
     Condition,
     Count,
     CountOrZero,
     Depths,
     Fraction,
     Init,
+    InSteps,
     LossScale,
     MuonDtype,
     NonNegative,
@@ -27,21 +26,18 @@ from lftpipe.config.settings.base import (
     OptimizerName,
     Predictor,
     Role,
-    Seeded,
     SolverName,
     Spread,
     Steps,
     Text,
-    TrackerName,
     WalkTimes,
-    Writing,
 )
 
 # --- Settings of `lftpipe train`.
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class TrainSettings(OfStore, Spread, Seeded, Writing):
+class TrainSettings(OfStore, Spread, InSteps):
     """Of `lftpipe train`."""
 
     block: Annotated[Text, Role.REPEATED] = "auto"
@@ -82,8 +78,6 @@ class TrainSettings(OfStore, Spread, Seeded, Writing):
     """What divides a squared error: each `token`'s or `channel`'s own scale, the final `norm`, or nothing."""
     tokens: Count = 1_000_000
     """Training tokens; the store is read again in a new order as often as needed."""
-    batch_tokens: Batch = 1024
-    """Tokens in one step; a small budget is better spent on many small steps."""
     window: CountOrZero = 0
     """Shuffle so many sequences among themselves, one window after the other; 0: the whole store. A rolling
     store has its own windows."""
@@ -95,28 +89,14 @@ class TrainSettings(OfStore, Spread, Seeded, Writing):
     learning_rate: NonNegative | None = None
     """Peak learning rate; default: 0.02 for `muon` (0.005 for `distil`), 0.003 for `adamw`, or less where a
     step of that size would be large for the teacher's weights."""
-    warmup: Fraction = 0.05
-    """Fraction of the steps in which the learning rate rises; cosine decay follows."""
-    weight_decay: NonNegative = 0.01
-    """Decoupled weight decay."""
-    clip: NonNegative = 1.0
-    """Largest gradient norm; 0 does not clip."""
-    ema: Fraction = 0.0
-    """Keep an exponential average of the weights with this decay, such as 0.999; 0 keeps the last weights."""
     hold_back: Fraction = 0.0
     """Fraction of the training sequences held back, on which the best weights are chosen. It turns evaluation
     on: `--evaluate-every` then defaults to 100."""
     evaluate_every: CountOrZero = 0
     """Steps between evaluations on the sequences held back; validation is logged with them. 0: never, or 100
     with `--hold-back`."""
-    patience: CountOrZero = 0
-    """Stop after this many evaluations without a better loss on the sequences held back; 0: never."""
-    track: TrackerName | None = None
-    """Also send the metrics to a tracker: `tensorboard` writes into the run's folder."""
     tensorboard: bool = False
     """The same as `--track tensorboard`."""
-    compute_dtype: ComputeDtype = "auto"
-    """Number format of matrix products; `auto`: bfloat16 if the processor has it, else float32."""
     from_teacher: bool = False
     """Run the teacher for every batch, or read the store (the default)."""
     run: Annotated[Text | None, Role.REPEATED] = None
@@ -127,14 +107,6 @@ class TrainSettings(OfStore, Spread, Seeded, Writing):
     ] = Field(default_factory=dict)
     """A recipe's `[train.variants.NAME]`: runs NAME-m-n-seedS that differ in these settings and see the same
     batches."""
-    resume: bool = False
-    """Continue an interrupted run."""
-    log_every: Count = 20
-    """Steps between lines of `metrics.jsonl`."""
-    checkpoint_minutes: NonNegative = 5.0
-    """Minutes between checkpoints, which are written in the background; 0: by `--checkpoint-every` alone."""
-    checkpoint_every: CountOrZero = 0
-    """Steps between further checkpoints; 0: by the clock alone."""
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "block objective tokens run seed from_teacher device store workspace resume force",
@@ -184,7 +156,7 @@ HealLoss = Literal["top-logits", "sampled-logits", "logits", "tokens"]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class HealSettings(OfStore, OnDevice, Seeded, Writing):
+class HealSettings(OfStore, OnDevice, InSteps):
     """Of `lftpipe heal`."""
 
     target: Annotated[Text | None, Role.ARGUMENT] = None
@@ -200,36 +172,16 @@ class HealSettings(OfStore, OnDevice, Seeded, Writing):
     the teacher's own last layers, or the `tokens` alone."""
     tokens: Count = 200_000
     """Training tokens."""
-    batch_tokens: Batch = 1024
-    """Tokens in one step."""
     learning_rate: NonNegative | None = None
     """Peak learning rate; default: 1e-3 for `lora`, 1e-4 for `full`."""
-    warmup: Fraction = 0.05
-    """Fraction of the steps in which the learning rate rises; cosine decay follows."""
-    weight_decay: NonNegative = 0.01
-    """Decoupled weight decay."""
-    clip: NonNegative = 1.0
-    """Largest gradient norm; 0 does not clip."""
     hold_back: Fraction = 0.02
     """Fraction of the training sequences held back, on which the best weights are chosen."""
     evaluate_every: Count = 50
     """Steps between evaluations on the sequences held back."""
-    compute_dtype: ComputeDtype = "auto"
-    """Number format of matrix products; `auto`: bfloat16 if the processor has it, else float32."""
     run: Text | None = None
     """Name or path of the new run; default: the healed run's name with `-healed`."""
-    resume: bool = False
-    """Continue an interrupted healing."""
-    track: TrackerName | None = None
-    """Also send the metrics to a tracker: `tensorboard` writes into the run's folder."""
-    log_every: Count = 20
-    """Steps between lines of `metrics.jsonl`."""
-    checkpoint_minutes: NonNegative = 5.0
-    """Minutes between checkpoints; 0: by `--checkpoint-every` alone."""
-    checkpoint_every: CountOrZero = 0
-    """Steps between further checkpoints; 0: by the clock alone."""
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "train adapter rank loss tokens learning_rate run seed device store workspace resume force",
-        "The steps": "batch_tokens warmup weight_decay clip hold_back evaluate_every track",
+        "The steps": "batch_tokens warmup weight_decay clip ema hold_back evaluate_every patience track",
     }
