@@ -30,10 +30,13 @@ if TYPE_CHECKING:
         verify,
     )
     from lftpipe.base.errors import LftpipeError
+    from lftpipe.fusion import ByteModel, FusionLogitsProcessor
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ByteModel",
+    "FusionLogitsProcessor",
     "LftpipeError",
     "__version__",
     "add_term",
@@ -58,10 +61,18 @@ __all__ = [
 ]
 
 
+#: Public names that are not of `lftpipe.api`.
+_ELSEWHERE = {
+    "LftpipeError": "lftpipe.base.errors",
+    "ByteModel": "lftpipe.fusion",
+    "FusionLogitsProcessor": "lftpipe.fusion",
+}
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "lftpipe.base.errors" if name == "LftpipeError" else "lftpipe.api"
+    module = _ELSEWHERE.get(name, "lftpipe.api")
     return getattr(importlib.import_module(module), name)
 
 

@@ -19,7 +19,7 @@ EVERYTHING = [
 FLOORS: tuple[str, ...] = (
     "base",
     "results config storage corpus families",
-    "teacher store flow",
+    "teacher store flow fusion",
     "data runs",
     "extraction recoupling student training evaluation",
     "reporting",
@@ -48,6 +48,7 @@ WITHOUT: dict[str, str] = {
     "teacher": "zarr",
     "store": "torch transformers",
     "flow": "transformers safetensors zarr pathlib json os",
+    "fusion": "zarr",
     "data": "transformers zarr",
     "runs": "transformers zarr",
     "extraction": "zarr",
