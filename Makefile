@@ -155,10 +155,12 @@ crash: setup
 	LFTPIPE_KILLS=$(KILLS) $(BIN)/pytest -s -m "slow or not slow" tests/commands/test_crash.py tests/store/test_killed.py \
 	  tests/training/test_kills.py tests/training/test_torchrun.py tests/commands/test_small_disk.py tests/test_outputs.py
 
-# Exports in other runtimes, lm_eval and llama.cpp, and the table of what runs where.
+# Exports in other runtimes, transformers 4, lm_eval and llama.cpp, and the table of what runs where.
 runtimes: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt xllamacpp
-	$(BIN)/pytest -m slow tests/student/test_runtimes.py
+	$(PYTHON) -m venv $(VENV)/transformers-4
+	$(VENV)/transformers-4/bin/pip install --quiet torch 'transformers==4.57.*'
+	$(BIN)/pytest -m slow tests/student/test_runtimes.py tests/student/test_old_readers.py
 	$(BIN)/python tests/runtime_matrix.py
 
 # The site of docs/, into site/. A broken link or an unknown name is an error.

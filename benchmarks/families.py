@@ -5,6 +5,7 @@ python benchmarks/families.py --only qwen2,mamba2        # prints a line for eac
 """
 
 import argparse
+import copy
 import json
 import re
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_configs import VOCABULARY, tiny_configs
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
@@ -23,12 +25,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lftpipe import runs
-from lftpipe.base.errors import LftpipeError
+from lftpipe.base.errors import LftpipeError, RunError, TeacherError
 from lftpipe.families.attention import attention_context
 from lftpipe.families.structure import check_attention, check_kind
+from lftpipe.flow.stack import NoLayer
 from lftpipe.flow.velocity import Velocity
 from lftpipe.student.assemble import build_student
+from lftpipe.student.loading import load_teacher
 from lftpipe.student.plain import unroll
+from lftpipe.teacher.capture import close
+from lftpipe.teacher.compare import check_logits
 from lftpipe.teacher.layers import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.tail import Tail
@@ -57,6 +63,10 @@ class Line:
     """`branches` or `whole`, once a flow layer was trained."""
     student: bool = False
     plain: bool = False
+    without_first: str = ""
+    """The student without its first layer, as a plain export: equal to it, or refused in words."""
+    heads: str = ""
+    """How many ways to hold embedding and head in a file are read as transformers reads them."""
     gguf: bool = False
     """Whether transformers reads its GGUF files, so that they can be named as teachers."""
     why: str = ""
@@ -106,10 +116,78 @@ def try_family(model_type: str, folder: Path) -> Line:
         line.student = made.shape == (1, CONTEXT + 3)
         student = build_student(teacher, [run], steps=1, solver="euler")
         with torch.inference_mode():
+            line.without_first = _without_first(teacher, tokens, states[0], folder / "skip")
+            line.heads = _heads(model, folder)
             line.plain = bool((unroll(student)(tokens).logits - student(tokens).logits).abs().max() < 1e-3)
     except Exception as error:
         line.why = line.why if line.flow and line.why else _reason(error)
     return line
+
+
+def _without_first(teacher: Teacher, tokens: torch.Tensor, first: torch.Tensor, folder: Path) -> str:
+    """Whether the other layers do as before, in a student and in its plain export, with other numbers."""
+    skip = {"skip": True, "time": False, "shift": False}
+    student = build_student(teacher, [_saved(teacher, NoLayer(), folder, block=[0, 1], velocity=skip)])
+    context = attention_context(load_rotary(teacher), torch.arange(CONTEXT).expand(2, -1))
+    ours = student(tokens).logits
+    assert close(ours, Tail(teacher, 1)(first.clone(), context), 1e-3), "a student without layer 0 is another"
+    try:
+        plain = unroll(student)
+    except RunError:
+        return "refused"
+    assert close(plain(tokens).logits, ours, 1e-3), "a plain form without layer 0 is another"
+    return "equal"
+
+
+def _heads(model: Any, folder: Path) -> str:
+    """Tied in the config or not; in the file both tensors, equal or not, the head alone, or the embedding.
+
+    The law is transformers' own loading, or a refusal by name where it would draw a head at random.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not model._tied_weights_keys or head.weight.shape != embedding.weight.shape:
+        return ""
+    path = {id(part): name for name, part in model.named_modules()}
+    head, embedding = f"{path[id(head)]}.weight", f"{path[id(embedding)]}.weight"
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    untied = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    untied.load_state_dict(model.state_dict())
+    untied.get_parameter(head).copy_(-model.get_parameter(embedding).roll(1, 0))
+    untied.save_pretrained(folder / "untied")
+    tensors = load_file(folder / "untied" / "model.safetensors")
+    names = {
+        part: next(key for key, value in tensors.items() if torch.equal(value, untied.get_parameter(part)))
+        for part in (head, embedding)
+    }
+    ways = {  # by name: what the config says, and what becomes of the file
+        "tied": (True, {names[head]: tensors[names[embedding]].clone()}),
+        "untied": (False, {}),
+        "tied, another head": (True, {}),
+        "tied, the head alone": (True, {names[embedding]: None}),
+        "untied, no head": (False, {names[head]: None}),
+    }
+    wrong = [way for way, given in ways.items() if not _is_read(folder / "untied", tensors, *given)]
+    assert not wrong, f"embedding and head read as others than transformers reads them: {', '.join(wrong)}"
+    return f"{len(ways)} of {len(ways)}"
+
+
+def _is_read(folder: Path, tensors: dict[str, torch.Tensor], tied: bool, changes: dict[str, Any]) -> bool:
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps(config))
+    given = {name: value for name, value in (tensors | changes).items() if value is not None}
+    save_file(given, folder / "model.safetensors", metadata={"format": "pt"})
+    lacking = None in changes.values() and not tied
+    try:
+        teacher = open_teacher(str(folder), folder)
+    except TeacherError as error:
+        return lacking and " without " in str(error)
+    check_logits(teacher)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.arange(1, CONTEXT + 1)[None]
+    return not lacking and close(
+        load_teacher(teacher)(tokens, use_cache=False).logits, theirs(tokens, use_cache=False).logits, 1e-3
+    )
 
 
 def _tiny(model_type: str) -> Any:
@@ -168,11 +246,16 @@ def _train(teacher: Teacher, states: dict[int, torch.Tensor], logits: torch.Tens
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0], "training does not lower the loss"
-    velocity = {"time": True, "shift": flow.shift}
+    return _saved(teacher, flow, folder, block=[1, 3], velocity={"time": True, "shift": flow.shift})
+
+
+def _saved(
+    teacher: Teacher, flow: torch.nn.Module, folder: Path, *, block: list[int], velocity: dict[str, bool]
+) -> runs.Run:
     manifest = {
         "store_fingerprint": "0" * 32,
         "teacher": teacher.identity(),
-        "block": [1, 3],
+        "block": block,
         "objective": "fw",
         "solver": "euler",
         "walk_steps": 2,
@@ -209,23 +292,36 @@ def table(lines: list[Line]) -> str:
     """The lines as Markdown, with their sums."""
     sums = {
         name: sum(bool(getattr(line, name)) for line in lines)
-        for name in ("states", "attention", "flow", "student", "plain", "gguf")
+        for name in ("states", "attention", "flow", "student", "plain", "heads", "gguf")
     }
+    equal, refused = (sum(line.without_first == found for line in lines) for found in ("equal", "refused"))
     rows = [
         MARK,
         "",
         f"transformers {transformers.__version__}: {len(lines)} model types with a `*ForCausalLM` class. "
         f"{sums['states']} extract and map, {sums['attention']} of them with attention outputs; "
         f"{sums['flow']} train a flow layer, {sums['student']} generate with it, "
-        f"{sums['plain']} unroll to a plain checkpoint.",
+        f"{sums['plain']} unroll to a plain checkpoint. Without layer 0, {equal} plain forms "
+        f"equal their student and {refused} are refused. Of {sums['heads']} types that can tie embedding and "
+        "head, all ways are read right.",
         "",
-        "| model type | states | attention outputs | flow | student | plain | GGUF | why not |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model type | states | attention outputs | flow | student | plain | without layer 0 | heads | GGUF "
+        "| why not |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         marks = [
             "yes" if mark is True else mark or "-"
-            for mark in (line.states, line.attention, line.flow, line.student, line.plain, line.gguf)
+            for mark in (
+                line.states,
+                line.attention,
+                line.flow,
+                line.student,
+                line.plain,
+                line.without_first,
+                line.heads,
+                line.gguf,
+            )
         ]
         rows.append(f"| {line.model_type} | {' | '.join(marks)} | {line.why.replace('|', '/')} |")
     return "\n".join(rows) + "\n"

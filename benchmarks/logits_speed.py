@@ -112,7 +112,7 @@ def states_of(options: argparse.Namespace, teacher: Teacher, m: int, n: int) -> 
     if options.store is None:
         places = torch.arange(512).expand(options.sequences, -1)
         x = torch.randn(options.sequences, 512, teacher.width)
-        batch = Batch(0, places, places, {n: x}, rotary=load_rotary(teacher), one_segment=True)
+        batch = Batch(0, places, places, {n: x}, rotary=load_rotary(teacher))
         return batch, x + torch.randn_like(x)
     reader = BatchReader(Store.open(options.store), teacher, "cpu")
     batch = reader.read("validation", range(options.sequences), BatchFields((m, n)))

@@ -199,6 +199,13 @@ def make_teachers(root: Path, names: Iterable[str], tokenizer: PreTrainedTokeniz
     return {name: root / name for name in names}
 
 
+def change_weights(folder: Path) -> None:
+    """Other weights of the same shapes, in the folder of the teacher "neox"."""
+    model = neox()
+    randomise(model, seed=1)
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def teachers(shared: Shared, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
     """A folder in transformers' format for every one of `MODELS`."""

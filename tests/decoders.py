@@ -70,3 +70,14 @@ def make_decoders(root: Path, names: Iterable[str], tokenizer: PreTrainedTokeniz
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return {name: root / name for name in names}
+
+
+def make_bloom(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a tiny Bloom, whose layers are made of no two branches."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4}
+    config = AutoConfig.for_model("bloom", **sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

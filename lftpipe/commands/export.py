@@ -1,5 +1,6 @@
 """`lftpipe export`: a student as a folder that transformers, or any runtime of its family, loads."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from lftpipe.runs import Run
 from lftpipe.storage.hub import Repository, require_token
 from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import teacher_of_run
-from lftpipe.student.plain import unroll
+from lftpipe.student.plain import old_rotary_names, unroll
 from lftpipe.student.standalone_modeling import MODULE, auto_map, modelling_file
 from lftpipe.teacher.silence import quiet_transformers
 from lftpipe.teacher.source import Teacher, load_tokenizer, max_positions_of
@@ -34,6 +35,9 @@ _OLDER_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|vocab|added_tokens|lftpipe)\.json"
     r"|model.*\.safetensors(\.index\.json)?|README\.md|merges\.txt|chat_template\.jinja|tokenizer\.model"
 )
+
+#: Largest difference of a plain export's logits from the student's, of the largest logit, that is rounding.
+ROUNDING = 1e-3
 
 #: Tokens that a plain export's logits are compared with the student's on.
 COMPARED_TOKENS = 64
@@ -58,7 +62,7 @@ def export(settings: ExportSettings) -> Exported:
     opened = sorted(chain.from_iterable(runs.open_students(paths)), key=lambda run: run.block)
     teacher = teacher_of_run(opened[0], settings.workspace)
     student = build_student(teacher, opened, steps=settings.k, solver=settings.solver)
-    _refuse_nan(student)
+    _refuse_infinite(student, "check run and teacher")
     k = student.config.steps
     out = settings.out or opened[0].path / f"export-{settings.form}-k{k}"
     with making_folder(out) as folder:
@@ -70,19 +74,19 @@ def export(settings: ExportSettings) -> Exported:
             max_logit_difference=difference,
         )
         card = student_card(result, teacher, opened, module=MODULE, licence=settings.license)
-        size = _write(model.to(getattr(torch, settings.dtype)), teacher, card, result, folder)
+        model = model.to(getattr(torch, settings.dtype))
+        _refuse_infinite(model, f"pass --dtype bfloat16 or float32: {settings.dtype} holds no such number")
+        size = _write(model, teacher, card, result, folder)
     result = replace(result, bytes=size)
     if repository is not None:
         result = replace(result, pushed=repository.upload(out, only=["*"], private=settings.private))
     return result
 
 
-def _refuse_nan(student: Any) -> None:
+def _refuse_infinite(student: Any, do: str) -> None:
     for name, weight in student.named_parameters():
         if not weight.isfinite().all():
-            raise RunError(
-                f"tensor {name} of the student, which is not finite", "numbers", "check run and teacher"
-            )
+            raise RunError(f"tensor {name} of the student, which is not finite", "numbers", do)
 
 
 def _in_form(student: Any, form: str) -> tuple[Any, float | None]:
@@ -90,7 +94,14 @@ def _in_form(student: Any, form: str) -> tuple[Any, float | None]:
     if form != "plain":
         return student, None
     model = unroll(student)
-    return model, _largest_difference(model, student)
+    difference, largest = _largest_difference(model, student)
+    if not difference <= ROUNDING * largest:
+        raise RunError(
+            f"a plain form with logits up to {difference:.1e} off the student's, of at most {largest:.1e}",
+            "the same function",
+            "use --form latent-flow",
+        )
+    return model, difference
 
 
 def _described(
@@ -134,12 +145,13 @@ def _check_free(out: Path, force: bool, teacher: Teacher) -> None:
 
 
 @torch.inference_mode()
-def _largest_difference(model: Any, student: Any) -> float:
-    """Between the logits of both, over random tokens."""
+def _largest_difference(model: Any, student: Any) -> tuple[float, float]:
+    """Between the logits of both, over random tokens; and the student's largest."""
     generator = torch.Generator().manual_seed(0)
     count = min(COMPARED_TOKENS, max_positions_of(student.config) or COMPARED_TOKENS)
     tokens = torch.randint(student.config.vocab_size, (1, count), generator=generator)
-    return (model(tokens).logits - student(tokens).logits).abs().max().item()
+    ours, theirs = model(tokens).logits, student(tokens).logits
+    return (ours - theirs).abs().max().item(), theirs.abs().max().item()
 
 
 def _write(model: Any, teacher: Teacher, card: str, result: Exported, folder: Path) -> int:
@@ -149,6 +161,9 @@ def _write(model: Any, teacher: Teacher, card: str, result: Exported, folder: Pa
             model.config.auto_map = auto_map(model)
             (folder / f"{MODULE}.py").write_text(modelling_file(model), encoding="utf-8")
         model.save_pretrained(folder)
+        if result.form == "plain":
+            config = json.loads((folder / "config.json").read_text("utf-8")) | old_rotary_names(model.config)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         load_tokenizer(teacher).save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         files = sorted({SOURCE, *(entry.name for entry in folder.iterdir())})

@@ -23,7 +23,8 @@ from lftpipe.extraction.rolling import check_rolling, roll, rolling_spec
 from lftpipe.extraction.tokens import are_stored, fitted, packing_of, spec_of, store_tokens
 from lftpipe.results.outcomes import Extraction, PlannedExtraction
 from lftpipe.storage import storage_of
-from lftpipe.store import StoreSpec, StoreWriter, abandon, verify_store
+from lftpipe.store import StoreSpec, StoreWriter, abandon, planned_spec, verify_store
+from lftpipe.teacher.compare import check_logits
 
 
 def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
@@ -41,6 +42,8 @@ def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
     if settings.dry_run:
         return dry_run(fitted(plan))
     _check_shared(plan, settings)
+    if settings.force or planned_spec(plan.path) is None:
+        check_logits(plan.teacher)  # before the store's folder is claimed
     started = time.monotonic()
     if settings.part is not None:
         return _part(plan, settings, parse_part(settings.part), started)

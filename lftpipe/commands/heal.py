@@ -55,7 +55,6 @@ def heal(settings: HealSettings) -> Healing:
         source = _find(store_path, settings.target)
         settings = _resolved(settings, source, store)
         teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
-        _check_start(settings, store, teacher)
         check_tracker(settings)
         new: list[Part] = []
         for run in source:
@@ -203,16 +202,6 @@ def _resolved(settings: HealSettings, student: list[Run], store: Store) -> HealS
         compute_dtype=cast(ComputeDtype, dtype_name(dtype)),
         learning_rate=LEARNING_RATES[settings.adapter] if rate is None else rate,
     )
-
-
-def _check_start(settings: HealSettings, store: Store, teacher: Teacher) -> None:
-    """Refuse a whole student without anything that it could begin with."""
-    if settings.train == "student" and teacher.family.derived and 0 not in store.layers:
-        raise StoreError(
-            f"--train student on store {store.path} without state 0, and a {teacher.config.model_type} model",
-            "state 0, which is read in place of the embedding",
-            "extract with 0 in --layers too, or use --train tail",
-        )
 
 
 def summary(result: Healing) -> str:

@@ -82,8 +82,8 @@ class Batch:
     """Which of a whole batch's sequences these are: of the random draws, they take the same."""
     rotary: nn.Module | None = None
     """What `context` is made with; None where only the whole teacher runs, which makes its own."""
-    one_segment: bool = False
-    """Whether every sequence is a single segment, so that attention needs no mask."""
+    places: Int[Tensor, "sequence position"] | None = None
+    """The position ids where they can be looked at without waiting for a device."""
     askers: int = 1
     """Runs that are trained on it."""
     kept: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
@@ -106,7 +106,8 @@ class Batch:
     def context(self) -> AttentionContext:
         """What attention needs to know of these sequences: positions, and who sees whom."""
         assert self.rotary is not None, "this batch is for the whole teacher"
-        return attention_context(self.rotary, self.position_ids, one_segment=self.one_segment)
+        places = self.position_ids if self.places is None else self.places
+        return attention_context(self.rotary, places).to(self.tokens.device)
 
 
 def make_batch(
@@ -128,19 +129,19 @@ def make_batch(
     document
         The number of the document that each token came from.
     rotary
-        Of the teacher, on the device; left out, the batch has no `context`.
+        Of the teacher, on the processor; left out, the batch has no `context`.
     """
-    position_ids = positions(document)
+    places = torch.from_numpy(positions(document)).long()
     return Batch(
         step=step,
         tokens=move(torch.from_numpy(tokens).long(), device),
-        position_ids=move(torch.from_numpy(position_ids).long(), device),
+        position_ids=move(places, device),
         states=states or {},
         attention=attention or {},
         logits=TopLogits(*(move(torch.from_numpy(each), device) for each in logits)) if logits else None,
         part=part,
         rotary=rotary,
-        one_segment=bool((position_ids[:, 1:] != 0).all()),  # here, where nothing has to be waited for
+        places=places,
     )
 
 
@@ -150,7 +151,7 @@ class BatchReader:
     Parameters
     ----------
     teacher
-        The store's; of it only the rotary embedding is made.
+        The store's; of it only the frame around its layers is made.
 
     Attributes
     ----------
@@ -160,7 +161,7 @@ class BatchReader:
 
     def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:
         self.store, self.device = store, torch.device(device)
-        self.rotary = load_rotary(teacher).to(self.device)
+        self.rotary = load_rotary(teacher)
         self.copies = CopyStream(self.device)
         self.say: Callable[[str], object] = print
 

@@ -209,7 +209,7 @@ def _healed(
     embedding = None if 0 in stored else load_embedding(teacher).to(device)
 
     def enter(batch: Batch) -> States:
-        x = batch.states[0] if embedding is None else embedding(batch.tokens)
+        x = batch.states[0] if embedding is None else embedding(batch.tokens, batch.position_ids)
         return before(x, batch.context)
 
     return tail, enter

@@ -1,7 +1,7 @@
 """Attention: what a layer needs to know of its batch, and torch's attention in blocks of queries."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,17 +19,11 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention needs to know of a batch beside its states: positions and who sees whom."""
+    """What layers need to know of a batch beside its states: positions and who sees whom."""
 
-    rotary: tuple[Tensor, Tensor]
-    mask: Shaped[Tensor, "#sequence 1 position key"] | None
-    """True where a query (third axis) sees a key (last axis), or what to add to the scores; None is
-    plain causal attention."""
     position_ids: Int[Tensor, "#sequence position"]
-    cache: Any = None
-    """Where attention keeps keys and values of earlier positions, when generating."""
-    layers: Mapping[int, Arguments] | None = None
-    """What each layer is called with, where a family is derived; rotary and mask are then in there."""
+    layers: Mapping[int, Arguments]
+    """What each layer is called with: masks, rotary embeddings, a cache."""
     again: "Callable[[Tensor], AttentionContext] | None" = None
     """Makes the context of other position ids."""
     apart: bool = False
@@ -37,63 +31,64 @@ class AttentionContext:
 
     def rows(self, rows: slice) -> "AttentionContext":
         """Of some of the sequences."""
-        places = self.position_ids[rows] if len(self.position_ids) > 1 else self.position_ids
-        if self.again is not None:
-            return self.again(places)
-        cos, sin = (part[rows] if len(part) > 1 else part for part in self.rotary)
-        mask = self.mask[rows] if self.mask is not None and len(self.mask) > 1 else self.mask
-        return AttentionContext((cos, sin), mask, places, self.cache)
+        assert self.again is not None, "a context without a frame"
+        return self.again(self.position_ids[rows] if len(self.position_ids) > 1 else self.position_ids)
+
+    def to(self, device: torch.device) -> "AttentionContext":
+        """The same on another device; position ids stay where they can be looked at without waiting."""
+        if device.type == "cpu":
+            return self
+        moved: dict[int, Tensor] = {}  # layers share their tensors
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return moved.setdefault(id(value), value.to(device, non_blocking=True))
+            if isinstance(value, tuple | list):
+                return type(value)(map(move, value))
+            return {name: move(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+        again = self.again
+        return replace(
+            self,
+            layers={index: move(dict(each)) for index, each in self.layers.items()},
+            again=None if again is None else lambda places: again(places).to(device),
+        )
 
     def segments(self) -> "list[tuple[Tensor, slice, AttentionContext]]":
         """Rows, positions and context of each run of equal segments, where they are run one by one."""
         assert self.again is not None, "a context without a frame"
-        spans: dict[tuple[int, int], list[int]] = {}
-        for row, places in enumerate(self.position_ids):
-            starts = (places == 0).nonzero().flatten().tolist()
-            for start, stop in zip(starts, [*starts[1:], len(places)], strict=True):
-                spans.setdefault((start, stop), []).append(row)
         parts = []
-        for (start, stop), rows in spans.items():
+        for (start, stop), rows in spans_of(self.position_ids).items():
             context = self.again(self.position_ids[rows, start:stop])
             parts.append((torch.tensor(rows, device=self.position_ids.device), slice(start, stop), context))
         return parts
 
 
-def attention_context(
-    frame: nn.Module,
-    position_ids: Int[Tensor, "sequence position"],
-    dtype: torch.dtype = torch.float32,
-    *,
-    one_segment: bool | None = None,
-) -> AttentionContext:
+def spans_of(position_ids: Int[Tensor, "sequence position"]) -> dict[tuple[int, int], list[int]]:
+    """The rows that have a segment there, by its start and stop."""
+    spans: dict[tuple[int, int], list[int]] = {}
+    for row, places in enumerate(position_ids):
+        starts = (places == 0).nonzero().flatten().tolist()
+        for start, stop in zip(starts, [*starts[1:], len(places)], strict=True):
+            spans.setdefault((start, stop), []).append(row)
+    return spans
+
+
+def attention_context(frame: nn.Module, position_ids: Int[Tensor, "sequence position"]) -> AttentionContext:
     """The context of packed sequences, from position ids that restart with each segment.
 
     Parameters
     ----------
     frame
-        What `Family.frame` made: a rotary module, or the model around its layers.
-    one_segment
-        Whether every sequence is one segment, for callers that know: to look at a GPU's position ids is to
-        wait for them.
+        What `Family.frame` made: the model around its layers.
 
     Returns
     -------
     AttentionContext
         Plain causal attention where every sequence is one segment, which has faster kernels; else
-        a mask that keeps attention inside the segment.
+        masks that keep attention inside the segment, or segments that are run one by one.
     """
-    if hasattr(frame, "context"):
-        return frame.context(position_ids)  # pyright: ignore[reportCallIssue]
-    cos_sin = frame(torch.empty(0, dtype=dtype, device=position_ids.device), position_ids)
-    starts = position_ids == 0
-    if one_segment is None:
-        one_segment = not starts[:, 1:].any()
-    if one_segment:
-        return AttentionContext(cos_sin, None, position_ids)
-    segment = starts.cumsum(-1)
-    same = segment[:, None, :, None] == segment[:, None, None, :]
-    causal = torch.ones(position_ids.shape[1], position_ids.shape[1], dtype=torch.bool, device=same.device)
-    return AttentionContext(cos_sin, same & causal.tril(), position_ids)
+    return frame.context(position_ids)  # pyright: ignore[reportCallIssue]
 
 
 # --- Attention of the teacher's layers where they are trained on a processor in bfloat16.

@@ -26,7 +26,6 @@ class Branches(nn.Module):
         self.layer = family.layer(config, index) if layer is None else layer
         self.form = family.form(config, index)
         self.parallel = self.form is not None and self.form.parallel
-        self._cache_argument = family.cache_argument
 
     @property
     def whole(self) -> bool:
@@ -45,8 +44,9 @@ class Branches(nn.Module):
 
     @property
     def has_norm_bias(self) -> bool:
-        """Whether a shift of the normed states can be folded into the norm."""
-        return not self.whole and getattr(self.attention_norm, "bias", None) is not None
+        """Whether shifts of the normed states can be folded into both norms."""
+        norms = [] if self.whole else [self.attention_norm, self.mlp_norm]
+        return bool(norms) and all(getattr(norm, "bias", None) is not None for norm in norms)
 
     def attention(
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext
@@ -54,10 +54,6 @@ class Branches(nn.Module):
         """The attention branch's output for normed states `x`, as it is added to the stream."""
         branch = self._branch("attention")
         module = self.layer.get_submodule(branch.module)
-        if context.layers is None:
-            cache = {} if context.cache is None else {self._cache_argument: context.cache}
-            output = module(x, attention_mask=context.mask, position_embeddings=context.rotary, **cache)[0]
-            return self._leave(branch, output)
         if context.apart:
             return _one_by_one(self.attention, x, context)
         return self._leave(branch, _first(module(x, **self._given(branch, context))))
@@ -79,7 +75,6 @@ class Branches(nn.Module):
         if self.whole:
             if context.apart:
                 return _one_by_one(self.forward, x, context)
-            assert context.layers is not None, "a whole layer needs its arguments"
             return _first(self.layer(x, **context.layers[self.index]))
         attention = self.attention(self.attention_norm(x), context)
         y = x if self.parallel else x + attention
@@ -89,16 +84,7 @@ class Branches(nn.Module):
         self, x: Float[Tensor, "sequence position feature"], context: AttentionContext
     ) -> Float[Tensor, "sequence position feature"]:
         """The layer's output by its own forward pass, whose sums are in the teacher's order."""
-        if context.layers is not None:
-            return _first(self.layer(x, **context.layers[self.index]))
-        return _first(
-            self.layer(
-                x,
-                attention_mask=context.mask,
-                position_ids=context.position_ids,
-                position_embeddings=context.rotary,
-            )
-        )
+        return _first(self.layer(x, **context.layers[self.index]))
 
     def _branch(self, name: Literal["attention", "mlp"]) -> Branch:
         assert self.form is not None, "a whole layer has no branches"
@@ -108,7 +94,6 @@ class Branches(nn.Module):
         return nn.Identity() if name is None else self.layer.get_submodule(name)
 
     def _given(self, branch: Branch, context: AttentionContext) -> dict[str, Any]:
-        assert context.layers is not None
         arguments = context.layers[self.index]
         return {name: arguments[source] for name, source in branch.arguments if source in arguments}
 

@@ -1,7 +1,7 @@
 """What lftpipe must know of a family of models: where its parts are, and the form of its layers.
 
-A `Family` is derived from the structure of the model (`structure.py`); GPT-NeoX and Llama are written out.
-All else works on this interface: docs/families.md says what it asks of a layer.
+A `Family` is derived from the structure of the model (`structure.py`). All else works on this interface:
+docs/families.md says what it asks of a layer.
 """
 
 from collections.abc import Callable
@@ -44,31 +44,24 @@ class Family:
     """One family's modules in transformers, and the names of its tensors in a checkpoint."""
 
     name: str
-    model_types: tuple[str, ...]
-    """Values of `model_type` in config.json."""
     layer: Callable[[Any, int], nn.Module]
     """`(config, index)` to one layer, as transformers builds it."""
     frame: Callable[[Any], nn.Module]
-    """`config` to what `attention_context` asks: a rotary module, or the model around its layers."""
+    """`config` to what `attention_context` asks: the model around its layers."""
     norm: Callable[[Any], nn.Module]
     """`config` to the final norm."""
     form: Callable[[Any, int], LayerForm | None]
     """`(config, index)` to the layer's branches; None for a layer that is taken as a whole."""
     layers_prefix: str
     """Tensor names of layer `l` start with `<layers_prefix>.<l>.`."""
-    embedding_prefix: str
     final_norm_prefix: str
-    head_names: tuple[str, ...]
-    """Names of the LM head's weight, newest first; tied heads have none and use the embedding."""
     cache_argument: str
     """What a layer and its attention call the KV cache."""
     model_layers: str
     """Path in the base model to the list of layers."""
     model_norm: str
-    head: Callable[[Any], nn.Module] | None = None
-    """`config` to what makes logits of normed states; None for a linear map without bias."""
-    derived: bool = False
-    """Whether `structure.py` found all this."""
+    head: Callable[[Any], nn.Module]
+    """`config` to what makes logits of normed states."""
     without_flow: str | None = None
     """Why the family can be extracted and mapped, but has no flow layers."""
 

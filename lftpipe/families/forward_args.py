@@ -5,7 +5,9 @@ model's forward pass makes it. Run with recorders in the place of the layers, it
 """
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -102,10 +104,21 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Whether nested arguments have the same tensors."""
-    pairs = zip(_tensors(list(a.values())), _tensors(list(b.values())), strict=True)
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+def alike(a: Arguments, b: Arguments) -> bool:
+    """Whether a layer is called with the same tensors."""
+    ours, theirs = list(_tensors(a)), list(_tensors(b))
+    return len(ours) == len(theirs) and all(
+        x.shape == y.shape and torch.equal(x, y) for x, y in zip(ours, theirs, strict=True)
+    )
+
+
+def _first_row(value: Any) -> Any:
+    """Of nested arguments for two sequences, those for the first."""
+    if isinstance(value, Tensor):
+        return value[:1] if len(value) == 2 else value
+    if isinstance(value, Mapping):
+        return {name: _first_row(each) for name, each in value.items()}
+    return [_first_row(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _separates(mask: Tensor) -> bool:
@@ -138,6 +151,7 @@ class Frame(nn.Module):
                 base.set_submodule(name, self.passed[name])
         meta_model.materialise_buffers(model, base)
         self.base, self.width = base, model.config.hidden_size
+        self._one_at_a_time = threading.Lock()  # threads share its recorders
         self._accepted = inspect.signature(base.forward).parameters
         self._find_arity()
         self.apart = not self._hides_other_segments()
@@ -150,13 +164,24 @@ class Frame(nn.Module):
         ends = [name for name in between if _place(self.passed[name].made) == _place(self._returned)]
         return ends[0] if len(ends) == 1 else None
 
+    @lru_cache(maxsize=4096)  # noqa: B019 (a frame lives as long as what it belongs to)
+    def looks_at_length(self, longest: int) -> bool:
+        """Whether a short sequence is run otherwise beside one of so many positions, as longrope has it."""
+        if longest <= 4:
+            return False
+        places = torch.arange(4)[None]
+        alone = self.arguments(places)
+        beside = self.arguments(torch.cat([places, places + longest - 4]))
+        return not all(alike(alone[index], _first_row(beside[index])) for index in alone)
+
     @property
     def reads_embedding(self) -> bool:
         """Whether layers are told more of the tokens than their states and positions."""
         generator = torch.Generator().manual_seed(0)
         places = torch.arange(4)[None]
         noise = torch.randn(1, 4, self.width, generator=generator)
-        return not _alike(self.arguments(places), self.arguments(places, noise))
+        plain, told = self.arguments(places), self.arguments(places, noise)
+        return not all(alike(plain[index], told[index]) for index in plain)
 
     def _hides_other_segments(self) -> bool:
         """Whether every layer gets a mask in which the second segment does not see the first."""
@@ -186,11 +211,12 @@ class Frame(nn.Module):
         given: dict[str, Any] = {"inputs_embeds": embeddings, "use_cache": False}
         if "position_ids" in self._accepted:
             given["position_ids"] = position_ids
-        for recorder in self.recorders:
-            recorder.arguments = recorder.states = None
-        output = self.base(**given)
-        self._returned = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        found = {i: r.arguments for i, r in enumerate(self.recorders) if r.arguments is not None}
+        with self._one_at_a_time:
+            for recorder in self.recorders:
+                recorder.arguments = recorder.states = None
+            output = self.base(**given)
+            self._returned = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            found = {i: r.arguments for i, r in enumerate(self.recorders) if r.arguments is not None}
         if len(found) < len(self.recorders):
             raise ValueError("its forward pass skips layers")
         return found
@@ -199,11 +225,8 @@ class Frame(nn.Module):
     def context(self, position_ids: Int[Tensor, "sequence position"]) -> AttentionContext:
         """Everything that layers need to know of a batch."""
         several = bool((position_ids[:, 1:] == 0).any())
-        apart = self.apart and several
-        nothing = torch.empty(0, device=position_ids.device)
+        apart = several and (self.apart or self.looks_at_length(int(position_ids.max()) + 1))
         return AttentionContext(
-            rotary=(nothing, nothing),
-            mask=None,
             position_ids=position_ids,
             layers={} if apart else self.arguments(position_ids),
             again=self.context,

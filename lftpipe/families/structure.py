@@ -180,11 +180,14 @@ class Structure:
             for form, layer in zip(forms, self.layers, strict=True)
         )
 
+    def looks_at_length(self, longest: int) -> bool:
+        """See `Frame.looks_at_length`."""
+        return self._frame is not None and self._frame.looks_at_length(longest)
+
     @property
     def four_positions(self) -> AttentionContext:
         """The context of one sequence of four positions."""
-        nothing, places = torch.empty(0), torch.arange(4)[None]
-        return AttentionContext((nothing, nothing), None, places, layers=self._arguments)
+        return AttentionContext(torch.arange(4)[None], self._arguments)
 
     def form(self, index: int) -> LayerForm | None:
         """The branches of a layer."""
@@ -220,37 +223,21 @@ class Structure:
         around = self.path.rpartition(".")[0]
         return Logits(meta_model.build(self.config, self.implementation), around)
 
-    def name_of(self, module: nn.Module | None) -> str:
-        """A module's path in the model.
-
-        Parameters
-        ----------
-        module
-            A module of the model; None has an empty path.
-        """
-        return next((name for name, each in self.model.named_modules() if each is module), "")
-
     def family(self) -> Family:
         """Everything that the rest of lftpipe asks of it."""
-        model = self.model
-        head = self.name_of(model.get_output_embeddings())
         arguments = getattr(self, "_arguments", {0: {}})[0]
         return Family(
             name=self.config.model_type,
-            model_types=(self.config.model_type,),
             layer=lambda config, index: self.layer(index),
             frame=lambda config: self.frame(),
             norm=lambda config: self.norm(),
             form=lambda config, index: self.form(index),
             layers_prefix=self.path,
-            embedding_prefix=self.name_of(model.get_input_embeddings()),
             final_norm_prefix=self.base_prefix + (self.final_norm or ""),
-            head_names=(f"{head}.weight",) if head else (),
             cache_argument=next((name for name in CACHES if name in arguments), CACHES[0]),
             model_layers=self.path.removeprefix(self.base_prefix),
             model_norm=self.final_norm or "",
             head=lambda config: self.head(),
-            derived=True,
             without_flow=self.without_flow,
         )
 
@@ -267,8 +254,8 @@ def _first_that_builds(config: Any) -> tuple[Any, str]:
     assert error is not None
     raise TeacherError(
         f"a model of type {config.model_type} ({reason_of(error)})",
-        "a causal language model that transformers builds from its config",
-        "choose another model",
+        "a config that transformers builds a causal language model from",
+        "correct config.json, or choose another model",
     )
 
 
@@ -300,3 +287,13 @@ def structure_of(config: Any) -> Structure:
         If the model is no decoder with one list of layers.
     """
     return _cached(config.to_json_string(use_diff=False), _Held(config))
+
+
+def per_layer_lists(config: Any) -> dict[str, list[Any]]:
+    """What a teacher's config says of each of its layers, by field."""
+    count = config.num_hidden_layers
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, list) and len(value) == count and "token" not in name
+    }

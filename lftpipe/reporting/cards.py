@@ -206,7 +206,7 @@ def _trained(opened: Sequence["Run"]) -> list[str]:
 def _usage(result: Exported, module: str) -> list[str]:
     """How to load it."""
     plain = result.form == "plain"
-    trust = "" if plain else ", trust_remote_code=True"
+    trust, distrust = ("", "") if plain else (", trust_remote_code=True", ", trust_remote_code=False")
     return [
         "## Use",
         "",
@@ -215,7 +215,7 @@ def _usage(result: Exported, module: str) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{distrust})',
         *([] if plain else [f"model.set_steps({result.k})  # another number of steps, at run time"]),
         'tokens = tokenizer("Once", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))",

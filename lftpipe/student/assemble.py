@@ -13,12 +13,11 @@ from lftpipe import runs
 from lftpipe.base.errors import RunError, TeacherError, foreign
 from lftpipe.families import attention
 from lftpipe.families.meta_model import materialise_buffers
-from lftpipe.families.structure import structure_of
+from lftpipe.families.structure import per_layer_lists, structure_of
 from lftpipe.runs import Run
 from lftpipe.student.config import Block, Kind
-from lftpipe.student.derived import per_layer_lists, student_class
+from lftpipe.student.derived import student_class
 from lftpipe.student.flow_layer import number_layer
-from lftpipe.student.loading import STUDENTS
 from lftpipe.teacher.source import Teacher
 
 
@@ -58,31 +57,29 @@ def build_student(
     if solver is None:
         solver = _agreed(timed, "solver", "--solver", "euler")
     flows = [runs.load_flow(run, teacher) for run in opened if not run.velocity.get("skip")]
-    kind = _kind_for(teacher)
+    kind = student_class(teacher.config.model_type)
     plain = teacher.config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "num_hidden_layers", "dtype"):
         plain.pop(key, None)
     config = kind.config_class(
         **plain,
         teacher_layers=teacher.num_layers,
-        **({"teacher_lists": per_layer_lists(teacher.config)} if teacher.family.derived else {}),
+        teacher_lists=per_layer_lists(teacher.config),
         blocks=[_block(run).to_json() for run in opened],
         solver=solver,
         steps=steps,
     )
-    implementation = structure_of(teacher.config).implementation if teacher.family.derived else "sdpa"
-    config._attn_implementation = "sdpa" if implementation == attention.NAME else implementation
+    config._attn_implementation = attention_of(teacher)
     with torch.device("meta"):
         student = kind(config)
     tensors = _tensors(student, teacher, iter(flows))
-    return fill(student, tensors, _generation_config(teacher))
+    return fill(student, tensors, generation_config(teacher))
 
 
-def _kind_for(teacher: Teacher) -> Any:
-    """The student's class."""
-    if teacher.family.derived:
-        return student_class(teacher.config.model_type)
-    return STUDENTS[teacher.family.name]
+def attention_of(teacher: Teacher) -> str:
+    """The implementation of attention that whole models run with: torch's own where the family knows it."""
+    implementation = structure_of(teacher.config).implementation
+    return "sdpa" if implementation == attention.NAME else implementation
 
 
 def fill(model: Any, tensors: Mapping[str, Tensor], generation_config: GenerationConfig) -> Any:
@@ -115,7 +112,7 @@ def without_layers(model: Any, teacher: Teacher, blocks: Sequence[tuple[int, int
     for index, layer in enumerate(kept):
         number_layer(layers[layer], index)
     draft.config.num_hidden_layers = len(kept)
-    for name, values in per_layer_lists(teacher.config).items() if teacher.family.derived else ():
+    for name, values in per_layer_lists(teacher.config).items():
         setattr(draft.config, name, [values[layer] for layer in kept])
     return draft
 
@@ -150,19 +147,12 @@ def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}  # of the checkpoint, by the student's
     places = student.config.places()
-    for name in student.state_dict():
+    for name in student.state_dict().keys() - student.all_tied_weights_keys.keys():
         match = re.fullmatch(rf"{re.escape(family.layers_prefix)}\.(\d+)\.(.+)", name)
         if match is None:
             names[name] = name
         elif isinstance(place := places[int(match[1])], int):
             names[name] = f"{family.layers_prefix}.{place}.{match[2]}"
-    head = [name for name in family.head_names if teacher.checkpoint.has(name)]
-    if family.derived:
-        pass  # its checkpoint knows what is tied
-    elif head:
-        names["lm_head.weight"] = head[0]
-    else:
-        names["lm_head.weight"] = f"{family.embedding_prefix}.weight"
     read = teacher.checkpoint.read(sorted(set(names.values())))
     tensors = {name: read[source] for name, source in names.items()}
     for index, place in enumerate(places):
@@ -173,7 +163,8 @@ def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _generation_config(teacher: Teacher) -> GenerationConfig:
+def generation_config(teacher: Teacher) -> GenerationConfig:
+    """How a model writes where nothing else is asked: what the teacher's folder says, or its config."""
     if (teacher.folder / "generation_config.json").is_file():
         wanted = "a generation_config.json that transformers reads", "correct or remove it"
         with foreign(TeacherError, f"{teacher.folder}", *wanted):

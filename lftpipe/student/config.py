@@ -1,13 +1,25 @@
 """The config of a student: its teacher's config, and which blocks a flow layer replaces."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, no_type_check
+from typing import Any, Literal
 
-from transformers import GPTNeoXConfig, LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lftpipe.base.errors import SettingsError
 from lftpipe.config.layers import check_apart
 from lftpipe.flow.solver import EVALUATIONS
+
+#: Model types of students begin with it.
+PREFIX = "latent_flow_"
+
+#: Fields of a student's config that its teacher's does not have.
+FIELDS: dict[str, tuple[Any, Any]] = {
+    "teacher_layers": (int, 1),
+    "blocks": (list | None, None),
+    "solver": (str, "midpoint"),
+    "steps": (int, 3),
+    "teacher_lists": (dict | None, None),
+}
 
 Kind = Literal["flow", "layer", "layers", "linear", "skip"]
 KINDS = ("flow", "layer", "layers", "linear", "skip")
@@ -39,13 +51,15 @@ class Block:
 class FlowLayout:
     """Where a student's layers come from, and how many places its KV cache has.
 
-    Mixed into a family's config, which declares the fields.
+    Mixed into a family's config, which declares the fields. What a teacher's config says of each layer, such
+    as its kind of attention, is said of each place, then of each further evaluation of a flow.
     """
 
     teacher_layers: int
     blocks: list[dict[str, Any]] | None
     solver: str
     steps: int
+    teacher_lists: dict[str, list[Any]] | None
     num_hidden_layers: int
 
     def lay_out(self) -> None:
@@ -73,13 +87,41 @@ class FlowLayout:
         blocks = [(block.start, block.stop) for block in self.flow_blocks]
         check_apart(blocks, "a student with blocks", self.teacher_layers)
         places = self.places()
-        evaluations = sum(self.evaluations(place) for place in places)
-        # Some of transformers' models run no more layers than this, and a linear map is one without a place.
-        self.num_hidden_layers = max(evaluations, len(places))
-        if evaluations == 0:
+        if all(isinstance(place, Block) and place.kind == "linear" for place in places):
             raise SettingsError(
                 "a student without attention", "a layer besides the linear map", "choose a smaller block"
             )
+        origins = [place if isinstance(place, int) else place.start for place in places]
+        counts = [self.evaluations(place) for place in places]
+        more = [origin for origin, count in zip(origins, counts, strict=True) for _ in range(count - 1)]
+        self.num_hidden_layers = len(origins) + len(more)
+        for name, values in (self.teacher_lists or {}).items():
+            setattr(self, name, [values[origin] for origin in origins + more])
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.teacher_lists is None:
+            self.teacher_lists = {
+                name: value
+                for name, value in vars(self).items()
+                if isinstance(value, list)
+                and len(value) == self.teacher_layers
+                and "token" not in name
+                and name not in (*FIELDS, "architectures")
+            }
+        self.lay_out()
+        super().__post_init__(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def teacher_config(self) -> Any:
+        """The config of the teacher."""
+        config: Any = self
+        plain = config.to_dict()
+        for key in (*FIELDS, "model_type", "architectures", "transformers_version", "num_hidden_layers"):
+            plain.pop(key, None)
+        plain |= self.teacher_lists or {}
+        kind: Any = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
+        teacher = kind(**plain, num_hidden_layers=self.teacher_layers)
+        teacher._attn_implementation = config._attn_implementation
+        return teacher
 
     @property
     def flow_blocks(self) -> list[Block]:
@@ -99,47 +141,15 @@ class FlowLayout:
         return places
 
     def evaluations(self, place: int | Block) -> int:
-        """How often attention runs in that place, for one forward pass.
+        """How often a layer runs in that place, for one forward pass; each time has a place in the cache.
 
         Parameters
         ----------
         place
             A layer of the teacher, or a block that is replaced.
         """
-        if isinstance(place, int) or place.kind == "layer":
+        if isinstance(place, int) or place.kind in ("layer", "linear"):
             return 1
         if place.kind == "layers":
             return place.depth * place.loops
-        return 0 if place.kind == "linear" else EVALUATIONS[self.solver] * self.steps
-
-
-# transformers makes these dataclasses whose `__init__` takes any keyword, which checkers at run time
-# that read its signature (jaxtyping's hook in tests) do not see.
-@no_type_check
-class LatentFlowGPTNeoXConfig(FlowLayout, GPTNeoXConfig):
-    """A GPT-NeoX teacher's config with blocks replaced."""
-
-    model_type = "latent_flow_gpt_neox"
-    teacher_layers: int = 44
-    blocks: list | None = None
-    solver: str = "midpoint"
-    steps: int = 3
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.lay_out()
-        super().__post_init__(**kwargs)
-
-
-@no_type_check
-class LatentFlowLlamaConfig(FlowLayout, LlamaConfig):
-    """A Llama teacher's config with blocks replaced."""
-
-    model_type = "latent_flow_llama"
-    teacher_layers: int = 32
-    blocks: list | None = None
-    solver: str = "midpoint"
-    steps: int = 3
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.lay_out()
-        super().__post_init__(**kwargs)
+        return EVALUATIONS[self.solver] * self.steps

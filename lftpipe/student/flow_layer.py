@@ -1,8 +1,10 @@
 """A flow layer inside a transformers model, and its place in the KV cache."""
 
+import copy
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,18 +67,26 @@ class FlowLayer(GradientCheckpointingLayer):
     Parameters
     ----------
     layer
-        The teacher's layer that the flow is made of, where it was built already.
+        The teacher's first layer there, as its own constructor builds it: the flow is made of it.
+    arity
+        How many values layers of the family return beside the states.
     """
 
-    def __init__(self, family: Family, config: Any, block: Block, layer: nn.Module | None = None) -> None:
+    def __init__(self, family: Family, config: Any, block: Block, layer: nn.Module, arity: int) -> None:
         super().__init__()
+        self._stands_for = [layer]  # in a list, so that it is no part of this module
+        self._arity = arity
+        self._signature = inspect.signature(layer.forward)
+        # transformers records what comes out of layers of the family's own class.
+        self.__class__ = _as_layer(type(layer))  # pyright: ignore[reportAttributeAccessIssue]
         self.block = block
         self.cache_argument = family.cache_argument
         self.velocity: nn.Module
         if block.kind == "linear":
             self.velocity = LinearMap(config.hidden_size)
         elif block.kind == "layers":
-            layers = [Branches(family, config, block.start) for _ in range(block.depth)]
+            built = [copy.deepcopy(layer) for _ in range(block.depth)]
+            layers = [Branches(family, config, block.start, each) for each in built]
             self.velocity = LayerStack(layers, block.loops)
         else:
             self.velocity = Velocity(
@@ -114,25 +124,29 @@ class FlowLayer(GradientCheckpointingLayer):
         """The times at which steps begin."""
         return torch.linspace(0, 1, self.steps + 1)[:-1]
 
-    def forward(
-        self,
-        hidden_states: Float[Tensor, "sequence position feature"],
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **arguments: Any,
-    ) -> Float[Tensor, "sequence position feature"]:
-        """From the block's start to its end, called as the family's own layer is.
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_stands_for" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_stands_for"][0], name)  # models read `layer.attention_type`, say
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """From the block's start to its end.
 
         Parameters
         ----------
-        **arguments
-            Of them only the cache is looked at.
+        *given, **named
+            As the family's own layer takes them; of them only the cache is looked at.
         """
-        assert position_ids is not None
-        assert position_embeddings is not None
-        context = AttentionContext(position_embeddings, attention_mask, position_ids)
-        return self.carry(hidden_states, self._contexts(context, arguments.get(self.cache_argument)))
+        arguments = dict(self._signature.bind(*given, **named).arguments)
+        states: Tensor = arguments.pop(next(iter(self._signature.parameters)))
+        for parameter in self._signature.parameters.values():
+            if parameter.kind == parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(parameter.name, {})
+        out = self.carry(states, self._contexts(states, arguments))
+        return out if self._arity == 0 else (out, *[None] * (self._arity - 1))
 
     def carry(self, hidden_states: States, contexts: Iterator[AttentionContext]) -> States:
         """From the block's start to its end; each evaluation has a context of its own."""
@@ -184,9 +198,20 @@ class FlowLayer(GradientCheckpointingLayer):
         self._remembered_of = []  # moved and back again, weights may lie where they lay before
         return super()._apply(*arguments, **options)
 
-    def _contexts(self, context: AttentionContext, cache: Any) -> Iterator[AttentionContext]:
-        """The context of each evaluation, each with its own place in the cache; a linear map has none."""
-        if cache is None or not self.slots:
-            yield from itertools.repeat(context)
+    def _contexts(self, states: Tensor, arguments: dict[str, Any]) -> Iterator[AttentionContext]:
+        """The context of each evaluation, each with its own place in the cache."""
+        cache = arguments.get(self.cache_argument)
+        places = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        if cache is not None and self.block.kind == "linear":
+            # Masks are as long as what a place holds, so that one without keys must count positions too.
+            nothing = states.new_zeros(len(states), 1, states.shape[1], 1)
+            cache.update(nothing, nothing, self.slots[0])
         for slot in self.slots:
-            yield replace(context, cache=Slot(cache, slot))
+            seen = dict(arguments) | ({} if cache is None else {self.cache_argument: Slot(cache, slot)})
+            yield AttentionContext(places, {self.block.start: seen})
+
+
+@cache
+def _as_layer(kind: type[nn.Module]) -> type[FlowLayer]:
+    """`FlowLayer`, as a subclass of a family's layers too."""
+    return type(FlowLayer.__name__, (FlowLayer, kind), {"__module__": __name__})

@@ -1,5 +1,6 @@
 """Models and teachers from folders: a student, a plain export, a whole teacher; the teacher of a run."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lftpipe.base.errors import RunError, TeacherError, foreign
+from lftpipe.base.errors import RunError, foreign
 from lftpipe.results.run import SOURCE, ExportSource
 from lftpipe.runs import Run
-from lftpipe.student import LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM
-from lftpipe.student.derived import PREFIX, student_class
+from lftpipe.student.assemble import attention_of, fill, generation_config
+from lftpipe.student.config import PREFIX
+from lftpipe.student.derived import student_class
 from lftpipe.teacher.checkpoint import Checkpoint
 from lftpipe.teacher.silence import quiet_transformers
 from lftpipe.teacher.source import Teacher, open_recorded
-
-#: By family. transformers types its classes too loosely for a checker to follow.
-STUDENTS: dict[str, Any] = {
-    kind.family.name: kind for kind in (LatentFlowGPTNeoXForCausalLM, LatentFlowLlamaForCausalLM)
-}
 
 
 def teacher_of_run(run: Run, workspace: Path) -> Teacher:
@@ -56,17 +53,14 @@ def teacher_of_folder(folder: Path, workspace: Path) -> Teacher:
 
 
 def load_teacher(teacher: Teacher) -> Any:
-    """The whole teacher as a language model, in float32.
-
-    Raises
-    ------
-    TeacherError
-        If its weights do not load, or one is missing.
-    """
-    try:
-        return _load(teacher.folder, wrong=("missing", "mismatched"))  # others put more into their files
-    except RunError as error:
-        raise TeacherError(error.given, error.expected, "fetch or save the teacher again") from error
+    """The whole teacher as a language model, in float32, of the weights of its own folder alone."""
+    config = copy.deepcopy(teacher.config)
+    config._attn_implementation = attention_of(teacher)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        model = kind(config)
+    names = [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
+    return fill(model, teacher.checkpoint.read(names), generation_config(teacher))
 
 
 def load_model(folder: Path) -> Any:
@@ -82,18 +76,18 @@ def load_model(folder: Path) -> Any:
         raise RunError(
             f"{folder}", "a run, or a folder with config.json and model.safetensors", "check the path"
         )
-    return _load(folder, wrong=("missing", "unexpected", "mismatched"))
+    return _load(folder)
 
 
 def _register(folder: Path) -> None:
     """Make the student's classes that a folder needs known to transformers."""
     config = json.loads((folder / "config.json").read_text())
     kind = str(config.get("model_type", ""))
-    if kind.startswith(PREFIX) and kind not in {each.config_class.model_type for each in STUDENTS.values()}:
+    if kind.startswith(PREFIX):
         student_class(kind.removeprefix(PREFIX))
 
 
-def _load(folder: Path, wrong: tuple[str, ...]) -> Any:
+def _load(folder: Path) -> Any:
     if not list(folder.glob("*.safetensors")):
         raise RunError(
             f"{folder} without safetensors", "model.safetensors (pickles are never loaded)", "export it again"
@@ -118,7 +112,7 @@ def _load(folder: Path, wrong: tuple[str, ...]) -> Any:
             trust_remote_code=False,
         )
     model, report = loaded
-    for kind in wrong:
+    for kind in ("missing", "unexpected", "mismatched"):
         for name in sorted(map(str, report[f"{kind}_keys"])):
             raise RunError(f"{folder}: {kind} tensor {name}", "the model's tensors", "export it again")
     return model.eval().requires_grad_(False)

@@ -5,25 +5,22 @@ transformers does for the teacher's family (generation, beams, padding, checkpoi
 device and dtype) it does for the student, by the same code.
 """
 
-from typing import Any, ClassVar, cast
+import copy
+from typing import Any, ClassVar
 
 from torch import nn
-from transformers import GPTNeoXForCausalLM, GPTNeoXModel, LlamaForCausalLM, LlamaModel
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from lftpipe.base.errors import RunError
+from lftpipe.base.errors import RunError, TeacherError
 from lftpipe.families.family import Family
-from lftpipe.families.gpt_neox import GPT_NEOX
-from lftpipe.families.llama import LLAMA
-from lftpipe.student.config import FlowLayout, LatentFlowGPTNeoXConfig, LatentFlowLlamaConfig
-from lftpipe.student.flow_layer import FlowLayer
+from lftpipe.families.structure import Structure, structure_of
+from lftpipe.student.config import PREFIX
+from lftpipe.student.flow_layer import FlowLayer, number_layer
 
 
 class LatentFlow:
-    """What makes a family's model a student; mixed in before the family's own class."""
+    """What makes a family's model a student; mixed in before the family's own language model."""
 
-    family: ClassVar[Family]
+    teacher_class: ClassVar[Any]
     config: Any
     training: bool
     # What was not tried is not promised.
@@ -32,11 +29,55 @@ class LatentFlow:
     _can_compile_fullgraph = False
     _no_split_modules: set[str] | list[str] | None = ["FlowLayer"]  # noqa: RUF012 (read by transformers)
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # pyright: ignore[reportCallIssue]
+        teacher_config = config.teacher_config()
+        structure = structure_of(teacher_config)
+        refuse_without_flow(structure, config.model_type.removeprefix(PREFIX))
+        self.family: Family = structure.family()
+        built = self.teacher_class(copy.deepcopy(teacher_config)).get_submodule(structure.path)
+        layers = [
+            built[place]
+            if isinstance(place, int)
+            else FlowLayer(self.family, teacher_config, place, built[place.start], structure.arity)
+            for place in config.places()
+        ]
+        self.set_submodule(structure.path, nn.ModuleList(layers))  # pyright: ignore[reportAttributeAccessIssue]
+        self.caches = structure.caches
+        if not self.caches:
+            config.use_cache = False
+        self._number_slots()
+        self.post_init()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def set_attn_implementation(self, *given: Any, **options: Any) -> None:
+        """As transformers has it; layers have the teacher's config, so that they are told too.
+
+        Parameters
+        ----------
+        *given, **options
+            As `transformers.PreTrainedModel.set_attn_implementation` takes them.
+        """
+        super().set_attn_implementation(*given, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        for part in self.modules():  # pyright: ignore[reportAttributeAccessIssue]
+            if hasattr(part, "config"):
+                part.config._attn_implementation = self.config._attn_implementation
+
+    def generate(self, *given: Any, **options: Any) -> Any:
+        """As transformers has it; without a cache where layers keep more than keys and values.
+
+        Parameters
+        ----------
+        *given, **options
+            As `transformers.GenerationMixin.generate` takes them.
+        """
+        if not self.caches:
+            options["use_cache"] = False
+        return super().generate(*given, **options)  # pyright: ignore[reportAttributeAccessIssue]
+
     @property
     def student_layers(self) -> nn.ModuleList:
         """Kept layers and flow layers, in order."""
-        base = getattr(self, cast(Any, self).base_model_prefix, self)
-        return getattr(base, self.family.model_layers)
+        return self.get_submodule(self.family.layers_prefix)  # pyright: ignore
 
     def set_steps(self, steps: int, solver: str | None = None) -> None:
         """Run every flow in `steps` steps from now on, by the same solver or another.
@@ -64,30 +105,18 @@ class LatentFlow:
         self._number_slots()
 
     def _number_slots(self) -> None:
-        """Tell every layer its place, or places, in the KV cache."""
-        slot = 0
-        for place, layer in zip(self.config.places(), self.student_layers, strict=True):
-            if isinstance(layer, FlowLayer):
-                slots = range(slot, slot + self.config.evaluations(place))
-                layer.set_steps(self.config.steps, self.config.solver, slots)
-            else:
-                form = self.family.form(self.config, place)
-                assert form is not None
-                attention: Any = layer.get_submodule(form.attention.module)
-                attention.layer_idx = slot
-            slot += self.config.evaluations(place)
+        """The first evaluation of each place has the place's own slot, further ones have those at the end.
 
-    def _replace_blocks(self) -> None:
-        """Exchange the list of layers that the family's constructor made."""
-        config: FlowLayout = self.config
-        layers = nn.ModuleList(
-            self.family.layer(config, place)
-            if isinstance(place, int)
-            else FlowLayer(self.family, config, place)
-            for place in config.places()
-        )
-        setattr(self, self.family.model_layers, layers)
-        self._number_slots()
+        So what the config says of each slot, such as its window, is the same for place and slot.
+        """
+        further = len(self.config.places())
+        for index, (place, layer) in enumerate(zip(self.config.places(), self.student_layers, strict=True)):
+            if isinstance(layer, FlowLayer):
+                slots = [index, *range(further, further + self.config.evaluations(place) - 1)]
+                layer.set_steps(self.config.steps, self.config.solver, slots)
+                further += len(slots) - 1
+                continue
+            number_layer(layer, index)
 
     @classmethod
     def from_pretrained(cls, folder: Any, *arguments: Any, **options: Any) -> Any:
@@ -107,57 +136,15 @@ class LatentFlow:
         return (model, report) if wants_report else model
 
 
-class LatentFlowGPTNeoXModel(LatentFlow, GPTNeoXModel):
-    """The trunk of a GPT-NeoX student."""
+def refuse_without_flow(structure: Structure, name: str) -> None:
+    """Refuse students of families that have no flow layers.
 
-    config_class = LatentFlowGPTNeoXConfig
-    family = GPT_NEOX
-    _can_record_outputs = {  # noqa: RUF012 (read by transformers)
-        "hidden_states": [GPTNeoXLayer, FlowLayer],
-        "attentions": GPTNeoXAttention,
-    }
-
-    def __init__(self, config: LatentFlowGPTNeoXConfig) -> None:
-        super().__init__(config)
-        self._replace_blocks()
-        self.post_init()
-
-
-class LatentFlowGPTNeoXForCausalLM(LatentFlow, GPTNeoXForCausalLM):
-    """A GPT-NeoX student as a language model."""
-
-    config_class = LatentFlowGPTNeoXConfig
-    family = GPT_NEOX
-
-    def __init__(self, config: LatentFlowGPTNeoXConfig) -> None:
-        super().__init__(config)
-        self.gpt_neox = LatentFlowGPTNeoXModel(config)
-        self.post_init()
-
-
-class LatentFlowLlamaModel(LatentFlow, LlamaModel):
-    """The trunk of a Llama student."""
-
-    config_class = LatentFlowLlamaConfig
-    family = LLAMA
-    _can_record_outputs = {  # noqa: RUF012 (read by transformers)
-        "hidden_states": [LlamaDecoderLayer, FlowLayer],
-        "attentions": LlamaAttention,
-    }
-
-    def __init__(self, config: LatentFlowLlamaConfig) -> None:
-        super().__init__(config)
-        self._replace_blocks()
-        self.post_init()
-
-
-class LatentFlowLlamaForCausalLM(LatentFlow, LlamaForCausalLM):
-    """A Llama student as a language model."""
-
-    config_class = LatentFlowLlamaConfig
-    family = LLAMA
-
-    def __init__(self, config: LatentFlowLlamaConfig) -> None:
-        super().__init__(config)
-        self.model = LatentFlowLlamaModel(config)
-        self.post_init()
+    Parameters
+    ----------
+    name
+        Of the teacher, for the error.
+    """
+    if structure.without_flow:
+        raise TeacherError(
+            f"a student of a {name} model", f"flow layers, but {structure.without_flow}", "choose another"
+        )

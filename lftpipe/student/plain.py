@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from lftpipe.base.errors import RunError
 from lftpipe.families.branches import Branches
 from lftpipe.families.family import Branch, Family
+from lftpipe.families.forward_args import alike
 from lftpipe.families.layer_probe import is_transposed, weight_of
+from lftpipe.families.structure import Structure, structure_of
 from lftpipe.flow.stack import LayerStack
 from lftpipe.student.assemble import fill
 from lftpipe.student.config import Block
@@ -99,13 +101,6 @@ def _inputs(layer: nn.Module, branch: Branch) -> list[str]:
 # branches that both read `x`, so the step is one ordinary layer: `(1 + scale) * norm(x) + shift` is a norm
 # with other weight and bias, and `d * (1 + gate)` scales the rows of the branch's last map.
 
-#: Names by which readers from before transformers 5 look for what `rope_parameters` now holds. Without
-#: them they would take their defaults and compute something else.
-OLD_ROTARY_NAMES = {
-    "gpt_neox": {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
-    "llama": {"rope_theta": "rope_theta"},
-}
-
 
 def check_foldable(student: Any) -> None:
     """Refuse what no ordinary layers compute exactly."""
@@ -166,34 +161,91 @@ def unroll(student: Any) -> Any:
     tensors = {
         name: value for name, value in student.state_dict().items() if not name.startswith(f"{prefix}.")
     }
-    count = 0
-    for layer in student.student_layers:
+    origins: list[int] = []
+    for place, layer in zip(student.config.places(), student.student_layers, strict=True):
         for content in _steps(layer) if isinstance(layer, FlowLayer) else [layer.state_dict()]:
-            tensors |= {f"{prefix}.{count}.{name}": value for name, value in content.items()}
-            count += 1
+            tensors |= {f"{prefix}.{len(origins)}.{name}": value for name, value in content.items()}
+            origins.append(place if isinstance(place, int) else place.start)
     kind = _causal_class(student)
     plain = student.config.to_dict()
     for key in ("model_type", "architectures", "teacher_layers", "blocks", "solver", "steps", "dtype"):
         plain.pop(key, None)
-    plain |= _lists_of(student, plain.pop("teacher_lists", None) or {})
-    config = kind.config_class(**(plain | {"num_hidden_layers": count}))
-    for old, new in OLD_ROTARY_NAMES.get(family.name, {}).items():
-        setattr(config, old, config.rope_parameters[new])
+    lists = plain.pop("teacher_lists", None) or {}
+    plain |= {name: [values[origin] for origin in origins] for name, values in lists.items()}
+    plain |= _renumbered(plain, lists, origins)
+    config = kind.config_class(**(plain | {"num_hidden_layers": len(origins)}))
+    _check_layers(structure_of(config), structure_of(student.config.teacher_config()), origins)
     config._attn_implementation = student.config._attn_implementation
     with torch.device("meta"):
         model = kind(config)
     return fill(model, tensors, student.generation_config)
 
 
-def _lists_of(student: Any, of_teacher: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """What the config says of each layer, for the layers of the plain form."""
-    origins: list[int] = []
-    for place, layer in zip(student.config.places(), student.student_layers, strict=True):
-        if isinstance(place, int):
-            origins.append(place)
+def _renumbered(plain: dict[str, Any], lists: dict[str, Any], origins: list[int]) -> dict[str, list[int]]:
+    """What a config says of some layers by their numbers, such as `mlp_only_layers`, by the new ones."""
+    return {
+        name: [index for index, origin in enumerate(origins) if origin in values]
+        for name, values in plain.items()
+        if name.endswith("_layers") and isinstance(values, list) and name not in lists
+    }
+
+
+def _check_layers(plain: Structure, teacher: Structure, origins: list[int]) -> None:
+    """Refuse a plain form whose layers are not those of the teacher that they came from.
+
+    A family may make of a layer's number what no tensor holds: a scale of its scores, a window, experts.
+    """
+    for index, origin in enumerate(origins):
+        ours, theirs = _traits(teacher.layers[origin]), _traits(plain.layers[index])
+        names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if not names and alike(plain.four_positions.layers[index], teacher.four_positions.layers[origin]):
+            continue
+        other = f"{names[0]} {theirs.get(names[0])}, not {ours.get(names[0])}" if names else "other positions"
+        raise RunError(
+            f"a plain form in which the teacher's layer {origin} would be layer {index}, with {other}",
+            f"layers of {teacher.config.model_type} that do not depend on their number",
+            "use --form latent-flow",
+        )
+
+
+def _traits(layer: nn.Module) -> dict[str, Any]:
+    """What a layer is, but for its weights and its number: classes, shapes and every plain attribute."""
+    traits: dict[str, Any] = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
+    for path, part in layer.named_modules():
+        traits[path] = type(part).__name__
+        for name, value in vars(part).items():
+            if isinstance(value, bool | int | float | str | None) and name not in ("layer_idx", "training"):
+                traits[f"{path}.{name}"] = value
+    return traits
+
+
+def old_rotary_names(config: Any) -> dict[str, Any]:
+    """What a config's `rope_parameters` holds by the names from before transformers 5.
+
+    Readers that know these alone would else take their defaults and compute something else.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    whole = rope.get("full_attention") or rope
+    if "rope_theta" not in whole:
+        return {}
+    names: dict[str, Any] = {"rope_theta": whole["rope_theta"]}
+    if (part := whole.get("partial_rotary_factor")) is not None:
+        names["partial_rotary_factor"] = part
+    if config.model_type.startswith("gpt_neox"):
+        names |= {"rotary_emb_base": whole["rope_theta"], "rotary_pct": part}
+    if local := rope.get("sliding_attention"):
+        names["rope_local_base_freq"] = local["rope_theta"]
+    kind = whole.get("rope_type", "default")
+    if kind != "default":
+        apart = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
+        scaling = {name: value for name, value in whole.items() if name not in apart and value is not None}
+        if kind == "longrope":  # three fields, and the shorter context outside
+            names["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+            scaling = {name: scaling[name] for name in ("short_factor", "long_factor")} | {"type": kind}
         else:
-            origins += [place.start] * len(_steps(layer))
-    return {name: [values[origin] for origin in origins] for name, values in of_teacher.items()}
+            scaling |= {"rope_type": kind, "type": kind}
+        names["rope_scaling"] = scaling
+    return names
 
 
 def _causal_class(student: Any) -> Any:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lftpipe
+from lftpipe.student.config import PREFIX
 
 #: The module of the file, as `auto_map` names it.
 MODULE = "modeling_latent_flow"
-
-#: Model types of students begin with it.
-PREFIX = "latent_flow_"
 
 HEAD = '''"""Latent Flow Transformer students (arXiv 2505.14513), made by lftpipe {version}.
 

@@ -13,10 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lftpipe.base.errors import TeacherError, foreign
-from lftpipe.families.attention import AttentionContext, attention_context
-from lftpipe.families.branches import Branches
-from lftpipe.families.family import Family
-from lftpipe.families.meta_model import LARGEST_BUFFER
 
 # --- Reading single tensors out of a safetensors checkpoint, without loading the model.
 
@@ -195,6 +191,26 @@ class NamedCheckpoint(Checkpoint):
         keys = self._model.get_expanded_tied_weights_keys(all_submodels=True) or {}
         return {str(name): str(source) for name, source in dict(keys).items()}
 
+    @property
+    def has_untied(self) -> bool:
+        """Whether tensors that the config ties are both in the files, and differ."""
+        pairs = [pair for pair in self._tied.items() if all(map(self.has, pair))]
+        return any(not torch.equal(*self.read(list(pair)).values()) for pair in pairs)
+
+    def check(self) -> None:
+        """Refuse files that lack a parameter, or have one of another shape: transformers makes them up.
+
+        Raises
+        ------
+        TeacherError
+            Naming it.
+        """
+        for name in self._parameters:
+            _, target = self._found(name)
+            converter, sources = self._sources[target]
+            if converter is None:
+                self._check_shape(name, self.shapes[sources[0][0]])
+
     @cached_property
     def _sources(self) -> dict[str, tuple[Any, list[tuple[str, str]]]]:
         """By the model's name: what converts, or None, and the file's tensors, each with its pattern."""
@@ -231,11 +247,8 @@ class NamedCheckpoint(Checkpoint):
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Number of elements of every parameter that the files hold, by name; tied ones count once."""
-        return {name: self._shapes[name].numel() for name in self._shapes if self._is_read(name)}
-
-    def _is_read(self, name: str) -> bool:
-        return name in self._parameters and (name in self._sources or name in self._first_of)
+        """Number of elements of every parameter of the model, by name; tied ones count once."""
+        return {name: self._shapes[name].numel() for name in self._parameters}
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
@@ -252,26 +265,35 @@ class NamedCheckpoint(Checkpoint):
         tensors: dict[str, Tensor] = {}
         made: dict[str, dict[str, Tensor]] = {}
         for name in names:
-            source = name if self.has(name) else self._other_name(name)
-            target = self._first_of.get(source, source)
-            if target not in self._sources:
-                raise TeacherError(
-                    f"checkpoint {self.folder} without {name}",
-                    "the tensors of its model type",
-                    "fetch or save the model again",
-                )
+            source, target = self._found(name)
             if target not in made:
                 made[target] = self._made(target)
             value = made[target].get(source)
-            if value is None or value.shape != self._shapes[name].shape:
-                given = "nothing" if value is None else tuple(value.shape)
-                raise TeacherError(
-                    f"checkpoint {self.folder} with {given} for {name}",
-                    f"shape {tuple(self._shapes[name].shape)}, as config.json says",
-                    "fetch or save the model again",
-                )
+            self._check_shape(name, None if value is None else tuple(value.shape))
+            assert value is not None
             tensors[name] = value
         return tensors
+
+    def _found(self, name: str) -> tuple[str, str]:
+        """The name under which a tensor is in the files, and that of the conversion that makes it."""
+        source = name if self.has(name) else self._other_name(name)
+        target = self._first_of.get(source, source)
+        if target not in self._sources:
+            raise TeacherError(
+                f"checkpoint {self.folder} without {name}",
+                "all tensors of its model type",
+                "fetch or save the model again",
+            )
+        return source, target
+
+    def _check_shape(self, name: str, given: tuple[int, ...] | None) -> None:
+        expected = tuple(self._shapes[name].shape)
+        if given != expected:
+            raise TeacherError(
+                f"checkpoint {self.folder} with {given or 'nothing'} for {name}",
+                f"shape {expected}, as config.json says",
+                "fetch or save the model again",
+            )
 
     def _other_name(self, name: str) -> str:
         """A tied tensor may be in the file by any of its names."""
@@ -314,45 +336,6 @@ def check_sizes(config: Any, checkpoint: Checkpoint) -> None:
             _refuse(checkpoint, f"{name} {getattr(config, name)}", "one that a tensor has")
     if config.num_hidden_layers > len(shapes):
         _refuse(checkpoint, f"num_hidden_layers {config.num_hidden_layers}", "no more layers than tensors")
-
-
-def check_layer(config: Any, family: Family, checkpoint: Checkpoint) -> None:
-    """Refuse a config that makes no layer, or one whose tensors have other shapes than the checkpoint's.
-
-    Parameters
-    ----------
-    config, family
-        Of the model; the family is one that is written out.
-
-    Raises
-    ------
-    TeacherError
-        Naming the tensor, or with the reason why there is no layer.
-    """
-    folder = checkpoint.folder
-    with foreign(TeacherError, f"{folder}", "a config that a layer can be built from", "correct config.json"):
-        with torch.device("meta"):
-            layer = Branches(family, config, 0)
-        for name, parameter in layer.layer.named_parameters():
-            full = f"{family.layers_prefix}.0.{name}"
-            found = checkpoint.shapes.get(full)
-            if found is not None and found != tuple(parameter.shape):
-                _refuse(
-                    checkpoint, f"shape {found} of {full}", f"{tuple(parameter.shape)}, as config.json says"
-                )
-        _try(config, family, layer)
-
-
-def _try(config: Any, family: Family, layer: Branches) -> None:
-    """Run a layer without weights, so that what its forward pass cannot use is found too."""
-    with torch.device("meta"):
-        norm, sizes = family.norm(config), [each.numel() for each in family.frame(config).buffers()]
-    if max(sizes, default=0) > LARGEST_BUFFER:
-        raise ValueError(f"a table of {max(sizes):,} rotary frequencies")
-    context = attention_context(family.frame(config), torch.arange(4)[None], one_segment=True)
-    cos, sin = (each.to("meta") for each in context.rotary)
-    states = torch.empty(1, 4, config.hidden_size, device="meta")
-    norm(layer(states, AttentionContext((cos, sin), None, context.position_ids.to("meta"))))
 
 
 def _refuse(checkpoint: Checkpoint, given: str, expected: str) -> None:

@@ -54,18 +54,26 @@ def _convert(gguf: Path, folder: Path, digest: str, accept: Callable[[Any, str],
     reads = "a GGUF file that transformers reads", "fetch it again"
     with foreign(TeacherError, f"{gguf}", *reads), quiet_transformers():
         try:
+            _refuse_parts(gguf)
             config = AutoConfig.from_pretrained(**where)
             accept(config, str(gguf))
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(**where)
         except ImportError as error:
             raise TeacherError(
                 f"{gguf}", "the packages gguf and accelerate", "pip install 'lftpipe[gguf]'"
             ) from error
+    model, report = loaded
+    if missing := sorted(map(str, report["missing_keys"])):  # transformers draws them at random
+        raise TeacherError(
+            f"{gguf} without the tensor {missing[0]}", "all tensors of its model", "fetch it again"
+        )
     partial.mkdir(parents=True)
-    tensors = model.state_dict()
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
+    }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
     model.generation_config.save_pretrained(partial)
     config.architectures = [type(model).__name__]
@@ -75,3 +83,16 @@ def _convert(gguf: Path, folder: Path, digest: str, accept: Callable[[Any, str],
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder
+
+
+def _refuse_parts(gguf: Path) -> None:
+    """Refuse one file of several that make a model: transformers would take it for the whole."""
+    from gguf import GGUFReader
+
+    count = GGUFReader(gguf).get_field("split.count")
+    if count is not None and (parts := int(count.contents())) > 1:
+        raise TeacherError(
+            f"{gguf}, one of {parts} parts of a model",
+            "a model in one file",
+            "join them: llama-gguf-split --merge FIRST_PART WHOLE.gguf",
+        )

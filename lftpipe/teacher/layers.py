@@ -3,11 +3,16 @@
 Nothing here loads a whole model: training from the cache needs one layer, evaluation the tail.
 """
 
+import inspect
+
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from lftpipe.base.errors import TeacherError
+from lftpipe.families import meta_model
 from lftpipe.families.branches import Branches
+from lftpipe.families.forward_args import Recorder
 from lftpipe.families.meta_model import materialise_buffers
 from lftpipe.families.structure import structure_of
 from lftpipe.teacher.source import Teacher
@@ -41,7 +46,7 @@ def load_layer(teacher: Teacher, index: int) -> Branches:
     """
     layer = empty_layer(teacher, index)
     fill(layer.layer, teacher, f"{teacher.family.layers_prefix}.{index}.")
-    if teacher.family.derived and layer.form is not None:
+    if layer.form is not None:
         _check_branches(layer, teacher)
     return layer
 
@@ -87,23 +92,34 @@ def load_rotary(teacher: Teacher) -> nn.Module:
     return teacher.family.frame(teacher.config)
 
 
-def load_embedding(teacher: Teacher) -> nn.Module:
-    """From token ids to `h[0]`.
+class Embedding(nn.Module):
+    """From token ids to `h[0]`: the model's own forward pass up to its first layer."""
 
-    Raises
-    ------
-    TeacherError
-        If the family is not written out: nothing then says what else happens to an embedding.
-    """
-    if teacher.family.derived:
-        raise TeacherError(
-            f"the embedding of {teacher.model}, a {teacher.config.model_type} model",
-            "a store with state 0, which is read in its place",
-            "extract with layer 0 in --layers",
-        )
-    name = f"{teacher.family.embedding_prefix}.weight"
-    weight = teacher.checkpoint.read([name])[name]
-    return nn.Embedding.from_pretrained(weight, freeze=True)
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        structure = structure_of(teacher.config)
+        model = meta_model.build(teacher.config, structure.implementation)
+        first = Recorder(model.get_submodule(structure.path)[0])
+        first.arity = structure.arity
+        model.set_submodule(structure.path, nn.ModuleList([first]))
+        self.base, self._first = model.base_model, [first]
+        fill(self.base, teacher, structure.base_prefix)
+        self._takes_places = "position_ids" in inspect.signature(self.base.forward).parameters
+
+    def forward(
+        self, tokens: Int[Tensor, "sequence position"], position_ids: Int[Tensor, "sequence position"]
+    ) -> Float[Tensor, "sequence position feature"]:
+        """The states that enter the first layer."""
+        places = {"position_ids": position_ids} if self._takes_places else {}
+        self.base(input_ids=tokens, use_cache=False, **places)
+        states = self._first[0].states
+        assert states is not None
+        return states
+
+
+def load_embedding(teacher: Teacher) -> Embedding:
+    """From token ids to `h[0]`."""
+    return Embedding(teacher)
 
 
 def fill(module: nn.Module, teacher: Teacher, prefix: str, *, strip: str = "") -> None:
@@ -123,15 +139,14 @@ def fill(module: nn.Module, teacher: Teacher, prefix: str, *, strip: str = "") -
 
 
 def fill_buffers(teacher: Teacher, module: nn.Module) -> None:
-    """Give a module the buffers that no checkpoint holds; those of written-out families have none.
+    """Give a module the buffers that no checkpoint holds.
 
     Parameters
     ----------
     module
         Of the teacher's layers, on the meta device or with weights.
     """
-    if teacher.family.derived:
-        materialise_buffers(structure_of(teacher.config).model, module)
+    materialise_buffers(structure_of(teacher.config).model, module)
 
 
 def _stored(module: nn.Module) -> list[str]:

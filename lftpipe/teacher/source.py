@@ -10,20 +10,19 @@ from typing import Any
 from lftpipe.base.errors import LftpipeError, TeacherError, foreign
 from lftpipe.families import attention
 from lftpipe.families.family import Family
-from lftpipe.families.gpt_neox import GPT_NEOX
-from lftpipe.families.llama import LLAMA
 from lftpipe.families.structure import check_kind, structure_of
-from lftpipe.teacher.checkpoint import Checkpoint, NamedCheckpoint, check_layer, check_sizes
+from lftpipe.teacher.checkpoint import Checkpoint, NamedCheckpoint, check_sizes
 from lftpipe.teacher.gguf import convert
 from lftpipe.teacher.registry import REGISTERED
 from lftpipe.teacher.silence import quiet_rust, quiet_transformers
 
 # --- From the name of a teacher to a local folder with its config, weights and tokenizer.
 
-#: Families that are written out; all others are derived from their models' structure.
-FAMILIES: tuple[Family, ...] = (GPT_NEOX, LLAMA)
+#: What makes a model usable: weights, configs, tokenizer, chat templates.
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer*"]
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt"]
+#: The same weights in other formats.
+OTHER_FORMATS = ["*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt", "*/tokenizer*", "consolidated*"]
 
 #: Names that configs have for the longest context.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "seq_length")
@@ -126,11 +125,11 @@ def open_teacher(model: str, workspace: Path, *, revision: str | None = None) ->
         name, gguf = model, workspace / model / registered.gguf
         if not gguf.is_file():
             raise TeacherError(f"teacher {model} without {gguf}", "the file in its place", registered.how)
-        folder = convert(gguf, workspace / model / "teacher", family_of)
-    elif not registered and path.suffix == ".gguf" and path.is_file():
+        folder = convert(gguf, workspace / model / "teacher", check_config)
+    elif not registered and path.suffix.lower() == ".gguf" and path.is_file():
         path = path.resolve()
         name, model = path.stem, str(path)
-        folder = convert(path, workspace / name / "teacher", family_of)
+        folder = convert(path, workspace / name / "teacher", check_config)
     elif not registered and model and path.is_dir():
         folder = path.resolve()
         name, model = folder.name, str(folder)
@@ -144,39 +143,21 @@ def open_teacher(model: str, workspace: Path, *, revision: str | None = None) ->
             f"a registered name ({', '.join(REGISTERED)}), a Hub id, a local folder or a .gguf file",
             "check the spelling and the path",
         )
-    config = _config(folder, model)
+    config = config_of(folder, model)
     check_kind(config, model)
     check_sizes(config, Checkpoint(folder))
-    family = family_of(config, model)
-    return Teacher(name, model, folder, commit, config, family, _checkpoint(folder, family, config))
+    checkpoint = NamedCheckpoint(folder, structure_of(config).model)
+    if checkpoint.has_untied:  # transformers' own rule: then nothing is tied, whatever the config says
+        config.tie_word_embeddings = False
+        checkpoint = NamedCheckpoint(folder, structure_of(config).model)
+    checkpoint.check()
+    return Teacher(name, model, folder, commit, config, structure_of(config).family(), checkpoint)
 
 
-def family_of(config: Any, model: str) -> Family:
-    """The family of a model by its config.
-
-    Returns
-    -------
-    Family
-        Written out for GPT-NeoX and Llama, else derived from the model's structure.
-
-    Raises
-    ------
-    TeacherError
-        If the model is no decoder that lftpipe can take apart, with the reason.
-    """
+def check_config(config: Any, model: str) -> None:
+    """Refuse the config of a model that lftpipe cannot take apart, with the reason."""
     check_kind(config, model)
-    for family in FAMILIES:
-        if config.model_type in family.model_types:
-            return family
-    return structure_of(config).family()
-
-
-def _checkpoint(folder: Path, family: Family, config: Any) -> Checkpoint:
-    if not family.derived:
-        checkpoint = Checkpoint(folder)
-        check_layer(config, family, checkpoint)
-        return checkpoint
-    return NamedCheckpoint(folder, structure_of(config).model)
+    structure_of(config)
 
 
 def _looks_like_hub_id(model: str) -> bool:
@@ -190,7 +171,11 @@ def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+        folder = Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS
+            )
+        )
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise TeacherError(
             f"model {hub_id}", "a public model on the Hugging Face Hub", "check the name"
@@ -210,9 +195,16 @@ def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def _config(folder: Path, model: str) -> Any:
+def config_of(folder: Path, model: str) -> Any:
+    """What config.json says, as transformers reads it."""
     from transformers import AutoConfig
 
+    if (folder / "adapter_config.json").exists():
+        raise TeacherError(
+            f"folder {folder} with adapter_config.json, of which transformers adds an adapter to the weights",
+            "a model's own weights alone",
+            "remove that file if the adapter is merged already, else merge it (peft's merge_and_unload)",
+        )
     if not (folder / "config.json").is_file():
         raise TeacherError(
             f"folder {folder} without config.json",
@@ -333,7 +325,7 @@ def _place(model: str, made: Path) -> str:
     for above in made.resolve().parents:
         for count in range(1, len(old.parts)):
             new = above.joinpath(*old.parts[-count:])
-            if (new / "config.json").is_file() or (new.suffix == ".gguf" and new.is_file()):
+            if (new / "config.json").is_file() or (new.suffix.lower() == ".gguf" and new.is_file()):
                 return str(new)
     raise TeacherError(
         f"teacher {model} of {made}, which is not there",

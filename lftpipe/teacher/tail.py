@@ -25,7 +25,8 @@ class Tail(nn.Module):
         self.start, self.vocabulary = start, teacher.config.vocab_size
         self.layers = nn.ModuleList(load_layer(teacher, l) for l in range(start, teacher.num_layers))  # noqa: E741
         self.norm = load_norm(teacher, teacher.num_layers)
-        self.head = _load_head(teacher)
+        self.head = teacher.family.head(teacher.config)
+        fill(self.head, teacher, "", strip="model.")
         self.eval().requires_grad_(False)
 
     @cached_property
@@ -77,27 +78,6 @@ class Tail(nn.Module):
         return self.head(self.norm(last))
 
 
-def head_names(teacher: Teacher) -> list[str]:
-    """The head's weight in the checkpoint; empty where it is tied to the embedding."""
-    return [name for name in teacher.family.head_names if teacher.checkpoint.has(name)][:1]
-
-
-def _load_head(teacher: Teacher) -> nn.Module:
-    family = teacher.family
-    if family.head is not None:
-        head = family.head(teacher.config)
-        fill(head, teacher, "", strip="model.")
-        return head
-    head = nn.Linear(teacher.width, teacher.config.vocab_size, bias=False, device="meta")
-    head.load_state_dict({"weight": _head_weight(teacher)}, assign=True)
-    return head
-
-
-def _head_weight(teacher: Teacher) -> Tensor:
-    name = (head_names(teacher) or [f"{teacher.family.embedding_prefix}.weight"])[0]
-    return teacher.checkpoint.read([name])[name]
-
-
 class TopLogits(NamedTuple):
     """The largest logits of every position, descending, their tokens, and all logits' log-sum-exp."""
 
@@ -134,14 +114,7 @@ def load_bridges(
 
 def count_parameters(teacher: Teacher) -> int:
     """Parameters of the whole teacher, from the checkpoint's headers; a tied head counts once."""
-    if teacher.family.derived:
-        return sum(teacher.checkpoint.sizes.values())
-    family, sizes = teacher.family, teacher.checkpoint.sizes
-    layer = {name for name, _ in empty_layer(teacher).layer.named_parameters()}
-    wanted = {f"{family.layers_prefix}.{l}.{name}" for l in range(teacher.num_layers) for name in layer}  # noqa: E741
-    wanted |= {f"{family.embedding_prefix}.weight", *head_names(teacher)}
-    wanted |= {name for name in sizes if name.startswith(family.final_norm_prefix)}
-    return sum(sizes[name] for name in wanted)
+    return sum(teacher.checkpoint.sizes.values())
 
 
 def count_layer_parameters(teacher: Teacher, index: int = 0) -> int:

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lftpipe.base.device import autocast, cast_linear
-from lftpipe.base.errors import TeacherError, foreign
-from lftpipe.families import attention, meta_model
-from lftpipe.families.attention import AttentionContext, attention_context
+from lftpipe.families import meta_model
+from lftpipe.families.attention import AttentionContext, attention_context, spans_of
 from lftpipe.families.branches import Branches
 from lftpipe.families.structure import structure_of
 from lftpipe.teacher import capture
@@ -52,11 +51,10 @@ class Trunk:
     def __init__(
         self, teacher: Teacher, deepest: int, compute_dtype: torch.dtype, device: str = "cpu"
     ) -> None:
-        self.deepest = deepest
+        self.teacher, self.deepest = teacher, deepest
         self.compute_dtype = torch.float32  # as long as it is tried
         self.device = torch.device("cpu")
-        model = _derived_base(teacher, deepest) if teacher.family.derived else _base(teacher, deepest)
-        self.model = model.eval().requires_grad_(False)
+        self.model = model = _base(teacher, deepest).eval().requires_grad_(False)
         self._layers_path = teacher.family.model_layers
         self._layers: Any = model.get_submodule(self._layers_path)
         self._forms = [teacher.family.form(teacher.config, index) for index in range(len(self._layers))]
@@ -113,7 +111,9 @@ class Trunk:
         hidden, attention
             What takes states and attention outputs. A layer without an attention branch gives none.
         """
-        if self.apart and (position_ids[:, 1:] == 0).any():
+        if (position_ids[:, 1:] == 0).any() and (
+            self.apart or structure_of(self.teacher.config).looks_at_length(int(position_ids.max()) + 1)
+        ):
             self._run_apart(tokens, position_ids, hidden, attention)
             return
         with capture.hooks(self._layers, self._forms, self.deepest, hidden, attention):
@@ -128,13 +128,8 @@ class Trunk:
         self, tokens: Tensor, position_ids: Tensor, hidden: Sink | None, attention: Sink | None
     ) -> None:
         """Segment by segment, those of equal places together; what was captured is put together again."""
-        spans: dict[tuple[int, int], list[int]] = {}
-        for row, places in enumerate(position_ids):
-            starts = (places == 0).nonzero().flatten().tolist()
-            for start, stop in zip(starts, [*starts[1:], len(places)], strict=True):
-                spans.setdefault((start, stop), []).append(row)
         kept: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
-        for (start, stop), rows in spans.items():
+        for (start, stop), rows in spans_of(position_ids).items():
 
             def keep(
                 layer: int, state: Tensor, into: dict[int, Tensor], at: Any = (rows, slice(start, stop))
@@ -159,34 +154,7 @@ def twin_of(module: Module) -> Module:
 
 
 def _base(teacher: Teacher, deepest: int) -> Any:
-    """The base model of a family that is written out, by transformers."""
-    from transformers import AutoModel
-
-    with (
-        foreign(TeacherError, f"model {teacher.model}", "weights that load", "fetch it again"),
-        quiet_transformers(),
-    ):
-        loaded: Any = AutoModel.from_pretrained(
-            teacher.folder,
-            num_hidden_layers=max(deepest, 1),
-            dtype=torch.float32,
-            attn_implementation=attention.NAME,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
-        raise TeacherError(
-            f"model {teacher.model} without {missing[0]}",
-            "all weights of its layers",
-            "fetch or save it again",
-        )
-    return model
-
-
-def _derived_base(teacher: Teacher, deepest: int) -> Any:
-    """The base model of a derived family, from the checkpoint's single tensors."""
+    """The base model with its first layers, from the checkpoint's single tensors."""
     structure = structure_of(teacher.config)
     with quiet_transformers():
         model = meta_model.build(teacher.config, structure.implementation)

@@ -256,7 +256,11 @@ class HealingRun(ModuleTraining[HealSettings]):
     def pose(self, batch: Batch) -> HealingProblem:
         """A batch as the student sees it."""
         embedding = self._embedding
-        x_0 = batch.states[self.student.first] if embedding is None else embedding(batch.tokens)
+        x_0 = (
+            batch.states[self.student.first]
+            if embedding is None
+            else embedding(batch.tokens, batch.position_ids)
+        )
         return HealingProblem(batch, x_0, self.tail, self.student)
 
     @override

@@ -80,6 +80,8 @@ def resolved(
     terms = _terms(settings)
     _check_states(settings, store, block, terms)
     _check_terms(settings, store, block, terms)
+    if "branches" in terms:
+        _check_branches(teacher, block)
     _check_tokens(settings, store)
     check_rolling(settings, store)
     # All settled here is recorded with the run, and compared when it is resumed.
@@ -148,6 +150,18 @@ def _check_states(settings: TrainSettings, store: Store, block: tuple[int, int],
         )
     if settings.objective == "replaceme":
         _check_layer_before(m, store)
+
+
+def _check_branches(teacher: Teacher, block: tuple[int, int]) -> None:
+    """Refuse a loss on each branch where a layer of the block has no two of them."""
+    for layer in range(*block):
+        form = teacher.family.form(teacher.config, layer)
+        if form is None or not form.is_attention:
+            raise SettingsError(
+                f"a loss with branches on {teacher.name}, whose layer {layer} adds no attention output",
+                "layers that add attention and MLP to the residual stream",
+                "leave branches out of --loss",
+            )
 
 
 def _check_terms(settings: TrainSettings, store: Store, block: tuple[int, int], terms: set[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import change_weights
 from report_data import results
 from tiny_students import export_settings as settings
 from tiny_students import save_run, tokens
@@ -268,7 +269,7 @@ def test_runs_of_a_changed_teacher_or_with_changed_weights_are_refused(
     with pytest.raises(RunError, match="weights that the manifest was written for"):
         export(settings(run, tmp_path))
     (run.path / "flow.safetensors").write_bytes(good)
-    shutil.copy(teachers["neox-tied"] / "model.safetensors", folder / "model.safetensors")
+    change_weights(folder)
     with pytest.raises(TeacherError, match="weights changed since"):
         export(settings(run, tmp_path))
 

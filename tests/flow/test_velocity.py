@@ -1,8 +1,11 @@
 """The velocity estimator: the teacher's layer at first, then a function of time; and the closed-form map."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lftpipe.families.attention import AttentionContext, attention_context
 from lftpipe.flow.linear import LeastSquares, LinearMap
@@ -109,9 +112,9 @@ def test_the_gradient_of_walking_goes_through_all_steps(teacher, method):
             eps = teacher.config.rms_norm_eps
             setattr(velocity.layer.layer, name, torch.nn.RMSNorm(teacher.width, eps))
     velocity = velocity.double().requires_grad_(True)
-    context = AttentionContext(
-        tuple(part.double() for part in context.rotary), context.mask, context.position_ids
-    )
+    double = lambda each: each.double() if torch.is_tensor(each) and each.is_floating_point() else each  # noqa: E731
+    in_double = tree_map(double, dict(context.layers))
+    context = replace(context, layers=in_double)
     x_0, x_1 = (states(seed, 2, 6, teacher.width).double() for seed in (0, 1))
     grid = walk_times(torch.tensor([[0.3, 0.5], [0.6, 0.1]]))
     parameters = list(velocity.parameters())
@@ -135,7 +138,7 @@ def test_the_gradient_of_walking_goes_through_all_steps(teacher, method):
 
 # The closed-form map
 
-NOWHERE = AttentionContext((torch.empty(0), torch.empty(0)), None, torch.empty(0, 0, dtype=torch.long))
+NOWHERE = AttentionContext(torch.empty(0, 0, dtype=torch.long), {})
 
 
 def test_least_squares_finds_an_exact_linear_map_whatever_the_batches():

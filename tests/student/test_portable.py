@@ -13,7 +13,7 @@ from lftpipe.commands.export import export
 from lftpipe.config.settings import ExportSettings
 from lftpipe.student.loading import load_model
 from lftpipe.student.standalone_modeling import MODULE, bundle
-from lftpipe.teacher.source import open_teacher
+from lftpipe.teacher.source import load_tokenizer, open_teacher
 
 WITHOUT_LFTPIPE = """
 import sys
@@ -66,10 +66,32 @@ def test_the_file_is_named_in_the_config_and_among_the_files_of_the_export(neox_
     assert f"{MODULE}.py" in json.loads((tmp_path / "latent-flow/lftpipe.json").read_text())["files"]
 
 
-@pytest.mark.parametrize("root", ["lftpipe.student.model", "lftpipe.student.derived"])
+@pytest.mark.parametrize("root", ["lftpipe.student.derived"])
 def test_the_file_is_made_of_the_modules_that_run_here(root):
     source = "\n\n".join(bundle(root))
     compile(source, MODULE, "exec")
     assert "import lftpipe" not in source
     assert "from lftpipe" not in source
     assert f"# --- {root}" in source
+
+
+TOKENIZER = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+print(*tokenizer("the state of a layer")["input_ids"])
+"""
+
+
+def test_the_tokenizer_of_an_export_needs_no_code_and_asks_for_none(neox_teacher, tmp_path):
+    out = tmp_path / "student"
+    exported(neox_teacher, tmp_path, out=out)
+    assert 'AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=False)' in (
+        out / "README.md"
+    ).read_text("utf-8")
+    (out / f"{MODULE}.py").write_text("raise SystemExit('code was run')")
+    command = [sys.executable, "-c", TOKENIZER, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240)
+    assert done.returncode == 0, done.stderr
+    ours = load_tokenizer(neox_teacher)("the state of a layer")["input_ids"]
+    assert [int(token) for token in done.stdout.split()] == ours

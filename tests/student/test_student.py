@@ -14,9 +14,8 @@ from lftpipe.families.attention import attention_context
 from lftpipe.flow.solver import ODESolver
 from lftpipe.flow.velocity import Velocity
 from lftpipe.student.assemble import build_student
-from lftpipe.student.config import LatentFlowGPTNeoXConfig
+from lftpipe.student.derived import student_class
 from lftpipe.student.loading import load_teacher
-from lftpipe.student.model import LatentFlowGPTNeoXForCausalLM
 from lftpipe.teacher.layers import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.tail import Tail
@@ -165,12 +164,13 @@ def test_baselines_make_students_too(
 
 
 def test_a_new_flow_is_the_layer_it_was_made_from(neox_teacher: Teacher) -> None:
-    config = LatentFlowGPTNeoXConfig(
+    kind = student_class("gpt_neox")
+    config = kind.config_class(
         **{key: value for key, value in neox_teacher.config.to_dict().items() if key != "model_type"},
         teacher_layers=4,
         blocks=[{"start": 1, "stop": 3, "kind": "flow", "shift": True}],
     )
-    model: Any = LatentFlowGPTNeoXForCausalLM(config)
+    model: Any = kind(config)
     assert not model.student_layers[1].velocity.modulation.head.weight.any()
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import randomise
-from decoders import DECODERS, LATE, LAYERS, VOCABULARY, WHOLE, config_of
+from decoders import DECODERS, LATE, LAYERS, VOCABULARY, WHOLE, config_of, make_decoders
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -171,3 +171,36 @@ def test_branches_that_do_not_make_the_layer_are_refused(case: Case, monkeypatch
     monkeypatch.setattr(Branches, "mlp", lambda self, x, context=None: torch.zeros_like(x))
     with pytest.raises(TeacherError, match="whose two branches do not make its output"):
         load_layer(case.teacher, 1)
+
+
+@torch.inference_mode()
+def test_what_looks_at_the_length_of_a_call_is_computed_on_each_segment_alone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longrope takes other factors for the whole batch once one of its sequences is long."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 3.0, 4.0, 6.0],
+        "original_max_position_embeddings": 8,
+    }
+    fields = {"rope_parameters": rope, "original_max_position_embeddings": 8}
+    monkeypatch.setitem(DECODERS, "phi3", fields)
+    teacher = open_teacher(str(make_decoders(tmp_path, ["phi3"], tokenizer)["phi3"]), tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, CONTEXT), generator=generator)
+    whole, two = torch.arange(CONTEXT), torch.cat([torch.arange(5), torch.arange(CONTEXT - 5)])
+    places = torch.stack([whole, two])
+    trunk = Trunk(teacher, LAYERS, torch.float32)
+    hidden, _ = captured(trunk, tokens, places)
+    context = attention_context(load_rotary(teacher), places)
+    for row, span in ((0, slice(0, CONTEXT)), (1, slice(0, 5)), (1, slice(5, CONTEXT))):
+        alone, _ = captured(trunk, tokens[row : row + 1, span], places[row : row + 1, span])
+        for layer, state in alone.items():
+            torch.testing.assert_close(hidden[layer][row : row + 1, span], state, **EXACT)
+            if layer < LAYERS:
+                after = load_layer(teacher, layer)(hidden[layer], context)
+                torch.testing.assert_close(after[row : row + 1, span], alone[layer + 1], **EXACT)
+    short = torch.cat([torch.arange(8), torch.arange(8)]).expand(2, -1)
+    assert not attention_context(load_rotary(teacher), short).apart  # nothing here is long

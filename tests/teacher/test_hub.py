@@ -8,7 +8,7 @@ import pytest
 from teachers import WORKSPACE
 
 from lftpipe.base.errors import TeacherError
-from lftpipe.teacher.source import open_teacher
+from lftpipe.teacher.source import HUB_FILES, OTHER_FORMATS, open_teacher
 
 # The Hub, with its client faked
 
@@ -21,7 +21,7 @@ def hub(monkeypatch):
     def install(answer):
         calls = []
 
-        def snapshot_download(hub_id, *, revision, allow_patterns):
+        def snapshot_download(hub_id, *, revision, allow_patterns, ignore_patterns):
             calls.append((hub_id, revision))
             assert not any("bin" in pattern for pattern in allow_patterns)
             if isinstance(answer, BaseException):
@@ -43,6 +43,39 @@ def test_a_hub_model_is_known_by_its_commit(hub, neox_teacher, tmp_path, model):
     assert (teacher.revision, teacher.model) == ("0123abcd", model)
     assert teacher.name == model.replace("/", "--")
     assert teacher.corpus == ("pile" if model == "pythia-410m" else None)
+
+
+def test_what_makes_a_model_usable_is_fetched_and_nothing_in_another_format():
+    from huggingface_hub.utils import filter_repo_objects
+
+    usable = [
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "qwen.tiktoken",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+    ]
+    others = [
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "openvino/tokenizer.json",
+        "pytorch_model.bin",
+        "model.gguf",
+    ]
+    kept = filter_repo_objects(usable + others, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS)
+    assert list(kept) == usable
 
 
 class NetworkError(Exception):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import extracted
+from conftest import change_weights, extracted
 from training_runs import change, log_of, short_run, stop_before, teacher_of, weights_of
 
 from lftpipe import runs
@@ -122,9 +122,20 @@ def test_a_changed_teacher_is_noticed(teachers, text_folder, tmp_path, settings)
     folder = tmp_path / "model"
     shutil.copytree(teachers["neox"], folder)
     store = extracted(tmp_path, folder, text_folder)
-    shutil.copy(teachers["neox-tied"] / "model.safetensors", folder)
+    change_weights(folder)
     with pytest.raises(TeacherError, match=r"whose weights changed since .* / do: put the old weights back"):
         train(change(settings, store=store))
+
+
+def test_a_loss_on_branches_is_refused_where_a_layer_has_none(teachers, text_folder, tokenizer, tmp_path):
+    from decoders import make_bloom
+
+    folder = make_bloom(tmp_path / "bloom", tokenizer)
+    store = extracted(tmp_path, folder, text_folder, attention=False)
+    settings = short_run(store, tmp_path, loss="branches", from_teacher=True)
+    with pytest.raises(SettingsError, match=r"layer 1 adds no attention output / .*leave branches out"):
+        train(settings)
+    assert not (tmp_path / "run").exists()
 
 
 # Finished runs, opened again

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import change_weights
 from safetensors.torch import load_file, save_file
 from tiny_students import change_manifest, save_run
 from typer.testing import CliRunner
@@ -167,7 +168,7 @@ def test_a_run_whose_teacher_changed_is_refused_in_one_line(
 ) -> None:
     folder = shutil.copytree(teachers["neox"], tmp_path / "teacher")
     run = save_run(tmp_path / "x" / "runs" / "flow", open_teacher(str(folder), tmp_path), (1, 3))
-    shutil.copy(teachers["neox-tied"] / "model.safetensors", folder / "model.safetensors")
+    change_weights(folder)
     done = CliRunner().invoke(app, [*commands("flow")[command], "--workspace", str(tmp_path)])
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(
