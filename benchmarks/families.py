@@ -114,16 +114,17 @@ def try_family(model_type: str, folder: Path) -> Line:
                 tokens[:1], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
             )
         line.student = made.shape == (1, CONTEXT + 3)
+        line.without_first = _without_first(teacher, tokens, states[0], folder / "skip")
+        line.heads = _heads(model, folder)
         student = build_student(teacher, [run], steps=1, solver="euler")
         with torch.inference_mode():
-            line.without_first = _without_first(teacher, tokens, states[0], folder / "skip")
-            line.heads = _heads(model, folder)
             line.plain = bool((unroll(student)(tokens).logits - student(tokens).logits).abs().max() < 1e-3)
     except Exception as error:
         line.why = line.why if line.flow and line.why else _reason(error)
     return line
 
 
+@torch.no_grad()
 def _without_first(teacher: Teacher, tokens: torch.Tensor, first: torch.Tensor, folder: Path) -> str:
     """Whether the other layers do as before, in a student and in its plain export, with other numbers."""
     skip = {"skip": True, "time": False, "shift": False}
@@ -139,6 +140,7 @@ def _without_first(teacher: Teacher, tokens: torch.Tensor, first: torch.Tensor, 
     return "equal"
 
 
+@torch.no_grad()
 def _heads(model: Any, folder: Path) -> str:
     """Tied in the config or not; in the file both tensors, equal or not, the head alone, or the embedding.
 
