@@ -177,6 +177,7 @@ def test_training_from_the_cache_knows_no_trunk():
     """`train` from the cache and `evaluate` run single layers; the trunk is for extraction."""
     may = (
         "lftpipe.teacher.trunk",
+        "lftpipe.teacher.compare",
         "lftpipe.data.teacher_reader",
         "lftpipe.extraction",
         "lftpipe.commands.extract",
@@ -186,8 +187,8 @@ def test_training_from_the_cache_knows_no_trunk():
 
 
 def test_models_are_loaded_only_where_a_trunk_or_a_student_is():
-    """`AutoModel` and its kin: the trunk, the conversion of GGUF files, models on meta, and students."""
-    may = ("teacher.trunk", "teacher.gguf", "families.meta_model", "student", "commands")
+    """`AutoModel` and its kin: to compare, to convert GGUF files, models on meta, and students."""
+    may = ("teacher.compare", "teacher.gguf", "families.meta_model", "student", "commands")
     loading = {
         module
         for module, path in MODULES.items()
@@ -241,16 +242,28 @@ def test_no_function_is_endless():
 
 
 def test_training_from_the_cache_runs_no_teacher(stores, tmp_path):
-    """In a process of its own, where loading a model in any of transformers' ways is an error."""
+    """In a process of its own, where loading a model in any of transformers' ways is an error.
+
+    Models on the meta device say how layers are built: they have no weights.
+    """
     code = """
 import sys
+import torch
 import transformers
 from transformers import PreTrainedModel
 
 def refuse(*arguments, **options):
     raise SystemExit("a model was loaded")
 
-PreTrainedModel.from_pretrained = PreTrainedModel.__init__ = refuse
+begin = PreTrainedModel.__init__
+
+def on_meta(model, *arguments, **options):
+    if torch.get_default_device().type != "meta":
+        refuse()
+    begin(model, *arguments, **options)
+
+PreTrainedModel.from_pretrained = refuse
+PreTrainedModel.__init__ = on_meta
 for name in ("AutoModel", "AutoModelForCausalLM", "AutoTokenizer"):
     getattr(transformers, name).from_pretrained = refuse
 sys.modules["lftpipe.teacher.trunk"] = None  # importing it is an error
