@@ -65,7 +65,7 @@ def find_run(workspace: Path, store: Path | None, name: str) -> Path:
         return path if path.name else path.resolve()  # `.` has a name, too
     if store is not None:
         return run_path(store, name)
-    found = sorted(workspace.glob(f"*/runs/{name}"))
+    found = sorted(path for path in workspace.glob("*/runs/*") if path.name == name)
     if not found and path.is_dir():
         return path
     if not found:

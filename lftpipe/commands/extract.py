@@ -57,6 +57,7 @@ def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
         repair=repair,
         recheck=settings.check_corpus,
     ) as writer:
+        before = writer.complete
         _tokens(plan, writer, settings)
         if settings.rolling:
             rolled, computed = roll(plan, writer, settings)
@@ -65,7 +66,7 @@ def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
             absorb_parts(writer)
         computed = compute(plan, writer, settings)
         writer.finish()
-    return _result(plan, writer.spec, computed, started)
+    return _result(plan, writer.spec, computed, started, before=before)
 
 
 def check(settings: ExtractSettings) -> None:
@@ -123,28 +124,33 @@ def _tokens(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> None:
 def _part(plan: Plan, settings: ExtractSettings, part: Part, started: float) -> Extraction:
     """Compute one part; complete the store if all parts are there."""
     found = open_when_free(plan, settings)
+    before = True
     if isinstance(found, StoreWriter):
         with found as writer:
             _check_disk(plan)
+            before = are_stored(writer)
             _tokens(plan, writer, settings)
             if writer.complete:
-                return _result(plan, writer.spec, 0, started)
+                return _result(plan, writer.spec, 0, started, before=True)
             found = freeze(plan, writer, settings)
     computed = compute_part(plan, found, settings, part)
     spec = found.spec
     whole = all_done(found, part.count)
     if whole:
         spec = complete_when_free(plan, settings)
-    told = _result(plan, spec, computed, started)
+    told = _result(plan, spec, computed, started, before=before and not computed)
     return replace(told, part=[part.index, part.count], complete=whole)
 
 
-def _result(plan: Plan, spec: StoreSpec, computed: int, started: float) -> Extraction:
+def _result(
+    plan: Plan, spec: StoreSpec, computed: int, started: float, *, before: bool = False
+) -> Extraction:
+    """What there is now; `before`: it was all there."""
     seconds = time.monotonic() - started
     return Extraction(
         store=str(plan.path),
         teacher=plan.teacher.name,
-        already_complete=not computed,
+        already_complete=before,
         tokens={split: spec.sequences[split] * plan.context for split in SPLITS},
         tokens_asked={split: count * plan.context for split, count in plan.wanted.items()},
         documents=spec.details["corpus_documents"],
@@ -176,10 +182,11 @@ def summary(result: PlannedExtraction | Extraction) -> str:
             lines.append("  {made} shards computed, {made_again} of them again".format(**result.rolling))
             peak = progress.human_bytes(result.rolling["peak_bytes"])
             lines.append(f"  {result.rolling['dropped']} dropped; never more than {peak} of states")
-        if result.already_complete and not result.rolling:
+        if result.already_complete:
             lines.append("  it was complete already: nothing was computed")
         else:
-            lines.append(f"  {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s")
+            speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.layers else ""
+            lines.append(f"  {result.seconds:.0f} s{speed}")
         for split, asked in result.tokens_asked.items():
             if result.tokens[split] < asked:
                 lines.append(f"  the corpus ended before the {asked:,} {split} tokens asked for")

@@ -1,6 +1,6 @@
 """`lftpipe generate`: continue a prompt with a student, beside its teacher, or as its teacher's draft."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from io import TextIOBase
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from lftpipe.base.device import prepare
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.base.outputs import one_writer
 from lftpipe.base.workspace import find_run
+from lftpipe.config.refusal import as_option
 from lftpipe.config.settings import GenerateSettings
 from lftpipe.results.outcomes import BesideTeacher, Drafted, Drafting, Generation, WriterFacts, Written
 from lftpipe.results.run import SAMPLES, Sample, keep_sample
 from lftpipe.student.assemble import build_student, without_layers
-from lftpipe.student.decoding import Continuation, continue_prompt, speculate, warm_up
+from lftpipe.student.decoding import Continuation, Sampling, continue_prompt, speculate, warm_up
 from lftpipe.student.loading import load_model, load_teacher, teacher_of_folder, teacher_of_run
 from lftpipe.student.model import LatentFlow
 from lftpipe.teacher.silence import quiet_transformers
-from lftpipe.teacher.source import Teacher, load_tokenizer, max_positions_of, tokenizer_of
+from lftpipe.teacher.source import Teacher, load_tokenizer, max_positions_of, prompt_tokens, tokenizer_of
 
 #: The command line hands this stage a stream to write words to while they are made.
 STREAMS = True
@@ -77,7 +78,7 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> Gener
     writer = _open(settings, settings.target or "")
     if settings.keep and not writer.is_run:
         raise RunError(f"--keep for {writer.path}, a folder", "a run", "name the run it was exported from")
-    _check_length(writer, settings.prompt, settings)
+    _check_prompt(writer, settings.prompt, settings)
     if settings.compare or settings.keep:
         written, beside = _compared(settings, settings.prompt, writer)
     else:
@@ -85,8 +86,8 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> Gener
             written, beside = _write(writer.model, writer.tokenizer, settings, out).told(), None
     return Generation(
         prompt=settings.prompt,
-        temperature=settings.temperature,
         seed=settings.seed,
+        **asdict(_sampling(settings)),
         writer=writer.facts,
         written=written,
         beside=beside,
@@ -114,8 +115,8 @@ def _compared(settings: GenerateSettings, prompt: str, writer: Writer) -> tuple[
             common_tokens=common,
             k=facts.k,
             solver=facts.solver,
-            temperature=settings.temperature,
             seed=settings.seed,
+            **asdict(_sampling(settings)),
         )
         with one_writer(writer.path):
             keep_sample(kept, sample)
@@ -136,8 +137,16 @@ def _check(settings: GenerateSettings) -> None:
         raise SettingsError(
             given, "a run or folder, or --draft RUN (its teacher writes then)", "name one of the two"
         )
+    drawn = [name for name in ("top_k", "top_p") if getattr(settings, name) != getattr(Sampling, name)]
+    if drawn and not settings.temperature:
+        raise SettingsError(
+            f"{as_option(drawn[0])} with --temperature 0",
+            "tokens that are drawn: the most likely one is always among the most likely",
+            "pass --temperature 1, or leave it out",
+        )
     forbidden = {
         "--temperature": settings.temperature,
+        "--repetition-penalty": settings.repetition_penalty != Sampling.repetition_penalty,
         "--compare": settings.compare,
         "--keep": settings.keep,
     }
@@ -176,14 +185,27 @@ def _teacher_of(writer: Writer, settings: GenerateSettings) -> Teacher:
     return teacher_of_folder(writer.path, settings.workspace)
 
 
-def _check_length(writer: Writer, prompt: str, settings: GenerateSettings) -> None:
-    count, most = len(writer.tokenizer(prompt)["input_ids"]), max_positions_of(writer.model.config)
+def _check_prompt(writer: Writer, prompt: str, settings: GenerateSettings) -> None:
+    """Refuse a prompt that the model has no place or no embedding for."""
+    tokens, config = prompt_tokens(writer.tokenizer, prompt), writer.model.config
+    count, most = len(tokens), max_positions_of(config)
     if most is not None and count + settings.max_new_tokens > most:
         raise SettingsError(
             f"a prompt of {count} tokens and --max-new-tokens {settings.max_new_tokens}",
             f"at most {most} together, the teacher's context",
             "shorten the prompt or lower --max-new-tokens",
         )
+    if max(tokens) >= config.vocab_size:
+        unknown = max(tokens)
+        raise SettingsError(
+            f"a prompt with token {unknown}, {writer.tokenizer.convert_ids_to_tokens(unknown)!r}",
+            f"tokens below {config.vocab_size}, the model's vocabulary: it has no embedding of others",
+            "write the prompt without it, or put the model's own tokenizer.json into its folder",
+        )
+
+
+def _sampling(settings: GenerateSettings) -> Sampling:
+    return Sampling(**{each.name: getattr(settings, each.name) for each in fields(Sampling)})
 
 
 def _write(model: Any, tokenizer: Any, settings: GenerateSettings, out: TextIOBase | None) -> Continuation:
@@ -191,15 +213,16 @@ def _write(model: Any, tokenizer: Any, settings: GenerateSettings, out: TextIOBa
     assert settings.prompt is not None
     if out is not None:
         out.write(settings.prompt)
+    sampling = _sampling(settings)
     return continue_prompt(
-        model, tokenizer, settings.prompt, settings.max_new_tokens, temperature=settings.temperature, out=out
+        model, tokenizer, settings.prompt, settings.max_new_tokens, sampling=sampling, out=out
     )
 
 
 def _drafted(settings: GenerateSettings, prompt: str, out: TextIOBase | None) -> Drafting:
     """The teacher alone, with the student as its draft, and with a draft that skips the block."""
     draft = _open(settings, settings.draft or "")
-    _check_length(draft, prompt, settings)
+    _check_prompt(draft, prompt, settings)
     if not draft.is_run:
         raise RunError(f"--draft {settings.draft}, a folder", "a run", "name the run it was exported from")
     opened = runs.open_student(draft.path)

@@ -29,6 +29,9 @@ TEXT_COLUMNS = ("text", "content")
 #: where a line is longer than that, inside it.
 TXT_DOCUMENT_CHARACTERS = 16_384
 
+#: UTF-8, with or without the byte-order mark that some editors put before it.
+UTF8 = "utf-8-sig"
+
 #: More than any book has.
 MAX_DOCUMENT_BYTES = 64 * 2**20
 
@@ -140,7 +143,7 @@ def _text_documents(path: Path, name: str, most: int, *, cut: bool) -> Iterator[
     parts: list[str] = []
     size = number = 0
     try:
-        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
+        with _open(path) as raw, io.TextIOWrapper(raw, encoding=UTF8, newline="") as file:
             while line := file.readline(TXT_DOCUMENT_CHARACTERS):  # a bound, as some files have no lines
                 if "\0" in line:
                     raise _no_text(path)

@@ -92,15 +92,27 @@ class Packing:
 
     Parameters
     ----------
+    encode
+        Texts to token ids, with nothing around them.
+    opening
+        Tokens that begin every document.
     wanted
         Sequences wanted of each split. Fewer are made if the corpus ends first.
     """
 
     def __init__(
-        self, corpus: Corpus, encode: Encode, end_of_text: int, context: int, wanted: dict[str, int]
+        self,
+        corpus: Corpus,
+        encode: Encode,
+        end_of_text: int,
+        context: int,
+        wanted: dict[str, int],
+        *,
+        opening: Sequence[int] = (),
     ) -> None:
         self.corpus = corpus
         self.encode = encode
+        self.opening = list(opening)
         self.end_of_text = end_of_text
         self.context = context
         self.wanted = wanted
@@ -143,7 +155,7 @@ class Packing:
                 if packer.full:
                     continue
                 packer.begin(hash_)
-                for ids in chain(parts, [[self.end_of_text]]):
+                for ids in chain([self.opening], parts, [[self.end_of_text]]):
                     for tokens, documents in packer.add(number, ids):
                         yield PackedSequence(self.split_of(hash_), tokens, documents)
                     if packer.full:
@@ -160,14 +172,10 @@ class Packing:
 
     def _encoded_in_parts(self, text: str) -> Iterator[list[int]]:
         """As long texts as a tokenizer takes at once, which needs hundreds of bytes for each character."""
-        around, *others = self.encode(["", "x", "0"])  # the first is what it puts around every text
-        before = min(_common(around, other) for other in others)
-        after = len(around) - before
         start = 0
         while start < len(text):
             stop = _cut(text, start)
-            (ids,) = self.encode([text[start:stop]])
-            yield ids[before if start else 0 : len(ids) - (after if stop < len(text) else 0)]
+            yield from self.encode([text[start:stop]])
             start = stop
 
     def fit_to_small_corpus(self) -> None:
@@ -189,7 +197,7 @@ class Packing:
             group = [document for document in group if document.text]
             encoded = self._encoded([document.text for document in group])
             for document, parts in zip(group, encoded, strict=True):
-                size = sum(map(len, parts)) + 1
+                size = len(self.opening) + sum(map(len, parts)) + 1
                 sizes.append((text_hash(document), size))
                 total += size
                 held_out += size * (sizes[-1][0] < self.threshold)
@@ -234,13 +242,6 @@ def _cut(text: str, start: int) -> int:
         return line + 1
     space = text.rfind(" ", least, stop)
     return space if space > 0 else stop
-
-
-def _common(one: Sequence[int], two: Sequence[int]) -> int:
-    """How many of the first items are the same."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
-    )
 
 
 def _threshold_for(sizes: list[tuple[int, int]], wanted: int) -> int:

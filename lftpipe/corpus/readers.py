@@ -17,6 +17,7 @@ from lftpipe.corpus.files import (
     MAX_DOCUMENT_BYTES,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
+    UTF8,
     Document,
     file_documents,
     kind_of,
@@ -133,7 +134,7 @@ def _python_stdlib() -> Iterator[Document]:
         if re.search(r"(^|/)(site-packages|dist-packages|__pycache__)(/|$)", relative.as_posix()):
             continue
         try:
-            yield Document(relative.as_posix(), path.read_text(encoding="utf-8"))
+            yield Document(relative.as_posix(), path.read_text(encoding=UTF8))
         except UnicodeDecodeError:
             continue
 

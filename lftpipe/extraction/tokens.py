@@ -12,7 +12,7 @@ from lftpipe.base.errors import CorpusError, TeacherError
 from lftpipe.corpus.packing import SPLITS, Packing
 from lftpipe.extraction.plan import Plan
 from lftpipe.store import StoreSpec, StoreWriter
-from lftpipe.teacher.source import load_tokenizer
+from lftpipe.teacher.source import load_tokenizer, opening, text_encoder
 
 #: More than a token has on average: with so many for each that is wanted, a corpus has enough text.
 CHARACTERS_OF_A_TOKEN = 8
@@ -24,13 +24,14 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 def packing_of(plan: Plan) -> Packing:
     """The corpus as sequences of the teacher's tokens; nothing is read yet."""
     tokenizer = load_tokenizer(plan.teacher)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
-
-    return Packing(plan.corpus, encode, tokenizer.eos_token_id, plan.context, plan.wanted)
+    return Packing(
+        plan.corpus,
+        text_encoder(tokenizer),
+        tokenizer.eos_token_id,
+        plan.context,
+        plan.wanted,
+        opening=opening(tokenizer),
+    )
 
 
 def fitted(plan: Plan) -> Plan:

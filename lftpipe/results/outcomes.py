@@ -315,15 +315,19 @@ class Generation(Outcome):
     """`generate`: how a model continues a prompt, perhaps beside its teacher."""
 
     prompt: str
-    temperature: float
     seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
     writer: WriterFacts
     written: Written
     beside: BesideTeacher | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All keys on one level."""
-        asked = {"prompt": self.prompt, "temperature": self.temperature, "seed": self.seed}
+        asked = super().to_json()
+        del asked["writer"], asked["written"], asked["beside"]
         beside = self.beside.to_json() if self.beside else {}
         return asked | self.writer.to_json() | self.written.to_json() | beside
 

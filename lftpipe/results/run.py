@@ -195,12 +195,16 @@ class Sample:
     k: int | None = None
     solver: str | None = None
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
     seed: int = 0
 
     @property
     def asked(self) -> tuple[Any, ...]:
         """What was asked for: a sample replaces an earlier one of the same."""
-        return self.prompt, self.k, self.solver, self.temperature, self.seed
+        drawn = (self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+        return self.prompt, self.k, self.solver, *drawn
 
 
 def read_samples(path: Path) -> tuple[list[Sample], list[str]]:

@@ -1,6 +1,8 @@
 """Continuing a prompt token by token: streamed, timed, and with a draft that runs ahead."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOBase
 from typing import Any
@@ -11,9 +13,35 @@ from transformers import GenerationConfig, TextStreamer
 
 from lftpipe.base.errors import SettingsError
 from lftpipe.results.outcomes import Drafted, Written
+from lftpipe.teacher.source import prompt_tokens
 
 #: Tokens of the pass that is not timed: the first calls of a process set up kernels and threads.
 WARM_UP_TOKENS = 2
+
+#: What a model's own settings still decide: how far a draft runs ahead, which changes no text.
+_DRAFTING = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; nothing of it comes from a model's `generation_config.json`."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token; above, tokens are drawn by torch's generator."""
+    top_k: int = 0
+    """Draw among so many most likely tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the most likely tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that are there already."""
+
+    def options(self) -> dict[str, Any]:
+        """In the words of transformers."""
+        options: dict[str, Any] = {"repetition_penalty": self.repetition_penalty, "do_sample": False}
+        if self.temperature:
+            drawn = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            options |= drawn | {"do_sample": True}
+        return options
 
 
 @dataclass(frozen=True)
@@ -94,7 +122,7 @@ def continue_prompt(
     prompt: str,
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
+    sampling: Sampling = Sampling(),
     out: TextIOBase | None = None,
     draft: Any = None,
 ) -> Continuation:
@@ -102,34 +130,59 @@ def continue_prompt(
 
     Parameters
     ----------
-    temperature
-        0 is greedy; above, tokens are drawn by torch's generator.
     draft
         A model that proposes tokens for `model` to accept (assisted generation).
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)  # some tokenizers add them; these families take none
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    ids = torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device)
+    ends = end_tokens(model, tokenizer)
     options = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else None,
         bos_token_id=tokenizer.bos_token_id,
         max_new_tokens=max_new_tokens,
-        **sampling,
+        **sampling.options(),
     )
-    if draft is not None:
-        inputs["assistant_model"] = draft
+    assistant = {} if draft is None else {"assistant_model": draft}
     streamer = _Streamer(tokenizer, out)
     began = time.perf_counter()
-    produced = model.generate(**inputs, generation_config=options, streamer=streamer)
+    with _without_own_settings(model, *assistant.values()):
+        produced = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=options,
+            streamer=streamer,
+            **assistant,
+        )
     seconds = time.perf_counter() - began
-    new = produced[0, inputs["input_ids"].shape[1] :].tolist()
+    new = produced[0, ids.shape[1] :].tolist()
     return Continuation(
         text=tokenizer.decode(new, skip_special_tokens=True),
         tokens=new,
         seconds=seconds,
         first_token_seconds=(streamer.first_token or began + seconds) - began,
     )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, then all that the model's generation config lists."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list | tuple) else [listed]
+    ends = [int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None]
+    return list(dict.fromkeys(ends))
+
+
+@contextmanager
+def _without_own_settings(*models: Any) -> Iterator[None]:
+    """Models with no generation config of their own: transformers fills from it whatever is not set."""
+    own = [model.generation_config for model in models]
+    for model, config in zip(models, own, strict=True):
+        kept = {name: getattr(config, name) for name in _DRAFTING}
+        model.generation_config = GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        for model, config in zip(models, own, strict=True):
+            model.generation_config = config
 
 
 def speculate(
@@ -171,7 +224,7 @@ def speculate(
     finally:
         hook.remove()
     # Every pass but the first also sees the token that the one before added.
-    proposed = seen - len(tokenizer(prompt)["input_ids"]) - (calls - 1)
+    proposed = seen - len(prompt_tokens(tokenizer, prompt)) - (calls - 1)
     return Speculation(continuation, proposed, len(continuation.tokens) - calls, calls)
 
 

@@ -2,11 +2,14 @@
 
 import errno
 import hashlib
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lftpipe.base import progress
 from lftpipe.base.errors import LftpipeError, TeacherError, foreign
 from lftpipe.families import attention
 from lftpipe.families.family import Family
@@ -269,7 +272,51 @@ def tokenizer_of(folder: Path, kind: type[LftpipeError], do: str) -> Any:
         if not tokenizer(["", _TRIAL])["input_ids"] or not all(isinstance(each, int) for each in ids):
             raise TypeError(f"it makes {ids!r} of a text")
         tokenizer.decode(ids)
+        _always_the_same(tokenizer, folder)
     return tokenizer
+
+
+def _always_the_same(tokenizer: Any, folder: Path) -> None:
+    """Switch off what draws other tokens of a text each time, which is for training a model on it."""
+    model = tokenizer.backend_tokenizer.model
+    drawn = [name for name in ("dropout", "alpha", "nbest_size") if getattr(model, name, None)]
+    for name in drawn:
+        setattr(model, name, None)
+    if drawn:
+        progress.say(f"note: {', '.join(drawn)} of {folder}/tokenizer.json is off: equal texts, equal tokens")
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before every text, such as one that begins it."""
+    encoding = tokenizer.backend_tokenizer.encode(_TRIAL)
+    special = itertools.takewhile(bool, encoding.special_tokens_mask)
+    return encoding.ids[: len(list(special))]
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt as a model reads it: opened as the tokenizer opens a text, and never closed.
+
+    A control token that the prompt spells is one, so that the turns of a chat can be written by hand.
+    """
+    return opening(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """Encodes texts of documents, which are text alone.
+
+    Nothing is put around a text, cut from it or filled up, and a control token that it spells, as sources
+    of programs do, is taken apart like other words.
+    """
+    backend = tokenizer.backend_tokenizer
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # transformers sets it to its own at each of its calls
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    return encode
 
 
 # --- A teacher that a store, a run or an export has recorded, found again and proved to be the same.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lftpipe.base.errors import CorpusError, StoreError
-from lftpipe.commands.extract import extract
+from lftpipe.commands.extract import extract, summary
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.corpus.packing import positions
 from lftpipe.store import Store
@@ -85,6 +85,25 @@ def test_again_does_nothing(settings, monkeypatch):
     assert again["already_complete"]
     assert not first["already_complete"]
     assert contents(Path(again["store"])) == before
+
+
+def test_a_first_store_of_tokens_alone_is_not_said_to_have_been_complete_already(settings):
+    tokens = change(settings, tokens_only=True)
+    first, again = extract(tokens), extract(tokens)
+    assert not first["already_complete"]
+    assert "complete already" not in str(summary(first))
+    assert "tokens/s" not in str(summary(first))  # no teacher ran
+    assert again["already_complete"]
+    assert "it was complete already" in str(summary(again))
+    grown = change(tokens, tokens=tokens.tokens + 8 * CONTEXT)
+    assert not extract(grown)["already_complete"]
+    assert extract(grown)["already_complete"]
+
+
+def test_a_part_that_stored_the_tokens_is_not_said_to_have_been_complete_already(settings):
+    tokens = change(settings, tokens_only=True, part="1/2")
+    assert not extract(tokens)["already_complete"]
+    assert extract(tokens)["already_complete"]
 
 
 def test_growing_keeps_what_is_there(settings, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lftpipe.results.run import read_samples
 from lftpipe.student.assemble import build_student, without_layers
 from lftpipe.student.decoding import continue_prompt, speculate
 from lftpipe.student.loading import load_teacher
-from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.source import Teacher, open_teacher
 
 PROMPT = "the state of a layer flows into"
 
@@ -49,6 +50,17 @@ def test_a_run_by_name_continues_the_prompt(run: runs.Run, tmp_path: Path) -> No
     assert result["tokens_per_second"] == pytest.approx(result["new_tokens"] / result["seconds"], rel=0.05)
     assert "3 euler steps" in str(summary(result))
     assert json.loads(json.dumps(result.to_json())) == dict(result)
+
+
+@pytest.mark.parametrize("name", ["run [1] a", "*", "a?", "[a]", "flow"])
+def test_the_name_of_a_run_is_never_a_pattern(neox_run: runs.Run, tmp_path: Path, name: str) -> None:
+    neox_run.path.rename(neox_run.path.parent / name)
+    save_run(neox_run.path.parent / "ab", open_teacher(neox_run.teacher["model"], tmp_path), (1, 3))
+    assert generate(settings(tmp_path, target=name))["model"].endswith(f"runs/{name}")
+    for other in ("a*", "[ab]b", "a?"):
+        if other != name:
+            with pytest.raises(RunError, match=f"given: no run {re.escape(other)} in "):
+                generate(settings(tmp_path, target=other))
 
 
 def test_exports_write_what_the_run_writes(neox_run: runs.Run, tmp_path: Path) -> None:
@@ -156,6 +168,7 @@ def test_a_skipping_draft_is_the_teacher_without_those_layers(teacher: Teacher) 
         ({}, SettingsError, "without a model"),
         ({"target": "flow", "draft": "flow"}, SettingsError, "both a model and --draft"),
         ({"draft": "flow", "temperature": 1.0}, SettingsError, "--draft with --temperature"),
+        ({"draft": "flow", "repetition_penalty": 2.0}, SettingsError, "--draft with --repetition-penalty"),
         ({"draft": "flow", "compare": True}, SettingsError, "--draft with --compare"),
         ({"draft": "flow", "keep": True}, SettingsError, "--draft with --keep"),
         ({"target": "nothing"}, RunError, "no run nothing"),

@@ -142,6 +142,22 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         next(documents)
 
 
+@pytest.mark.parametrize("kind", [".txt", ".md", ".py", ".jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, kind):
+    data, expected = content(kind)
+    (tmp_path / f"a{kind}").write_bytes(b"\xef\xbb\xbf" + data)
+    (tmp_path / f"b{kind}.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + data))
+    assert texts(tmp_path) == expected * 2
+    (tmp_path / f"a{kind}").write_bytes(data.replace(b"second", b"\xef\xbb\xbfsecond"))
+    assert "\ufeffsecond" in "".join(texts(tmp_path / f"a{kind}"))  # elsewhere it is a character of the text
+
+
+def test_a_byte_order_mark_of_a_library_file_is_no_text(tmp_path, monkeypatch):
+    (tmp_path / "marked.py").write_bytes(b"\xef\xbb\xbfx = 1\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert texts("python-stdlib") == ["x = 1\n"]
+
+
 def test_a_null_text_is_empty_in_every_kind_of_table(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": null}\n')
     pq.write_table(pa.table({"text": pa.array([None, "x"], pa.large_string())}), tmp_path / "b.parquet")

@@ -11,6 +11,7 @@ from lftpipe.config.settings.base import (
     MAIN,
     Common,
     Computing,
+    CountOrZero,
     File,
     Form,
     Names,
@@ -79,6 +80,12 @@ class GenerateSettings(OfStore, OnDevice, Seeded):
     """Solver; default: that of training or export."""
     temperature: Temperature = 0.0
     """0 always takes the most likely token; above 0, tokens are drawn."""
+    top_k: CountOrZero = 0
+    """Draw among so many most likely tokens only; 0: among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the most likely tokens that together have this probability."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Make tokens that are there already less likely; 1: no."""
     compare: bool = False
     """Let the teacher continue the prompt too."""
     keep: bool = False
@@ -89,6 +96,7 @@ class GenerateSettings(OfStore, OnDevice, Seeded):
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "prompt max_new_tokens temperature seed k device store workspace",
         "Beside the teacher": "compare keep draft",
+        "The next token": "top_k top_p repetition_penalty",
     }
     FORMER: ClassVar[dict[str, str]] = {"force": "generate replaces no files"}
 
