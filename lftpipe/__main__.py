@@ -12,8 +12,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII shows what it cannot as \u2026
             stream.reconfigure(errors="backslashreplace")
+    from lftpipe.base.files import raise_file_limit
     from lftpipe.cli import app
 
+    raise_file_limit()
     app.main()
 
 

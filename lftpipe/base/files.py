@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,27 @@ def write_atomic(path: Path, data: bytes, *, keep: Path | None = None) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+# --- How many files a process holds open.
+
+#: Enough for every command, where the system sets no limit that can be asked for (macOS takes no more).
+_ENOUGH_FILES = 10_240
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as its user may; macOS begins with 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # the kernel may allow less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def most_open_files() -> int:
+    """How many files one reader may hold: a quarter of what the process may, at most 256."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 256 if soft == resource.RLIM_INFINITY else max(8, min(256, soft // 4))
 
 
 # --- JSON-plain values as text: one canonical form for digests, one with an indent for files.

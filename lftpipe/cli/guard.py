@@ -33,6 +33,7 @@ _CURES = {
     errno.EROFS: "name another place with --workspace or --store",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "name a folder, or a place below one",
+    errno.EMFILE: "let a process open more files, `ulimit -n 4096`, and run the same command again",
     errno.ELOOP: "remove the links that point to each other",
 }
 
@@ -77,8 +78,9 @@ def line_of(error: Exception) -> str:
         cure = _CURES.get(error.errno or 0, "see what is there, or run again with --debug")
         where = f" at {error.filename}" if error.filename else ""
         return f"given: {error.strerror or reason}{where} / expected: to read and write there / do: {cure}"
-    if os.strerror(errno.ENOSPC) in reason:  # a library's own type of error, as safetensors has it
-        return f"given: {reason} / expected: to write there / do: {_CURES[errno.ENOSPC]}"
+    for number in (errno.ENOSPC, errno.EMFILE):  # a library's own type of error, as safetensors has it
+        if os.strerror(number) in reason:
+            return f"given: {reason} / expected: to read and write there / do: {_CURES[number]}"
     if _is_out_of_memory(error):
         return (
             f"given: {reason or 'a computation'} / expected: enough memory / "

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lftpipe.base.errors import StoreError
+from lftpipe.base.files import most_open_files
 from lftpipe.storage import storage_of
 from lftpipe.store.codec import decode, decompress, widen
 from lftpipe.store.layout import ArrayLayout, StoreSpec
@@ -16,8 +17,6 @@ from lftpipe.store.manifest import newest_record
 from lftpipe.store.records import Expected
 from lftpipe.store.shard import ChunkReader, DamagedShardError, OtherShardError
 from lftpipe.store.windows import rolls
-
-_OPEN_FILES = 256  # far below the usual limit of 1024 a process
 
 
 class AbsentShardError(StoreError):
@@ -41,7 +40,7 @@ class Shards:
         self._threads: tuple[int, tuple[ThreadPoolExecutor, ThreadPoolExecutor]] | None = None
         self._spec, self._step, self._layouts = spec, spec.sequences_per_shard, spec.arrays
         # The cache's own lock is the interpreter's, so that a fork at any moment is safe.
-        self._opened = functools.lru_cache(_OPEN_FILES)(self._open)
+        self._opened = functools.lru_cache(most_open_files())(self._open)
 
     @property
     def where(self) -> str:

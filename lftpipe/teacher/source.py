@@ -1,6 +1,5 @@
 """From a name to a frozen teacher: its folder, family and tokenizer, and how a record finds it again."""
 
-import errno
 import hashlib
 import itertools
 from collections.abc import Callable
@@ -173,28 +172,26 @@ def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
-        folder = Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS
+    unreachable = (
+        f"model {hub_id}, which is not on this machine",
+        "the Hugging Face Hub within reach",
+        "connect to the network, check its proxies, or pass a local folder or .gguf file with --model",
+    )
+    with foreign(TeacherError, *unreachable):  # whatever the client's network library comes up with
+        try:
+            folder = Path(
+                snapshot_download(
+                    hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS
+                )
             )
-        )
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise TeacherError(
-            f"model {hub_id}", "a public model on the Hugging Face Hub", "check the name"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise TeacherError(
-            f"revision {revision} of {hub_id}", "a branch, tag or commit of it", "check --revision"
-        ) from error
-    except Exception as error:  # whatever the client's network library comes up with
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-            raise  # of the local disk, not of the Hub
-        raise TeacherError(
-            f"model {hub_id}, which is not on this machine",
-            "the Hugging Face Hub within reach",
-            "connect to the network, or pass a local folder or .gguf file with --model",
-        ) from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise TeacherError(
+                f"model {hub_id}", "a public model on the Hugging Face Hub", "check the name"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise TeacherError(
+                f"revision {revision} of {hub_id}", "a branch, tag or commit of it", "check --revision"
+            ) from error
     return folder, folder.name
 
 

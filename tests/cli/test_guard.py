@@ -164,5 +164,19 @@ def test_what_nobody_foresaw_is_a_defect_and_a_full_disk_is_none():
         """As Rust's library has it: no OSError, no number."""
 
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert "(os error 28) / expected: to write there / do: free space on that disk" in line_of(full)
+    assert "(os error 28) / expected: to read and write there / do: free space on that" in line_of(full)
     assert "do: choose a shorter name" in line_of(OSError(36, "File name too long", "/x"))
+
+
+def test_too_few_open_files_name_the_limit():
+    assert "do: let a process open more files, `ulimit -n 4096`" in line_of(
+        OSError(24, "Too many open files")
+    )
+    assert "`ulimit -n 4096`" in line_of(RuntimeError("unable to open file </x>: Too many open files (24)"))
+
+
+def test_a_command_may_open_as_many_files_as_its_user():
+    shown = "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE)); return 'done'"
+    lowered = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 1000))"
+    out, err = start(shown, lowered).communicate(timeout=60)
+    assert out.splitlines()[0] == "1000 1000", err

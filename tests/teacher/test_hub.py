@@ -1,6 +1,8 @@
 """A model of the Hub: known by its commit, and errors that say what to do."""
 
+import errno
 import importlib
+import os
 import shutil
 from typing import Any
 
@@ -92,7 +94,11 @@ def hub_errors() -> dict[str, tuple[Exception, str]]:
             errors.LocalEntryNotFoundError("no network"),
             "expected: the Hugging Face Hub within reach",
         ),
-        "timeout": (NetworkError("late"), "expected: the Hugging Face Hub within reach"),
+        "timeout": (NetworkError("late"), r"machine \(late\) / expected: the Hugging Face Hub within reach"),
+        "proxy": (
+            ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."),
+            r"\(Using SOCKS proxy, but the 'socksio' package is not installed.\) .* check its proxies",
+        ),
         "refused": (ConnectionError("refused"), "expected: the Hugging Face Hub within reach"),
         "missing": (
             errors.RepositoryNotFoundError("?", response=response),
@@ -106,9 +112,10 @@ def hub_errors() -> dict[str, tuple[Exception, str]]:
     }
 
 
-def test_a_full_disk_is_not_blamed_on_the_hub(hub):
-    hub(OSError(28, "No space left on device"))
-    with pytest.raises(OSError, match="No space left on device"):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EMFILE])
+def test_what_this_machine_lacks_is_not_blamed_on_the_hub(hub, number):
+    hub(OSError(number, os.strerror(number)))
+    with pytest.raises(OSError, match=os.strerror(number)):
         open_teacher("org/model", WORKSPACE)
 
 
