@@ -84,7 +84,10 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         raise SettingsError("--limit without --tasks", "tasks whose documents it counts", "pass --tasks too")
     prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
-    name = "results" if settings.corpus is None else f"results-{_elsewhere().slug_of(settings.corpus)}"
+    if settings.text_field is not None and settings.corpus is None:
+        raise SettingsError("--text-field without --corpus", "the corpus whose column it is", "pass --corpus")
+    slug = settings.corpus and _elsewhere().slug_of(settings.corpus, settings.text_field)
+    name = f"results-{slug}" if slug else "results"
     out = settings.out or store_path.parent / f"{name}.json"
     require_json_name(out)
     page = out.with_suffix(".md")

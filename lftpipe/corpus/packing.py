@@ -10,12 +10,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
 from lftpipe.base.errors import CorpusError
-from lftpipe.corpus.readers import Corpus, Document
+from lftpipe.corpus.readers import Corpus
+from lftpipe.corpus.rows import Document
 
 SPLITS: tuple[str, ...] = ("train", "validation")
 
@@ -31,6 +33,7 @@ DOCUMENTS_PER_CALL = 64
 CHARACTERS_PER_CALL = 2**20
 
 Encode = Callable[[list[str]], list[list[int]]]
+EncodeChat = Callable[[list[dict[str, Any]]], list[int]]
 
 
 def text_hash(document: Document) -> int:
@@ -95,7 +98,9 @@ class Packing:
     encode
         Texts to token ids, with nothing around them.
     opening
-        Tokens that begin every document.
+        Tokens that begin every text.
+    encode_chat
+        A chat's messages to token ids, with all that the template puts around them.
     wanted
         Sequences wanted of each split. Fewer are made if the corpus ends first.
     """
@@ -109,9 +114,11 @@ class Packing:
         wanted: dict[str, int],
         *,
         opening: Sequence[int] = (),
+        encode_chat: EncodeChat | None = None,
     ) -> None:
         self.corpus = corpus
         self.encode = encode
+        self.encode_chat = encode_chat
         self.opening = list(opening)
         self.end_of_text = end_of_text
         self.context = context
@@ -143,19 +150,19 @@ class Packing:
         numbered = -1
         for group in _groups(self.corpus.documents()):
             hashed = [
-                (number, text_hash(document), document.text)
+                (number, text_hash(document), document)
                 for number, document in enumerate(group, start=numbered + 1)
             ]
             numbered += len(group)
             # Once a split is full its documents need no tokens.
-            needed = [row for row in hashed if row[2] and not self._packers[self.split_of(row[1])].full]
-            encoded = self._encoded([text for _, _, text in needed])
+            needed = [row for row in hashed if row[2].text and not self._packers[self.split_of(row[1])].full]
+            encoded = self._encoded([document for _, _, document in needed])
             for (number, hash_, _), parts in zip(needed, encoded, strict=True):
                 packer = self._packers[self.split_of(hash_)]
                 if packer.full:
                     continue
                 packer.begin(hash_)
-                for ids in chain([self.opening], parts, [[self.end_of_text]]):
+                for ids in parts:
                     for tokens, documents in packer.add(number, ids):
                         yield PackedSequence(self.split_of(hash_), tokens, documents)
                     if packer.full:
@@ -163,12 +170,29 @@ class Packing:
             if all(packer.full for packer in self._packers.values()):
                 return
 
-    def _encoded(self, texts: list[str]) -> Iterator[Iterable[list[int]]]:
-        """Token ids of each text, in parts: one for all but the longest texts."""
-        if len(texts) == 1 and len(texts[0]) > CHARACTERS_PER_CALL:
-            yield self._encoded_in_parts(texts[0])
-        else:
-            yield from ([ids] for ids in self.encode(texts))
+    def _encoded(self, documents: list[Document]) -> Iterator[Iterable[list[int]]]:
+        """Token ids of each document, opened and closed once, in parts: the longest texts have many."""
+        end = [self.end_of_text]
+        if len(documents) == 1 and len(documents[0].text) > CHARACTERS_PER_CALL and _is_text(documents[0]):
+            yield chain([self.opening], self._encoded_in_parts(documents[0].text), [end])
+            return
+        texts = iter(self.encode([document.text for document in documents if _is_text(document)]))
+        for document in documents:
+            if _is_text(document):
+                yield self.opening, next(texts), end
+            else:
+                yield self._without_end(self._others_tokens(document)), end
+
+    def _others_tokens(self, document: Document) -> list[int]:
+        """A chat by the tokenizer's template, or tokens that were made before: both are opened already."""
+        if document.chat is not None:
+            assert self.encode_chat is not None
+            return self.encode_chat(document.chat)
+        tokens = document.tokens or []
+        return tokens if tokens[: len(self.opening)] == self.opening else self.opening + tokens
+
+    def _without_end(self, tokens: list[int]) -> list[int]:
+        return tokens[:-1] if tokens[-1:] == [self.end_of_text] else tokens
 
     def _encoded_in_parts(self, text: str) -> Iterator[list[int]]:
         """As long texts as a tokenizer takes at once, which needs hundreds of bytes for each character."""
@@ -195,9 +219,9 @@ class Packing:
         held_out = total = 0
         for group in _groups(self.corpus.documents()):
             group = [document for document in group if document.text]
-            encoded = self._encoded([document.text for document in group])
+            encoded = self._encoded(group)
             for document, parts in zip(group, encoded, strict=True):
-                size = len(self.opening) + sum(map(len, parts)) + 1
+                size = sum(map(len, parts))
                 sizes.append((text_hash(document), size))
                 total += size
                 held_out += size * (sizes[-1][0] < self.threshold)
@@ -230,6 +254,10 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         size += len(document.text)
     if group:
         yield group
+
+
+def _is_text(document: Document) -> bool:
+    return document.chat is None and document.tokens is None
 
 
 def _cut(text: str, start: int) -> int:

@@ -7,23 +7,28 @@ never held in memory as a whole. What becomes of the text is `lftpipe.corpus.pac
 import os
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lftpipe.base import progress
 from lftpipe.base.errors import CorpusError, foreign
 from lftpipe.corpus.files import (
     COMPRESSIONS,
     MAX_DOCUMENT_BYTES,
+    OTHER_TABLES,
+    SUFFIXES,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
     UTF8,
-    Document,
     file_documents,
+    is_saved,
     kind_of,
+    saved_documents,
     shown,
-    text_of,
 )
+from lftpipe.corpus.rows import Document, column_of, document_of
 
 #: Names for corpora that many experiments share. The Pile's original host is gone; this copy
 #: on the Hub is the one without the parts that were taken down for copyright.
@@ -44,8 +49,8 @@ class Corpus:
     local: bool
 
 
-def open_corpus(name: str, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> Corpus:
-    """Find the corpus called `name`; nothing is read yet.
+def open_corpus(name: str, max_document_bytes: int = MAX_DOCUMENT_BYTES, field: str | None = None) -> Corpus:
+    """Find the corpus called `name`; no text is read yet.
 
     Parameters
     ----------
@@ -53,20 +58,25 @@ def open_corpus(name: str, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> Corp
         A registered name, a file or folder, or `hf:<dataset>[:<config>[:<split>]]`.
     max_document_bytes
         A larger document is an error; it only bounds the memory, as long ones are tokenised in parts.
+    field
+        The column of tables that holds the documents; None takes the first usual one (`rows.COLUMNS`).
 
     Raises
     ------
     CorpusError
         If there is no such corpus, or it is of a kind that is not read.
     """
+    most = max_document_bytes
     resolved = REGISTERED.get(name, name)
     if resolved == PYTHON_STDLIB:
+        if field is not None:
+            raise CorpusError(f"--text-field {field} with {name}", "a table", "leave out --text-field")
         return Corpus(PYTHON_STDLIB, _python_stdlib, local=True)
     if resolved.startswith("hf:"):
         parts = resolved.removeprefix("hf:").split(":")
         if not parts[0] or len(parts) > 3:
             raise CorpusError(f"corpus {name!r}", "hf:<dataset>[:<config>[:<split>]]", "use that format")
-        return Corpus(resolved, lambda: _hub_documents(max_document_bytes, *parts), local=False)
+        return Corpus(resolved, lambda: _hub_documents(most, field, *parts), local=False)
     try:
         path = Path(resolved).expanduser().resolve()
     except (RuntimeError, ValueError, OSError) as error:  # a loop of links, an unknown ~user, a NUL
@@ -74,16 +84,16 @@ def open_corpus(name: str, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> Corp
             f"corpus {name!r}", "a path that leads somewhere", f"correct it ({error})"
         ) from None
     if path.is_dir():
-        return Corpus(shown(path), lambda: _folder_documents(path, max_document_bytes), local=True)
+        return Corpus(shown(path), _reader_of_folder(path, most, field), local=True)
     if path.is_file():
         if not kind_of(path):
             raise CorpusError(
                 f"corpus file {shown(path)}",
-                f"one of {' '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}, plain or {' '.join(COMPRESSIONS)}",
+                f"one of {' '.join(SUFFIXES)}, plain or {' '.join(COMPRESSIONS)}",
                 "convert or rename it",
             )
         called = shown(Path(path.name))
-        return Corpus(shown(path), lambda: file_documents(path, called, max_document_bytes), local=True)
+        return Corpus(shown(path), lambda: file_documents(path, called, most, field), local=True)
     raise CorpusError(
         f"corpus {name!r}",
         f"a registered name ({', '.join(sorted((*REGISTERED, PYTHON_STDLIB)))}), a file, a "
@@ -92,10 +102,30 @@ def open_corpus(name: str, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> Corp
     )
 
 
-def _folder_documents(folder: Path, max_document_bytes: int) -> Iterator[Document]:
-    for path in _files(folder):
-        if kind_of(path) and path.is_file():
-            yield from file_documents(path, shown(path.relative_to(folder)), max_document_bytes)
+def _reader_of_folder(folder: Path, most: int, field: str | None) -> Callable[[], Iterator[Document]]:
+    """Reads a data set that `datasets` saved, or the files of the first kinds that the folder has.
+
+    Tables in JSON and CSV are often something else than text: where a folder has other text, they are
+    passed over, which a line says.
+    """
+    if is_saved(folder):
+        return lambda: saved_documents(folder, most, field)
+    texts = TEXT_SUFFIXES if field is None else ()  # a column means tables
+    counts = Counter(kind_of(path) for path in _files(folder))
+    kinds = (*texts, *TABLE_SUFFIXES)
+    others = [f"{counts[kind]} {kind}" for kind in OTHER_TABLES if counts[kind]]
+    if not any(counts[kind] for kind in kinds):
+        kinds = OTHER_TABLES
+    elif others:
+        how = "name one of them" if field else "name one of them, or its column with --text-field"
+        progress.say(f"note: {', '.join(others)} files of {shown(folder)} are not read: {how}")
+
+    def documents() -> Iterator[Document]:
+        for path in _files(folder):
+            if kind_of(path) in kinds and path.is_file():
+                yield from file_documents(path, shown(path.relative_to(folder)), most, field)
+
+    return documents
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -140,7 +170,7 @@ def _python_stdlib() -> Iterator[Document]:
 
 
 def _hub_documents(
-    max_document_bytes: int, dataset: str, config: str | None = None, split: str = "train"
+    most: int, field: str | None, dataset: str, config: str | None = None, split: str = "train"
 ) -> Iterator[Document]:
     import datasets
     import huggingface_hub.utils.logging as hub_logging
@@ -151,5 +181,6 @@ def _hub_documents(
     with foreign(CorpusError, f"corpus hf:{dataset}", wanted, cure):
         rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows):
-            text = text_of(row, f"hf:{dataset}, row {number}", max_document_bytes)
-            yield Document(f"{dataset}:{number}", text)
+            where = f"hf:{dataset}, row {number}"
+            value = row[column_of(row, field, where)]
+            yield document_of(value, f"{dataset}:{number}", where, most)

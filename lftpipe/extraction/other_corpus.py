@@ -14,10 +14,11 @@ from lftpipe.extraction.tokens import packing_of, spec_of, store_tokens
 from lftpipe.store import Store, StoreWriter
 
 
-def slug_of(corpus: str) -> str:
-    """A corpus as a part of a file's name: what it is called, and a digest of all of the name."""
+def slug_of(corpus: str, field: str | None = None) -> str:
+    """A corpus, or one column of it, as a part of a file's name: what it is called, and a digest of all."""
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(corpus).stem if "/" in corpus else corpus).strip("-.")
     whole = str(Path(corpus).resolve()) if Path(corpus).exists() else corpus
+    whole += f"\n{field}" if field else ""
     return f"{name or 'corpus'}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
@@ -33,13 +34,15 @@ def states_elsewhere(store: Store, corpus: str, settings: EvaluateSettings) -> S
     """
     teacher = store.identity["teacher"]
     sequences = store.num_sequences("validation")
-    path = store.path.parent / "corpora" / slug_of(corpus) / f"{_kind_of(store, sequences, settings)}.zarr"
+    slug = slug_of(corpus, settings.text_field)
+    path = store.path.parent / "corpora" / slug / f"{_kind_of(store, sequences, settings)}.zarr"
     wanted = ExtractSettings(
         workspace=settings.workspace,
         store=path,
         model=teacher["model"],
         revision=teacher["revision"],
         corpus=corpus,
+        text_field=settings.text_field,
         layers=",".join(map(str, store.layers)) or "all",
         tokens_only=not store.layers,
         context=store.context,
@@ -64,6 +67,6 @@ def states_elsewhere(store: Store, corpus: str, settings: EvaluateSettings) -> S
 
 def _kind_of(store: Store, sequences: int, settings: EvaluateSettings) -> str:
     """A name for all that such states depend on beside the corpus: a store that is made anew has others."""
-    teacher = {key: value for key, value in store.identity.items() if key != "corpus"}
+    teacher = {key: value for key, value in store.identity.items() if key not in ("corpus", "text_field")}
     states = [list(store.layers), store.spec.dtype, store.context, sequences, device_kind(settings.device)]
     return f"states-{fingerprint([teacher, *states])[:8]}"

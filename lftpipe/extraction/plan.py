@@ -67,6 +67,8 @@ class Plan:
     device: str
     batch_asked: int
     """Sequences of a batch as asked for: more than `batch_sequences` where a shard holds no more."""
+    text_field: str | None = None
+    """The corpus's column, where one was named."""
     stream_layers: bool = False
     rolling: int = 0
     """Most bytes of states on the disk at a time; 0: all of them."""
@@ -161,7 +163,8 @@ def make_plan(settings: ExtractSettings) -> Plan:
     per_shard = _sequences_per_shard(settings, path, state * len(layers), sum(wanted.values()), batch)
     return Plan(
         teacher=teacher,
-        corpus=open_corpus(name, settings.max_document_bytes),
+        corpus=open_corpus(name, settings.max_document_bytes, settings.text_field),
+        text_field=settings.text_field,
         path=path,
         layers=layers,
         attention_layers=attention,

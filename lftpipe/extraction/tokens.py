@@ -12,7 +12,7 @@ from lftpipe.base.errors import CorpusError, TeacherError
 from lftpipe.corpus.packing import SPLITS, Packing
 from lftpipe.extraction.plan import Plan
 from lftpipe.store import StoreSpec, StoreWriter
-from lftpipe.teacher.source import load_tokenizer, opening, text_encoder
+from lftpipe.teacher.source import chat_encoder, load_tokenizer, opening, text_encoder
 
 #: More than a token has on average: with so many for each that is wanted, a corpus has enough text.
 CHARACTERS_OF_A_TOKEN = 8
@@ -31,6 +31,7 @@ def packing_of(plan: Plan) -> Packing:
         plan.context,
         plan.wanted,
         opening=opening(tokenizer),
+        encode_chat=chat_encoder(tokenizer, plan.teacher.model),
     )
 
 
@@ -78,9 +79,9 @@ def store_tokens(plan: Plan, writer: StoreWriter, packing: Packing) -> None:
         for sequence in packing:
             if (largest := sequence.tokens.max()) >= vocabulary:
                 raise TeacherError(
-                    f"a tokenizer with token {largest} beside {plan.teacher.model}",
+                    f"a tokenizer or a corpus with token {largest} beside {plan.teacher.model}",
                     f"tokens below {vocabulary}, the model's vocabulary",
-                    "put the model's own tokenizer.json into its folder",
+                    "use the model's own tokenizer.json, and token ids of it",
                 )
             shards[sequence.split].add(sequence.tokens, sequence.document)
             task.advance(plan.context)
@@ -137,6 +138,8 @@ def spec_of(plan: Plan) -> StoreSpec:
         "compute_dtype": dtype_name(plan.compute_dtype),
         "batch_sequences": plan.batch_sequences,
     }
+    if plan.text_field is not None:
+        identity["text_field"] = plan.text_field
     if (kind := device_kind(plan.device)) != "cpu":  # what processors computed was never marked
         identity["device"] = kind
     return StoreSpec(

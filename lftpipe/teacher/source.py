@@ -316,6 +316,28 @@ def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     return encode
 
 
+def chat_encoder(tokenizer: Any, model: str) -> Callable[[list[dict[str, Any]]], list[int]]:
+    """Encodes chats as the tokenizer's template writes them, without the end token and what follows it.
+
+    A control token that a message spells is text here, too.
+    """
+
+    def encode(messages: list[dict[str, Any]]) -> list[int]:
+        if tokenizer.chat_template is None:
+            raise TeacherError(
+                f"a corpus of chats, and {model} without a chat template",
+                "a tokenizer that has one, or a text",
+                "name a column of text with --text-field, or put chat_template.jinja into the model's folder",
+            )
+        wanted = "messages of the roles and the order that it knows", "correct the chat"
+        with foreign(TeacherError, f"a chat that the template of {model} refuses", *wanted):
+            ids = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False)
+        last = len(ids) - 1 - ids[::-1].index(end) if (end := tokenizer.eos_token_id) in ids else len(ids)
+        return ids[:last] if not tokenizer.decode(ids[last + 1 :]).strip() else ids
+
+    return encode
+
+
 # --- A teacher that a store, a run or an export has recorded, found again and proved to be the same.
 
 #: Files of a teacher whose digests are recorded. With other rotary settings, or other token ids, the same

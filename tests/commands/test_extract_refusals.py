@@ -93,6 +93,6 @@ def test_a_tokenizer_of_another_model_is_refused(settings, teachers, tmp_path):
     tokenizer["model"]["vocab"] = {word: id_ + 100 * (id_ > 200) for word, id_ in vocabulary.items()}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(
-        TeacherError, match=r"a tokenizer with token \d+ beside .* / expected: tokens below 320"
+        TeacherError, match=r"a tokenizer or a corpus with token \d+ beside .* / expected: tokens below 320"
     ):
         extract(change(settings, model=str(model)))

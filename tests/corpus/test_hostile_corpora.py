@@ -17,7 +17,8 @@ from lftpipe.base.errors import CorpusError
 from lftpipe.base.files import canonical
 from lftpipe.corpus import files, packing
 from lftpipe.corpus.packing import Packing
-from lftpipe.corpus.readers import Corpus, Document, open_corpus
+from lftpipe.corpus.readers import Corpus, open_corpus
+from lftpipe.corpus.rows import Document
 from lftpipe.teacher.source import text_encoder
 
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lftpipe.base.errors import CorpusError
 from lftpipe.corpus.packing import SPLITS, Packing, positions, text_hash
-from lftpipe.corpus.readers import Corpus, Document
+from lftpipe.corpus.readers import Corpus
+from lftpipe.corpus.rows import Document
 
 END = 1_000_000  # no character has this number
 

@@ -18,6 +18,7 @@ from lftpipe.base.errors import CorpusError
 from lftpipe.corpus import files as corpus_module
 from lftpipe.corpus.files import TXT_DOCUMENT_CHARACTERS
 from lftpipe.corpus.readers import open_corpus
+from lftpipe.corpus.rows import Document
 
 
 def zstd(data: bytes) -> bytes:
@@ -126,11 +127,11 @@ def test_a_binary_table_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{'text': 1}", "line 2 / expected: one JSON object a line / do: correct that line"),
-        ('{"text": "cut', "line 2 / expected: one JSON object a line / do: correct that line"),
-        ('"only a string"', "line 2 / expected: a text under text or content"),
-        ('{"body": "x"}', "line 2 / expected: a text under text or content"),
-        ('{"text": 3}', "line 2 / expected: a text under text or content"),
+        ("{'text': 1}", "line 2 / expected: one JSON object a line, or an array of them / do: correct it"),
+        ('{"text": "cut', "line 2 / expected: one JSON object a line, or an array of them / do: correct it"),
+        ('"only a string"', "line 2 / expected: one JSON object a line"),
+        ('{"body": "x"}', "line 2 with columns body / expected: a column text or content"),
+        ('{"text": 3}', "line 2 with int 3 / expected: a text, token ids, or a chat"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -171,10 +172,10 @@ def test_every_text_of_a_table_can_be_encoded(tmp_path):
 
 def test_parquet_without_a_text_column_is_refused(tmp_path):
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(CorpusError, match="with columns body / expected: a column named text or content"):
+    with pytest.raises(CorpusError, match="with columns body / expected: a column text or content"):
         texts(tmp_path)
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(CorpusError, match="row 0 / expected: a text under text or content"):
+    with pytest.raises(CorpusError, match="row 0 with int 1 / expected: a text, token ids"):
         texts(tmp_path)
 
 
@@ -207,7 +208,7 @@ def test_an_endless_line_is_never_held_whole(tmp_path):
 
 
 def test_python_stdlib_is_the_running_interpreters_and_always_the_same():
-    def first(count: int) -> list[corpus_module.Document]:
+    def first(count: int) -> list[Document]:
         return list(itertools.islice(open_corpus("python-stdlib").documents(), count))
 
     documents = first(60)
@@ -291,7 +292,7 @@ def test_a_connection_lost_on_the_way_is_told_too(hub):
 
 def test_a_hub_data_set_without_text_is_refused(hub):
     hub(rows=[{"image": b""}])
-    with pytest.raises(CorpusError, match="hf:org/set, row 0 / expected: a text under text or content"):
+    with pytest.raises(CorpusError, match="hf:org/set, row 0 with columns image / expected: a column text"):
         texts("hf:org/set")
 
 

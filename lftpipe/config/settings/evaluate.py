@@ -54,6 +54,8 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
     corpus: Text | None = None
     """Score on this corpus in place of the store's: registered name, file, folder, or `hf:...`. The teacher
     runs once for it, and its states are kept beside the store."""
+    text_field: Text | None = None
+    """The column of its tables that holds the documents, as `extract` has it."""
     tasks: Text | None = None
     """Score teacher and students on these tasks of lm_eval too: names with commas between, or a folder of
     YAML files. What was scored is kept beside the store, so the same command goes on where it was."""
@@ -69,7 +71,7 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "k skips device store workspace out force",
-        "What to score": "corpus tasks limit solver together adaptive",
+        "What to score": "corpus text_field tasks limit solver together adaptive",
     }
     FORMER: ClassVar[dict[str, str]] = {"seed": "evaluation draws no random numbers"}
 

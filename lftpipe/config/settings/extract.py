@@ -32,6 +32,9 @@ class ExtractSettings(OfStore, OnDevice, Writing):
     corpus: Text | None = None
     """The text: a registered name, a file, a folder, or `hf:<dataset>[:<config>[:<split>]]`; default: the
     teacher's own corpus."""
+    text_field: Text | None = None
+    """The column of a table that holds the documents: a text, a chat's messages, or token ids; default: the
+    first of `text`, `content`, `messages` and `input_ids`."""
     max_document_bytes: Annotated[int, Field(ge=1, le=2**31)] = 64 * 2**20
     """Refuse a corpus with a larger document."""
     layers: Text = "all"
@@ -85,6 +88,7 @@ class ExtractSettings(OfStore, OnDevice, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "model corpus tokens layers store workspace device",
+        "The corpus": "text_field max_document_bytes",
         "What to store": "context validation_tokens attention logits dtype compress tokens_only rolling",
         "New, continued or repaired": "dry_run resume force repair check_corpus",
         "Many processes": "workers part ray shard_bytes",
