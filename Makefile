@@ -6,6 +6,7 @@
 #   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
 #   make qwen                               fetch Qwen2.5-Coder-0.5B; gemma and smollm2 likewise
 #   make results OBJECTIVE=sfm              trains and evaluates another objective from the same store
+#   make paper DEVICE=cuda TOKENS=26000000  Table 1 of the paper, with a hundredth of its tokens
 #   make lm-eval TEACHER=smollm2-135m       its runs and itself on lm_eval's tasks, into the table of results
 #
 # Every setting below can be given on the command line of make.
@@ -28,7 +29,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check check-types lint coverage slow fuzz crash runtimes lm-eval results sweep report pythia-tiny smollm2 qwen gemma families \
+.PHONY: help setup demo test check check-types lint coverage slow fuzz crash runtimes lm-eval paper results sweep report pythia-tiny smollm2 qwen gemma families \
         docs dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -190,6 +191,18 @@ TASKS      ?= piqa,arc_easy,arc_challenge,hellaswag,winogrande,boolq,openbookqa,
 lm-eval: setup
 	$(LFTPIPE) evaluate $(if $(filter command,$(origin RUN)),$(RUN)) $(COMMON) --store $(STORE) $(USE_RECIPE) \
 	  --tasks $(TASKS) $(if $(LIMIT),--limit $(LIMIT)) --force
+
+# Table 1 of the paper, on its teacher and text, into $(WORKSPACE)/paper: needs the Hub, and DEVICE=cuda. TOKENS= takes a part of
+# its budget. MODEL, EXTRACT and TRAIN are for a rehearsal (docs/results/paper.md).
+TOKENS     ?= 2600000000
+MODEL      ?= pythia-410m
+DEVICE     ?= cpu
+PAPER      := --workspace $(WORKSPACE)/paper --recipe pipelines/pythia-410m.toml --device $(DEVICE)
+paper: setup
+	$(LFTPIPE) extract $(PAPER) --model $(MODEL) --tokens $(TOKENS) $(EXTRACT)
+	$(LFTPIPE) train $(PAPER) --tokens $(TOKENS) --resume $(TRAIN)
+	$(LFTPIPE) evaluate $(PAPER) --force
+	$(LFTPIPE) report --workspace $(WORKSPACE)/paper --force
 
 clean:
 	rm -rf $(VENV) dist

@@ -88,6 +88,26 @@ def column(case: Case, options: argparse.Namespace) -> dict[str, str]:
     }
 
 
+#: Passes of a layer for a token in `make paper`, by what makes them: a step back costs two passes forward.
+PAPER = {
+    "the teacher below h18, once for all runs": 18,
+    "regression, both blocks": 2 * 3,
+    "standard flow matching, both blocks": 2 * 3,
+    "flow walking, midpoint, k = 3, both blocks": 2 * 3 * 6,
+}
+
+
+def paper_lines(options: argparse.Namespace) -> list[str]:
+    """What `make paper` computes: Pythia-410M, six runs of 2.6e9 tokens in sequences of 2,048."""
+    width, context, tokens = 1024, 2048, 2.6e9
+    layer = 2 * 12 * width**2 + 4 * (context / 2) * width  # weights, and attention to half of the sequence
+    lines = ["| `make paper` | GFLOP a token | GPU hours at a tenth of the peak |", "|---|---|---|"]
+    for name, passes in (*PAPER.items(), ("in all", sum(PAPER.values()))):
+        hours = passes * layer * tokens / (0.1 * options.tflops * 1e12) / 3600
+        lines.append(f"| {name} | {passes * layer / 1e9:.2f} | {hours:.1f} |")
+    return lines
+
+
 def main() -> None:
     """Parse, compute, print."""
     parser = argparse.ArgumentParser(
@@ -105,6 +125,7 @@ def main() -> None:
     print("|---" * (len(CASES) + 1) + "|")
     for row in columns[0]:
         print(f"| {row} | " + " | ".join(each[row] for each in columns) + " |")
+    print("\n" + "\n".join(paper_lines(options)))
     print("\nAssumed: " + ", ".join(f"{name} {value:g}" for name, value in vars(options).items()) + ".")
 
 

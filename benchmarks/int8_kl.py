@@ -21,7 +21,7 @@ from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExtractSettings, TrainSettings
 from lftpipe.config.settings.base import default_workspace
 from lftpipe.evaluation.predictors import run_predictors
-from lftpipe.evaluation.scoring import score
+from lftpipe.evaluation.scoring import ValidationSplit, score
 from lftpipe.results.scores import Score
 from lftpipe.runs import open_run
 from lftpipe.store import Store
@@ -75,7 +75,8 @@ def rows_of(runs: list[Path], store_path: Path, options: argparse.Namespace) -> 
     store = Store.open(store_path)
     teacher = open_recorded(store.identity["teacher"], options.workspace, store.path)
     predictors = [one for run in runs for one in run_predictors(open_run(run), (options.k,), teacher, "cpu")]
-    return score(predictors, store, teacher, batch_tokens=2048, compute_dtype="float32", device="cpu")
+    split = ValidationSplit(store, teacher, "cpu", 2048)
+    return score(predictors, split, teacher, compute_dtype="float32", device="cpu").rows
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ Of the teacher only the layers from the blocks' first on, the final norm and the
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,8 @@ from lftpipe.base.outputs import COMMENT, making
 from lftpipe.base.workspace import find_runs, find_store, require_json_name
 from lftpipe.config.layers import check_apart
 from lftpipe.config.settings import EvaluateSettings, recorded
-from lftpipe.data.teacher_reader import states_at_hand
+from lftpipe.corpus.wikitext import NAME, read_wikitext, wikitext_file
+from lftpipe.evaluation.continuations import Continuing
 from lftpipe.evaluation.predictors import (
     Predictor,
     joined_predictors,
@@ -26,11 +27,12 @@ from lftpipe.evaluation.predictors import (
     skip_predictor,
     teacher_predictor,
 )
-from lftpipe.evaluation.scoring import score
+from lftpipe.evaluation.scoring import Validation, ValidationSplit, score
+from lftpipe.evaluation.whole_text import WholeText
 from lftpipe.reporting.tables import COLUMNS, cell, results_page
 from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.results.outcomes import Evaluation
-from lftpipe.results.scores import JOINED, AdaptiveScore, Results, Score
+from lftpipe.results.scores import JOINED, AdaptiveScore, Comparison, Results, Score
 from lftpipe.store import Store
 from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import load_teacher
@@ -39,16 +41,13 @@ from lftpipe.teacher.source import Teacher, load_tokenizer, open_recorded, recor
 #: Batches that every row is timed on.
 TIMED_BATCHES = 3
 
-#: Tokens of a request to lm_eval, by which `--batch-tokens` becomes a number of requests.
-TASK_TOKENS = 128
-
-METRICS = ("kl_latent", "nmse", "nmse_without_first", "kl", "ppl", "ppl_ratio", "agreement")
+METRICS = ("kl_latent", "nmse", "nmse_without_first", "kl", "ppl", "word_ppl", "ppl_ratio", "agreement")
 
 #: Columns that a narrow terminal shows too.
 NEEDED = ("method", "k", "nmse", "kl", "ppl")
 
 #: Headings for a terminal, where they differ from the page's.
-SHORT = {"nmse_without_first": "w/o 1st", "ppl_ratio": "ratio", "agreement": "agree"}
+SHORT = {"nmse_without_first": "w/o 1st", "word_ppl": "word", "ppl_ratio": "ratio", "agreement": "agree"}
 
 #: Keys by which a table of results is known, whole or damaged.
 MARKS = (b'"kl_latent"', b'"validation_tokens"', b'"ms_per_token"')
@@ -86,8 +85,10 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     store_path = find_store(settings.workspace, settings.store)
     if settings.text_field is not None and settings.corpus is None:
         raise SettingsError("--text-field without --corpus", "the corpus whose column it is", "pass --corpus")
-    slug = settings.corpus and _elsewhere().slug_of(settings.corpus, settings.text_field)
-    name = f"results-{slug}" if slug else "results"
+    name = "results"
+    if settings.corpus is not None:
+        whole = wikitext_file(settings.corpus) is not None
+        name += f"-{NAME if whole else _elsewhere().slug_of(settings.corpus, settings.text_field)}"
     out = settings.out or store_path.parent / f"{name}.json"
     require_json_name(out)
     page = out.with_suffix(".md")
@@ -114,70 +115,79 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
         alone = [each for each in opened if settings.together or [each] in students]
         _check_adaptive(alone, settings)
     teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
-    in_tasks = _on_tasks(students, settings, teacher, store_path.parent / "tasks")
-    corpus = settings.corpus
-    scored = store if corpus is None else _elsewhere().states_elsewhere(store, corpus, settings)
-    scores = score(
-        _predictors(students, settings, teacher, states_at_hand(store, teacher)),
-        scored,
+    columns, on_tasks = _of_whole_models(students, settings, teacher, store)
+    validation = _validation(store, teacher, settings)
+    scored = score(
+        _predictors(students, settings, teacher, validation.states),
+        validation,
         teacher,
-        batch_tokens=settings.batch_tokens,
         compute_dtype=settings.compute_dtype,
         device=settings.device,
         timed_batches=TIMED_BATCHES,
     )
-    scores = [_with_tasks(each, in_tasks) for each in scores]
+    scores = [_with_columns(each, columns) for each in scored.rows]
     adaptive = [each for each in scores if isinstance(each, AdaptiveScore)]
     return Results(
         teacher=teacher.name,
         store=str(store_path),
         store_fingerprint=store.fingerprint,
         corpus=settings.corpus,
-        validation_tokens=scored.num_sequences("validation") * store.context,
+        validation_tokens=validation.num_tokens,
+        documents=scored.num_documents,
         compute_dtype=settings.compute_dtype,
         settings=recorded(settings),
         rows=[each for each in scores if not isinstance(each, AdaptiveScore)],
         adaptive=adaptive if settings.adaptive else None,
+        comparisons=[*scored.comparisons(), *on_tasks] or None,
     )
 
 
-def _on_tasks(
-    students: list[list[runs.Run]], settings: EvaluateSettings, teacher: Teacher, folder: Path
-) -> dict[Any, dict[str, Any]]:
-    """Scores on lm_eval's tasks, as columns by run and steps, and the teacher's by None.
+def _validation(store: Store, teacher: Teacher, settings: EvaluateSettings) -> Validation:
+    """The store's validation split, as much of another corpus, or WikiText-2 as a whole."""
+    device, batch_tokens = settings.device, settings.batch_tokens
+    if (source := wikitext_file(settings.corpus)) is not None:
+        dtype = resolve_compute_dtype(settings.compute_dtype, device)
+        return WholeText(read_wikitext(source), teacher, device, dtype, batch_tokens)
+    if settings.corpus is not None:
+        store = _elsewhere().states_elsewhere(store, settings.corpus, settings)
+    return ValidationSplit(store, teacher, device, batch_tokens)
 
-    A flow is scored in the steps of its training if `--k` has them, else in the most.
+
+def _of_whole_models(
+    students: list[list[runs.Run]], settings: EvaluateSettings, teacher: Teacher, store: Store
+) -> tuple[dict[Any, dict[str, Any]], list[Comparison]]:
+    """Columns of what needs whole models, by run and steps, the teacher's by None; and who is ahead on tasks.
+
+    A flow takes the steps of its training if `--k` has them, else the most.
     """
-    if settings.tasks is None:
-        return {}
-    of_lm_eval = _tasks_module()
-    tasks, tokenizer = of_lm_eval.load_tasks(settings.tasks), load_tokenizer(teacher)
-    dtype = resolve_compute_dtype(settings.compute_dtype, settings.device)
-    batch = max(1, settings.batch_tokens // TASK_TOKENS)
+    if settings.tasks is None and not settings.continuations:
+        return {}, []
+    measures: list[Any] = []
+    tokenizer, folder = load_tokenizer(teacher), store.path.parent / "tasks"
+    if settings.tasks is not None:
+        dtype = resolve_compute_dtype(settings.compute_dtype, settings.device)
+        digest = teacher.checkpoint.digest
+        measures.append(_tasks_module().OnTasks(settings, tokenizer, dtype, digest, folder))
+    if settings.continuations:
+        measures.append(Continuing(store, tokenizer, settings.continuations))
 
-    def score_on(label: str, identity: list[Any], load: Callable[[], Any]) -> dict[str, Any]:
-        def model() -> Any:
-            loaded = load().to(settings.device)
-            return of_lm_eval.LanguageModel(label, loaded, tokenizer, batch=batch, dtype=dtype)
+    def measure(label: str, identity: list[Any], load: Callable[[], Any]) -> dict[str, Any]:
+        model = cache(lambda: load().to(settings.device))  # loaded once, and only if one needs it
+        return dict(chain.from_iterable(each.columns(label, identity, model).items() for each in measures))
 
-        identity = [teacher.checkpoint.digest, str(dtype), *identity]
-        return of_lm_eval.score_tasks(model, identity, tasks, settings.limit, folder)
-
-    records: dict[Any, Any] = {None: score_on("teacher", [], partial(load_teacher, teacher))}
+    columns: dict[Any, dict[str, Any]] = {None: measure("teacher", [], partial(load_teacher, teacher))}
     for student in students:
         timed = [run for run in student if run.has_time]
         most = max(settings.k) if timed else None
         steps = next((run.walk_steps for run in timed if run.walk_steps in settings.k), most)
         name, digests = JOINED.join(run.path.name for run in student), [run.weights_digest for run in student]
-        build = partial(
-            build_student, teacher, student, steps=steps, solver=settings.solver if timed else None
-        )
-        records[name, steps or 1] = score_on(name, [*digests, steps, settings.solver], build)
-    columns = {key: of_lm_eval.compared(each, records[None]) for key, each in records.items()}
-    return {key: {"tasks": tasks, "tasks_mean": mean} for key, (tasks, mean) in columns.items()}
+        solver = settings.solver if timed else None
+        build = partial(build_student, teacher, student, steps=steps, solver=solver)
+        columns[name, steps or 1] = measure(name, [*digests, steps, settings.solver], build)
+    return columns, [one for each in measures for one in each.comparisons()]
 
 
-def _with_tasks(row: Score, columns: dict[Any, dict[str, Any]]) -> Score:
+def _with_columns(row: Score, columns: dict[Any, dict[str, Any]]) -> Score:
     key = None if row.block is None else (row.run, row.k)
     return row if isinstance(row, AdaptiveScore) or key not in columns else replace(row, **columns[key])
 
@@ -280,7 +290,10 @@ def _of_corpus(corpus: str | None) -> str:
 
 def summary(result: Evaluation) -> FittedTable:
     """The table for a terminal."""
-    shown, found = ("method", "block", "k", "solver", "nfe", *METRICS), result.results
+    found = result.results
+    whole = any(row.word_ppl is not None for row in found.rows)
+    measures = [key for key in METRICS if whole or key != "word_ppl"]
+    shown = ("method", "block", "k", "solver", "nfe", *measures)
     rows = [row.to_json() | {"method": row.run or row.method} for row in found.rows]
     rows += [
         row.to_json() | {"method": f"{row.run} below {row.threshold:g}", "k": f"<= {row.k}"}
@@ -298,7 +311,7 @@ def summary(result: Evaluation) -> FittedTable:
             )
             for key in shown
         ],
-        [[cell(row[key]) for key in shown] for row in rows],
+        [[cell(row.get(key)) for key in shown] for row in rows],
         title=f"{found.teacher}: {found.validation_tokens:,} validation tokens{_of_corpus(found.corpus)}",
         caption=f"written to {result.out} and {page}{draw}",
         complete=f"{Path(page).name} has them",

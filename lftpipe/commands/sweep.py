@@ -14,7 +14,7 @@ from lftpipe.base.outputs import making
 from lftpipe.base.workspace import find_store, require_json_name
 from lftpipe.config.settings import RecoupleSettings, SweepSettings, TrainSettings, recorded
 from lftpipe.evaluation.predictors import run_predictors
-from lftpipe.evaluation.scoring import score
+from lftpipe.evaluation.scoring import ValidationSplit, score
 from lftpipe.recoupling import ranking
 from lftpipe.recoupling.probe import draw_parts, probe_residual
 from lftpipe.recoupling.stored_map import open_map
@@ -219,12 +219,11 @@ def _score(finished: list[runs.Run], settings: SweepSettings, store: Store, teac
     ]
     return score(
         predictors,
-        store,
+        ValidationSplit(store, teacher, settings.device, SCORE_TOKENS),
         teacher,
-        batch_tokens=SCORE_TOKENS,
         compute_dtype="float32",
         device=settings.device,
-    )
+    ).rows
 
 
 def _rows(found: RecouplingMap, swept: list[ranking.Block], scored: list[Score]) -> list[SweptBlock]:

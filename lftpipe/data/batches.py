@@ -86,6 +86,8 @@ class Batch:
     """The position ids where they can be looked at without waiting for a device."""
     askers: int = 1
     """Runs that are trained on it."""
+    document: Rows | None = None
+    """The number of the document that each token came from; on the processor, for statistics alone."""
     kept: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     """What one of several runs computed of it and the others will need too."""
 
@@ -142,6 +144,7 @@ def make_batch(
         part=part,
         rotary=rotary,
         places=places,
+        document=document,
     )
 
 

@@ -16,33 +16,14 @@ if TYPE_CHECKING:
     from lftpipe.teacher.trunk import Trunk
 
 
-class LiveReader(BatchReader):
-    """Gives the batches that a `BatchReader` gives, with states that are computed and not read.
+class LiveTeacher:
+    """Computes the states of batches; its trunk is loaded once for all that ask for the same states."""
 
-    Of the store it reads tokens, and logits if wanted: a store without states will do. The teacher's pass is
-    shared by all runs that are trained on a batch.
+    def __init__(self, teacher: Teacher, compute_dtype: torch.dtype, device: str | torch.device) -> None:
+        self._teacher, self._dtype, self._device = teacher, compute_dtype, str(device)
+        self._trunk: Trunk | None = None
 
-    Parameters
-    ----------
-    teacher
-        The store's; its trunk runs as it did at extraction.
-    """
-
-    def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:
-        super().__init__(store, teacher, device)
-        self._teacher = teacher
-        self._trunk: Trunk | None = None  # training from the cache never imports it
-
-    @override
-    def read(self, split: str, sequences: range, fields: BatchFields, step: int = 0) -> Batch:
-        return self._computed(super().read(split, sequences, _without_states(fields), step), fields)
-
-    @override
-    def shuffled(self, fields: BatchFields, order: BatchOrder, start_step: int) -> Iterator[Batch]:
-        for batch in super().shuffled(_without_states(fields), order, start_step):
-            yield self._computed(batch, fields)
-
-    def _computed(self, batch: Batch, fields: BatchFields) -> Batch:
+    def fill(self, batch: Batch, fields: BatchFields) -> Batch:
         """The batch with the states that the teacher computes for it."""
         states: dict[int, Tensor] = {}
         attention: dict[int, Tensor] = {}
@@ -67,14 +48,38 @@ class LiveReader(BatchReader):
         return replace(batch, **dict(zip(("states", "attention"), copies, strict=True)))
 
     def _trunk_to(self, deepest: int) -> "Trunk":
-        """The teacher below a state, loaded once for all that ask for the same."""
-        from lftpipe.teacher.trunk import Trunk
+        from lftpipe.teacher.trunk import Trunk  # training from the cache never imports it
 
         if self._trunk is None or self._trunk.deepest != deepest:
             self._trunk = None  # before another takes as much memory
-            dtype = getattr(torch, self.store.identity["compute_dtype"])
-            self._trunk = Trunk(self._teacher, deepest, dtype, str(self.device))
+            self._trunk = Trunk(self._teacher, deepest, self._dtype, self._device)
         return self._trunk
+
+
+class LiveReader(BatchReader):
+    """Gives the batches that a `BatchReader` gives, with states that are computed and not read.
+
+    Of the store it reads tokens, and logits if wanted: a store without states will do. The teacher's pass is
+    shared by all runs that are trained on a batch.
+
+    Parameters
+    ----------
+    teacher
+        The store's; its trunk runs as it did at extraction.
+    """
+
+    def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:
+        super().__init__(store, teacher, device)
+        self._live = LiveTeacher(teacher, getattr(torch, store.identity["compute_dtype"]), device)
+
+    @override
+    def read(self, split: str, sequences: range, fields: BatchFields, step: int = 0) -> Batch:
+        return self._live.fill(super().read(split, sequences, _without_states(fields), step), fields)
+
+    @override
+    def shuffled(self, fields: BatchFields, order: BatchOrder, start_step: int) -> Iterator[Batch]:
+        for batch in super().shuffled(_without_states(fields), order, start_step):
+            yield self._live.fill(batch, fields)
 
 
 def _without_states(fields: BatchFields) -> BatchFields:

@@ -1,10 +1,11 @@
 """The metrics of Table 1 (section 5.1), summed over batches in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 
@@ -81,10 +82,14 @@ class NextTokens(NamedTuple):
     ids: Int[Tensor, " token"]
     counted: Bool[Tensor, " token"]
     """Whether it is a target: a token that starts a segment, or is not there, is none."""
+    document: Int[Tensor, " token"]
+    """Number of the document of each position."""
 
     @staticmethod
     def of(
-        tokens: Int[Tensor, "sequence position"], first: Bool[Tensor, "sequence position"]
+        tokens: Int[Tensor, "sequence position"],
+        first: Bool[Tensor, "sequence position"],
+        document: np.ndarray | None = None,
     ) -> "NextTokens":
         """Of a batch.
 
@@ -92,14 +97,17 @@ class NextTokens(NamedTuple):
         ----------
         first
             Which positions are the first of their segment: nothing before them was seen.
+        document
+            The number of each token's document; left out, all are one.
         """
+        number = torch.zeros_like(tokens) if document is None else torch.from_numpy(document).to(tokens)
         last = torch.ones_like(first[:, :1])
         counted = ~torch.cat([first[:, 1:], last], dim=1)
-        return NextTokens(tokens.long().roll(-1, dims=1).flatten(), counted.flatten())
+        return NextTokens(tokens.long().roll(-1, dims=1).flatten(), counted.flatten(), number.flatten())
 
     def part(self, rows: slice) -> "NextTokens":
         """At some of the positions."""
-        return NextTokens(self.ids[rows], self.counted[rows])
+        return NextTokens(*(each[rows] for each in self))
 
 
 @dataclass
@@ -111,6 +119,8 @@ class LogitMetrics:
     num_tokens: int = 0
     nats: float = 0.0
     num_targets: int = 0
+    documents: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
+    """By document the sums of KL, positions, nats and targets."""
 
     def add(
         self, student: Float[Tensor, "token vocabulary"], teacher: Reference, following: NextTokens
@@ -126,6 +136,16 @@ class LogitMetrics:
         picked = log.gather(-1, following.ids[:, None]).squeeze(-1)
         self.nats -= picked[following.counted].double().sum().item()
         self.num_targets += int(following.counted.sum().item())
+        counted = following.counted
+        each = torch.stack([kl, torch.ones_like(kl), -picked.where(counted, 0), counted.to(kl)], dim=1)
+        numbers, place = following.document.unique(return_inverse=True)
+        sums = each.new_zeros(len(numbers), 4, dtype=torch.float64).index_add_(0, place, each.double())
+        for number, row in zip(numbers.tolist(), sums.cpu().numpy(), strict=True):
+            self.documents[number] = self.documents.get(number, 0) + row
+
+    def by_document(self) -> Float64[np.ndarray, "4 document"]:
+        """Sums of KL, positions, nats and targets, in the order of the documents' numbers."""
+        return np.stack([self.documents[number] for number in sorted(self.documents)], axis=1)
 
     @property
     def kl(self) -> float:
@@ -140,7 +160,11 @@ class LogitMetrics:
     @property
     def perplexity(self) -> float:
         """`exp` of the mean nats per predicted token; infinite if that overflows."""
-        return float(torch.tensor(self.nats / max(self.num_targets, 1), dtype=torch.float64).exp())
+        return self.perplexity_per(self.num_targets)
+
+    def perplexity_per(self, count: int) -> float:
+        """`exp` of the nats over so many words, bytes or tokens of the same text."""
+        return float(torch.tensor(self.nats / max(count, 1), dtype=torch.float64).exp())
 
 
 def kl_divergence(

@@ -1,14 +1,15 @@
-"""Students scored over the whole validation split of a store, from its cached states.
+"""Students scored over the whole validation split of a store, from its cached states, or over another text.
 
 Of the teacher only the layers from the blocks' first on, the final norm and the head are loaded.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +17,20 @@ from lftpipe.base import progress
 from lftpipe.base.device import autocast, cast_linear, resolve_compute_dtype
 from lftpipe.base.errors import TeacherError
 from lftpipe.config.settings import ComputeDtype
-from lftpipe.data.batches import Batch, BatchFields, BatchReader
+from lftpipe.data.batches import Batch, BatchFields
 from lftpipe.data.teacher_reader import reader_of, states_at_hand
 from lftpipe.evaluation.metrics import LogitMetrics, NextTokens, Reference, StateMetrics
 from lftpipe.evaluation.predictors import Predictor
-from lftpipe.results.scores import AdaptiveScore, Score
+from lftpipe.evaluation.statistics import (
+    Difference,
+    Interval,
+    Stratum,
+    difference,
+    holm,
+    interval_of,
+    resampled,
+)
+from lftpipe.results.scores import AdaptiveScore, Comparison, Score
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail
@@ -31,11 +41,37 @@ PIECE_LOGITS = 2**22
 LEAST_POSITIONS = 128
 
 
-def _batches(reader: BatchReader, fields: BatchFields, batch_tokens: int) -> Iterator[Batch]:
-    """The whole validation split."""
-    total, size = reader.store.num_sequences("validation"), max(1, batch_tokens // reader.store.context)
-    for number, start in enumerate(range(0, total, size)):
-        yield reader.read("validation", range(start, min(start + size, total)), fields, number)
+class Validation(Protocol):
+    """Text that predictors are scored on, with the teacher's states."""
+
+    states: tuple[int, ...]
+    """Those that batches can have."""
+    num_tokens: int
+    words: int | None
+    """Of a text that is scored as a whole: every token of it is then a target once."""
+
+    def batches(self, fields: BatchFields) -> Iterator[Batch]:
+        """All of it, once, in the same order every time."""
+        ...
+
+
+class ValidationSplit:
+    """The whole validation split of a store."""
+
+    words: int | None = None
+
+    def __init__(self, store: Store, teacher: Teacher, device: str, batch_tokens: int) -> None:
+        self.states = states_at_hand(store, teacher)
+        self.num_tokens = store.num_sequences("validation") * store.context
+        self._reader = reader_of(store, teacher, device, live=not store.layers)
+        self._size = max(1, batch_tokens // store.context)
+
+    def batches(self, fields: BatchFields) -> Iterator[Batch]:
+        """Batches of its sequences."""
+        total = self._reader.store.num_sequences("validation")
+        for number, start in enumerate(range(0, total, self._size)):
+            part = range(start, min(start + self._size, total))
+            yield self._reader.read("validation", part, fields, number)
 
 
 @dataclass
@@ -47,8 +83,8 @@ class Measured:
     logits: LogitMetrics = field(default_factory=LogitMetrics)
     ms_per_token: float = math.inf
 
-    def score(self, teacher_ppl: float | None) -> Score:
-        """As a line of the table; what is not finite has no number."""
+    def score(self, teacher: LogitMetrics, words: int | None) -> Score:
+        """As a line of the table, beside the teacher's figures; what is not finite has no number."""
         predictor, steps, origin = self.predictor, self.predictor.steps, self.predictor.origin
         given: dict[str, Any] = {
             "method": predictor.method,
@@ -59,14 +95,19 @@ class Measured:
             "parameters": predictor.parameters,
             "ms_per_token": _finite(self.ms_per_token),
             "ppl": _finite(self.logits.perplexity),
+            "word_ppl": None if words is None else _finite(self.logits.perplexity_per(words)),
         }
         given |= asdict(origin) if origin else {}
+        kl, positions, nats, targets = self.logits.by_document()
+        given["ppl_interval"] = _exp_interval((nats, targets))
         if predictor.block is not None:
-            ratio = self.logits.perplexity / teacher_ppl if teacher_ppl else math.nan
+            excess = nats - teacher.by_document()[2]
             given |= {
                 "kl": _finite(self.logits.kl),
+                "kl_interval": interval_of(resampled([(kl, positions)])),
                 "agreement": self.logits.agreement,
-                "ppl_ratio": _finite(ratio),
+                "ppl_ratio": _finite(self.logits.perplexity / teacher.perplexity),
+                "ppl_ratio_interval": _exp_interval((excess, targets)),
             }
             if self.state.num_tokens:
                 kinds = ("kl_latent", "nmse", "nmse_without_first")
@@ -77,6 +118,62 @@ class Measured:
         return AdaptiveScore(**given, threshold=chosen.threshold)
 
 
+def _exp_interval(nats: Stratum) -> Interval | None:
+    figures = resampled([nats])
+    with np.errstate(over="ignore"):
+        return interval_of(None if figures is None else np.exp(figures))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What all predictors reach on the same text."""
+
+    measured: list[Measured]
+    teacher: LogitMetrics
+    words: int | None
+
+    @property
+    def rows(self) -> list[Score]:
+        """A line for each."""
+        return [one.score(self.teacher, self.words) for one in self.measured]
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, or windows of a text that is one: what intervals draw."""
+        return len(self.teacher.documents)
+
+    def comparisons(self) -> list[Comparison]:
+        """The student of the lowest KL against the best of every other run, on the same documents."""
+        best: dict[str, Measured] = {}
+        for one in sorted(self.measured, key=lambda one: one.logits.kl):
+            if one.predictor.origin and not one.predictor.adaptive:
+                best.setdefault(one.predictor.origin.run, one)
+        finite = [each for each in best.items() if math.isfinite(each[1].logits.kl)]
+        if not finite:
+            return []
+        (name, first), *others = finite
+        kl, positions, *_ = first.logits.by_document()
+        found = {other: difference([(kl - one.logits.by_document()[0], positions)]) for other, one in others}
+        return compared_with("kl", name, found)
+
+
+def compared_with(measure: str, run: str, found: Mapping[str, Difference]) -> list[Comparison]:
+    """A run against others, by their names, with Holm's correction for all of them."""
+    adjusted = holm([each.p for each in found.values()])
+    return [
+        Comparison(
+            measure=measure,
+            run=run,
+            against=against,
+            difference=each.value,
+            interval=each.interval,
+            p=each.p,
+            p_holm=corrected,
+        )
+        for (against, each), corrected in zip(found.items(), adjusted, strict=True)
+    ]
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -84,15 +181,14 @@ def _finite(value: float) -> float | None:
 @torch.inference_mode()
 def score(
     predictors: list[Predictor],
-    store: Store,
+    validation: Validation,
     teacher: Teacher,
     *,
-    batch_tokens: int,
     compute_dtype: ComputeDtype,
     device: str,
     timed_batches: int = 0,
-) -> list[Score]:
-    """What every predictor reaches over the whole validation split.
+) -> Scored:
+    """What every predictor reaches over the whole of a text.
 
     Parameters
     ----------
@@ -104,7 +200,7 @@ def score(
     TeacherError
         If the teacher's own logits are not finite.
     """
-    stored = states_at_hand(store, teacher)
+    stored = validation.states
     start = min((one.block[0] for one in predictors if one.block), default=max(stored))
     dtype = resolve_compute_dtype(compute_dtype, device)
     tail = Tail(teacher, start).to(device)
@@ -118,11 +214,10 @@ def score(
     starts = {one.block[0] for one in predictors if one.block}
     if any(one.enter for one in predictors) and 0 in stored:
         starts.add(0)
-    reader = reader_of(store, teacher, device, live=not store.layers)
     fields = BatchFields(tuple(sorted({start} | starts | ends)))
-    total = store.num_sequences("validation") * store.context * len(predictors)
+    total = validation.num_tokens * len(predictors)
     with autocast(device, dtype), progress.task(f"evaluate {teacher.name}", total, "tokens") as task:
-        for batch in _batches(reader, fields, batch_tokens):
+        for batch in validation.batches(fields):
             for n in sorted(ends):
                 here = [one for one in measured if _end(one.predictor, stored) == n]
                 totals = [of_teacher] if n == max(ends) else []
@@ -130,7 +225,7 @@ def score(
                     task.advance(advanced)
             if batch.step < timed_batches:
                 _time(measured, tail, batch, start)
-    return [one.score(_finite(of_teacher.perplexity)) for one in measured]
+    return Scored(measured, of_teacher, validation.words)
 
 
 def _compare(
@@ -142,7 +237,7 @@ def _compare(
     leave the processor's cache between one pass over them and the next.
     """
     true = tail.states(batch.states[n], batch.context, start=n).flatten(0, 1)
-    following = NextTokens.of(batch.tokens, batch.first_of_segment)
+    following = NextTokens.of(batch.tokens, batch.first_of_segment, batch.document)
     lasts = [_last(one, tail, batch, n) for one in measured]
     size = max(LEAST_POSITIONS, PIECE_LOGITS // tail.vocabulary)
     for first in range(0, len(true), size):

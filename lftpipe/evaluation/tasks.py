@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import lm_eval
+import numpy as np
 import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -20,8 +21,11 @@ from lm_eval.tasks import TaskManager
 from lftpipe.base import progress
 from lftpipe.base.errors import SettingsError, foreign
 from lftpipe.base.files import fingerprint
-from lftpipe.results.scores import TaskScore
-from lftpipe.results.tasks import TaskRecord
+from lftpipe.config.settings import EvaluateSettings
+from lftpipe.evaluation.humaneval import NAME, Problem, load_problems, score_humaneval
+from lftpipe.evaluation.scoring import compared_with
+from lftpipe.evaluation.statistics import Interval, Stratum, difference, interval_of, of_means, resampled
+from lftpipe.results.scores import Comparison, TaskRecord, TaskScore
 
 #: Metrics that count where a task has several, the first of them first.
 METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity")
@@ -32,7 +36,10 @@ PLAIN_ACCURACY = frozenset({"boolq", "copa", "winogrande"})
 #: Of the draw of examples that some tasks show first; lm_eval's own.
 SEED = 1234
 
-#: Requests of a batch in one part of the work, after which progress is shown.
+#: Tokens of a request, by which `--batch-tokens` becomes a number of requests.
+REQUEST_TOKENS = 128
+
+#: Batches of requests in one part of the work, after which progress is shown.
 BATCHES_A_PART = 8
 
 Tasks = Mapping[str, Any]
@@ -125,33 +132,83 @@ def _size(arguments: tuple[Any, ...]) -> tuple[int, str]:
     return -sum(len(each) for each in arguments if isinstance(each, str)), str(arguments[0])
 
 
-def score_tasks(
-    make_model: Callable[[], LanguageModel], identity: Any, tasks: Tasks, limit: int | None, folder: Path
-) -> dict[str, TaskRecord]:
-    """What a model scores on every task; tasks that `folder` has the scores of do not run.
+class OnTasks:
+    """Scores models on tasks; the first model is the teacher. What is in `folder` is not scored again.
 
-    Parameters
-    ----------
-    make_model
-        Called at most once, for the first task that has to run.
-    identity
-        JSON-plain; all that the model's scores depend on.
-    folder
-        Made where it is missing. A file in it is of one model, task, its documents and version of lm_eval.
+    A file of the folder is of one model, task, its documents, and version of lm_eval.
     """
-    found, model = {}, None
-    for name, task in tasks.items():
-        documents = list(itertools.islice(task.eval_docs, limit))
-        what = [identity, lm_eval.__version__, str(task.dump_config()), str(documents)]
-        path = folder / f"{name}-{fingerprint(what)[:16]}.json"
+
+    def __init__(
+        self,
+        settings: EvaluateSettings,
+        tokenizer: Any,
+        dtype: torch.dtype,
+        teacher_digest: str,
+        folder: Path,
+    ) -> None:
+        names = [name for name in str(settings.tasks).split(",") if name]
+        self._problems = _problems(settings) if NAME in names else None
+        others = ",".join(name for name in names if name != NAME)
+        self._tasks = load_tasks(others) if others or not names else {}
+        self._tokenizer, self._dtype, self._folder = tokenizer, dtype, folder
+        self._identity, self._limit = [teacher_digest, str(dtype)], settings.limit
+        self._batch = max(1, settings.batch_tokens // REQUEST_TOKENS)
+        self._records: dict[str, dict[str, TaskRecord]] = {}
+
+    def columns(self, label: str, identity: list[Any], model: Callable[[], Any]) -> dict[str, Any]:
+        """A model's scores beside the teacher's; `identity` is what it has beyond the teacher's weights."""
+        found = {}
+        for name, task in self._tasks.items():
+            documents = list(itertools.islice(task.eval_docs, self._limit))
+            what = [lm_eval.__version__, str(task.dump_config()), str(documents)]
+
+            def ask(name: str = name, task: Any = task) -> TaskRecord:
+                asked = LanguageModel(label, model(), self._tokenizer, batch=self._batch, dtype=self._dtype)
+                return _record(asked, name, task, self._limit)
+
+            found[name] = self._kept(name, [*identity, *what], ask)
+        if (problems := self._problems) is not None:
+            found[NAME] = self._kept(
+                NAME,
+                [*identity, problems],
+                lambda: score_humaneval(label, model(), self._tokenizer, problems),
+            )
+        self._records[label] = found
+        tasks, mean = compared(found, next(iter(self._records.values())))
+        return {"tasks": tasks, "tasks_mean": mean}
+
+    def comparisons(self) -> list[Comparison]:
+        """The student of the best mean against every other one, on the same documents."""
+        _, *students = self._records.items()
+        strata = {name: _strata(records) for name, records in students}
+        if len(strata) < 2 or not all(strata.values()):
+            return []
+        best = max(strata, key=lambda name: fmean(own.mean() for own, _ in strata[name]))
+        found = {
+            name: difference([(a - b, ones) for (a, ones), (b, _) in zip(strata[best], each, strict=True)])
+            for name, each in strata.items()
+            if name != best
+        }
+        return compared_with("tasks_mean", best, found)
+
+    def _kept(self, name: str, identity: list[Any], ask: Callable[[], TaskRecord]) -> TaskRecord:
+        path = self._folder / f"{name}-{fingerprint([*self._identity, *identity])[:16]}.json"
         if path.exists():
-            found[name] = TaskRecord.from_json(path)
-            continue
-        model = model or make_model()
-        folder.mkdir(parents=True, exist_ok=True)
-        found[name] = _record(model, name, task, limit)
-        found[name].write(path)
-    return found
+            return TaskRecord.from_json(path)
+        record = ask()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        record.write(path)
+        return record
+
+
+def _problems(settings: EvaluateSettings) -> list[Problem]:
+    if not settings.run_code:
+        raise SettingsError(
+            f"--tasks {NAME}, which runs the programs that models write",
+            "leave to run them",
+            "pass --run-code too, or leave it out",
+        )
+    return load_problems(settings.limit)
 
 
 def _record(model: LanguageModel, name: str, task: Any, limit: int | None) -> TaskRecord:
@@ -185,6 +242,22 @@ def _chance(task: Any, sample: Mapping[str, Any]) -> float:
     return times / len(sample["resps"])
 
 
+def _strata(records: Mapping[str, TaskRecord]) -> list[Stratum]:
+    """Of the mean over tasks; empty where a task has no scores by document."""
+    better = [record for record in records.values() if record.higher_is_better]
+    whole = all(record.scores for record in better)
+    return [of_means(record.scores) for record in better] if whole else []
+
+
+def _intervals(own: list[Stratum], teacher: list[Stratum]) -> dict[str, Interval | None]:
+    """Of a value and of what is kept; the same documents are drawn for both."""
+    figures, whole = resampled(own), resampled(teacher)
+    if figures is None or whole is None:
+        return {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {"interval": interval_of(figures), "kept_interval": interval_of(figures / whole)}
+
+
 def compared(
     records: Mapping[str, TaskRecord], teacher: Mapping[str, TaskRecord]
 ) -> tuple[dict[str, TaskScore], TaskScore | None]:
@@ -207,6 +280,7 @@ def compared(
         kept_above_chance=_fraction(value - chance, of_teacher - chance),
         chance=chance,
         documents=sum(score.documents for score in better),
+        **_intervals(_strata(records), _strata(teacher)),
     )
     return scores, mean
 
@@ -225,6 +299,7 @@ def _compared(record: TaskRecord, teacher: TaskRecord) -> TaskScore:
         kept_above_chance=_fraction(own - chance, whole - chance) if record.higher_is_better else None,
         chance=chance,
         documents=record.documents,
+        **(_intervals([of_means(record.scores)], [of_means(teacher.scores)]) if many else {}),
     )
 
 

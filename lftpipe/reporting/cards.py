@@ -1,12 +1,13 @@
 """Cards: the README.md of a student, a run or a store on the Hub, with the Hub's metadata. No torch."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lftpipe.base.errors import LftpipeError
 from lftpipe.reporting.runs import scores_of
-from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table, tasks_section
+from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table, more_sections
 from lftpipe.results.outcomes import Exported
 from lftpipe.results.scores import JOINED, Results, Score
 from lftpipe.teacher.registry import REGISTERED
@@ -252,9 +253,9 @@ def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
 
 
 def _scores(rows: Sequence[Score]) -> list[str]:
-    """Rows of Table 1, and their scores on tasks."""
-    tasks = [line.replace("## ", "### ", 1) for line in tasks_section(rows)]
-    return [*markdown_table(rows), *(["", *tasks[:-1]] if tasks else [])]
+    """Rows of Table 1, and what more is known of them."""
+    more = chain.from_iterable(["", *each.lines("###")[:-1]] for each in more_sections(rows))
+    return [*markdown_table(rows), *more]
 
 
 def _is_of(row: Score, result: Exported, opened: Sequence["Run"]) -> bool:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 from importlib import resources
 from typing import Any
@@ -18,7 +19,7 @@ from matplotlib import colormaps
 import lftpipe
 from lftpipe.reporting.collect import Found
 from lftpipe.reporting.plots import COLOUR_MAP, PREDICTOR_LABELS
-from lftpipe.reporting.tables import COLUMNS
+from lftpipe.reporting.tables import COLUMNS, more_sections
 from lftpipe.results.recoupling import RecouplingMap
 from lftpipe.results.scores import Score
 from lftpipe.results.sweep import Sweep
@@ -42,6 +43,7 @@ def report_page(found: Found) -> str:
         "teacher": results.teacher,
         "rows": rows,
         "columns": [[key, name] for key, name in COLUMNS.items() if any(key in row for row in rows)],
+        "sections": [asdict(each) for each in more_sections(results.rows, results.comparisons or ())],
         "adaptive": [row.to_json() for row in results.adaptive or ()],
         "curves": found.lines,
         "damaged": found.damage,

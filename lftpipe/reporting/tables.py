@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
-from lftpipe.results.scores import JOINED, AdaptiveScore, Results, Score, TaskScore
+from lftpipe.results.scores import JOINED, AdaptiveScore, Comparison, Results, Score, TaskScore
 
 #: Keys of a row of `results.json` and their headings.
 COLUMNS = {
@@ -20,6 +21,7 @@ COLUMNS = {
     "nmse_without_first": "NMSE w/o first",
     "kl": "KL",
     "ppl": "PPL",
+    "word_ppl": "word PPL",
     "ppl_ratio": "PPL ratio",
     "agreement": "agreement",
     "parameters": "parameters",
@@ -70,8 +72,11 @@ def markdown_table(rows: Iterable[Any], columns: dict[str, str] = COLUMNS) -> li
     columns
         Names of the columns, and how each shows a row.
     """
-    table = ([cell(getattr(row, key, None)) for key in columns] for row in rows)
-    return markdown_lines(list(columns.values()), table)
+    rows = list(rows)
+    rare = {key for key in Score.LEFT_OUT if all(getattr(row, key, None) is None for row in rows)}
+    shown = {key: name for key, name in columns.items() if key not in rare}
+    table = ([cell(getattr(row, key, None)) for key in shown] for row in rows)
+    return markdown_lines(list(shown.values()), table)
 
 
 #: Of the table of means over seeds.
@@ -158,40 +163,121 @@ def _adaptive_cells(row: Score) -> list[str]:
     return [cell(given.get(key, getattr(row, key, None))) for key in ADAPTIVE_COLUMNS]
 
 
-def tasks_section(rows: Sequence[Score]) -> list[str]:
-    """The lines of the table of scores on lm_eval's tasks; none if no row has any."""
+@dataclass(frozen=True)
+class Section:
+    """A table of its own on a page of results, as Markdown and as HTML have it."""
+
+    title: str
+    note: str
+    heading: list[str]
+    cells: list[list[str]]
+
+    def lines(self, level: str = "##") -> list[str]:
+        """As Markdown."""
+        return [f"{level} {self.title}", "", self.note, "", *markdown_lines(self.heading, self.cells), ""]
+
+
+def more_sections(rows: Sequence[Score], comparisons: Sequence[Comparison] = ()) -> list[Section]:
+    """Tasks, continuations, intervals and comparisons: those that rows have."""
+    found = (_tasks(rows), _continuations(rows), _intervals(rows), _comparisons(comparisons))
+    return [each for each in found if each.cells]
+
+
+def _named(row: Score) -> list[str]:
+    return [row.run or row.method, cell(row.k)]
+
+
+def _tasks(rows: Sequence[Score]) -> Section:
     scored = [(row, row.tasks) for row in rows if row.tasks]
-    if not scored:
-        return []
     names = list(dict.fromkeys(name for _, tasks in scored for name in tasks))
     metrics = {name: score.metric for _, tasks in scored for name, score in tasks.items()}
-    heading = ["model", "k", *(f"{name} ({metrics[name]})" for name in names), "mean", "kept", "above chance"]
-    cells = [
+    return Section(
+        "Tasks",
+        "Scores and their standard errors. The mean counts each task of which more is better the same. Kept "
+        "is its fraction of the teacher's, with a 95 % interval; above chance is the same after what "
+        "guessing reaches is taken from both.",
+        ["model", "k", *(f"{name} ({metrics[name]})" for name in names), "mean", "kept", "above chance"],
         [
-            row.run or row.method,
-            cell(row.k),
-            *(_with_error(tasks.get(name)) for name in names),
-            _with_error(row.tasks_mean),
-            *(percent(getattr(row.tasks_mean, key, None)) for key in ("kept", "kept_above_chance")),
-        ]
-        for row, tasks in scored
-    ]
-    return [
-        "## Tasks",
-        "",
-        "Scores and their standard errors. The mean is over the tasks of which more is better, each counted "
-        "the same; `kept` is its fraction of the teacher's, and `above chance` the same after what guessing "
-        "reaches is taken from both.",
-        "",
-        *markdown_lines(heading, cells),
-        "",
-    ]
+            [
+                *_named(row),
+                *(_with_error(tasks.get(name)) for name in names),
+                _with_error(mean := row.tasks_mean),
+                _kept(mean),
+                "-" if mean is None else percent(mean.kept_above_chance),
+            ]
+            for row, tasks in scored
+        ],
+    )
 
 
 def _with_error(score: TaskScore | None) -> str:
     if score is None:
         return "-"
     return f"{score.value:.4g}" + ("" if score.stderr is None else f" ± {score.stderr:.2g}")
+
+
+def _kept(score: TaskScore | None) -> str:
+    if score is None or score.kept_interval is None:
+        return "-" if score is None else percent(score.kept)
+    low, high = (percent(each) for each in score.kept_interval)
+    return f"{percent(score.kept)} ({low} to {high})"
+
+
+def _continuations(rows: Sequence[Score]) -> Section:
+    keys = ("passages", "exact", "as_teacher", "distinct_2", "repetition")
+    found = [(row, row.continuations) for row in rows if row.continuations]
+    return Section(
+        "Continuations",
+        "Held-out passages continued greedily: the fraction whose first four tokens are the passage's own, "
+        "the tokens until a text leaves the teacher's, different pairs of neighbours over all, and the "
+        "fraction of runs of four tokens that were there before in the text.",
+        ["model", "k", "passages", "first 4 exact", "tokens as teacher", "distinct-2", "repetition"],
+        [[*_named(row), *(cell(getattr(each, key)) for key in keys)] for row, each in found],
+    )
+
+
+def _intervals(rows: Sequence[Score]) -> Section:
+    keys = ("kl_interval", "ppl_interval", "ppl_ratio_interval")
+    return Section(
+        "Intervals",
+        "95 %, by a bootstrap over the documents that were scored; none where they are fewer than ten.",
+        ["model", "k", "KL", "PPL", "PPL ratio"],
+        [
+            [*_named(row), *(_interval(getattr(row, key)) for key in keys)]
+            for row in rows
+            if any(getattr(row, key) for key in keys)
+        ],
+    )
+
+
+def _interval(value: tuple[float, float] | None) -> str:
+    return "-" if value is None else f"{value[0]:.4g} to {value[1]:.4g}"
+
+
+#: What the difference of a comparison is of.
+MEASURED = {"kl": "KL (less is better)", "tasks_mean": "mean of tasks (more is better)"}
+
+
+def _comparisons(comparisons: Sequence[Comparison]) -> Section:
+    return Section(
+        "Who is ahead",
+        "The best run against each other run on the same documents: the difference with its 95 % interval, "
+        "and the probability of one as large by chance (signs of documents flipped), before and after Holm's "
+        "correction for all rows of a measure. A difference whose interval has zero in it is no win.",
+        ["measure", "best", "against", "difference", "95 % interval", "p", "p, corrected"],
+        [
+            [
+                MEASURED.get(one.measure, one.measure),
+                one.run,
+                one.against,
+                cell(one.difference),
+                _interval(one.interval),
+                f"{one.p:.2g}",
+                f"{one.p_holm:.2g}",
+            ]
+            for one in comparisons
+        ],
+    )
 
 
 def percent(value: float | None) -> str:
@@ -208,7 +294,7 @@ def results_page(result: Results, title: str, introduction: str) -> list[str]:
         "",
         *markdown_table(result.rows),
         "",
-        *tasks_section(result.rows),
+        *chain.from_iterable(each.lines() for each in more_sections(result.rows, result.comparisons or ())),
         *means_section(result.rows),
         *adaptive_section(result),
     ]

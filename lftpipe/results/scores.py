@@ -1,4 +1,4 @@
-"""`results.json`: Table 1, scored over the validation split."""
+"""`results.json`: Table 1, scored over the validation split; and the scores on tasks that it is made from."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -26,13 +26,39 @@ class TaskScore(JsonObject):
     """The same after what guessing reaches is taken from both; None where the teacher does not beat it."""
     chance: float
     documents: int
+    interval: tuple[float, float] | None = None
+    """Of the value, 95 %, by a bootstrap over documents; None where they are few, or it is no mean."""
+    kept_interval: tuple[float, float] | None = None
+    """Of `kept`, with the same documents drawn for both."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuations(JsonObject):
+    """What a model's greedy continuations of held-out passages are like."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = READ_STRICTLY
+
+    passages: int
+    exact: float
+    """Fraction whose first four tokens are the passage's own."""
+    as_teacher: float
+    """Tokens until it leaves what the teacher writes."""
+    distinct_2: float
+    """Different pairs of neighbouring tokens over all of a text's."""
+    repetition: float
+    """Fraction of a text's runs of four tokens that were there before in it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score(Artefact):
     """One line of the table: what a predictor is, and what it reached. None is what has no meaning."""
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"tasks", "tasks_mean"})
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("word_ppl", "kl_interval", "ppl_interval", "ppl_ratio_interval"),
+            *("tasks", "tasks_mean", "continuations"),
+        )
+    )
 
     method: str
     block: str | None = None
@@ -45,6 +71,8 @@ class Score(Artefact):
     nmse_without_first: float | None = None
     kl: float | None = None
     ppl: float | None = None
+    word_ppl: float | None = None
+    """By word, of a text that is scored as a whole."""
     ppl_ratio: float | None = None
     """To the teacher's."""
     agreement: float | None = None
@@ -55,9 +83,14 @@ class Score(Artefact):
     seed: int | None = None
     train_tokens: int | None = None
     weights_digest: str | None = None
+    kl_interval: tuple[float, float] | None = None
+    """95 %, by a bootstrap over documents; None where they are few."""
+    ppl_interval: tuple[float, float] | None = None
+    ppl_ratio_interval: tuple[float, float] | None = None
     tasks: dict[str, TaskScore] | None = None
     tasks_mean: TaskScore | None = None
     """Of the tasks of which more is better; each counts the same."""
+    continuations: Continuations | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,12 +102,31 @@ class AdaptiveScore(Score):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison(JsonObject):
+    """The best run against another one, on the same documents."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = READ_STRICTLY
+
+    measure: str
+    """`kl`, of which less is better, or `tasks_mean`."""
+    run: str
+    against: str
+    difference: float
+    """Of the first less the second."""
+    interval: tuple[float, float] | None
+    p: float
+    """Of a sign-flip test over documents that the difference is zero."""
+    p_holm: float
+    """After Holm's correction for all comparisons of the measure."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Results(Artefact):
     """The table, and on what it was measured."""
 
     NAME: ClassVar[str] = "a table of results"
     CURE: ClassVar[str] = "run `lftpipe evaluate --force`"
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"adaptive"})
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"adaptive", "documents", "comparisons"})
 
     teacher: str
     store: str
@@ -82,10 +134,13 @@ class Results(Artefact):
     corpus: str | None = None
     """Where the validation tokens are from; None: the store's own corpus."""
     validation_tokens: int
+    documents: int | None = None
+    """That the tokens are from; of a text that is scored as a whole, its windows."""
     compute_dtype: str
     settings: dict[str, Any]
     rows: list[Score]
     adaptive: list[AdaptiveScore] | None = None
+    comparisons: list[Comparison] | None = None
 
     def check(self) -> None:
         """There are rows, each run's have steps and figures, and every adaptive row belongs to one."""
@@ -96,3 +151,27 @@ class Results(Artefact):
         runs = {row.run for row in self.rows}
         for row in self.adaptive or ():
             require(row.run in runs and row.nfe is not None, f"adaptive: {row.run} is not in rows")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskRecord(Artefact):
+    """A task's metric over its documents, in their order."""
+
+    NAME: ClassVar[str] = "scores of a task"
+    CURE: ClassVar[str] = "delete it and run `lftpipe evaluate --tasks` again"
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    value: float
+    documents: int
+    scores: list[float]
+    """Of each document; empty where the metric is no mean over them."""
+    chance: list[float]
+    """What guessing reaches on each: one over the number of answers, else 0."""
+
+    def check(self) -> None:
+        """There are documents, and as many scores if there are any."""
+        require(self.documents > 0, "documents is not positive")
+        require(len(self.scores) in (0, self.documents), "scores has another length than documents")
+        require(len(self.chance) == len(self.scores), "chance has another length than scores")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CONTEXT, extracted
 from evaluations import row_of, trained
+from lm_eval.tasks import TaskManager
 
 from lftpipe import runs
 from lftpipe.base.errors import SettingsError
@@ -150,6 +151,21 @@ def test_what_was_scored_is_not_scored_again(scored, monkeypatch, teachers):
         assert [row.get("tasks") for row in result["rows"]] == [row.get("tasks") for row in before["rows"]]
 
 
+def test_the_best_run_is_compared_with_the_others_on_the_same_documents(scored):
+    _, result = scored
+    by_kl, by_tasks = result["comparisons"]
+    rows = {(row["run"], row["k"]): row for row in result["rows"] if row["run"]}
+    flow = min((rows["fw", k] for k in (1, 2)), key=lambda row: row["kl"])
+    best, other = sorted((flow, rows["regression", 1]), key=lambda row: row["kl"])
+    assert (by_kl["measure"], by_kl["run"], by_kl["against"]) == ("kl", best["run"], other["run"])
+    assert by_kl["difference"] == pytest.approx(best["kl"] - other["kl"], rel=1e-5)
+    means = {run: rows[run, k]["tasks_mean"]["value"] for run, k in (("fw", 2), ("regression", 1))}
+    assert by_tasks["measure"] == "tasks_mean"
+    assert by_tasks["difference"] == pytest.approx(means[by_tasks["run"]] - means[by_tasks["against"]])
+    assert 0 < by_tasks["p"] <= 1
+    assert "## Who is ahead" in Path(result["out"]).with_suffix(".md").read_text()
+
+
 def test_a_limit_counts_documents_and_its_scores_are_others(scored):
     settings, _ = scored
     result = evaluate(EvaluateSettings(**vars(settings) | {"limit": 3, "runs": ("regression",)}))
@@ -163,8 +179,10 @@ def test_a_limit_counts_documents_and_its_scores_are_others(scored):
         ({"tasks": None, "limit": 3}, "--limit without --tasks / expected: tasks whose documents it counts"),
     ],
 )
-def test_tasks_that_make_no_sense_are_refused(scored, changes, message):
+def test_tasks_that_make_no_sense_are_refused(scored, changes, message, monkeypatch):
     settings, _ = scored
+    few = TaskManager(include_defaults=False)  # reading the names of all of lm_eval's tasks takes long
+    monkeypatch.setattr(of_lm_eval, "TaskManager", lambda **_: few)
     with pytest.raises(SettingsError, match=message):
         evaluate(EvaluateSettings(**vars(settings) | changes))
 

@@ -15,8 +15,7 @@ from lftpipe.base.errors import LftpipeError
 from lftpipe.results.base import Artefact, read_json
 from lftpipe.results.recoupling import Ranked, RecouplingMap
 from lftpipe.results.run import RunManifest, Sample, keep_sample, read_metrics, read_samples
-from lftpipe.results.scores import AdaptiveScore, Results, Score, TaskScore
-from lftpipe.results.tasks import TaskRecord
+from lftpipe.results.scores import AdaptiveScore, Results, Score, TaskRecord, TaskScore
 
 
 def results() -> Results:

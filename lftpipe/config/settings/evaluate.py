@@ -12,6 +12,7 @@ from lftpipe.config.settings.base import (
     ComputeDtype,
     Computing,
     Count,
+    CountOrZero,
     Counts,
     File,
     Metric,
@@ -53,7 +54,8 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
     """Numbers of layers, from the block's first, that the skip rows leave out."""
     corpus: Text | None = None
     """Score on this corpus in place of the store's: registered name, file, folder, or `hf:...`. The teacher
-    runs once for it, and its states are kept beside the store."""
+    runs once for it, and its states are kept beside the store. `wikitext-2`, or `wikitext-2=FILE` with its
+    raw test split, is scored as a whole, in windows of 2,048 tokens or of the model's context."""
     text_field: Text | None = None
     """The column of its tables that holds the documents, as `extract` has it."""
     tasks: Text | None = None
@@ -61,6 +63,12 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
     YAML files. What was scored is kept beside the store, so the same command goes on where it was."""
     limit: Count | None = None
     """Documents of each task; default: all."""
+    run_code: bool = False
+    """Let `--tasks humaneval` run the programs that the models write: each in a process of its own, without
+    network where the system allows that, for at most 10 seconds and in at most 1 GiB."""
+    continuations: CountOrZero = 0
+    """Let teacher and students continue so many held-out passages greedily, 64 tokens each: how long they
+    agree, and how much they repeat."""
     batch_tokens: Batch = 2048
     """Tokens in one batch of validation."""
     compute_dtype: ComputeDtype = "float32"
@@ -71,7 +79,7 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "k skips device store workspace out force",
-        "What to score": "corpus text_field tasks limit solver together adaptive",
+        "What to score": "corpus text_field tasks limit run_code continuations solver together adaptive",
     }
     FORMER: ClassVar[dict[str, str]] = {"seed": "evaluation draws no random numbers"}
 

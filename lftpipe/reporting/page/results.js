@@ -116,24 +116,15 @@ function training() {
   if (data.damaged.length) at("training").append(make("p", {class: "warn"}, data.damaged.join("; ")));
 }
 
-function tasks() {
-  const scored = data.rows.filter(row => row.tasks);
-  if (!scored.length) return at("tasks").remove();
-  const percent = value => (value === null ? null : 100 * value), metrics = {};
-  const rows = scored.map(row => {
-    const all = {...row.tasks, ...(row.tasks_mean ? {mean: row.tasks_mean} : {})};
-    const shown = {model: row.run || row.method, k: row.k, spread: {}};
-    for (const [name, score] of Object.entries(all)) {
-      [shown[`task ${name}`], shown.spread[`task ${name}`], metrics[name]] = [score.value, score.stderr, score.metric];
-    }
-    if (row.tasks_mean) [shown.kept, shown.above] = [percent(row.tasks_mean.kept), percent(row.tasks_mean.kept_above_chance)];
-    return shown;
-  });
-  const columns = Object.entries(metrics).filter(([name]) => name !== "mean")
-    .map(([name, metric]) => ({key: `task ${name}`, name: `${name} (${metric})`}));
-  sortable(at("task-table"), {rows, label: "Tasks", filter: false, className: row => (row.model === "teacher" ? "baseline" : ""), columns: [
-    {key: "model", name: "model", text: true}, {key: "k", name: "k"}, ...columns, {key: "task mean", name: "mean"},
-    {key: "kept", name: "kept, %"}, {key: "above", name: "above chance, %"}]});
+// Tasks, continuations, intervals, comparisons: tables whose cells are texts.
+function sections() {
+  for (const {title, note, heading, cells} of data.sections) {
+    const place = make("div"), columns = heading.map((name, index) => ({key: `c${index}`, name, text: index === 0}));
+    at("sections").append(make("section", {id: title.toLowerCase().replaceAll(" ", "-")},
+      make("h2", {}, title), make("p", {class: "note"}, note), place));
+    const rows = cells.map(row => Object.fromEntries(row.map((text, index) => [`c${index}`, text])));
+    sortable(place, {columns, rows, label: title, filter: false, className: row => (row.c0 === "teacher" ? "baseline" : "")});
+  }
 }
 
-headline(); table(); tasks(); figures(); training();
+headline(); table(); sections(); figures(); training();
