@@ -188,7 +188,7 @@ def _train(
             store,
             teacher,
             workers=settings.workers,
-            done=lambda: task.advance(1),
+            advance=task.advance,
         )
     trained = sum(not result.already_finished for result in results)
     return trained, [runs.open_run(run) for run, _, _ in wanted]

@@ -70,7 +70,7 @@ def _in_processes(
     count = min(settings.workers, len(wanted))
     groups = [wanted[number::count] for number in range(count)]
     with progress.task("train in processes", len(wanted), "runs") as task:
-        found = train_apart(groups, store, teacher, workers=count, done=lambda: task.advance(1))
+        found = train_apart(groups, store, teacher, workers=count, advance=task.advance)
     by_name = {result.run: result for result in found}
     return [by_name[str(run)] for run, _, _ in wanted]
 

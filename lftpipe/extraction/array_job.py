@@ -8,7 +8,7 @@ from lftpipe.base import progress
 from lftpipe.base.errors import SettingsError, StoreBusyError
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.extraction.plan import Plan
-from lftpipe.extraction.shard_job import FrozenPlan, Producer, needs_measure
+from lftpipe.extraction.shard_job import FrozenPlan, Producer, taker, tasks_of
 from lftpipe.extraction.tokens import spec_of
 from lftpipe.store import PartJournal, ShardKey, StoreSpec, StoreWriter, read_parts, read_plan, stored_records
 
@@ -106,12 +106,11 @@ def compute_part(plan: Plan, frozen: FrozenPlan, settings: ExtractSettings, part
         total = sum(len(key.sequences) for key in todo) * plan.context
         if todo:
             producer = Producer(frozen, device_of_part(settings), plan.teacher, journal.attempts)
-            first = part.index == 1
-            if first and needs_measure(frozen) and "compute_error" not in journal.notes:
-                journal.note(compute_error=producer.measure())
+            measures = part.index == 1 and "compute_error" not in journal.notes
             label = f"extract {plan.teacher.name}, part {part.index} of {part.count}"
             with progress.task(label, total, "tokens") as task:
-                producer.run(todo, journal.append, task.advance)
+                tasks = tasks_of(frozen, todo) if measures else todo
+                producer.run(tasks, taker(journal.append, journal.note), task.advance)
         journal.finish()
     return total
 

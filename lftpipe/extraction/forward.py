@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lftpipe.base.executor import Advance
 from lftpipe.data.batches import Batch, make_batch
 from lftpipe.extraction.async_writer import Background, Commit
 from lftpipe.extraction.device_to_host import fill, transfer_from
@@ -26,9 +27,6 @@ SHARDS_IN_FLIGHT = {"cpu": 2, "cuda": 4}
 
 #: Bytes of computed batches that may wait for the one before them.
 HELD_BYTES = 4 * 2**30
-
-#: Called with the number of tokens that were computed.
-Advance = Callable[[int], object]
 
 
 class _Batch(NamedTuple):

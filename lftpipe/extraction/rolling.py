@@ -10,7 +10,7 @@ from lftpipe.base.errors import SettingsError
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.extraction.compute import freeze
 from lftpipe.extraction.plan import Plan
-from lftpipe.extraction.shard_job import Producer, needs_measure
+from lftpipe.extraction.shard_job import Producer, taker, tasks_of
 from lftpipe.extraction.tokens import spec_of
 from lftpipe.storage import storage_of
 from lftpipe.store import (
@@ -77,16 +77,15 @@ def roll(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> tuple[Ro
     """
     with producing(writer.path):
         producer = Producer(freeze(plan, writer, settings), settings.device, plan.teacher)
-        if needs_measure(producer.plan):
-            writer.note(compute_error=producer.measure())
         state = Roll(writer, plan.rolling)
         total = sum(len(key.sequences) for key in state.stays) * plan.context
         with progress.task(f"extract {plan.teacher.name}", total, "tokens") as task:
-            producer.run(state.stays, writer.commit, task.advance)
+            stays = tasks_of(producer.plan, state.stays)
+            producer.run(stays, taker(writer.commit, writer.note), task.advance)
             state.publish()
             progress.say(f"{writer.path} rolls: `lftpipe train` can begin")
             keys = _Keys(writer.path, state, task, plan.context)
-            producer.run(keys, state.commit, task.advance)
+            producer.run(keys, taker(state.commit, writer.note), task.advance)
         return state.told(), task.done
 
 

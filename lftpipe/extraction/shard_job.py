@@ -1,22 +1,21 @@
 """What a process needs to compute a store's shards by itself, and how it computes one."""
 
-import functools
-import json
+import itertools
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lftpipe.base.device import device_kind
 from lftpipe.base.errors import SettingsError, TeacherError
+from lftpipe.base.executor import Advance, Done, Place, Worker
 from lftpipe.base.files import fingerprint
-from lftpipe.extraction.async_writer import Commit
-from lftpipe.extraction.forward import Advance, Passes, bf16_error
+from lftpipe.extraction.forward import Passes, bf16_error
 from lftpipe.store import Sealed, ShardKey, StoreSpec, StoreWriter
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.thread_pool import Lanes
@@ -118,7 +117,12 @@ def partly_stored(writer: StoreWriter) -> tuple[tuple[str, int, int], ...]:
     return tuple((key.split, key.index, count) for key, count in begun if count)
 
 
-# --- `produce(plan, shard) -> records`: computing a shard, on whatever machine, without the store's lock.
+# --- Computing shards of a plan, on whatever machine, without the store's lock.
+
+#: A shard to compute; or the error of the compute dtype to measure, once in a store's life.
+Task = ShardKey | Literal["measure"]
+#: What comes of it: the shard's files are on the disk, under names of this attempt.
+Result = Sealed | dict[str, Any]
 
 
 class Producer:
@@ -127,35 +131,36 @@ class Producer:
     Parameters
     ----------
     teacher
-        The plan's teacher, if it is open already; else it is found by name, and its files are compared.
+        The plan's teacher.
     attempts
         How the names of the files begin; left out, with the plan's epoch.
     """
 
-    def __init__(
-        self, plan: FrozenPlan, device: str, teacher: Teacher | None = None, attempts: str | None = None
-    ) -> None:
+    def __init__(self, plan: FrozenPlan, device: str, teacher: Teacher, attempts: str | None = None) -> None:
         plan.check_device(device)
-        self.plan, self.device = plan, device
+        self.plan, self.device, self.teacher = plan, device, teacher
         # No other process, living or thought dead, may ever use the same names.
         self._attempt = f"{attempts or f'e{plan.epoch}'}-{uuid.uuid4().hex[:12]}"
-        if teacher is None:
-            teacher = plan.open_teacher()
-            plan.check_teacher(teacher)
-        self.teacher = teacher
 
-    def run(self, keys: Iterable[ShardKey | None], commit: Commit, advance: Advance = lambda _: None) -> None:
-        """Compute shards; see `Passes.run`.
+    def run(
+        self,
+        tasks: Iterable[Task | None],
+        done: Done[Task, Result],
+        advance: Advance = lambda _: None,
+    ) -> None:
+        """Do tasks; `done` is called in a thread, in the order of the shards, `advance` with tokens."""
+        shards = self._shards(tasks, done)
+        first = next(shards, None)  # measures, which before the first shard takes less memory
+        self._passes.run(itertools.chain([first], shards), lambda sealed: done(sealed.key, sealed), advance)
 
-        Parameters
-        ----------
-        keys
-            Which shards; None if there is none for now.
-        """
-        self._passes.run(keys, commit, advance)
+    def _shards(self, tasks: Iterable[Task | None], done: Done[Task, Result]) -> Iterator[ShardKey | None]:
+        for task in tasks:
+            if isinstance(task, str):
+                done(task, self._measure())
+            else:
+                yield task
 
-    def measure(self) -> dict[str, Any]:
-        """What computing in bfloat16 costs; before the first shard it takes less memory."""
+    def _measure(self) -> dict[str, Any]:
         with Lanes(1) if torch.device(self.device).type == "cpu" else nullcontext():
             return bf16_error(
                 self.plan.path,
@@ -188,27 +193,29 @@ class Producer:
         return Trunk(self.teacher, deepest, compute_dtype, device)
 
 
-def needs_measure(plan: FrozenPlan) -> bool:
-    """Whether the error of the compute dtype is still to be measured: once in a store's life."""
+def start_producer(plan: FrozenPlan, check: bool, place: Place) -> Worker[Task, Result]:
+    """Begin a producer in a process of its own; `check` compares its teacher's files with the plan's."""
+    teacher = plan.open_teacher()
+    if check:
+        plan.check_teacher(teacher)
+    return Producer(plan, place.device, teacher).run
+
+
+def tasks_of(plan: FrozenPlan, keys: list[ShardKey]) -> list[Task]:
+    """To measure the error of the compute dtype if that was never done, then to compute the shards."""
     spec = plan.spec
     exact = spec.identity["compute_dtype"] == "float32"
-    return not exact and "compute_error" not in spec.details and bool(spec.sequences["train"])
+    measured = exact or "compute_error" in spec.details or not spec.sequences["train"]
+    return [*keys] if measured else ["measure", *keys]
 
 
-def produce(plan: dict[str, Any], key: ShardKey, device: str = "cpu") -> Sealed:
-    """Compute one shard, with a teacher that stays loaded for the next one.
+def taker(commit: Callable[[Sealed], object], note: Callable[..., object]) -> Done[Task, Result]:
+    """What hands shards to `commit`, and what was measured to `note`."""
 
-    Returns
-    -------
-    Sealed
-        The shard's files are on the disk, under names of this attempt; `StoreWriter.commit` takes them.
-    """
-    sealed: list[Sealed] = []
-    producer_of(json.dumps(plan), device).run([key], sealed.append)
-    return sealed[0]
+    def take(_: Task, result: Result) -> None:
+        if isinstance(result, Sealed):
+            commit(result)
+        else:
+            note(compute_error=result)
 
-
-@functools.lru_cache(maxsize=1)
-def producer_of(plan: str, device: str) -> Producer:
-    """The producer of a plan in JSON, kept for the next shard."""
-    return Producer(FrozenPlan.from_json(json.loads(plan)), device)
+    return take

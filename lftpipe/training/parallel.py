@@ -1,17 +1,11 @@
 """Runs that are trained apart: one after the other here, or at the same time in several processes."""
 
-import multiprocessing
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
 
-from lftpipe.base import executor
-from lftpipe.base.device import prepare
-from lftpipe.base.errors import LftpipeError, RunError
+from lftpipe.base.executor import Advance, Done, Job, Place, execute, portable
 from lftpipe.results.outcomes import TrainedRun
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher, open_recorded, record_of
@@ -20,6 +14,8 @@ from lftpipe.training.validate import Wanted
 
 #: Runs that see the same batches: each batch is read once for them.
 Group = Sequence[Wanted]
+Task = tuple[int, Group]
+Result = list[TrainedRun] | Exception
 
 
 def train_apart(
@@ -28,7 +24,7 @@ def train_apart(
     teacher: Teacher,
     *,
     workers: int = 1,
-    done: Callable[[], object] = lambda: None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> list[TrainedRun]:
     """Train groups of runs, each run with `resolved` settings.
 
@@ -37,6 +33,8 @@ def train_apart(
     workers
         Processes. Each has a GPU with the device `cuda`, else its part of the threads; a run's numbers are
         those of one process with as many threads.
+    advance
+        Called after every group, with the number of its runs.
 
     Returns
     -------
@@ -46,105 +44,50 @@ def train_apart(
     Raises
     ------
     LftpipeError
-        What the first group that failed raised, once the others are trained; or if a process dies.
+        What a group that failed raised; with several workers, once the others are trained; or if a process
+        dies.
     """
-    if workers > 1 and len(groups) > 1:
-        with _Crew(groups, store, min(workers, len(groups)), done) as crew:
-            return crew.run()
-    results = []
-    for group in groups:
-        results += train_runs(list(group), store, teacher)
-        done()
-    return results
+    if min(workers, len(groups)) == 1:
+        results = []
+        for group in groups:
+            results += train_runs(list(group), store, teacher)
+            advance(len(group))
+        return results
+    found: dict[int, Result] = {}
+    (_, settings, _), *_ = groups[0]
+    job = Job[Task, Result](
+        tasks=list(enumerate(groups)),
+        start=partial(_Trainer, store.path, settings.workspace),
+        done=lambda task, result: found.__setitem__(task[0], result),
+        advance=advance,
+        size=lambda task: len(task[1]),
+        place=Place(settings.device, settings.threads),
+        most_deaths=1,  # a run goes on only where its settings say so
+        cure="the same command goes on (train: with --resume)",
+    )
+    execute(job, workers=workers)
+    runs: list[TrainedRun] = []
+    for number in range(len(groups)):
+        if isinstance(result := found[number], Exception):
+            raise result
+        runs += result
+    return runs
 
 
-class _Crew:
-    """The processes, and the groups that none of them has."""
+class _Trainer:
+    """Trains groups in a process of its own."""
 
-    def __init__(self, groups: Sequence[Group], store: Store, count: int, done: Callable[[], object]) -> None:
-        self._groups, self._done = groups, done
-        self._todo = deque(range(len(groups)))
-        self._results: list[list[TrainedRun]] = [[] for _ in groups]
-        self._error: Exception | None = None
-        self._crew = [self._start(store, number, count) for number in range(count)]
+    def __init__(self, store: Path, workspace: Path, place: Place) -> None:
+        self._store, self._place = Store.open(store), place
+        self._teacher = open_recorded(record_of(self._store.identity), workspace, store)
 
-    def __enter__(self) -> "_Crew":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process, connection in self._crew:
-            process.kill()
-            process.join()
-            connection.close()
-
-    def run(self) -> list[TrainedRun]:
-        """Until all groups were trained, or tried."""
-        busy = {connection: process for process, connection in self._crew if self._give(connection)}
-        while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                self._hear(connection, busy[connection])
-                if not self._give(connection):
-                    del busy[connection]
-        if self._error:
-            raise self._error
-        return [result for results in self._results for result in results]
-
-    def _start(self, store: Store, number: int, count: int) -> tuple[BaseProcess, Connection]:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        settings = self._groups[0][0][1]
-        place = executor.place_of(settings.device, settings.threads, number, count)
-        process = context.Process(
-            target=_work, args=(theirs, store.path, *place), name=f"lftpipe-train-{number}", daemon=True
-        )
-        process.start()
-        theirs.close()
-        return process, ours
-
-    def _give(self, connection: Connection) -> bool:
-        """The next group to a process; False if there is none."""
-        if not self._todo:
-            return False
-        number = self._todo.popleft()
-        with suppress(OSError):  # it has died, which is heard
-            connection.send((number, self._groups[number]))
-        return True
-
-    def _hear(self, connection: Connection, process: BaseProcess) -> None:
-        try:
-            number, found = connection.recv()
-        except (EOFError, OSError):
-            process.join()
-            raise RunError(
-                f"a process that trained runs and died with exit code {process.exitcode}",
-                "processes that live",
-                "look for what kills it (memory?); the same command goes on (train: with --resume)",
-            ) from None
-        if isinstance(found, Exception):
-            self._error = self._error or found
-        else:
-            self._results[number] = found
-        self._done()
-
-
-def _work(connection: Connection, store_path: Path, device: str, threads: int | None) -> None:
-    """A process: train what it is given, until it is ended."""
-    executor.begin()
-    prepare(device, threads)
-    store = Store.open(store_path)
-    with suppress(EOFError, BrokenPipeError):
-        while True:
-            number, group = connection.recv()
-            here = [(run, replace(one, device=device, threads=threads), block) for run, one, block in group]
+    def __call__(self, tasks: Iterable[Task | None], done: Done[Task, Result], advance: Advance) -> None:
+        for task in tasks:
+            if task is None:
+                continue
+            here = [(run, replace(one, **self._place._asdict()), block) for run, one, block in task[1]]
             try:
-                workspace = here[0][1].workspace
-                teacher = open_recorded(record_of(store.identity), workspace, store.path)
-                connection.send((number, train_runs(here, store, teacher)))
-            except LftpipeError as error:
-                connection.send((number, error))
-            except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                connection.send(
-                    (number, RuntimeError(f"{reason} (in a process; --workers 1 --debug shows where)"))
-                )
+                done(task, train_runs(here, self._store, self._teacher))
+            except Exception as error:  # the other groups are trained all the same
+                done(task, portable(error))
+            advance(len(here))

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,10 @@ from fake_states import environment
 from safetensors.torch import load_file, save_file
 from test_workers import CONTEXT, SETTINGS, change, contents, spawn, store_of
 
+from lftpipe.base import executor
 from lftpipe.base.errors import SettingsError
 from lftpipe.commands.extract import extract
 from lftpipe.config.settings import ExtractSettings
-from lftpipe.extraction import ray_tasks
-from lftpipe.extraction.compute import Work
 
 pytest.importorskip("ray")
 # Ray leaves files and sockets open in the process that begins a cluster.
@@ -111,10 +109,11 @@ def test_what_ray_says_of_a_node_that_died_is_not_on_stdout(monkeypatch, capsys)
             sys.stdout.write("(raylet) The node has been marked dead\n")
             return {"CPU": 0.0}
 
-    monkeypatch.setattr(ray_tasks, "_ray", Noisy)
-    some = SimpleNamespace(ray="local", device="cpu", threads=1)
-    work = Work._make(some if name == "settings" else None for name in Work._fields)
+    monkeypatch.setattr(executor, "_ray", Noisy)
+    job = executor.Job(
+        tasks=[], start=print, done=print, advance=print, size=len, place=executor.Place("cpu", 1)
+    )
     with pytest.raises(SettingsError, match="no machine of 1 CPUs"):
-        ray_tasks.run_on_ray(work)
+        executor.execute(job, ray="local")
     out, err = capsys.readouterr()
     assert (out, "marked dead" in err) == ("", True)
