@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lftpipe.storage import storage_of
+from lftpipe.storage import writable_storage_of
 from lftpipe.store import ShardKey, Store, StoreSpec, produce_shard
 from lftpipe.store.manifest import Manifest
 from lftpipe.store.records import Journal, Records
@@ -88,7 +88,7 @@ def write(path: Path, spec: StoreSpec, key: ShardKey) -> Records:
 
 def commit(path: Path, spec: StoreSpec) -> dict[str, Any]:
     """A journal of all shards, one line each."""
-    journal = Journal(storage_of(path), spec, {})
+    journal = Journal(writable_storage_of(path), spec, {})
     shards = 0
     for records in records_of(path, spec):
         journal.append(records)

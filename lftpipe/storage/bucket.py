@@ -12,7 +12,7 @@ import xxhash
 from typing_extensions import override
 
 from lftpipe.base.errors import StoreError
-from lftpipe.storage.interface import Opened, Storage
+from lftpipe.storage.interface import Opened, Reads
 from lftpipe.storage.lease import Lease, SegmentLog, client_of, refusals
 
 # --- Ranges of objects kept on this machine's disk, at most so many bytes, the longest unused dropped first.
@@ -138,17 +138,13 @@ class BucketStorage(SegmentLog):
 
     def size(self, name: str) -> int:
         """Bytes of an object."""
-        import obstore
-
         with refusals(self.where):
-            return obstore.head(self.client, name)["size"]
+            return self.client.head(name)["size"]
 
     @override
     def read(self, name: str) -> bytes:
-        import obstore
-
         with refusals(self.where):
-            return obstore.get(self.client, name).bytes().to_bytes()
+            return self.client.get(name).bytes().to_bytes()
 
     def read_range(self, name: str, start: int, length: int, key: str = "") -> Any:
         """Some bytes of an object.
@@ -160,23 +156,18 @@ class BucketStorage(SegmentLog):
         key
             Names this content of the object for the cache; "" leaves the cache alone.
         """
-        import obstore
-
         place = f"{self.where}/{name} {key} {start} {length}"
         if key and self._cache and (kept := self._cache.get(place)) is not None:
             return kept
         with refusals(self.where):
-            data = memoryview(obstore.get_range(self.client, name, start=start, length=length))
+            data = memoryview(self.client.get_range(name, start=start, length=length))
         if key and self._cache:
             self._cache.put(place, data)
         return data
 
     @override
     def write(self, name: str, data: bytes) -> None:
-        import obstore
-
-        with refusals(self.where):
-            obstore.put(self.client, name, data, use_multipart=False)
+        self.put(name, data)
 
     @override
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
@@ -191,65 +182,45 @@ class BucketStorage(SegmentLog):
         prefix
             Whole names of folders; None for all.
         """
-        import obstore
-
         with refusals(self.where):
-            for batch in obstore.list(self.client, prefix, chunk_size=1000):
+            for batch in self.client.list(prefix, chunk_size=1000):
                 yield from ((each["path"], each["size"]) for each in batch)
 
     @override
     def digest(self, name: str) -> str:
-        import obstore
-
         digest = xxhash.xxh3_128()
         with refusals(self.where):
-            for part in obstore.get(self.client, name).stream(min_chunk_size=2**20):
+            for part in self.client.get(name).stream(min_chunk_size=2**20):
                 digest.update(memoryview(part))
         return digest.hexdigest()
 
     @override
     def names(self) -> set[str]:
-        import obstore
-
-        with refusals(self.where):
-            found = obstore.list_with_delimiter(self.client)
-        paths = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
-        return {path.rstrip("/") for path in paths}
+        folders, files = self.folder()
+        return {*folders, *files}
 
     @override
     def delete(self, name: str) -> None:
-        import obstore
-
         paths = [path for path, _ in self.entries(name)] or [name]
         with refusals(self.where):
             for first in range(0, len(paths), 1000):
-                obstore.delete(self.client, paths[first : first + 1000])
+                self.client.delete(paths[first : first + 1000])
 
     @override
     def total_bytes(self) -> int:
         return sum(size for _, size in self.entries())
 
-    def put(self, name: str, file: Path) -> None:
-        """Put a file whose content is fixed, in parts if it is large."""
-        import obstore
-
+    def put(self, name: str, content: Path | bytes) -> str:
+        """Put an object, in parts if it is large; its tag. Of a file that may change, give the bytes."""
         with refusals(self.where):
-            obstore.put(self.client, name, file, chunk_size=PART_BYTES, max_concurrency=4)
+            put = self.client.put(name, content, chunk_size=PART_BYTES, max_concurrency=4)
+        return put.get("e_tag") or ""
 
-    def upload(self, name: str, file: Path) -> str:
-        """Put a small file that may change meanwhile; returns the tag of what was put."""
-        import obstore
-
+    def folder(self, prefix: str | None = None) -> tuple[list[str], dict[str, str]]:
+        """Folders, and files with their tags, right below a prefix; None for the top."""
         with refusals(self.where):
-            return obstore.put(self.client, name, file.read_bytes()).get("e_tag") or ""
-
-    def folder(self, prefix: str) -> tuple[list[str], list[tuple[str, str]]]:
-        """Folders, and files with their tags, right below a prefix."""
-        import obstore
-
-        with refusals(self.where):
-            found = obstore.list_with_delimiter(self.client, prefix or None)
-        files = [(each["path"], each.get("e_tag") or "") for each in found["objects"]]
+            found = self.client.list_with_delimiter(prefix)
+        files = {each["path"]: each.get("e_tag") or "" for each in found["objects"]}
         return [path.rstrip("/") for path in found["common_prefixes"]], files
 
     @override
@@ -273,7 +244,7 @@ class _ObjectFile(Opened):
         with refusals(storage.where):
             try:
                 wanted = {"range": (max(size - end_bytes, 0), max(size, 1))}
-                answer = obstore.get(storage.client, name, options=wanted)  # pyright: ignore[reportArgumentType]
+                answer = storage.client.get(name, options=wanted)
                 self.size, self.end = answer.meta["size"], answer.bytes().to_bytes()
             except obstore.exceptions.BaseError:  # it is shorter than that, or cannot be had at all
                 self.size = storage.size(name)
@@ -294,7 +265,7 @@ class _ObjectFile(Opened):
         return wanted
 
 
-def connect(url: str, cache: RangeCache | None = None, place: str = "") -> Storage:
+def connect(url: str, cache: RangeCache | None = None, place: str = "") -> Reads:
     """The storage behind a URL."""
     if url.startswith("hf://"):
         from lftpipe.storage.hub import HubStorage

@@ -11,12 +11,12 @@ import xxhash
 from typing_extensions import override
 
 from lftpipe.base.errors import LftpipeError, StoreError
-from lftpipe.storage.interface import Opened, Storage
+from lftpipe.storage.interface import Opened, Reads
 
 # --- A data set or model on the Hugging Face Hub behind the interface, to read.
 
 
-class HubStorage(Storage):
+class HubStorage(Reads):
     """Files of a repository, such as `hf://datasets/ORG/NAME/states.zarr`.
 
     Parameters
@@ -106,37 +106,6 @@ class HubStorage(Storage):
     @override
     def read_log(self) -> bytes | None:
         return None  # what is uploaded is finished
-
-    @override
-    def close(self) -> None:
-        pass
-
-    @override
-    def write(self, name: str, data: bytes) -> None:
-        raise self._read_only()
-
-    @override
-    def delete(self, name: str) -> None:
-        raise self._read_only()
-
-    @override
-    def take(self, folder: Path, names: Iterable[str]) -> None:
-        raise self._read_only()
-
-    @override
-    def begin_log(self, data: bytes) -> None:
-        raise self._read_only()
-
-    @override
-    def append_log(self, line: bytes) -> None:
-        raise self._read_only()
-
-    @override
-    def remove_log(self) -> None:
-        raise self._read_only()
-
-    def _read_only(self) -> StoreError:
-        return StoreError(self.where, "a place that can be written", "write to s3://, gs:// or az:// instead")
 
     def _unreachable(self, error: Exception) -> StoreError:
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -35,8 +35,8 @@ class Opened(ABC):
         """
 
 
-class Storage(ABC):
-    """Files by name. What is written is there whole or not at all, and never changes but by `write`.
+class Reads(ABC):
+    """Files by name, to be read.
 
     A missing file is a FileNotFoundError; what cannot be reached after some retries a StoreError in one line.
 
@@ -67,10 +67,6 @@ class Storage(ABC):
         """A whole file."""
 
     @abstractmethod
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file: readers see the old one or the new one."""
-
-    @abstractmethod
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """How large each of these files is; those that are missing are left out."""
 
@@ -83,12 +79,24 @@ class Storage(ABC):
         """Files and folders at the top."""
 
     @abstractmethod
-    def delete(self, name: str) -> None:
-        """Delete a file, or all that is in a folder; nothing if it is missing."""
-
-    @abstractmethod
     def total_bytes(self) -> int:
         """Of all files together."""
+
+    @abstractmethod
+    def read_log(self) -> bytes | None:
+        """All lines of the log; None without one."""
+
+
+class Writes(Reads):
+    """Files by name. What is written is there whole or not at all, and never changes but by `write`."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file: readers see the old one or the new one."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Delete a file, or all that is in a folder; nothing if it is missing."""
 
     @abstractmethod
     def take(self, folder: Path, names: Iterable[str]) -> None:
@@ -103,10 +111,6 @@ class Storage(ABC):
         """Add a line to the log that was begun; it is there for good when this returns."""
 
     @abstractmethod
-    def read_log(self) -> bytes | None:
-        """All lines of the log; None without one."""
-
-    @abstractmethod
     def remove_log(self) -> None:
         """Remove the log, if there is one."""
 
@@ -115,7 +119,7 @@ class Storage(ABC):
         """Let go of the log."""
 
 
-class LocalStorage(Storage):
+class LocalStorage(Writes):
     """A folder of this machine."""
 
     def __init__(self, folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from typing_extensions import override
 
 from lftpipe.base.errors import StoreBusyError, StoreError
-from lftpipe.storage.interface import Storage
+from lftpipe.storage.interface import Writes
 
 # --- The connection to a bucket, and its refusals as our errors.
 
@@ -168,10 +168,8 @@ class Lease:
         self._thread = None
         with contextlib.suppress(StoreError):  # then it runs out
             if self._is_mine():
-                import obstore
-
                 with refusals(self._where):
-                    obstore.delete(self._client(), LEASE)
+                    self._client().delete(LEASE)
 
     def _keep(self) -> None:
         """Renew it until the end, or until another writer has it."""
@@ -198,22 +196,18 @@ class Lease:
         return (self._read() or {}).get("writer") == self._writer
 
     def _read(self) -> dict[str, Any] | None:
-        import obstore
-
         try:
             with refusals(self._where):
-                found = json.loads(obstore.get(self._client(), LEASE).bytes().to_bytes())
+                found = json.loads(self._client().get(LEASE).bytes().to_bytes())
         except (FileNotFoundError, ValueError):
             return None
         return found if isinstance(found, dict) else None
 
     def _renew(self) -> None:
-        import obstore
-
         self._beat += 1
         content = {"writer": self._writer, "host": self._host, "place": self._place, "beat": self._beat}
         with refusals(self._where):
-            obstore.put(self._client(), LEASE, json.dumps(content).encode(), use_multipart=False)
+            self._client().put(LEASE, json.dumps(content).encode(), use_multipart=False)
 
 
 # --- A log where nothing can be appended to: numbered objects, each made only if it is absent.
@@ -221,7 +215,7 @@ class Lease:
 _SEGMENT = re.compile(r"journal\.(\d{12})\.jsonl")
 
 
-class SegmentLog(Storage):
+class SegmentLog(Writes):
     """The log of a bucket.
 
     A process that begins it takes the next number; whoever wrote before fails at its next line.
@@ -296,11 +290,9 @@ class SegmentLog(Storage):
         return f"journal.{number:012d}.jsonl"
 
     def _create(self, number: int, data: bytes) -> None:
-        import obstore
-
         try:
             with refusals(self.where):
-                obstore.put(self.client, self._name(number), data, mode="create")
+                self.client.put(self._name(number), data, mode="create")
         except FileExistsError:
             # A put whose answer was lost is tried again, and meets itself.
             if self.read(self._name(number)) != data:
@@ -308,11 +300,9 @@ class SegmentLog(Storage):
         self._segment = number
 
     def _remove(self, numbers: list[int]) -> None:
-        import obstore
-
         for number in numbers:
             with refusals(self.where):
-                obstore.delete(self.client, self._name(number))
+                self.client.delete(self._name(number))
 
     def _taken_over(self) -> StoreError:
         return StoreError(

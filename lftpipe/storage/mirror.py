@@ -43,7 +43,7 @@ class Mirror:
         if self._storage is None:  # the Hub: its stores are read, nothing lies beside them
             return
         with self._known() as known:
-            there = dict(self._there(""))
+            there = dict(self._there(None))
             for name, etag in there.items():
                 here, mine = self._signature(name), known.get(name)
                 if mine and mine[1] == etag and here:
@@ -73,7 +73,7 @@ class Mirror:
                 with contextlib.suppress(FileNotFoundError):  # it was passing
                     here = self._signature(name)
                     if here and (name not in known or known[name][0] != here):
-                        known[name] = [here, self._storage.upload(name, self.folder / name)]
+                        known[name] = [here, self._storage.put(name, (self.folder / name).read_bytes())]
             for name in known.keys() - set(names):
                 self._storage.delete(name)
                 del known[name]
@@ -96,11 +96,11 @@ class Mirror:
     def _is_store(self, name: str) -> bool:
         return name.endswith(".zarr") or name in self._stores
 
-    def _there(self, prefix: str) -> Iterator[tuple[str, str]]:
+    def _there(self, prefix: str | None) -> Iterator[tuple[str, str]]:
         """Files at the URL and their tags; of stores, a folder is made here."""
         assert self._storage is not None
         folders, files = self._storage.folder(prefix)
-        yield from files
+        yield from files.items()
         for name in folders:
             if self._is_store(name.rpartition("/")[2]):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,9 @@ from typing import Any
 
 import xxhash
 
+from lftpipe.base.errors import StoreError
 from lftpipe.base.files import parse_json, write_atomic
-from lftpipe.storage.interface import LocalStorage, Storage
+from lftpipe.storage.interface import LocalStorage, Reads, Writes
 
 MARKER = "mirror.json"
 SCHEMES = ("s3", "gs", "az", "hf")
@@ -84,7 +85,7 @@ def local_path(path: Path) -> Path:
     return folder
 
 
-def storage_of(path: Path) -> Storage:
+def storage_of(path: Path) -> Reads:
     """The storage of a store."""
     path = local_path(path)
     for folder in path.absolute().parents:
@@ -96,3 +97,10 @@ def storage_of(path: Path) -> Storage:
             inside = path.absolute().relative_to(folder).as_posix()
             return connect(f"{about['url']}/{inside}", cache, str(folder))
     return LocalStorage(path)
+
+
+def writable_storage_of(path: Path) -> Writes:
+    """The storage of a store that is to be written."""
+    if isinstance(storage := storage_of(path), Writes):
+        return storage
+    raise StoreError(storage.where, "a place that can be written", "write to s3://, gs:// or az:// instead")

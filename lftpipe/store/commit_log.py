@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lftpipe.base.errors import StoreBusyError, StoreError
 from lftpipe.base.files import file_digest, sync_folder
-from lftpipe.storage import Storage, storage_of
+from lftpipe.storage import Writes, writable_storage_of
 from lftpipe.store.layout import LOCK, PLAN, ShardKey, StoreSpec
 from lftpipe.store.records import Journal, Records, parse_records
 from lftpipe.store.shard import Record, partial_file
@@ -133,7 +133,7 @@ PART = "p"
 
 def settle(path: Path, records: Records) -> None:
     """Name the journaled shards that a killed process had no time to name; remove what it left unfinished."""
-    storage = storage_of(path)
+    storage = writable_storage_of(path)
     for partial in sorted(path.rglob("*.partial")):
         final = final_of(partial)
         record = records.get(str(final.relative_to(path)))
@@ -182,7 +182,7 @@ class Ledger:
     """
 
     def __init__(
-        self, path: Path, storage: Storage, records: Records, checked: Records, made: Records | None = None
+        self, path: Path, storage: Writes, records: Records, checked: Records, made: Records | None = None
     ) -> None:
         self.records, self.checked, self.made = records, checked, made or {}
         self._path, self._storage = path, storage

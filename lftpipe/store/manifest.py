@@ -7,7 +7,7 @@ import xxhash
 
 from lftpipe.base.errors import StoreError
 from lftpipe.base.files import fingerprint, sealed, unsealed
-from lftpipe.storage import Storage, storage_of
+from lftpipe.storage import Reads, storage_of, writable_storage_of
 from lftpipe.storage.lease import LEASE
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, PLAN, StoreSpec
 from lftpipe.store.records import (
@@ -55,7 +55,7 @@ def refuse_other(path: Path, *, replace: bool = False) -> None:
 _ELSEWHERE = ("a store or an empty folder", "name another --store")
 
 
-def names_beside_log(storage: Storage) -> set[str]:
+def names_beside_log(storage: Reads) -> set[str]:
     """What is there beside the log, but for what a writer that was killed at its very first write leaves."""
     return {
         name
@@ -64,7 +64,7 @@ def names_beside_log(storage: Storage) -> set[str]:
     }
 
 
-def _content(storage: Storage, name: str) -> bytes:
+def _content(storage: Reads, name: str) -> bytes:
     try:
         return storage.read(name)
     except (FileNotFoundError, IsADirectoryError):
@@ -110,7 +110,7 @@ class Manifest(NamedTuple):
             "metadata": metadata,
             "fingerprint": _fingerprint(spec, shards),
         }
-        storage_of(path).write(MANIFEST, sealed(value))
+        writable_storage_of(path).write(MANIFEST, sealed(value))
 
 
 def describe(data: bytes) -> Record:

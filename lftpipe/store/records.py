@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from lftpipe.base.files import canonical, parse_json
-from lftpipe.storage import Storage, storage_of
+from lftpipe.storage import Reads, Writes, storage_of
 from lftpipe.store.layout import JOURNAL, ArrayLayout, StoreSpec
 from lftpipe.store.shard import Record
 from lftpipe.store.windows import rolls
@@ -202,7 +202,7 @@ _READERS = 4
 class Journal:
     """An append-only file of lines ``digest json``: the specification first, then what was committed."""
 
-    def __init__(self, storage: Storage, spec: StoreSpec, records: Records) -> None:
+    def __init__(self, storage: Writes, spec: StoreSpec, records: Records) -> None:
         """Begin anew with what is known so far, which also drops the torn last line of a killed process."""
         storage.begin_log(line_of(spec.to_json()) + line_of(records))
         self._storage = storage
@@ -287,7 +287,7 @@ def progress(path: Path) -> tuple[int, int] | None:
     return done, num_shards(spec)
 
 
-def digests(storage: Storage, files: Iterable[str]) -> Iterator[tuple[str, str | Exception]]:
+def digests(storage: Reads, files: Iterable[str]) -> Iterator[tuple[str, str | Exception]]:
     """The digest of each file, or why it has none; some are read at the same time."""
 
     def read(file: str) -> tuple[str, str | Exception]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lftpipe.base.errors import StoreError
 from lftpipe.base.files import differences, parse_json
-from lftpipe.storage import storage_of
+from lftpipe.storage import storage_of, writable_storage_of
 from lftpipe.store.commit_log import clear_leftovers, settle
 from lftpipe.store.layout import MANIFEST, StoreSpec, root_attributes
 from lftpipe.store.manifest import Manifest, names_beside_log, refuse_other
@@ -159,7 +159,7 @@ def refuse_changes(path: Path, old: StoreSpec, new: StoreSpec) -> None:
 def clear(path: Path) -> None:
     """Delete the store; never a folder that is not one."""
     refuse_other(path, replace=True)
-    storage = storage_of(path)
+    storage = writable_storage_of(path)
     names = names_beside_log(storage)
     if not names and storage.read_log() is None:
         return

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from lftpipe.storage import Storage
+from lftpipe.storage import Reads
 
 # --- Shard files: Zarr's ``sharding_indexed`` format, written and read chunk by chunk.
 #
@@ -261,7 +261,7 @@ class ChunkReader:
     """
 
     def __init__(
-        self, storage: Storage, path: str, num_chunks: int, expected: tuple[int, str] | None = None
+        self, storage: Reads, path: str, num_chunks: int, expected: tuple[int, str] | None = None
     ) -> None:
         self.path = f"{storage.where}/{path}"
         index_bytes = 16 * num_chunks

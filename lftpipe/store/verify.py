@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lftpipe.base.errors import StoreError
-from lftpipe.storage import Storage, local_path, storage_of
+from lftpipe.storage import Reads, local_path, storage_of
 from lftpipe.store.layout import JOURNAL, MANIFEST, ShardKey, StoreSpec
 from lftpipe.store.manifest import Manifest, refuse_other
 from lftpipe.store.reader import Store
@@ -107,7 +107,7 @@ def verify_store(path: Path) -> Report:
     return Report(path, tuple(damaged), len(files) + 1, size, absent)
 
 
-def _rolling_files(spec: StoreSpec, records: Records, storage: Storage) -> tuple[Records, int | None]:
+def _rolling_files(spec: StoreSpec, records: Records, storage: Reads) -> tuple[Records, int | None]:
     """The files of a rolling store that come and go and are there, and how many shards are not."""
     if not spec.rolling:
         return {}, None

@@ -13,7 +13,7 @@ from jaxtyping import Int32
 
 from lftpipe.base.errors import StoreError
 from lftpipe.base.files import sync_folder
-from lftpipe.storage import Storage, local_path, storage_of
+from lftpipe.storage import Writes, local_path, writable_storage_of
 from lftpipe.store import resume as opening
 from lftpipe.store.commit_log import Ledger, Sealed, clear_leftovers, disk_errors, remove_partials, take_lock
 from lftpipe.store.layout import MANIFEST, ArrayLayout, ShardKey, StoreSpec, metadata, read_plan, write_plan
@@ -38,7 +38,7 @@ class StoreWriter:
     def __init__(self, path: Path, spec: StoreSpec, lock: int) -> None:
         """Use `open`."""
         self.path, self.spec, self.complete, self.epoch, self.fresh = path, spec, False, 0, True
-        self.storage = storage_of(path)
+        self.storage = writable_storage_of(path)
         self._lock = lock
         self.ledger = Ledger(path, self.storage, {}, {})
         self._free: list[np.ndarray] = []  # memory that shards written before let go
@@ -315,7 +315,7 @@ class StoreWriter:
         self.ledger.forget(files)
 
 
-def write_metadata(storage: Storage, files: dict[str, bytes]) -> None:
+def write_metadata(storage: Writes, files: dict[str, bytes]) -> None:
     """Write the Zarr metadata, the root's last: it says whether the store is complete."""
     for name in sorted(files, key=lambda name: -name.count("/")):
         try:

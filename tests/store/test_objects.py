@@ -15,7 +15,7 @@ from fake_states import fill, make_spec, states, tokens, write
 from s3_server import make_bucket, s3_server
 
 from lftpipe.base.errors import StoreBusyError, StoreError
-from lftpipe.storage import storage_of
+from lftpipe.storage import storage_of, writable_storage_of
 from lftpipe.storage.bucket import BucketStorage
 from lftpipe.storage.places import mirror_of
 from lftpipe.store import Store, StoreWriter, verify_store
@@ -54,7 +54,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 def flip(path: Path, name: str, at: int) -> None:
-    storage = storage_of(path)
+    storage = writable_storage_of(path)
     data = bytearray(storage.read(name))
     data[at] ^= 1
     storage.write(name, bytes(data))
@@ -143,7 +143,7 @@ def test_damage_is_found_named_and_mended(place):
     write(path, make_spec())
     before = content(path)
     flip(path, "train/hidden/c.0.1.0.0", 99)
-    storage_of(path).delete("validation/attention/c.0.0.0.0")
+    writable_storage_of(path).delete("validation/attention/c.0.0.0.0")
     with pytest.raises(StoreError, match=r"hidden of train, shard 1: chunk 0 .*damaged"):
         Store.open(path).read("train", 0, [4])
     with pytest.raises(StoreError, match="attention of validation, shard 0: "):
