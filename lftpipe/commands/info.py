@@ -9,11 +9,11 @@ from rich.console import Group
 from lftpipe import runs
 from lftpipe.base import progress
 from lftpipe.base.errors import SettingsError
+from lftpipe.base.files import read_json
 from lftpipe.base.workspace import find_run, find_store
 from lftpipe.config.settings import InfoSettings
 from lftpipe.corpus.packing import SPLITS
 from lftpipe.reporting.terminal import Column, FittedTable
-from lftpipe.results.base import read_json
 from lftpipe.results.facts import RunFacts, StateStatistics, StoreFacts
 from lftpipe.results.run import read_metrics
 from lftpipe.storage import storage_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe.base.errors import LftpipeError
-from lftpipe.results.base import read_json
+from lftpipe.base.files import read_json
 from lftpipe.results.recoupling import RecouplingMap
 from lftpipe.results.run import SAMPLES, Metrics, RunManifest, metrics_digest, read_metrics, read_samples
 from lftpipe.results.scores import JOINED, Results

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe.base.errors import LftpipeError
-from lftpipe.results.base import read_json
+from lftpipe.base.files import read_json
 from lftpipe.results.facts import Comparison, RunLine
 from lftpipe.results.run import RunManifest, read_metrics
 from lftpipe.results.scores import JOINED, Results, Score

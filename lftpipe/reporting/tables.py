@@ -73,8 +73,8 @@ def markdown_table(rows: Iterable[Any], columns: dict[str, str] = COLUMNS) -> li
         Names of the columns, and how each shows a row.
     """
     rows = list(rows)
-    rare = {key for key in Score.LEFT_OUT if all(getattr(row, key, None) is None for row in rows)}
-    shown = {key: name for key, name in columns.items() if key not in rare}
+    known = {key for row in rows for key in row.to_json()}
+    shown = {key: name for key, name in columns.items() if key in known}
     table = ([cell(getattr(row, key, None)) for key in shown] for row in rows)
     return markdown_lines(list(shown.values()), table)
 

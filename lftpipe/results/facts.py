@@ -1,9 +1,9 @@
 """What comes of looking at what is there: verify, info, runs, compare."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
-from lftpipe.results.base import JsonObject
+from lftpipe.results.base import JsonObject, OrAbsent
 from lftpipe.results.outcomes import Outcome
 
 
@@ -23,8 +23,6 @@ class DamagedFile(JsonObject):
 class Verification(Outcome):
     """`verify`: whether every byte of a store is as it was written."""
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"absent_shards"})
-
     store: str
     ok: bool
     failed: str
@@ -32,7 +30,7 @@ class Verification(Outcome):
     files: int
     bytes: int
     damaged: list[DamagedFile]
-    absent_shards: int | None = None
+    absent_shards: OrAbsent[int] = None
     """Of a rolling store: shards of `train` that are not there now."""
 
 
@@ -55,8 +53,6 @@ class StateStatistics(JsonObject):
 class StoreFacts(Outcome):
     """`info` of a store."""
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"window_sequences"})
-
     kind: str = "store"
     path: str
     fingerprint: str
@@ -77,7 +73,7 @@ class StoreFacts(Outcome):
     """Of a rolling store: of what stays."""
     statistics: list[StateStatistics]
     """Of `train`; of a rolling store, of `validation`."""
-    window_sequences: int | None = None
+    window_sequences: OrAbsent[int] = None
     """Of a rolling store."""
 
 

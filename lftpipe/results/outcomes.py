@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-from lftpipe.results.base import JsonObject
+from lftpipe.results.base import JsonObject, OrAbsent
 from lftpipe.results.recoupling import RecouplingMap
 from lftpipe.results.scores import Results
 from lftpipe.results.sweep import Sweep, Toy
@@ -62,8 +62,6 @@ class PlannedExtraction(Outcome):
 class Extraction(Outcome):
     """`extract`: what the store holds now, and what this call computed of it."""
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"part", "complete", "rolling"})
-
     store: str
     teacher: str
     already_complete: bool
@@ -80,11 +78,11 @@ class Extraction(Outcome):
     bytes: int
     seconds: float
     tokens_per_second: float
-    part: list[int] | None = None
+    part: OrAbsent[list[int]] = None
     """Of `--part`: which of how many."""
-    complete: bool | None = None
+    complete: OrAbsent[bool] = None
     """Of `--part`: whether all parts are there."""
-    rolling: dict[str, int] | None = None
+    rolling: OrAbsent[dict[str, int]] = None
     """Of `--rolling`: shards made, made again and dropped, and the most bytes of states at a time."""
 
 
@@ -108,21 +106,17 @@ class Recoupling(Outcome):
 class TrainedRun(Outcome):
     """One run: where it is, and how it ended. What was not measured is left out."""
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset(
-        ("steps", "loss", "seconds", "tokens_per_second", "data_wait_share", "already_finished", "joint")
-    )
-
     run: str
     block: list[int]
     objective: str
-    steps: int | None = None
+    steps: OrAbsent[int] = None
     train_tokens: int
-    loss: float | None = None
-    seconds: float | None = None
-    tokens_per_second: float | None = None
-    data_wait_share: float | None = None
-    already_finished: bool | None = None
-    joint: list[str] | None = None
+    loss: OrAbsent[float] = None
+    seconds: OrAbsent[float] = None
+    tokens_per_second: OrAbsent[float] = None
+    data_wait_share: OrAbsent[float] = None
+    already_finished: OrAbsent[bool] = None
+    joint: OrAbsent[list[str]] = None
     """All runs whose flow layers are one student's, this one among them."""
 
 
@@ -144,32 +138,19 @@ class Training(Outcome):
 class Healing(Outcome):
     """`heal`: the run that was made of another, and how training ended."""
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset(
-        (
-            "objective",
-            "train_tokens",
-            "steps",
-            "loss",
-            "seconds",
-            "tokens_per_second",
-            "already_finished",
-            "joint",
-        )
-    )
-
     run: str
-    already_finished: bool | None = None
-    objective: str | None = None
-    train_tokens: int | None = None
-    steps: int | None = None
-    loss: float | None = None
+    already_finished: OrAbsent[bool] = None
+    objective: OrAbsent[str] = None
+    train_tokens: OrAbsent[int] = None
+    steps: OrAbsent[int] = None
+    loss: OrAbsent[float] = None
     held_back_loss: float | None = None
-    seconds: float | None = None
-    tokens_per_second: float | None = None
+    seconds: OrAbsent[float] = None
+    tokens_per_second: OrAbsent[float] = None
     store: str
     healed: str
     block: list[int]
-    joint: list[str] | None = None
+    joint: OrAbsent[list[str]] = None
     """Of a student of several flow layers: all runs that were made, `run` among them."""
 
     def to_json(self) -> dict[str, Any]:

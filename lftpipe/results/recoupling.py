@@ -8,7 +8,7 @@ from pydantic import AliasChoices, Field, with_config
 from typing_extensions import TypedDict
 
 from lftpipe.base.errors import LftpipeError, SettingsError
-from lftpipe.results.base import Artefact, require
+from lftpipe.results.base import Artefact, OrAbsent, require
 
 #: A figure of all pairs of states, `[m][n]`, None where `m >= n`.
 Matrix = list[list[float | None]]
@@ -47,10 +47,6 @@ class Ranked(Artefact):
     """Of the teacher's layers; older maps call it `share`."""
     blocks: list[tuple[int, int]]
 
-    def to_json(self) -> dict[str, Any]:
-        """With blocks as lists."""
-        return super().to_json() | {"blocks": [list(block) for block in self.blocks]}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecouplingMap(Artefact):
@@ -59,8 +55,6 @@ class RecouplingMap(Artefact):
     NAME: ClassVar[str] = "a recoupling map"
     CURE: ClassVar[str] = "run `lftpipe recouple --force`"
     ERROR: ClassVar[type[LftpipeError]] = SettingsError  # `--out` or `--store` led here
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"influence", "probe_residual"})
-
     layers: list[int]
     ratio: Matrix
     ratio_raw: Matrix
@@ -70,7 +64,7 @@ class RecouplingMap(Artefact):
     random_cost: Matrix
     relative_gap: Matrix
     relative_displacement: Matrix
-    influence: Matrix | None = None
+    influence: OrAbsent[Matrix] = None
     """One minus the mean cosine; maps of older versions have none."""
     partners: list[list[list[int] | None]]
     """Of the first batch: `partners[m][n][i]` is where token `i` goes."""
@@ -83,7 +77,7 @@ class RecouplingMap(Artefact):
     lftpipe: str
     settings: MapSettings
     store_fingerprint: str
-    probe_residual: Matrix | None = None
+    probe_residual: OrAbsent[Matrix] = None
     """A linear map's residual, if blocks are ranked by it."""
     ranking: list[Ranked]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import xxhash
-from pydantic import with_config
+from pydantic import ValidationError, with_config
 from typing_extensions import TypedDict
 
-from lftpipe.base.files import write_atomic
-from lftpipe.results.base import MOST_BYTES, READ_STRICTLY, Artefact, read_json, reason_of, require
+from lftpipe.base.files import MOST_BYTES, read_json, write_atomic
+from lftpipe.results.base import READ_STRICTLY, Artefact, OrAbsent, adapter, reason_of, require
 
 # --- A run's `manifest.json`: what a finished run says of itself.
 
@@ -82,8 +82,6 @@ class ExportSource(Artefact):
 
     NAME: ClassVar[str] = f"the {SOURCE} of an exported folder"
     CURE: ClassVar[str] = "export it again"
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"files"})
-
     form: str
     blocks: list[str]
     runs: list[str]
@@ -91,7 +89,7 @@ class ExportSource(Artefact):
     solver: str
     teacher: RecordedTeacher
     lftpipe: str
-    files: list[str] | None = None
+    files: OrAbsent[list[str]] = None
     """Names of all files of the folder; older exports do not say."""
 
     def check(self) -> None:
@@ -215,17 +213,14 @@ def read_samples(path: Path) -> tuple[list[Sample], list[str]]:
     path
         The file; one that is not there has no samples.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     if not path.is_file():
         return [], []
     if path.stat().st_size > _MOST_BYTES:
         return [], [f"{path} is larger than {_MOST_BYTES:,} bytes"]
-    reader = TypeAdapter(Sample)
     samples, damage = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            samples.append(reader.validate_json(line))
+            samples.append(adapter(Sample).validate_json(line))
         except ValidationError as error:
             damage.append(f"{path}: line {number} is damaged, left out ({reason_of(error)})")
     return samples, damage
@@ -244,9 +239,7 @@ def keep_sample(path: Path, sample: Sample) -> None:
 
 def _asks(line: bytes, sample: Sample) -> bool:
     """Whether a line is a sample of the same question."""
-    from pydantic import TypeAdapter, ValidationError
-
     try:
-        return TypeAdapter(Sample).validate_json(line).asked == sample.asked
+        return adapter(Sample).validate_json(line).asked == sample.asked
     except ValidationError:
         return False

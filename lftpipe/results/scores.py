@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from lftpipe.results.base import READ_STRICTLY, Artefact, JsonObject, require
+from lftpipe.results.base import Artefact, JsonObject, OrAbsent, require
 
 #: Between the runs, and their digests, of a student that several runs make.
 JOINED = " + "
@@ -12,8 +12,6 @@ JOINED = " + "
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskScore(JsonObject):
     """What a model reaches on a task of lm_eval, or in the mean over tasks, and how much of its teacher's."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = READ_STRICTLY
 
     metric: str
     value: float
@@ -36,8 +34,6 @@ class TaskScore(JsonObject):
 class Continuations(JsonObject):
     """What a model's greedy continuations of held-out passages are like."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = READ_STRICTLY
-
     passages: int
     exact: float
     """Fraction whose first four tokens are the passage's own."""
@@ -53,13 +49,6 @@ class Continuations(JsonObject):
 class Score(Artefact):
     """One line of the table: what a predictor is, and what it reached. None is what has no meaning."""
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset(
-        (
-            *("word_ppl", "kl_interval", "ppl_interval", "ppl_ratio_interval"),
-            *("tasks", "tasks_mean", "continuations"),
-        )
-    )
-
     method: str
     block: str | None = None
     objective: str | None = None
@@ -71,7 +60,7 @@ class Score(Artefact):
     nmse_without_first: float | None = None
     kl: float | None = None
     ppl: float | None = None
-    word_ppl: float | None = None
+    word_ppl: OrAbsent[float] = None
     """By word, of a text that is scored as a whole."""
     ppl_ratio: float | None = None
     """To the teacher's."""
@@ -83,14 +72,14 @@ class Score(Artefact):
     seed: int | None = None
     train_tokens: int | None = None
     weights_digest: str | None = None
-    kl_interval: tuple[float, float] | None = None
+    kl_interval: OrAbsent[tuple[float, float]] = None
     """95 %, by a bootstrap over documents; None where they are few."""
-    ppl_interval: tuple[float, float] | None = None
-    ppl_ratio_interval: tuple[float, float] | None = None
-    tasks: dict[str, TaskScore] | None = None
-    tasks_mean: TaskScore | None = None
+    ppl_interval: OrAbsent[tuple[float, float]] = None
+    ppl_ratio_interval: OrAbsent[tuple[float, float]] = None
+    tasks: OrAbsent[dict[str, TaskScore]] = None
+    tasks_mean: OrAbsent[TaskScore] = None
     """Of the tasks of which more is better; each counts the same."""
-    continuations: Continuations | None = None
+    continuations: OrAbsent[Continuations] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,8 +93,6 @@ class AdaptiveScore(Score):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison(JsonObject):
     """The best run against another one, on the same documents."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = READ_STRICTLY
 
     measure: str
     """`kl`, of which less is better, or `tasks_mean`."""
@@ -126,7 +113,6 @@ class Results(Artefact):
 
     NAME: ClassVar[str] = "a table of results"
     CURE: ClassVar[str] = "run `lftpipe evaluate --force`"
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"adaptive", "documents", "comparisons"})
 
     teacher: str
     store: str
@@ -134,13 +120,13 @@ class Results(Artefact):
     corpus: str | None = None
     """Where the validation tokens are from; None: the store's own corpus."""
     validation_tokens: int
-    documents: int | None = None
+    documents: OrAbsent[int] = None
     """That the tokens are from; of a text that is scored as a whole, its windows."""
     compute_dtype: str
     settings: dict[str, Any]
     rows: list[Score]
-    adaptive: list[AdaptiveScore] | None = None
-    comparisons: list[Comparison] | None = None
+    adaptive: OrAbsent[list[AdaptiveScore]] = None
+    comparisons: OrAbsent[list[Comparison]] = None
 
     def check(self) -> None:
         """There are rows, each run's have steps and figures, and every adaptive row belongs to one."""

@@ -12,7 +12,8 @@ from fake_maps import make_map
 from fuzz.mutations import edited
 
 from lftpipe.base.errors import LftpipeError
-from lftpipe.results.base import Artefact, read_json
+from lftpipe.base.files import read_json
+from lftpipe.results.base import Artefact
 from lftpipe.results.recoupling import Ranked, RecouplingMap
 from lftpipe.results.run import RunManifest, Sample, keep_sample, read_metrics, read_samples
 from lftpipe.results.scores import AdaptiveScore, Results, Score, TaskRecord, TaskScore
