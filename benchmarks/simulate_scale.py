@@ -25,7 +25,7 @@ import numpy as np
 from lftpipe.storage import writable_storage_of
 from lftpipe.store import ShardKey, Store, StoreSpec, produce_shard
 from lftpipe.store.manifest import Manifest
-from lftpipe.store.records import Journal, Records
+from lftpipe.store.records import Records, begin_journal, line_of, read_journal
 from lftpipe.store.shard import Record
 
 CONTEXT, WIDTH, STEP = 2, 2, 1
@@ -88,18 +88,19 @@ def write(path: Path, spec: StoreSpec, key: ShardKey) -> Records:
 
 def commit(path: Path, spec: StoreSpec) -> dict[str, Any]:
     """A journal of all shards, one line each."""
-    journal = Journal(writable_storage_of(path), spec, {})
+    storage = writable_storage_of(path)
+    begin_journal(storage, spec, {})
     shards = 0
     for records in records_of(path, spec):
-        journal.append(records)
+        storage.append_log(line_of(records))
         shards += 1
-    journal.close()
+    storage.close()
     return {"shards": shards, "bytes": (path / "journal.jsonl").stat().st_size}
 
 
 def resume(path: Path, spec: StoreSpec) -> dict[str, Any]:
     """What whoever resumes reads, and which shards are left."""
-    found = Journal.read(path)
+    found = read_journal(path)
     assert found is not None
     left = sum(
         any(array.file(key.split, key.index) not in found[1] for array in spec.arrays.values())
@@ -110,7 +111,7 @@ def resume(path: Path, spec: StoreSpec) -> dict[str, Any]:
 
 def finish(path: Path, spec: StoreSpec) -> dict[str, Any]:
     """The manifest of all shards."""
-    found = Journal.read(path)
+    found = read_journal(path)
     assert found is not None
     Manifest.write(path, spec, dict(sorted(found[1].items())), {})
     (path / "journal.jsonl").unlink()

@@ -27,80 +27,7 @@ LOSSES = {
 }
 
 
-# --- Terms of `--loss` from outside lftpipe: added by a call, or by a package's entry point. No torch.
-
-#: The group of entry points: a name, and where the function is.
-GROUP = "lftpipe.terms"
-
-_NAME = re.compile(r"[a-z][a-z0-9-]*")
-
-#: What this process added.
-_ADDED: dict[str, Callable[..., Any]] = {}
-
-
-def add_term(name: str, function: Callable[..., Any]) -> None:
-    """Add a term that `--loss` can name, in this process.
-
-    Parameters
-    ----------
-    name
-        Lower-case letters, digits and hyphens; not that of a term of lftpipe. The same name again replaces
-        the function, as a notebook's cell does that is run twice.
-    function
-        From a `lftpipe.training.terms.Problem` to a scalar tensor.
-
-    Raises
-    ------
-    SettingsError
-        If the name is taken or cannot be written in `--loss`.
-    """
-    if not _NAME.fullmatch(name) or name in TERMS:
-        raise SettingsError(
-            f"a term named {name!r}",
-            f"lower-case letters, digits and hyphens, and none of {', '.join(TERMS)}",
-            "choose another name",
-        )
-    _ADDED[name] = function
-
-
-def outside_terms() -> dict[str, Callable[..., Any] | EntryPoint]:
-    """By name, what was added here and what installed packages offer; nothing is imported."""
-    return {each.name: each for each in entry_points(group=GROUP)} | _ADDED
-
-
-def load_term(name: str) -> Callable[..., Any]:
-    """The function of one of them.
-
-    Parameters
-    ----------
-    name
-        Of the term.
-
-    Raises
-    ------
-    SettingsError
-        If there is none, or its package cannot be imported.
-    """
-    found = outside_terms().get(name)
-    if found is None:
-        raise SettingsError(
-            f"the term {name!r}, which nothing here computes",
-            "a term of lftpipe, of `lftpipe.add_term`, or of an installed package",
-            "add it again before you go on with the run",
-        )
-    if not isinstance(found, EntryPoint):
-        return found
-    try:
-        return found.load()
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(
-            f"the term {name!r} of {found.value} ({error})",
-            "a function that can be imported",
-            "correct the package",
-        ) from error
-
-
-# --- The language of `--loss`: weighted terms, in stages. No torch.
+# --- The language of `--loss`: weighted terms, in stages; ours, and those of other packages. No torch.
 #
 # fw one term fw,sfm:0.001 a weighted sum fw@0.7/fw:0.1,logits seven tenths of the steps on states alone,
 # then logits with a little of the states
@@ -123,6 +50,15 @@ ON_STORED_LOGITS = frozenset({"top-logits", "sampled-logits"})
 
 #: Terms on next-token distributions, through the frozen tail.
 ON_LOGITS = ON_STORED_LOGITS | {"logits", "tokens"}
+
+
+#: The group of entry points: a name, and where the function is.
+GROUP = "lftpipe.terms"
+
+_TERM_NAME = re.compile(r"[a-z][a-z0-9-]*")
+
+#: What this process added.
+_ADDED: dict[str, Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -196,3 +132,65 @@ def without_logits(stage: Stage) -> Stage:
     return Stage(
         stage.fraction, {term: weight for term, weight in stage.weights.items() if term not in ON_LOGITS}
     )
+
+
+def add_term(name: str, function: Callable[..., Any]) -> None:
+    """Add a term that `--loss` can name, in this process.
+
+    Parameters
+    ----------
+    name
+        Lower-case letters, digits and hyphens; not that of a term of lftpipe. The same name again replaces
+        the function, as a notebook's cell does that is run twice.
+    function
+        From a `lftpipe.training.terms.Problem` to a scalar tensor.
+
+    Raises
+    ------
+    SettingsError
+        If the name is taken or cannot be written in `--loss`.
+    """
+    if not _TERM_NAME.fullmatch(name) or name in TERMS:
+        raise SettingsError(
+            f"a term named {name!r}",
+            f"lower-case letters, digits and hyphens, and none of {', '.join(TERMS)}",
+            "choose another name",
+        )
+    _ADDED[name] = function
+
+
+def outside_terms() -> dict[str, Callable[..., Any] | EntryPoint]:
+    """By name, what was added here and what installed packages offer; nothing is imported."""
+    return {each.name: each for each in entry_points(group=GROUP)} | _ADDED
+
+
+def load_term(name: str) -> Callable[..., Any]:
+    """The function of one of them.
+
+    Parameters
+    ----------
+    name
+        Of the term.
+
+    Raises
+    ------
+    SettingsError
+        If there is none, or its package cannot be imported.
+    """
+    found = outside_terms().get(name)
+    if found is None:
+        raise SettingsError(
+            f"the term {name!r}, which nothing here computes",
+            "a term of lftpipe, of `lftpipe.add_term`, or of an installed package",
+            "add it again before you go on with the run",
+        )
+    if not isinstance(found, EntryPoint):
+        return found
+    try:
+        return found.load()
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(
+            f"the term {name!r} of {found.value} ({error})",
+            "a function that can be imported",
+            "correct the package",
+        ) from error

@@ -77,23 +77,8 @@ def frozen_plan(plan: Plan) -> FrozenPlan | None:
     if (found := read_plan(plan.path)) is None:
         return None
     frozen, asked = FrozenPlan.from_json(found), spec_of(plan)
-    same = all(
-        getattr(frozen.spec, name) == getattr(asked, name)
-        for name in (
-            "identity",
-            "layers",
-            "attention_layers",
-            "context",
-            "width",
-            "dtype",
-            "compression",
-            "logits",
-        )
-    )
     wanted = asked.sequences in (frozen.spec.sequences, frozen.spec.details.get("asked"))
-    return (
-        frozen if same and wanted and frozen.spec.sequences_per_shard == asked.sequences_per_shard else None
-    )
+    return frozen if wanted and frozen.spec.fixed == asked.fixed else None
 
 
 def compute_part(plan: Plan, frozen: FrozenPlan, settings: ExtractSettings, part: Part) -> int:

@@ -22,7 +22,7 @@ from lftpipe.storage import storage_of
 from lftpipe.store import planned_spec
 from lftpipe.store.codec import encoded_bytes
 from lftpipe.teacher.source import Teacher, open_teacher
-from lftpipe.teacher.trunk import Head, StreamedTrunk, Trunk, compute_batch
+from lftpipe.teacher.trunk import Head, Trunk, compute_batch, load_trunk
 
 #: Aim for the bytes of states in one shard of a small store: little is to be redone after a kill.
 SHARD_BYTES = 128 * 2**20
@@ -76,15 +76,8 @@ class Plan:
     def load_trunk(self) -> Trunk:
         """The layers below the deepest state wanted; logits need the last state."""
         deepest = self.teacher.num_layers if self.logits else max(self.layers, default=0)
-        if self.stream_layers:
-            return StreamedTrunk(
-                self.teacher,
-                deepest,
-                self.compute_dtype,
-                self.device,
-                batch_sequences=self.batch_sequences,
-            )
-        return Trunk(self.teacher, deepest, self.compute_dtype, self.device)
+        stream = self.batch_sequences if self.stream_layers else None
+        return load_trunk(self.teacher, deepest, self.compute_dtype, self.device, stream)
 
     def load_head(self) -> Head | None:
         """The LM head, if logits are wanted."""

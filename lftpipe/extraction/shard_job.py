@@ -19,7 +19,7 @@ from lftpipe.extraction.forward import Passes, bf16_error
 from lftpipe.store import Sealed, ShardKey, StoreSpec, StoreWriter
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.thread_pool import Lanes
-from lftpipe.teacher.trunk import Head, StreamedTrunk, Trunk
+from lftpipe.teacher.trunk import Head, Trunk, load_trunk
 
 # --- What an extraction computes, frozen: enough for any process to compute any shard of it.
 
@@ -78,8 +78,7 @@ class FrozenPlan:
     @property
     def digest(self) -> str:
         """Of what decides what each shard holds, not of who computes it when."""
-        spec = {name: value for name, value in self.spec.to_json().items() if name != "details"}
-        return fingerprint([spec, self.kind, self.partly])
+        return fingerprint([self.spec.content, self.kind, self.partly])
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
@@ -187,10 +186,10 @@ class Producer:
         """The layers below the deepest state that is stored; logits need the last state."""
         spec = self.plan.spec
         deepest = self.teacher.num_layers if spec.logits else max(spec.layers)
-        if self.plan.stream_layers:
-            batch = spec.identity["batch_sequences"]
-            return StreamedTrunk(self.teacher, deepest, compute_dtype, self.device, batch_sequences=batch)
-        return Trunk(self.teacher, deepest, compute_dtype, device)
+        stream = spec.identity["batch_sequences"] if self.plan.stream_layers else None
+        return load_trunk(
+            self.teacher, deepest, compute_dtype, device if stream is None else self.device, stream
+        )
 
 
 def start_producer(plan: FrozenPlan, check: bool, place: Place) -> Worker[Task, Result]:

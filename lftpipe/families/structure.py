@@ -1,7 +1,6 @@
 """A model's structure, found by running it on meta tensors; the kinds of models that we take."""
 
 import copy
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -259,23 +258,9 @@ def _first_that_builds(config: Any) -> tuple[Any, str]:
     )
 
 
-@lru_cache(maxsize=8)
-def _cached(_text: str, holder: "_Held") -> Structure:
-    with torch.device("cpu"), torch.no_grad():  # whatever is built around the call
-        return Structure(holder.config)
-
-
-class _Held:
-    """A config as a part of a cache's key that plays no part in it."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held)
+#: By the text of the config.
+_STRUCTURES: dict[str, Structure] = {}
+_MOST_STRUCTURES = 8
 
 
 def structure_of(config: Any) -> Structure:
@@ -286,7 +271,14 @@ def structure_of(config: Any) -> Structure:
     TeacherError
         If the model is no decoder with one list of layers.
     """
-    return _cached(config.to_json_string(use_diff=False), _Held(config))
+    text = config.to_json_string(use_diff=False)
+    if text not in _STRUCTURES:
+        with torch.device("cpu"), torch.no_grad():  # whatever is built around the call
+            found = Structure(config)
+        while len(_STRUCTURES) >= _MOST_STRUCTURES:
+            del _STRUCTURES[next(iter(_STRUCTURES))]
+        _STRUCTURES[text] = found
+    return _STRUCTURES[text]
 
 
 def per_layer_lists(config: Any) -> dict[str, list[Any]]:

@@ -9,7 +9,7 @@ from lftpipe.base.errors import LftpipeError
 from lftpipe.reporting.runs import scores_of
 from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table, more_sections
 from lftpipe.results.outcomes import Exported
-from lftpipe.results.scores import JOINED, Results, Score
+from lftpipe.results.scores import Results, Score
 from lftpipe.teacher.registry import REGISTERED
 
 if TYPE_CHECKING:
@@ -243,7 +243,14 @@ def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
         rows = Results.from_json(table).rows
     except (OSError, LftpipeError):
         rows = []  # no table, or a damaged one: the card says that there is none
-    rows = [row for row in rows if row.method == "teacher" or _is_of(row, result, opened)]
+    # A layer without time has one step of Euler's, whatever the others have.
+    solvers = [result.solver if run.has_time else "euler" for run in opened if not run.velocity.get("skip")]
+    asked = (
+        [run.weights_digest for run in opened],
+        result.k,
+        " + ".join(dict.fromkeys(solvers)) or result.solver,
+    )
+    rows = [row for row in rows if row.method == "teacher" or (row.weights, row.k, row.solver) == asked]
     if len(rows) > 1:
         return _scores(rows)
     together = len(opened) > 1 and not opened[0].joint  # what was trained jointly is scored as one anyway
@@ -256,12 +263,3 @@ def _scores(rows: Sequence[Score]) -> list[str]:
     """Rows of Table 1, and what more is known of them."""
     more = chain.from_iterable(["", *each.lines("###")[:-1]] for each in more_sections(rows))
     return [*markdown_table(rows), *more]
-
-
-def _is_of(row: Score, result: Exported, opened: Sequence["Run"]) -> bool:
-    """Whether a row was measured on just these weights, run in this way."""
-    digests = JOINED.join(run.weights_digest for run in opened)
-    # A layer without time has one step of Euler's, whatever the others have.
-    solvers = [result.solver if run.has_time else "euler" for run in opened if not run.velocity.get("skip")]
-    asked = (digests, result.k, " + ".join(dict.fromkeys(solvers)) or result.solver)
-    return (row.weights_digest, row.k, row.solver) == asked

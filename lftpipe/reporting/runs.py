@@ -106,14 +106,9 @@ def scores_of(folder: Path) -> list[Score]:
         rows = Results.from_json(_experiment(folder) / "results.json").rows
     except (OSError, LftpipeError):
         return []
-    own = [row for row in rows if _is_of(row, manifest.weights_digest)]
+    own = [row for row in rows if manifest.weights_digest in row.weights]
     whole = [row for row in own if row.run == JOINED.join(manifest.joint or ())]
     return whole or [row for row in own if row.run == folder.name]
-
-
-def _is_of(row: Score, digest: str) -> bool:
-    """Whether weights are among those that a line was made with; older lines do not say."""
-    return row.weights_digest is None or digest in row.weights_digest.split(JOINED)
 
 
 def best_score(folder: Path) -> Score | None:

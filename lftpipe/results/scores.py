@@ -81,6 +81,11 @@ class Score(Artefact):
     """Of the tasks of which more is better; each counts the same."""
     continuations: OrAbsent[Continuations] = None
 
+    @property
+    def weights(self) -> list[str]:
+        """The digest of each run that the line was measured on."""
+        return self.weights_digest.split(JOINED) if self.weights_digest else []
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptiveScore(Score):

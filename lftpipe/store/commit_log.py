@@ -14,7 +14,7 @@ from lftpipe.base.errors import StoreBusyError, StoreError
 from lftpipe.base.files import file_digest, sync_folder
 from lftpipe.storage import Writes, writable_storage_of
 from lftpipe.store.layout import LOCK, PLAN, ShardKey, StoreSpec
-from lftpipe.store.records import Journal, Records, parse_records
+from lftpipe.store.records import Records, begin_journal, line_of, parse_records
 from lftpipe.store.shard import Record, partial_file
 
 # --- A store's folder on the disk: its lock, and errors that the user can cure.
@@ -186,28 +186,24 @@ class Ledger:
     ) -> None:
         self.records, self.checked, self.made = records, checked, made or {}
         self._path, self._storage = path, storage
-        self._journal: Journal | None = None
+        self.is_open = False  # whether shards can be taken: the store is not complete
         self._rolling = False
         self._commits = threading.Lock()
 
     def begin(self, spec: StoreSpec) -> None:
         """Begin the journal anew, with the records so far."""
         with self._commits:
-            if self._journal is not None:
-                self._journal.close()  # it stays ours, also where the new one cannot be begun
-            self._journal = Journal(self._storage, spec, {**self.made, **self.records})
+            if self.is_open:
+                self._storage.close()  # it stays ours, also where the new one cannot be begun
+            begin_journal(self._storage, spec, {**self.made, **self.records})
+            self.is_open = True
             self._rolling = bool(spec.rolling)
 
     def close(self) -> None:
         """Let go of the journal, which stays as it is."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether shards can be taken: the store is not complete."""
-        return self._journal is not None
+        if self.is_open:
+            self._storage.close()
+            self.is_open = False
 
     def take(self, *sealed: Sealed) -> int:
         """Take shards that were produced: into the journal first, then by name.
@@ -221,7 +217,7 @@ class Ledger:
             If the disk is full, or a shard that was dropped is not the same again: those that are not taken
             are gone then.
         """
-        assert self._journal is not None, "a complete store takes no shards"
+        assert self.is_open, "a complete store takes no shards"
         with self._commits, disk_errors(self._path):
             taken: dict[ShardKey, Sealed] = {}
             for each in sealed:
@@ -233,7 +229,7 @@ class Ledger:
             try:
                 self._compare(records)
                 if news := dict(records.items() - self.made.items()):
-                    self._journal.append(news)
+                    self._storage.append_log(line_of(news))
             except BaseException:
                 for each in taken.values():
                     each.discard(self._path)
@@ -273,10 +269,10 @@ class Ledger:
 
     def forget(self, files: set[str]) -> None:
         """Count these shard files as not written."""
-        assert self._journal is not None, "nothing is pending in a complete store"
+        assert self.is_open, "nothing is pending in a complete store"
         lost = {file: Record(0, 0, "") for file in files}
         with self._commits:
             self.records.update(lost)
             for file in lost:
                 self.made.pop(file, None)
-            self._journal.append(lost)
+            self._storage.append_log(line_of(lost))

@@ -158,7 +158,17 @@ class StoreSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The specification as it stands in journal and manifest."""
-        return {**self._own, "identity": self.identity, "details": self.details}
+        return {**self.content, "details": self.details}
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides every byte: all but details."""
+        return {**self._own, "identity": self.identity}
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What never changes in the life of a store: its content, but for how much there is."""
+        return {name: value for name, value in self.content.items() if name != "sequences"}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "StoreSpec":

@@ -11,13 +11,13 @@ from lftpipe.storage import Reads, storage_of, writable_storage_of
 from lftpipe.storage.lease import LEASE
 from lftpipe.store.layout import JOURNAL, LOCK, MANIFEST, PLAN, StoreSpec
 from lftpipe.store.records import (
-    Journal,
     Records,
     check_shards,
     parse_metadata,
     parse_records,
     parse_spec,
     progress,
+    read_journal,
 )
 from lftpipe.store.shard import Record
 from lftpipe.store.windows import PRODUCER, READERS
@@ -121,7 +121,7 @@ def describe(data: bytes) -> Record:
 def planned_spec(path: Path) -> StoreSpec | None:
     """What a store, finished or not, was last meant to hold; None if there is none, or it is damaged."""
     try:
-        if journal := Journal.read(path):
+        if journal := read_journal(path):
             return journal[0]
         manifest = Manifest.read(path)
     except ValueError:
@@ -131,8 +131,7 @@ def planned_spec(path: Path) -> StoreSpec | None:
 
 def _fingerprint(spec: StoreSpec, shards: Records) -> str:
     """Over all but details and tails, which stores made before there were any do not have."""
-    content = {name: value for name, value in spec.to_json().items() if name != "details"}
-    return fingerprint([content, {file: record[:3] for file, record in shards.items()}])
+    return fingerprint([spec.content, {file: record[:3] for file, record in shards.items()}])
 
 
 def finished_manifest(path: Path) -> Manifest:
@@ -175,7 +174,7 @@ def newest_record(path: Path, file: str) -> Record | None:
     In this order: a store that grows has its manifest before it loses its journal.
     """
     try:
-        for shards in (journal[1] if (journal := Journal.read(path)) else {}, _shards_of(path)):
+        for shards in (journal[1] if (journal := read_journal(path)) else {}, _shards_of(path)):
             if file in shards:
                 return shards[file]
     except ValueError:

@@ -199,48 +199,39 @@ def check_committed(spec: StoreSpec, records: Records) -> None:
 _READERS = 4
 
 
-class Journal:
-    """An append-only file of lines ``digest json``: the specification first, then what was committed."""
+def begin_journal(storage: Writes, spec: StoreSpec, records: Records) -> None:
+    """Begin anew with what is known so far, which also drops the torn last line of a killed process.
 
-    def __init__(self, storage: Writes, spec: StoreSpec, records: Records) -> None:
-        """Begin anew with what is known so far, which also drops the torn last line of a killed process."""
-        storage.begin_log(line_of(spec.to_json()) + line_of(records))
-        self._storage = storage
+    It has lines ``digest json``: the specification first, then the records of each commit.
+    """
+    storage.begin_log(line_of(spec.to_json()) + line_of(records))
 
-    def append(self, records: Records) -> None:
-        """Add the records of one commit and wait until they are on the disk."""
-        self._storage.append_log(line_of(records))
 
-    def close(self) -> None:
-        """Close the log; what was appended stays."""
-        self._storage.close()
+def has_journal(path: Path) -> bool:
+    """Whether a store has a journal: it is being made, grown or repaired."""
+    return storage_of(path).read_log() is not None
 
-    @staticmethod
-    def exists(path: Path) -> bool:
-        """Whether a store has a journal: it is being made, grown or repaired."""
-        return storage_of(path).read_log() is not None
 
-    @staticmethod
-    def read(path: Path) -> tuple[StoreSpec, Records] | None:
-        """What was planned, and what was committed so far; None without a journal.
+def read_journal(path: Path) -> tuple[StoreSpec, Records] | None:
+    """What was planned, and what was committed so far; None without a journal.
 
-        Raises
-        ------
-        ValueError
-            If its first line is damaged, or a whole line says what no store can mean. Other damaged lines
-            count as work not done.
-        """
-        if (log := storage_of(path).read_log()) is None:
-            return None
-        header, *lines = log.split(b"\n")
-        try:
-            spec, records = parse_spec(content_of(header)), {}
-            for line in lines:
-                records.update(parse_records(content_of(line) or {}))
-            check_committed(spec, records)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path / JOURNAL} is damaged: {error}") from None
-        return spec, records
+    Raises
+    ------
+    ValueError
+        If its first line is damaged, or a whole line says what no store can mean. Other damaged lines
+        count as work not done.
+    """
+    if (log := storage_of(path).read_log()) is None:
+        return None
+    header, *lines = log.split(b"\n")
+    try:
+        spec, records = parse_spec(content_of(header)), {}
+        for line in lines:
+            records.update(parse_records(content_of(line) or {}))
+        check_committed(spec, records)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path / JOURNAL} is damaged: {error}") from None
+    return spec, records
 
 
 def line_of(value: object) -> bytes:
@@ -258,7 +249,7 @@ def content_of(line: bytes) -> Any:
 def stored_records(path: Path) -> dict[str, int]:
     """Sequences in every shard file of a store in the making, as its journal says it; for who has no lock."""
     try:
-        journal = Journal.read(path)
+        journal = read_journal(path)
     except ValueError:
         journal = None
     return {file: record.sequences for file, record in journal[1].items()} if journal else {}
@@ -272,7 +263,7 @@ def on_disk(path: Path, records: Records) -> Records:
 
 def progress(path: Path) -> tuple[int, int] | None:
     """How many shards of a store in the making are done, and of how many; None if none is being made."""
-    journal = Journal.read(path)
+    journal = read_journal(path)
     if journal is None:
         return None
     spec, records = journal

@@ -2,7 +2,7 @@
 
 import shutil
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from lftpipe.base.errors import StoreError
 from lftpipe.base.files import differences, parse_json
 from lftpipe.storage import storage_of, writable_storage_of
 from lftpipe.store.commit_log import clear_leftovers, settle
-from lftpipe.store.layout import MANIFEST, StoreSpec, root_attributes
+from lftpipe.store.layout import MANIFEST, StoreSpec
 from lftpipe.store.manifest import Manifest, names_beside_log, refuse_other
-from lftpipe.store.records import Journal, Records, on_disk
+from lftpipe.store.records import Records, has_journal, on_disk, parse_spec, read_journal
 from lftpipe.store.shard import ChunkReader, DamagedShardError, Record
 from lftpipe.store.verify import Report
 
@@ -68,7 +68,7 @@ def find(path: Path, spec: StoreSpec, *, resume: bool, repair: Report | None, re
         )
     checked = dict(records.items() & manifest.shards.items())
     same = manifest.spec.sequences == spec.sequences and records == manifest.shards
-    complete = same and not damaged and not Journal.exists(path)
+    complete = same and not damaged and not has_journal(path)
     return Found(spec, records, made, checked, True, complete)
 
 
@@ -88,7 +88,7 @@ def _existing(
         If they are damaged and not to be salvaged.
     """
     try:
-        manifest, journal = Manifest.read(path), Journal.read(path)
+        manifest, journal = Manifest.read(path), read_journal(path)
     except ValueError as error:
         if salvage:
             return None, _salvage(path, spec)
@@ -107,21 +107,18 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
     storage = storage_of(path)
     try:
         attributes = parse_json(storage.read("zarr.json"))["attributes"]
-        given = root_attributes(spec)
-        own = given.keys() - spec.details.keys() | {"complete", "logits", "rolling"}
-        details = {key: value for key, value in attributes.items() if key not in own}
-        old = replace(spec, sequences=attributes["sequences"], details=details)
-        free = spec.details.keys() | {"sequences"}
-        attributes, given = (
-            {key: each.get(key) for key in (given.keys() | {"logits", "rolling"}) - free}
-            for each in (attributes, given)
+        own = {field.name for field in fields(StoreSpec)} & attributes.keys() | {"schema_version"}
+        identity = {key: attributes.get(key) for key in spec.identity}
+        details = attributes.keys() - own - identity.keys() - {"complete"}
+        old = parse_spec(
+            {key: attributes[key] for key in own}
+            | {"identity": identity, "details": {key: attributes[key] for key in details}}
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(
             f"manifest and metadata of {path} are both damaged", "one of them whole", "start over (--force)"
         ) from None
-    if changed := list(differences(attributes, given)):
-        raise _changed(path, changed)
+    refuse_changes(path, old, spec)
     records: Records = {}
     for key in old.shard_keys():
         for array in old.arrays.values():
@@ -141,11 +138,12 @@ def _salvage(path: Path, spec: StoreSpec) -> tuple[StoreSpec, Records]:
 
 def refuse_changes(path: Path, old: StoreSpec, new: StoreSpec) -> None:
     """A store never mixes settings, and never shrinks."""
-    theirs, ours = old.to_json(), new.to_json()
-    for free in ("sequences", "details"):
-        del theirs[free], ours[free]
-    if changed := list(differences(theirs, ours)):
-        raise _changed(path, changed)
+    if changed := list(differences(old.fixed, new.fixed)):
+        raise StoreError(
+            f"{path} was made with other settings: {'; '.join(changed)}",
+            "the settings it was made with",
+            "use those, name another --store, or start over (--force)",
+        )
     for split in sorted(old.sequences.keys() | new.sequences.keys()):
         had, wanted = old.sequences.get(split, 0), new.sequences.get(split, 0)
         if wanted < had:
@@ -179,11 +177,3 @@ def abandon(path: Path) -> None:
     if MANIFEST not in storage_of(path).names():
         clear(path)
         shutil.rmtree(path)
-
-
-def _changed(path: Path, changed: list[str]) -> StoreError:
-    return StoreError(
-        f"{path} was made with other settings: {'; '.join(changed)}",
-        "the settings it was made with",
-        "use those, name another --store, or start over (--force)",
-    )

@@ -8,7 +8,7 @@ from lftpipe.storage import Reads, local_path, storage_of
 from lftpipe.store.layout import JOURNAL, MANIFEST, ShardKey, StoreSpec
 from lftpipe.store.manifest import Manifest, refuse_other
 from lftpipe.store.reader import Store
-from lftpipe.store.records import Journal, Records, digests
+from lftpipe.store.records import Records, digests, has_journal, read_journal
 from lftpipe.store.shard import Record
 from lftpipe.store.windows import Windows
 
@@ -77,12 +77,12 @@ def verify_store(path: Path) -> Report:
         try:
             Store.open(path)
         except StoreError:
-            if Journal.exists(path) or "zarr.json" not in storage.names():
+            if has_journal(path) or "zarr.json" not in storage.names():
                 raise
         return Report(path, (Damage(MANIFEST, "missing"),), 1, 0)
     damaged = []
     try:
-        _, newer = Journal.read(path) or (None, {})
+        _, newer = read_journal(path) or (None, {})
     except ValueError as error:
         newer: Records = {}
         if manifest.spec.rolling:  # there it stays, beside the manifest

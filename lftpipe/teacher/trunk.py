@@ -243,6 +243,15 @@ def compute_batch(
 # call has many tokens: reading is shared by them.
 
 
+def load_trunk(
+    teacher: Teacher, deepest: int, compute_dtype: torch.dtype, device: str, stream: int | None = None
+) -> Trunk:
+    """The layers below state `deepest`; with `stream`, one at a time, each run over so many sequences."""
+    if stream is None:
+        return Trunk(teacher, deepest, compute_dtype, device)
+    return StreamedTrunk(teacher, deepest, compute_dtype, device, batch_sequences=stream)
+
+
 class StreamedTrunk(Trunk):
     """Does what `Trunk` does, with one layer in memory.
 

@@ -14,7 +14,7 @@ from fake_states import files, fill, make_spec, reseal, states, tokens, without_
 from lftpipe.base.errors import StoreError
 from lftpipe.base.files import read_sealed, write_sealed
 from lftpipe.store import Store, StoreWriter, verify_store
-from lftpipe.store.records import Journal, line_of
+from lftpipe.store.records import line_of, read_journal
 
 FAR = 10**30
 
@@ -164,7 +164,7 @@ def journal_of(path: Path) -> list[Any]:
         for key in writer.pending()[:2]:
             with writer.shard(key) as shard:
                 fill(shard, spec)
-    header, records = Journal.read(path) or (None, {})
+    header, records = read_journal(path) or (None, {})
     assert header is not None
     return [header.to_json(), {file: list(record) for file, record in records.items()}]
 
