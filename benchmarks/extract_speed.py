@@ -149,22 +149,34 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
     return Contenders(plan, count * plan.context, bare, extraction, side_by_side)
 
 
+def in_turn(
+    plan: Any, options: argparse.Namespace, **runs: Callable[[], None]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Wall and processor seconds of every round of each, by name; none is always the first."""
+    import torch
+
+    on_card = torch.device(options.device).type == "cuda"
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    processor: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(options.rounds):
+        for name in runs if turn % 2 else reversed(runs):
+            if name == "extraction":  # it begins a new store
+                shutil.rmtree(plan.path, ignore_errors=True)
+            began, used = time.perf_counter(), time.process_time()
+            runs[name]()
+            if on_card:
+                torch.cuda.synchronize(options.device)
+            wall[name].append(time.perf_counter() - began)
+            processor[name].append(time.process_time() - used)
+    return wall, processor
+
+
 def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Tokens per second of the bare trunk and of the extraction, in turn, and their ratio."""
     import torch
 
     plan, positions, bare, extraction, lanes = contenders(options, folder)
-    order = [("bare", bare), ("extraction", extraction), ("lanes", lanes)]
-    seconds: dict[str, list[float]] = {name: [] for name, _ in order}
-    processor: dict[str, list[float]] = {name: [] for name, _ in order}
-    for turn in range(options.rounds):
-        for name, run in order if turn % 2 else reversed(order):  # none is always the first
-            if name == "extraction":  # it begins a new store
-                shutil.rmtree(plan.path, ignore_errors=True)
-            wall, used = time.perf_counter(), time.process_time()
-            run()
-            seconds[name].append(time.perf_counter() - wall)
-            processor[name].append(time.process_time() - used)
+    seconds, processor = in_turn(plan, options, bare=bare, extraction=extraction, lanes=lanes)
     size = sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file())
     rates = {name: positions / statistics.median(taken) for name, taken in seconds.items()}
     pairs = zip(seconds["bare"], seconds["extraction"], strict=True)

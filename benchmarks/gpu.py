@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from extract_speed import contenders, settings_of
+from extract_speed import contenders, in_turn, settings_of
 
 from lftpipe.commands.extract import extract
 from lftpipe.commands.train import train
@@ -68,17 +68,7 @@ def extraction(options: argparse.Namespace, folder: Path) -> None:
     """Print tokens/s of the bare trunk and of extraction, their ratio, and what bus and disk allow."""
     device = torch.device(options.device)
     plan, positions, bare, into_store, _ = contenders(options, folder)
-    seconds: dict[str, list[float]] = {"bare": [], "extraction": []}
-    for turn in range(options.rounds):
-        order = [("bare", bare), ("extraction", into_store)]
-        for name, run in order if turn % 2 else reversed(order):
-            if name == "extraction":  # it begins a new store
-                shutil.rmtree(plan.path, ignore_errors=True)
-            began = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds[name].append(time.perf_counter() - began)
+    seconds, _ = in_turn(plan, options, bare=bare, extraction=into_store)
     per_token = sum(file.stat().st_size for file in plan.path.rglob("*") if file.is_file()) / positions
     rates = {name: positions / statistics.median(taken) for name, taken in seconds.items()}
     limits = {

@@ -82,6 +82,7 @@ class ExportSource(Artefact):
 
     NAME: ClassVar[str] = f"the {SOURCE} of an exported folder"
     CURE: ClassVar[str] = "export it again"
+
     form: str
     blocks: list[str]
     runs: list[str]
