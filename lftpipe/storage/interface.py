@@ -122,7 +122,8 @@ class Writes(Reads):
 class LocalStorage(Writes):
     """A folder of this machine."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, log: str = LOG) -> None:
+        self._log_name = log
         self.folder, self.where, self.remote, self.concurrency = folder, str(folder), False, 1
         self._log = -1
 
@@ -178,8 +179,8 @@ class LocalStorage(Writes):
     @override
     def begin_log(self, data: bytes) -> None:
         self.close()
-        write_atomic(self.folder / LOG, data)
-        self._log = os.open(self.folder / LOG, os.O_WRONLY | os.O_APPEND)
+        write_atomic(self.folder / self._log_name, data)
+        self._log = os.open(self.folder / self._log_name, os.O_WRONLY | os.O_APPEND)
 
     @override
     def append_log(self, line: bytes) -> None:
@@ -195,13 +196,13 @@ class LocalStorage(Writes):
     @override
     def read_log(self) -> bytes | None:
         try:
-            return self.read(LOG)
+            return self.read(self._log_name)
         except FileNotFoundError:
             return None
 
     @override
     def remove_log(self) -> None:
-        (self.folder / LOG).unlink(missing_ok=True)
+        (self.folder / self._log_name).unlink(missing_ok=True)
 
     @override
     def close(self) -> None:

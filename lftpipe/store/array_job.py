@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe.base.errors import StoreBusyError
-from lftpipe.base.files import write_atomic
+from lftpipe.storage import LocalStorage
 from lftpipe.store.commit_log import PART, Sealed, disk_errors, remove_partials
 from lftpipe.store.layout import ShardKey
 from lftpipe.store.records import content_of, line_of
@@ -31,6 +31,8 @@ class PartJournal:
         self.sealed: dict[ShardKey, Sealed] = {}
         self.notes: dict[str, Any] = {}
         self.done = False
+        self._name = f"part-{index}-of-{count}"
+        self._log = LocalStorage(path, f"{self._name}.jsonl")
         self._read()
 
     @property
@@ -38,15 +40,10 @@ class PartJournal:
         """How the names of this part's files begin."""
         return f"{PART}{self.index}-{self.count}"
 
-    @property
-    def file(self) -> Path:
-        """Where the journal is."""
-        return self.path / f"part-{self.index}-of-{self.count}.jsonl"
-
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Be the one process that computes this part; what another left unfinished is removed."""
-        lock = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(self.path / f"{self._name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,9 +58,10 @@ class PartJournal:
             remove_partials(self.path, f"{self.attempts}-", kept)
             content = {"sealed": [each.to_json() for each in self.sealed.values()], "notes": self.notes}
             with disk_errors(self.path):
-                write_atomic(self.file, line_of({"plan": self.plan}) + line_of(content))
+                self._log.begin_log(line_of({"plan": self.plan}) + line_of(content))
             yield
         finally:
+            self._log.close()
             os.close(lock)
 
     def append(self, sealed: Sealed) -> None:
@@ -83,18 +81,10 @@ class PartJournal:
 
     def _append(self, content: dict[str, Any]) -> None:
         with disk_errors(self.path):
-            descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND)
-            try:
-                os.write(descriptor, line_of(content))
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            self._log.append_log(line_of(content))
 
     def _read(self) -> None:
-        try:
-            header, *lines = self.file.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return
+        header, *lines = (self._log.read_log() or b"").split(b"\n")
         if (content_of(header) or {}).get("plan") != self.plan:
             return  # of another plan: begun anew
         self.sealed, self.notes = {}, {}

@@ -1,11 +1,13 @@
 """Shards are produced anywhere under names of their own; one writer takes them, each once."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from fake_states import files, fill, make_spec, tokens, write
 
+from lftpipe.base.errors import StoreError
 from lftpipe.store import PartJournal, Sealed, ShardKey, StoreWriter, abandon, produce_shard, read_parts
 
 SPEC = make_spec()
@@ -122,6 +124,21 @@ def test_a_part_that_was_killed_goes_on_and_removes_what_it_left(tmp_path):
         assert list(again.sealed) == [first]
         assert again.sealed[first].is_there(path)
         assert {partial.name.split(".")[-2] for partial in path.rglob("*.partial")} == {"p1-1-x-1"}
+
+
+def test_a_line_of_a_part_that_does_not_fit_on_the_disk_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "mine"
+    with begun(path):
+        pass
+    part, real = PartJournal(path, 1, 1, "plan"), os.write
+    with part.writing():
+        before = (path / "part-1-of-1.jsonl").read_bytes()
+        monkeypatch.setattr(os, "write", lambda file, data: real(file, data[: len(data) // 2]))
+        with pytest.raises(StoreError, match="No space left"):
+            part.note(compute_error={})
+        monkeypatch.undo()
+        assert (path / "part-1-of-1.jsonl").read_bytes() == before
+        assert part.notes == {}
 
 
 def test_a_store_begun_for_nothing_is_gone_but_never_a_finished_one(tmp_path):
