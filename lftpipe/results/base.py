@@ -28,7 +28,11 @@ READ_STRICTLY: dict[str, Any] = {
 #: A field that is left out of the object where it is None.
 OrAbsent = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]
 
-adapter = functools.cache(TypeAdapter)
+
+@functools.cache
+def adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """What reads and writes a type as JSON."""
+    return TypeAdapter(kind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

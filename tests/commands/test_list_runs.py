@@ -26,15 +26,18 @@ SETTINGS = {"block": "1:3", "objective": "fw", "solver": "midpoint", "seed": 0, 
 @pytest.fixture
 def workspace(neox_teacher, tmp_path: Path) -> Path:
     """Two finished runs, scored, one that is being trained, and one that diverged."""
-    here = tmp_path / "tiny" / "runs"
+    here, weights = tmp_path / "tiny" / "runs", {}
     for seed in (0, 1):
-        path = save_run(here / f"walk-seed{seed}", neox_teacher, (1, 3), seed=seed).path
-        run_folders.write_settings(path, SETTINGS | {"seed": seed, "run": path.name}, "0" * 32)
+        run = save_run(here / f"walk-seed{seed}", neox_teacher, (1, 3), seed=seed)
+        weights[run.path.name] = run.weights_digest
+        run_folders.write_settings(run.path, SETTINGS | {"seed": seed, "run": run.path.name}, "0" * 32)
     for name in ("begun", "lost"):
         run_folders.write_settings(here / name, SETTINGS | {"objective": "sfm"}, "0" * 32)
     (here / "begun/metrics.jsonl").write_text('{"step": 20, "tokens": 640, "loss": 1.0}\n')
     run_folders.note_divergence(here / "lost", 3, 0.5)
-    results().write(tmp_path / "tiny" / "results.json")
+    table = results()
+    rows = [dataclasses.replace(row, weights_digest=weights.get(row.run or "")) for row in table.rows]
+    dataclasses.replace(table, rows=rows).write(tmp_path / "tiny" / "results.json")
     return tmp_path
 
 
