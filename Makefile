@@ -29,7 +29,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check check-types lint coverage slow fuzz crash runtimes lm-eval paper results sweep report pythia-tiny smollm2 qwen gemma families \
+.PHONY: help setup demo test check check-types lint coverage slow fuzz crash runtimes lm-eval paper results sweep report pythia-tiny smollm2 qwen gemma pp-ocrv4 families \
         docs dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -105,6 +105,12 @@ pythia-tiny: setup
 smollm2: $(WORKSPACE)/smollm2-135m/teacher.gguf
 qwen: $(WORKSPACE)/qwen2.5-coder-0.5b/teacher.gguf
 gemma: $(WORKSPACE)/gemma3-270m/teacher.gguf
+
+# A recogniser of text in images, for `lftpipe recognise`.
+pp-ocrv4: $(WORKSPACE)/pp-ocrv4/recogniser.onnx
+
+$(WORKSPACE)/pp-ocrv4/recogniser.onnx: | $(VENV)/.installed
+	$(BIN)/python pipelines/fetch.py pp-ocrv4 --out $@
 
 $(FETCHED): $(WORKSPACE)/%/teacher.gguf: | $(VENV)/.installed
 	$(BIN)/python pipelines/fetch.py $* --out $@

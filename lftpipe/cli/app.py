@@ -85,6 +85,18 @@ COMMANDS = {
         STUDENT,
         "Continue a prompt with a student, and measure its speed.",
     ),
+    "recognise": Command(
+        "RecogniseSettings",
+        "lftpipe.commands.recognise:recognise",
+        STUDENT,
+        "Run a recogniser of speech or of text in images once, and keep what it heard.",
+    ),
+    "fuse": Command(
+        "FuseSettings",
+        "lftpipe.commands.fuse:fuse",
+        STUDENT,
+        "Correct what a recogniser heard by a language model, step by step.",
+    ),
     "push": Command(
         "PushSettings",
         "lftpipe.commands.push:push",

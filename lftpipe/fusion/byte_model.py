@@ -106,7 +106,7 @@ class ByteModel:
         self.model, self.spellings, self.tolerance = model.eval(), spellings, tolerance
         self.evaluations = 0
         self.calls = 0
-        self._most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self.most_positions = getattr(model.config, "max_position_embeddings", None) or 2**20
         self._seen: dict[Trunk, _Evaluated] = {}
         self._begin = self.vocabulary.before + prompt.encode()
         self._prompt = self._sum(self._begin).lower
@@ -275,9 +275,11 @@ class ByteModel:
             for trunk, before, past in zip(trunks, known, pasts, strict=True)
         ]
         lengths = [len(begin) + len(trunk) for trunk in trunks]
-        if max(lengths) > self._most:
+        if max(lengths) > self.most_positions:
             raise SettingsError(
-                f"prompt and text of {max(lengths)} tokens", f"at most {self._most:g}", "shorten the prompt"
+                f"prompt and text of {max(lengths)} tokens",
+                f"at most {self.most_positions}",
+                "shorten the prompt",
             )
         device = self.model.device
         width = max(map(len, fresh))

@@ -10,7 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -155,7 +155,7 @@ class Vocabulary:
         return tuple(ids)
 
 
-def _refuse(tokenizer: Any, given: str, expected: str) -> None:
+def _refuse(tokenizer: Any, given: str, expected: str) -> NoReturn:
     raise SettingsError(
         f"a tokenizer ({type(tokenizer).__name__}) that {given}", expected, "use another model"
     )

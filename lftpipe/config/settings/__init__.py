@@ -36,6 +36,7 @@ from lftpipe.config.settings.evaluate import (
     VerifySettings,
 )
 from lftpipe.config.settings.extract import ExtractSettings
+from lftpipe.config.settings.fusion import FuseSettings, RecogniseSettings
 from lftpipe.config.settings.student import ExportSettings, GenerateSettings, PullSettings, PushSettings
 from lftpipe.config.settings.train import HealSettings, TrainSettings, depth_of, loss_text
 
@@ -50,6 +51,7 @@ __all__ = [
     "ExportSettings",
     "ExtractSettings",
     "Form",
+    "FuseSettings",
     "GenerateSettings",
     "HealSettings",
     "InfoSettings",
@@ -62,6 +64,7 @@ __all__ = [
     "Predictor",
     "PullSettings",
     "PushSettings",
+    "RecogniseSettings",
     "RecoupleSettings",
     "ReportSettings",
     "Role",
