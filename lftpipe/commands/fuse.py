@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def _inputs(settings: FuseSettings, store: HeardStore) -> _Inputs:
     return _Inputs(store.inputs, decoder, truths)
 
 
-def _begin(tokenizer: object) -> list[int]:
+def _begin(tokenizer: Any) -> list[int]:
     """The tokens that begin a transcription, without time stamps."""
     prefix = list(getattr(tokenizer, "prefix_tokens", []))
     no_times = tokenizer.convert_tokens_to_ids("<|notimestamps|>")

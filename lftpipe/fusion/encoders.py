@@ -59,7 +59,8 @@ def _ocr(name: str, path: Path) -> Encoder:
 
     def encode(image: Path) -> Float[np.ndarray, "frame label"]:
         pixels = _line_of(image)
-        posteriors = session.run(None, {session.get_inputs()[0].name: pixels[None]})[0][0]
+        posteriors: Any = session.run(None, {session.get_inputs()[0].name: pixels[None]})[0]
+        posteriors = posteriors[0]
         if posteriors.shape[1] != len(labels):
             raise SettingsError(
                 f"{posteriors.shape[1]} posteriors for {len(labels)} labels", "one each", "use another model"

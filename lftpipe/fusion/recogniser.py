@@ -69,7 +69,7 @@ class CtcRecogniser:
         check_posteriors(log_posteriors, labels)
         self._blank = list(labels).index("")
         self._kept = [at for at in range(len(labels)) if at != self._blank]
-        self.units = [labels[at].encode() for at in self._kept]
+        self.units: Sequence[bytes] = [labels[at].encode() for at in self._kept]
         posteriors = log_posteriors.astype(np.float64)
         posteriors -= np.logaddexp.reduce(posteriors, axis=1, keepdims=True)  # float16's rounding
         self._log_p, self._log_blank = posteriors[:, self._kept], posteriors[:, self._blank]
@@ -166,7 +166,7 @@ class Seq2SeqRecogniser:
         begin: Sequence[int],
     ) -> None:
         self.vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary(tokenizer)
-        self.units = self.vocabulary.tokens
+        self.units: Sequence[bytes] = self.vocabulary.tokens
         self._model = model.eval()
         self._encoded = BaseModelOutput(states[None].to(model.device, model.dtype))
         self._begin = tuple(begin)

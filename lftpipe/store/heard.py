@@ -1,7 +1,7 @@
 """What a recogniser heard, run once and kept: `heard.zarr`, posteriors with labels or encoder states.
 
 A Zarr 3 group with a float16 array for each input, frames by labels or features, and a sealed `manifest.json`
-that is written after the arrays that it names: an input counts once its digest is there. A killed run goes on.
+written after the arrays that it names: an input counts once its digest is there, so that killed runs go on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from lftpipe.base.errors import StoreError
 from lftpipe.base.files import read_sealed, write_sealed
+from lftpipe.base.outputs import LOCK
 
 MANIFEST = "manifest.json"
 
@@ -73,7 +74,8 @@ class HeardStore:
                     "name another --store, or --force",
                 )
             return store
-        if path.exists() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        there = {each.name for each in path.iterdir()} if path.exists() else set()
+        if there - {LOCK} and MANIFEST not in there:
             raise StoreError(f"{path}, which lftpipe did not make", "a new folder", "name another --store")
         store = cls(path, recogniser, labels)
         path.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,7 @@ LABELS = ["", *sorted(set("".join(TRUTHS)))]
 
 def spoken(text: str, seed: int) -> np.ndarray:
     """Posteriors of a text, each character for two frames and a blank, with noise."""
-    frames = [LABELS.index(char) for char in text for _ in range(2)]
-    path = [at for pair in zip(frames, [0] * len(frames), strict=True) for at in pair]
+    path = [at for char in text for at in (LABELS.index(char), LABELS.index(char), 0)]
     logits = np.random.default_rng(seed).normal(size=(len(path), len(LABELS)))
     logits[np.arange(len(path)), path] += 4.5
     return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
@@ -81,8 +80,10 @@ def test_texts_are_fused_measured_and_compared(tmp_path, files, teachers):
     )  # fmt: skip
     methods = [row.method for row in found.fusion.rows]
     assert methods == ["recogniser alone", "rescored", "fused, delayed (GFD)", "fused"]
-    assert all(0 <= row.cer < 0.3 and row.inputs == 4 for row in found.fusion.rows)
-    assert len(found.fusion.texts) == 4
+    assert found.fusion.rows[0].cer < 0.1  # the language model knows nothing: it can only confuse
+    pairs = zip(TRUTHS, (each.text for each in found.fusion.texts), strict=True)
+    errors = [character_errors(*pair) for pair in pairs]
+    assert found.fusion.rows[-1].cer == sum(wrong for wrong, _ in errors) / sum(all_ for _, all_ in errors)
     assert json.loads((tmp_path / "fused.json").read_text())["rows"][0]["method"] == "recogniser alone"
     assert summary(found).row_count == 4
     with pytest.raises(LftpipeError, match="--force"):
@@ -142,13 +143,13 @@ def test_recordings_are_read_or_refused(tmp_path):
         ("rate.wav", wave_of, {"rate": 8000}, "8000 Hz"),
         ("stereo.wav", wave_of, {"channels": 2}, "2 channels"),
         ("silent.wav", wave_of * 0, {}, "silence"),
-        ("long.wav", np.tile(wave_of, 31), {}, "31.0 s"),
-        ("empty.wav", wave_of[:0], {}, "0.0 s"),
+        ("long.wav", np.tile(wave_of, 31), {}, "31"),
+        ("empty.wav", wave_of[:0], {}, "0 s"),
     ):
         with pytest.raises(SettingsError, match=match):
             read_wav(write_wav(tmp_path / name, samples, **options))
     (tmp_path / "torn.wav").write_bytes(b"RIFF")
-    with pytest.raises(SettingsError, match="torn.wav"):
+    with pytest.raises(SettingsError, match="torn"):
         read_wav(tmp_path / "torn.wav")
 
 
