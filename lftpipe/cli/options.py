@@ -15,7 +15,7 @@ from lftpipe.base.errors import SettingsError
 from lftpipe.config.settings import Common, Role
 
 #: Options with two spellings.
-SPELLINGS = {"from_teacher": "--from-teacher/--from-cache", "heard": "--from"}
+SPELLINGS = {"from_teacher": "--from-teacher/--from-cache", "heard": "--from", "fused_with": "--with"}
 
 #: The panel of fields that no panel of their class names, and that of what every command takes.
 EXPERT, EVERY = "For experts", "Every command"

@@ -1,5 +1,6 @@
 """`lftpipe generate`: continue a prompt with a student, beside its teacher, or as its teacher's draft."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from io import TextIOBase
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from transformers import LogitsProcessor
 
 from lftpipe import runs
 from lftpipe.base.device import prepare
@@ -15,9 +17,11 @@ from lftpipe.base.outputs import one_writer
 from lftpipe.base.workspace import find_run
 from lftpipe.config.refusal import as_option
 from lftpipe.config.settings import GenerateSettings
+from lftpipe.fusion import FusionLogitsProcessor
 from lftpipe.results.outcomes import BesideTeacher, Drafted, Drafting, Generation, WriterFacts, Written
 from lftpipe.results.run import SAMPLES, Sample, keep_sample
 from lftpipe.student.assemble import build_student, without_layers
+from lftpipe.student.by_name import language_model
 from lftpipe.student.decoding import Continuation, Sampling, continue_prompt, speculate, warm_up
 from lftpipe.student.loading import load_model, load_teacher, teacher_of_folder, teacher_of_run
 from lftpipe.student.model import LatentFlow
@@ -83,7 +87,8 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> Gener
         written, beside = _compared(settings, settings.prompt, writer)
     else:
         with quiet_transformers():
-            written, beside = _write(writer.model, writer.tokenizer, settings, out).told(), None
+            written = _write(writer.model, writer.tokenizer, settings, out, _other(writer, settings)).told()
+            beside = None
     return Generation(
         prompt=settings.prompt,
         seed=settings.seed,
@@ -149,11 +154,16 @@ def _check(settings: GenerateSettings) -> None:
         "--repetition-penalty": settings.repetition_penalty != Sampling.repetition_penalty,
         "--compare": settings.compare,
         "--keep": settings.keep,
+        "--with": settings.fused_with is not None,
     }
     if settings.draft is not None and any(forbidden.values()):
         option = next(name for name, given in forbidden.items() if given)
         raise SettingsError(
             f"--draft with {option}", "greedy text, compared with the teacher's anyway", f"leave out {option}"
+        )
+    if settings.fused_with is not None and (settings.compare or settings.keep):
+        raise SettingsError(
+            "--with beside --compare or --keep", "the text of two models alone", "leave out one of them"
         )
 
 
@@ -208,14 +218,35 @@ def _sampling(settings: GenerateSettings) -> Sampling:
     return Sampling(**{each.name: getattr(settings, each.name) for each in fields(Sampling)})
 
 
-def _write(model: Any, tokenizer: Any, settings: GenerateSettings, out: TextIOBase | None) -> Continuation:
+def _other(writer: Writer, settings: GenerateSettings) -> list[LogitsProcessor]:
+    """What corrects the writer's tokens."""
+    if settings.fused_with is None:
+        return []
+    other = language_model(settings.fused_with, settings.workspace, settings.store)
+    model = other.model.to(settings.device)
+    return [FusionLogitsProcessor(model, other.tokenizer, writer.tokenizer, weight=settings.weight)]
+
+
+def _write(
+    model: Any,
+    tokenizer: Any,
+    settings: GenerateSettings,
+    out: TextIOBase | None,
+    processors: Sequence[LogitsProcessor] = (),
+) -> Continuation:
     torch.manual_seed(settings.seed)
     assert settings.prompt is not None
     if out is not None:
         out.write(settings.prompt)
     sampling = _sampling(settings)
     return continue_prompt(
-        model, tokenizer, settings.prompt, settings.max_new_tokens, sampling=sampling, out=out
+        model,
+        tokenizer,
+        settings.prompt,
+        settings.max_new_tokens,
+        sampling=sampling,
+        out=out,
+        processors=processors,
     )
 
 

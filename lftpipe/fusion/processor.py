@@ -16,7 +16,7 @@ from lftpipe.fusion.vocabulary import Vocabulary
 class FusionLogitsProcessor(LogitsProcessor):
     """Correct a recogniser's tokens by a language model with another tokenizer, step by step.
 
-    In beam search transformers hands over log-probabilities. To `1 - weight` times those this adds `weight`
+    To `1 - weight` times the recogniser's log-probabilities this adds `weight`
     times `log P>(b v) - log P>(b)`, with `b` the bytes so far and `v` those of the next token. Over all steps
     that sums up to the exact fused score (arXiv 2405.14259, with no delay).
 
@@ -68,6 +68,7 @@ class FusionLogitsProcessor(LogitsProcessor):
         """The fused scores of the next tokens."""
         if self.weight == 0:
             return scores
+        scores = scores.log_softmax(-1)  # as they are in beam search; in greedy search they are logits
         fused = torch.full_like(scores, -math.inf)
         count = min(self.candidates, scores.shape[-1])
         for beam, (ids, row) in enumerate(zip(input_ids.tolist(), scores, strict=True)):

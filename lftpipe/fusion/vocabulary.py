@@ -137,22 +137,34 @@ class Vocabulary:
         A character that is cut is no text yet, so that no tokenizer spells it: its bytes are merged with the
         piece before them, if that ends in a letter, else by themselves.
         """
+        try:
+            text[: len(text) - _cut(text)].decode()
+        except UnicodeDecodeError as error:  # bytes that are no UTF-8 are spelled by themselves
+            before, wrong, after = text[: error.start], text[error.start : error.end], text[error.end :]
+            rest = self.canonical(self.before + after)[len(self.canonical(self.before)) :] if after else ()
+            return (*self.canonical(before), *self._spell(wrong), *rest)
         whole = len(text) - _cut(text)
         head, tail = text[:whole], text[whole:]
-        chars = head.removeprefix(self.before).decode("utf-8", "surrogateescape")
+        chars = head.removeprefix(self.before).decode()
         if not self._byte_level:
             ids = self._own.encode(chars, add_special_tokens=False).ids if chars else []
             if not chars and head:  # only what the tokenizer puts before a text
                 ids = [self._id_of[_SPACE]]
-            return (*ids, *(self._id_of[f"<0x{byte:02X}>"] for byte in tail))
+            return (*ids, *self._spell(tail))
         ids = self._own.encode(chars, add_special_tokens=False).ids
         if tail:
             pieces = self._own.pre_tokenizer.pre_tokenize_str(chars) if chars[-1:].isalpha() else []
             last = pieces[-1][0] if pieces else ""
             kept = len(ids) - len(self._own.model.tokenize(last)) if last else len(ids)
-            merged = self._own.model.tokenize(last + "".join(self._chars[byte] for byte in tail))
-            ids = ids[:kept] + [token.id for token in merged]
+            ids = ids[:kept] + list(self._spell(tail, last))
         return tuple(ids)
+
+    def _spell(self, data: bytes, last: str = "") -> tuple[int, ...]:
+        """Bytes that are no whole characters, merged with a piece before them where bytes are merged."""
+        if not self._byte_level:
+            return tuple(self._id_of[f"<0x{byte:02X}>"] for byte in data)
+        merged = self._own.model.tokenize(last + "".join(self._chars[byte] for byte in data))
+        return tuple(token.id for token in merged)
 
 
 def _refuse(tokenizer: Any, given: str, expected: str) -> NoReturn:

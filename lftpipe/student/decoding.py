@@ -1,7 +1,7 @@
 """Continuing a prompt token by token: streamed, timed, and with a draft that runs ahead."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOBase
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from lftpipe.base.errors import SettingsError
 from lftpipe.results.outcomes import Drafted, Written
@@ -125,6 +125,7 @@ def continue_prompt(
     sampling: Sampling = Sampling(),
     out: TextIOBase | None = None,
     draft: Any = None,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Continuation:
     """Generate, streaming the text to `out`.
 
@@ -132,6 +133,8 @@ def continue_prompt(
     ----------
     draft
         A model that proposes tokens for `model` to accept (assisted generation).
+    processors
+        What changes the scores of the next token, such as another model's.
     """
     ids = torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device)
     ends = end_tokens(model, tokenizer)
@@ -151,6 +154,7 @@ def continue_prompt(
             attention_mask=torch.ones_like(ids),
             generation_config=options,
             streamer=streamer,
+            logits_processor=LogitsProcessorList(processors),
             **assistant,
         )
     seconds = time.perf_counter() - began

@@ -9,8 +9,9 @@ import pytest
 
 from lftpipe.base.errors import LftpipeError, SettingsError, StoreError
 from lftpipe.commands.fuse import fuse, summary
+from lftpipe.commands.generate import generate
 from lftpipe.commands.recognise import recognise
-from lftpipe.config.settings import FuseSettings, RecogniseSettings
+from lftpipe.config.settings import FuseSettings, GenerateSettings, RecogniseSettings
 from lftpipe.fusion.encoders import read_wav
 from lftpipe.fusion.errors import character_errors, edits, word_errors
 from lftpipe.store.heard import HeardStore
@@ -85,7 +86,9 @@ def test_texts_are_fused_measured_and_compared(tmp_path, files, teachers):
     errors = [character_errors(*pair) for pair in pairs]
     assert found.fusion.rows[-1].cer == sum(wrong for wrong, _ in errors) / sum(all_ for _, all_ in errors)
     assert json.loads((tmp_path / "fused.json").read_text())["rows"][0]["method"] == "recogniser alone"
-    assert summary(found).row_count == 4
+    shown = summary(found)
+    assert not isinstance(shown, str)
+    assert shown.row_count == 4
     with pytest.raises(LftpipeError, match="--force"):
         fuse(FuseSettings(workspace=tmp_path, target=str(teachers["neox"])))
 
@@ -165,3 +168,17 @@ def test_edits_are_levenshteins():
         assert edits(a, b) == slow(a, b)
     assert character_errors("abc", "") == (3, 3)
     assert word_errors("a b  c", "a c") == (1, 3)
+
+
+def test_two_models_of_different_tokenizers_write_together(tmp_path, teachers):
+    def written(**changes):
+        settings = GenerateSettings(
+            workspace=tmp_path, target=str(teachers["neox"]), prompt="the state", max_new_tokens=6, **changes
+        )
+        return generate(settings).written.text
+
+    alone = written()
+    assert written(fused_with=str(teachers["llama"]), weight=0.0) == alone
+    assert written(fused_with=str(teachers["llama"]), weight=0.9) != alone
+    with pytest.raises(SettingsError, match="--with beside --compare"):
+        written(fused_with=str(teachers["llama"]), compare=True)

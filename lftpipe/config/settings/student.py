@@ -14,6 +14,7 @@ from lftpipe.config.settings.base import (
     CountOrZero,
     File,
     Form,
+    Fraction,
     Names,
     OfStore,
     OnDevice,
@@ -90,13 +91,17 @@ class GenerateSettings(OfStore, OnDevice, Seeded):
     """Let the teacher continue the prompt too."""
     keep: bool = False
     """Keep both texts in the run's folder, for the report's page; implies `--compare`."""
+    fused_with: Text | None = None
+    """Another language model, of any tokenizer, that corrects each token: a run, a folder or a teacher."""
+    weight: Fraction = 0.3
+    """Of the other model, with `--with`: 0 is the first model alone."""
     draft: Text | None = None
     """A run whose student drafts for its teacher; the text is the teacher's greedy text."""
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "prompt max_new_tokens temperature seed k device store workspace",
         "Beside the teacher": "compare keep draft",
-        "The next token": "top_k top_p repetition_penalty",
+        "The next token": "top_k top_p repetition_penalty fused_with weight",
     }
     FORMER: ClassVar[dict[str, str]] = {"force": "generate replaces no files"}
 
