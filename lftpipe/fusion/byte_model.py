@@ -1,8 +1,8 @@
 """A language model of tokens, read as a model of bytes.
 
 With `kappa` the bytes of a token sequence, a text that begins with `b` is spelled by a *cover*: a trunk of
-whole tokens, and a last token that begins with the rest of `b` behind the trunk (fusion.md of the docs,
-equation 1):
+whole tokens, and a last token that begins with the rest of `b` behind the trunk (docs/fusion.md,
+the mathematics):
 
     P(b)   = sum over t with kappa(t) = b of p(t, end)
     P>(b)  = sum over minimal covers t of b of p(t)

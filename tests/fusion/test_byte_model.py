@@ -1,4 +1,4 @@
-"""Laws of the byte model: fusion.md of the docs names them."""
+"""Laws of the byte model (docs/fusion.md)."""
 
 import math
 
