@@ -160,7 +160,7 @@ class OnTasks:
         found = {}
         for name, task in self._tasks.items():
             documents = list(itertools.islice(task.eval_docs, self._limit))
-            what = [lm_eval.__version__, str(task.dump_config()), str(documents)]
+            what = [lm_eval.__version__, str(_config_of(task)), str(documents)]
 
             def ask(name: str = name, task: Any = task) -> TaskRecord:
                 asked = LanguageModel(label, model(), self._tokenizer, batch=self._batch, dtype=self._dtype)
@@ -199,6 +199,13 @@ class OnTasks:
         self._folder.mkdir(parents=True, exist_ok=True)
         record.write(path)
         return record
+
+
+def _config_of(task: Any) -> dict[str, Any]:
+    """A task's settings without where its files are: these may move, and their documents are known."""
+    config = {key: value for key, value in task.dump_config().items() if key != "dataset_kwargs"}
+    metadata = config.get("metadata") or {}
+    return config | {"metadata": {key: metadata[key] for key in metadata if key != "config_source"}}
 
 
 def _problems(settings: EvaluateSettings) -> list[Problem]:

@@ -1,6 +1,7 @@
 """`evaluate --tasks`: scores on lm_eval's tasks, checked against the models' own likelihoods."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_teacher_and_students_have_tasks_in_one_number_of_steps(scored):
     assert with_tasks == [(None, None), ("fw", 2), ("regression", 1)]
 
 
-def test_what_was_scored_is_not_scored_again(scored, monkeypatch, teachers):
+def test_what_was_scored_is_not_scored_again(scored, monkeypatch, tmp_path):
     settings, before = scored
 
     def never(*_: Any, **__: Any) -> None:
@@ -147,7 +148,11 @@ def test_what_was_scored_is_not_scored_again(scored, monkeypatch, teachers):
     assert asked == [kept[0].name.rpartition("-")[0]]
     monkeypatch.setattr(of_lm_eval, "_record", never)
     once_more = evaluate(settings)
-    for result in (again, once_more):
+    moved = shutil.copytree(settings.tasks, tmp_path / "moved")
+    for file in moved.glob("*.yaml"):
+        file.write_text(file.read_text().replace(settings.tasks, str(moved)))
+    elsewhere = evaluate(EvaluateSettings(**vars(settings) | {"tasks": str(moved)}))
+    for result in (again, once_more, elsewhere):
         assert [row.get("tasks") for row in result["rows"]] == [row.get("tasks") for row in before["rows"]]
 
 
