@@ -87,7 +87,9 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> Gener
         written, beside = _compared(settings, settings.prompt, writer)
     else:
         with quiet_transformers():
-            written = _write(writer.model, writer.tokenizer, settings, out, _other(writer, settings)).told()
+            written = _write(
+                writer.model, writer.tokenizer, settings, out, _other(writer, settings)
+            ).summary()
             beside = None
     return Generation(
         prompt=settings.prompt,
@@ -125,9 +127,9 @@ def _compared(settings: GenerateSettings, prompt: str, writer: Writer) -> tuple[
         )
         with one_writer(writer.path):
             keep_sample(kept, sample)
-    return ours.told(), BesideTeacher(
+    return ours.summary(), BesideTeacher(
         name=teacher.name,
-        written=theirs.told(),
+        written=theirs.summary(),
         common_tokens=common,
         speed_up=round(ours.tokens_per_second / theirs.tokens_per_second, 4),
         kept=str(kept) if kept else None,
@@ -273,9 +275,9 @@ def _drafted(settings: GenerateSettings, prompt: str, out: TextIOBase | None) ->
         prompt=prompt,
         teacher=teacher.name,
         draft=draft.facts,
-        written=ours.told(alone),
-        teacher_alone=alone.told(),
-        skip_draft=skip.told(alone),
+        written=ours.summary(alone),
+        teacher_alone=alone.summary(),
+        skip_draft=skip.summary(alone),
     )
 
 

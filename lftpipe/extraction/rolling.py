@@ -86,7 +86,7 @@ def roll(plan: Plan, writer: StoreWriter, settings: ExtractSettings) -> tuple[Ro
             progress.say(f"{writer.path} rolls: `lftpipe train` can begin")
             keys = _Keys(writer.path, state, task, plan.context)
             producer.run(keys, taker(state.commit, writer.note), task.advance)
-        return state.told(), task.done
+        return state.summary(), task.done
 
 
 class _Keys:

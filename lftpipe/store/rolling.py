@@ -130,7 +130,7 @@ class Roll:
             if (size := self._bytes_of(sealed.key)) is not None:
                 self._here[sealed.key] = size
 
-    def told(self) -> Rolled:
+    def summary(self) -> Rolled:
         """What became of the shards."""
         return Rolled(self._made, self._made_again, self._dropped, self._peak)
 

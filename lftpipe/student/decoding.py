@@ -59,7 +59,7 @@ class Continuation:
         """New tokens a second, the prompt's pass included."""
         return len(self.tokens) / self.seconds
 
-    def told(self) -> Written:
+    def summary(self) -> Written:
         """Text and speed, rounded."""
         return Written(
             text=self.text,
@@ -81,10 +81,10 @@ class Speculation:
     """Those of them that the teacher would have written."""
     teacher_calls: int
 
-    def told(self, alone: Continuation) -> Drafted:
+    def summary(self, alone: Continuation) -> Drafted:
         """Text and speed, beside the teacher without a draft."""
         return Drafted(
-            **self.continuation.told().to_json(),
+            **self.continuation.summary().to_json(),
             proposed_tokens=self.proposed,
             accepted_tokens=self.accepted,
             acceptance_rate=round(self.accepted / self.proposed, 4) if self.proposed else None,

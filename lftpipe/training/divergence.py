@@ -16,7 +16,7 @@ def look_every(device: torch.device) -> int:
     return LOOK_EVERY.get(device.type, OTHERWISE)
 
 
-class Seen(NamedTuple):
+class DivergenceState(NamedTuple):
     """What a look found."""
 
     loss: float
@@ -36,7 +36,7 @@ class DivergenceWatch:
 
     def __init__(self, device: torch.device) -> None:
         # Step, loss and norm of the first bad step, of the last one while all are good; whether one was bad.
-        self._seen = torch.zeros(4, device=device)
+        self._state = torch.zeros(4, device=device)
 
     @torch.no_grad()
     def add(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
@@ -51,9 +51,9 @@ class DivergenceWatch:
         bad = ~(loss.isfinite() & norm.isfinite())
         entry = torch.stack([torch.full_like(loss, step), loss, norm, bad.float()])
         # Chosen on the device: an `if` would have to wait for the loss.
-        self._seen = torch.where(self._seen[3] > 0, self._seen, entry)
+        self._state = torch.where(self._state[3] > 0, self._state, entry)
 
-    def look(self) -> Seen:
+    def look(self) -> DivergenceState:
         """What was noted so far; waits for the device."""
-        step, loss, norm, bad = self._seen.tolist()
-        return Seen(loss, norm, int(step) if bad else None)
+        step, loss, norm, bad = self._state.tolist()
+        return DivergenceState(loss, norm, int(step) if bad else None)

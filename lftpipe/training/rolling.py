@@ -19,13 +19,13 @@ def window_of(settings: TrainSettings, store: Store) -> int:
     """
     if not store.spec.rolling:
         return settings.window
-    if settings.window not in (0, own := store.windows.sequences):
+    if settings.window not in (0, sequences := store.windows.sequences):
         raise SettingsError(
             f"--window {settings.window} on a rolling store",
-            f"its own windows, of {own} sequences",
+            f"its own windows, of {sequences} sequences",
             "leave out --window",
         )
-    return own
+    return sequences
 
 
 def check_rolling(settings: TrainSettings, store: Store) -> None:

@@ -141,7 +141,7 @@ def test_a_perfect_draft_is_accepted_whole(neox_teacher: Teacher, tokenizer: Any
     alone = continue_prompt(model, tokenizer, PROMPT, 24)
     assert speculation.continuation.tokens == alone.tokens
     assert speculation.accepted == speculation.proposed > 0
-    assert speculation.told(alone).acceptance_rate == 1
+    assert speculation.summary(alone).acceptance_rate == 1
     assert speculation.teacher_calls < len(alone.tokens)
 
 

@@ -101,7 +101,7 @@ def test_windows_are_dropped_once_every_run_has_passed_them(path, tmp_path):
         assert there(path) == {0, 1, 2, 3}
         assert make(writer, roll, [one, replace(two, position=8)]) == [4, 5]
         assert there(path) == {2, 3, 4, 5}
-        assert roll.told()[2:] == (2, CAP)
+        assert roll.summary()[2:] == (2, CAP)
 
 
 def test_the_windows_go_round_until_the_last_run_ends(path, tmp_path):
@@ -127,7 +127,7 @@ def test_a_batch_that_needs_a_short_window_too_may_exceed_the_cap_by_it(path, tm
         # The last window has 6 sequences: from the last but one, batches of 4 may reach the next epoch.
         make(writer, roll, [reader(tmp_path, 24, batch=4)])
         assert there(path) == {6, 7, 8, 9, 0, 1}
-        assert CAP < roll.told().peak_bytes < CAP + 2 * SHARD
+        assert CAP < roll.summary().peak_bytes < CAP + 2 * SHARD
 
 
 def test_a_dropped_shard_comes_back_the_same_to_the_byte(path, tmp_path):
@@ -137,7 +137,7 @@ def test_a_dropped_shard_comes_back_the_same_to_the_byte(path, tmp_path):
         make(writer, roll, [reader(tmp_path, 16)])
         make(writer, roll, [reader(tmp_path, 0)])
         assert {file.name: file.read_bytes() for file in path.glob("train/*/c.*")} == before
-        assert roll.told().made_again == 4
+        assert roll.summary().made_again == 4
 
 
 def test_a_shard_made_again_with_other_bytes_is_refused(path, tmp_path):
