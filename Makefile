@@ -29,7 +29,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check check-types lint coverage slow fuzz crash runtimes lm-eval paper results sweep report pythia-tiny smollm2 qwen gemma pp-ocrv4 families \
+.PHONY: help setup demo test check check-types lint coverage slow fuzz crash runtimes lm-eval paper results sweep report examples pythia-tiny smollm2 qwen gemma pp-ocrv4 families \
         docs dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -126,7 +126,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-FAST       := not slow and not network and not gpu
+OFFLINE     := not network and not gpu
+FAST       := not slow and not long and $(OFFLINE)
 
 # Processes that run tests side by side, with one thread each.
 JOBS       ?= 2
@@ -139,6 +140,7 @@ check:
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory test
 	$(MAKE) --no-print-directory check-types
+	$(MAKE) --no-print-directory slow
 
 # The first case of each test, with every annotated call of lftpipe checked.
 check-types: setup
@@ -148,26 +150,33 @@ check-types: setup
 coverage: setup
 	$(BIN)/pytest $(PARALLEL) -m "$(FAST)" --cov --cov-report=term
 
+# Laws that cost more than about ten seconds each.
 slow: setup
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest $(PARALLEL) -m "slow and not long and $(OFFLINE)"
+
+# The notebooks, from top to bottom.
+examples: setup
+	$(BIN)/pytest -m long tests/test_examples.py
 
 # Every reader on damaged and edited files: read right, or refused in one line. CASES of each reader.
 CASES      ?= 500
 fuzz: setup
-	LFTPIPE_FUZZ_CASES=$(CASES) $(BIN)/pytest -s -m slow tests/fuzz
+	LFTPIPE_FUZZ_CASES=$(CASES) $(BIN)/pytest -s -m "$(OFFLINE)" tests/fuzz tests/recoupling/test_coupling.py \
+	  tests/store/test_hostile_stores.py tests/store/test_verify.py
 
 # Every command that writes, killed at every disk operation and at KILLS random moments, and run again.
 KILLS      ?= 100
 crash: setup
-	LFTPIPE_KILLS=$(KILLS) $(BIN)/pytest -s -m "slow or not slow" tests/commands/test_crash.py tests/store/test_killed.py \
-	  tests/training/test_kills.py tests/training/test_torchrun.py tests/commands/test_small_disk.py tests/test_outputs.py
+	LFTPIPE_KILLS=$(KILLS) $(BIN)/pytest -s -m "$(OFFLINE)" tests/commands/test_crash.py tests/commands/test_small_disk.py \
+	  tests/store/test_killed.py tests/store/test_objects.py tests/training/test_kills.py tests/training/test_rolling.py \
+	  tests/training/test_torchrun.py tests/extraction/test_workers.py tests/extraction/test_full_disk.py tests/test_outputs.py
 
 # Exports in other runtimes, transformers 4, lm_eval and llama.cpp, and the table of what runs where.
 runtimes: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt xllamacpp
 	$(PYTHON) -m venv $(VENV)/transformers-4
 	$(VENV)/transformers-4/bin/pip install --quiet torch 'transformers==4.57.*'
-	$(BIN)/pytest -m slow tests/student/test_runtimes.py tests/student/test_old_readers.py
+	$(BIN)/pytest -m long tests/student/test_runtimes.py tests/student/test_old_readers.py
 	$(BIN)/python tests/runtime_matrix.py
 
 # The site of docs/, into site/. A broken link or an unknown name is an error.

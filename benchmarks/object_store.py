@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from s3_server import make_bucket, s3_server
+from s3_server import credentials, make_bucket, s3_server
 
 from lftpipe.storage.places import mirror_of
 from lftpipe.store import Store, StoreSpec, StoreWriter, batch_sequences
@@ -138,6 +138,7 @@ def main() -> None:
     os.environ["LFTPIPE_CACHE"] = str(folder / "mirrors")
     try:
         with s3_server() as endpoint:
+            os.environ |= credentials(endpoint)
             url = make_bucket(endpoint, "bucket")
             found: dict[str, object] = {"reads": compare_reads(url, folder, options)}
             if not options.no_pipeline:

@@ -1,6 +1,5 @@
 """An S3 server of this machine, in memory: for benchmarks, and for tests of buckets."""
 
-import os
 import subprocess
 import sys
 import urllib.request
@@ -20,26 +19,26 @@ sys.stdin.read()
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """The endpoint of a server; until it ends, credentials for it are in the environment."""
+    """The endpoint of a server until the block ends; `credentials` are for it."""
     command = [sys.executable, "-W", "ignore", "-c", CODE]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdout
-        endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        before = dict(os.environ)
-        os.environ |= {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-        }
         try:
-            yield endpoint
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
         finally:
-            os.environ.clear()
-            os.environ.update(before)
             process.kill()
+
+
+def credentials(endpoint: str) -> dict[str, str]:
+    """What a client of a server has in its environment."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }
 
 
 def make_bucket(endpoint: str, name: str) -> str:

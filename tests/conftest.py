@@ -19,7 +19,7 @@ if CHECK_TYPES:
     install_import_hook("lftpipe", "beartype.beartype")
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,12 @@ if CHECK_TYPES:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With types checked, the first case of each test: it calls what the others call."""
+    """Long tests have longer. With types checked, the first case of each test: it calls what all call."""
+    for item in items:
+        for mark, seconds in (("long", 3600), ("slow", 900)):
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.timeout(seconds))
+                break
     if not CHECK_TYPES:
         return
     first: dict[tuple[Path, str], pytest.Item] = {}
@@ -294,6 +299,24 @@ def stores(shared: Shared, teachers: dict[str, Path], text_folder: Path) -> dict
         return next(workspace.glob("*/states.zarr"))
 
     return {name: extract(name) for name in ("neox", "llama")}
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    from s3_server import s3_server
+
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def server(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The endpoint of an S3 server with many buckets, and credentials for it in the environment."""
+    from s3_server import credentials
+
+    for name, value in credentials(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return s3_endpoint
 
 
 @pytest.fixture(scope="session")

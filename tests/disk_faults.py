@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from waiting import Child
+
 OPERATIONS = ("write", "fsync", "replace", "unlink", "ftruncate", "mkdir")
 
 Act = Callable[[str, tuple[Any, ...]], None]
@@ -57,16 +59,8 @@ def small_disk(path: Path, size: str) -> bool:
 
 def killed_after(seconds: float, act: Callable[[], Any]) -> bool:
     """Whether a process of its own that does this was killed, so many seconds after its start."""
-    child = os.fork()
-    if child == 0:
-        try:
-            act()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, repr(error).encode())
-            os._exit(1)
+    child = Child(act)
     time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL), status
-    return status == signal.SIGKILL
+    status = child.kill(signal.SIGKILL)
+    assert status in (0, -signal.SIGKILL), status
+    return status != 0

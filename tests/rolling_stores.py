@@ -1,6 +1,5 @@
 """A rolling store, its producer in a thread, and what is on the disk meanwhile."""
 
-import os
 import signal
 import threading
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import CONTEXT, text_of
+from waiting import Child, wait_until
 
 from lftpipe.commands.extract import extract
 from lftpipe.config.settings import ExtractSettings
@@ -81,13 +81,13 @@ class Producer:
     def start(self) -> None:
         self._thread.start()
         self.disk.start()
-        while self._thread.is_alive() and not (self.store / "manifest.json").exists():
-            time.sleep(0.02)
+        manifest = self.store / "manifest.json"
+        wait_until(lambda: manifest.exists() or not self._thread.is_alive(), "the producer's first window")
 
     def join(self) -> dict[str, Any]:
         """What it returned, once all runs have finished."""
-        self._thread.join(300)
-        assert not self._thread.is_alive()
+        self._thread.join(30)
+        assert not self._thread.is_alive(), "waited 30 s for the producer to end after the last run"
         if self.error:
             raise self.error
         assert isinstance(self.result, Extraction)
@@ -110,36 +110,21 @@ def beside(settings: ExtractSettings) -> Iterator[Producer]:
     yield producer
 
 
-class Child:
-    """A process of its own that does something, until it is killed; then it does it again."""
+class Restarted:
+    """A process that does something; if it is killed another one does it again."""
 
     def __init__(self, act: Callable[[], object]) -> None:
-        self._act, self._status = act, -1
-        self._begin()
-
-    def _begin(self) -> None:
-        self._process = os.fork()
-        if self._process == 0:
-            try:
-                self._act()
-                os._exit(0)
-            except BaseException as error:
-                os.write(2, repr(error).encode())
-                os._exit(1)
+        self._act, self._child = act, Child(act)
 
     @property
     def running(self) -> bool:
-        if self._status < 0 and os.waitid(os.P_PID, self._process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            self.join()
-        return self._status < 0
+        return self._child.running
 
     def kill(self) -> bool:
         """Without warning; whether it was still at work."""
-        if not self.running:
+        if self._child.kill(signal.SIGKILL) != -signal.SIGKILL:
             return False
-        os.kill(self._process, signal.SIGKILL)
-        os.waitpid(self._process, 0)
-        self._begin()
+        self._child = Child(self._act)
         return True
 
     def end(self, seconds: float) -> int:
@@ -147,15 +132,10 @@ class Child:
         until = time.monotonic() + seconds
         while self.running and time.monotonic() < until:
             time.sleep(0.05)
-        if self.running:
-            os.kill(self._process, signal.SIGKILL)
-        return self.join()
+        return self._child.kill(signal.SIGKILL)
 
     def join(self) -> int:
-        """Its exit status."""
-        if self._status < 0:
-            self._status = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
-        return self._status
+        return self._child.join()
 
 
 class Disk(threading.Thread):

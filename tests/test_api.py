@@ -20,7 +20,9 @@ NAMES = {"runs": "list_runs", "compare": "compare_runs"}
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

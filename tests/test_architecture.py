@@ -1,11 +1,14 @@
 """The table of rooms and floors, and what every file keeps to, read from the sources."""
 
 import ast
-import os
-import subprocess
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+import transformers
+from waiting import Child
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "lftpipe").rglob("*.py"))
@@ -242,43 +245,39 @@ def test_no_function_is_endless():
 
 
 def test_training_from_the_cache_runs_no_teacher(stores, tmp_path):
-    """In a process of its own, where loading a model in any of transformers' ways is an error.
+    """In a process that imports lftpipe afresh, where loading a model in any of transformers' ways is an error.
 
     Models on the meta device say how layers are built: they have no weights.
     """
-    code = """
-import sys
-import torch
-import transformers
-from transformers import PreTrainedModel
-
-def refuse(*arguments, **options):
-    raise SystemExit("a model was loaded")
-
-begin = PreTrainedModel.__init__
-
-def on_meta(model, *arguments, **options):
-    if torch.get_default_device().type != "meta":
-        refuse()
-    begin(model, *arguments, **options)
-
-PreTrainedModel.from_pretrained = refuse
-PreTrainedModel.__init__ = on_meta
-for name in ("AutoModel", "AutoModelForCausalLM", "AutoTokenizer"):
-    getattr(transformers, name).from_pretrained = refuse
-sys.modules["lftpipe.teacher.trunk"] = None  # importing it is an error
-from lftpipe.cli.app import app
-for command in {commands}:
-    app(command, standalone_mode=False)
-"""
     store, run, results = str(stores["neox"]), tmp_path / "run", tmp_path / "results.json"
     options = ["--block", "1:3", "--tokens", "64", "--batch-tokens", "64", "--run", str(run)]
     commands = [
         ["train", "--from-cache", *options, "--store", store, "--debug"],
         ["evaluate", str(run), "--store", store, "--out", str(results), "--debug"],
     ]
-    code = code.replace("{commands}", repr(commands))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
+
+    def refuse(*arguments, **options):
+        raise SystemExit("a model was loaded")
+
+    begin = transformers.PreTrainedModel.__init__
+
+    def on_meta(model, *arguments, **options):
+        if torch.get_default_device().type != "meta":
+            refuse()
+        begin(model, *arguments, **options)
+
+    def act() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "lftpipe"]:
+            del sys.modules[name]
+        sys.modules["lftpipe.teacher.trunk"] = None  # pyright: ignore[reportArgumentType]  # to import it fails
+        transformers.PreTrainedModel.from_pretrained = refuse
+        transformers.PreTrainedModel.__init__ = on_meta
+        for loader in ("AutoModel", "AutoModelForCausalLM", "AutoTokenizer"):
+            getattr(transformers, loader).from_pretrained = refuse
+        app = importlib.import_module("lftpipe.cli.app").app
+        for command in commands:
+            app(command, standalone_mode=False)
+
+    assert Child(act).join(120) == 0
     assert (run / "flow.safetensors").is_file()
     assert results.is_file()

@@ -73,13 +73,13 @@ def test_a_batch_by_hand_takes_forty_lines() -> None:
     assert sum(bool(line.strip()) and not line.startswith(("import", "from")) for line in walk) <= 40
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_a_notebook_runs_in_an_empty_folder(path: Path, folder: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "LFTPIPE_WORKSPACE"}
     environment |= {"MPLBACKEND": "agg", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", script(path)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     if path.stem.startswith(("3", "4")):
         assert "<th>KL</th>" in done.stdout  # the table of `evaluate`, as a notebook shows it

@@ -50,7 +50,7 @@ def test_a_workspace_with_only_its_readme_is_an_empty_one(command, tmp_path, mon
 def test_the_site_builds_without_a_warning(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "--batch-tokens" in (tmp_path / "reference/cli/index.html").read_text()
     assert "<math" in (tmp_path / "method/index.html").read_text()

@@ -4,13 +4,12 @@ import errno
 import itertools
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from waiting import Child
 
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.base.outputs import COMMENT, MARK, making, making_folder, refuse_foreign_files, refuse_name
@@ -115,33 +114,33 @@ def test_names_that_lead_elsewhere_are_refused(name):
         refuse_name(name, "--run")
 
 
-#: Dies before the disk operation of the number that it is given.
-KILLED = """
-import itertools, os, sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-from test_outputs import make, make_folder
-number = itertools.count(1)
-def watched(operation):
-    def call(*arguments, **options):
-        if next(number) == int(sys.argv[1]):
-            os._exit(9)
-        return operation(*arguments, **options)
-    return call
-for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
-    setattr(os, name, watched(getattr(os, name)))
-{action}
-"""
+def killed_before(number: int, act: Callable[[], None]) -> bool:
+    """Whether a process of its own that does this died before its disk operation of this number."""
+    count = itertools.count(1)
+
+    def watched(operation):
+        def call(*arguments, **options):
+            if next(count) == number:
+                os._exit(9)
+            return operation(*arguments, **options)
+
+        return call
+
+    def watched_act() -> None:
+        for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
+            setattr(os, name, watched(getattr(os, name)))
+        act()
+
+    status = Child(watched_act).join()
+    assert status in (0, 9)
+    return status == 9
 
 
 @pytest.mark.parametrize("what", ["files", "files again", "folder", "folder again"])
-def test_killed_at_every_disk_operation_the_same_command_gives_what_an_unkilled_one_gives(tmp_path, what):
+def test_killed_at_every_disk_operation_the_same_command_gives_what_an_unkilled_one_gives(
+    tmp_path, monkeypatch, what
+):
     again = what.endswith("again")
-    action = (
-        f"make(Path('a.json'), 'new', force={again})"
-        if what.startswith("files")
-        else "make_folder(Path('out'))"
-    )
 
     def do() -> None:
         if what.startswith("files"):
@@ -149,20 +148,16 @@ def test_killed_at_every_disk_operation_the_same_command_gives_what_an_unkilled_
         else:
             make_folder(Path("out"))
 
-    script = tmp_path / "script.py"
-    script.write_text(KILLED.format(path=sys.path, action=textwrap.dedent(action)))
     here, done, partly = tmp_path / "here", 0, set()
     for number in itertools.count(1):
         shutil.rmtree(here, ignore_errors=True)
         here.mkdir()
-        os.chdir(here)
+        monkeypatch.chdir(here)
         if again:
             make(Path("a.json"), "old") if what.startswith("files") else make_folder(Path("out"), "old")
-        code = subprocess.run([sys.executable, str(script), str(number)], check=False).returncode
-        if code == 0:
+        if not killed_before(number, do):
             done = number
             break
-        assert code == 9
         partly.add(tuple(sorted(content(here))))
         with suppress(SettingsError):  # all of it has its name already
             do()
@@ -176,6 +171,5 @@ def test_killed_at_every_disk_operation_the_same_command_gives_what_an_unkilled_
         if leftover:  # of a command that had ended but for its tidying: the next one removes it
             make(Path("a.json"), "new", force=True) if what.startswith("files") else do()
             assert content(here) == want
-    os.chdir(tmp_path)
     assert done > 8
     assert len(partly) > 3

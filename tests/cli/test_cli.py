@@ -41,7 +41,7 @@ def stage(monkeypatch):
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ, timeout=120
     )
 
 

@@ -113,10 +113,12 @@ def test_a_rank_that_fails_alone_says_so_in_the_end():
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_whose_partner_is_gone_leaves_the_word_to_it(rank):
-    gone = 'raise RuntimeError("gloo: Connection closed by peer")'
-    patient = start(gone, RANK=rank, WORLD_SIZE="2")
+    gone = 'print("gone", flush=True); raise RuntimeError("gloo: Connection closed by peer")'
+    patient = start(gone, "from lftpipe.cli import guard; guard.GRACE = 0.1", RANK=rank, WORLD_SIZE="2")
+    assert patient.stdout is not None
+    assert patient.stdout.readline() == "gone\n"
     with pytest.raises(subprocess.TimeoutExpired):
-        patient.communicate(timeout=8)
+        patient.communicate(timeout=1)  # ten times as long as a refusal of its own would take
     patient.terminate()  # as torchrun does once a process has failed
     assert patient.communicate(timeout=30)[1] == ""
     hasty = "from lftpipe.cli import guard; guard.GRACE = guard.GRACE_OF_THE_LEFT = 0.1"

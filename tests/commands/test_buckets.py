@@ -1,7 +1,6 @@
 """The whole pipeline on a bucket, what a bucket refuses, and what the cache keeps."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import xxhash
 from fake_states import files, make_spec, write
 from object_server import Proxy
-from s3_server import make_bucket, s3_server
+from s3_server import make_bucket
 
 from lftpipe.base.errors import SettingsError, StoreError
 from lftpipe.commands import evaluate, extract, info, recouple, train, verify
@@ -27,12 +26,6 @@ from lftpipe.storage.bucket import BucketStorage, RangeCache
 from lftpipe.storage.hub import HubStorage
 from lftpipe.storage.places import mirror_of
 from lftpipe.store import Store
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,6 @@ import errno
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import CONTEXT
 from extractions import change, contents, small_extraction
+from waiting import Child, wait_until
 
 from lftpipe.base.errors import StoreError
 from lftpipe.commands.extract import extract
@@ -23,25 +22,6 @@ from lftpipe.store import ShardWriter, Store, verify_store
 @pytest.fixture
 def settings(tmp_path: Path, teachers: dict[str, Path], text_folder: Path) -> ExtractSettings:
     return small_extraction(tmp_path, teachers["neox"], text_folder)
-
-
-def spawn(settings: ExtractSettings) -> subprocess.Popen[bytes]:
-    arguments = [
-        "--workspace", settings.workspace, "--model", settings.model, "--corpus", settings.corpus,
-        "--context", settings.context, "--tokens", settings.tokens, "--validation-tokens",
-        settings.validation_tokens, "--batch-tokens", settings.batch_tokens, "--threads", 1,
-        "--compute-dtype", settings.compute_dtype, "--dtype", settings.dtype, "--logits", settings.logits,
-    ]  # fmt: skip
-    code = (
-        "from lftpipe.cli.app import main; from lftpipe.extraction import plan; "
-        "plan.SHARD_BYTES = 120_000; main()"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "extract", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
@@ -55,12 +35,16 @@ def test_killed_and_resumed_equals_never_killed(settings, tmp_path, monkeypatch,
     rng = random.Random(0)
     kills = 0
     for enough in (1, 3):  # kill it twice, after that many shards
-        process = spawn(killed)
-        while process.poll() is None and len(list(store.glob("train/hidden/c.*"))) < enough:
-            time.sleep(0.001)
+        child = Child(lambda: extract(killed))
+        wait_until(
+            lambda child=child, enough=enough: (
+                not child.running or len(list(store.glob("train/hidden/c.*"))) >= enough
+            ),
+            f"{enough} shards",
+            every=0.001,
+        )
         time.sleep(rng.uniform(0, 0.01))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
+        kills += child.kill(signal.SIGKILL) == -signal.SIGKILL
     if kills:
         with pytest.raises(StoreError, match="--resume"):
             Store.open(store)

@@ -134,7 +134,7 @@ def test_the_commands_load_no_torch(workspace: Path, arguments: list[str]) -> No
     code = "import sys; from lftpipe.cli.app import app; app(sys.argv[1:], standalone_mode=False)"
     code += "; print('torch' in sys.modules)"
     words = [*arguments, "--workspace", str(workspace)]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
     assert "walk-seed1" in done.stdout

@@ -69,7 +69,7 @@ def test_no_disk_operation_that_fails_makes_extraction_wait_for_ever(tmp_path):
         assert files(path) == files(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kilobytes", range(120, 1000, 80))
 def test_extract_on_a_small_disk_ends_with_one_line(tmp_path, teachers, text_folder, kilobytes):
     if not disk_faults.small_disk(tmp_path / "disk", f"{kilobytes}k"):

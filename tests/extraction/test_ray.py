@@ -14,6 +14,7 @@ import pytest
 from fake_states import environment
 from safetensors.torch import load_file, save_file
 from test_workers import CONTEXT, SETTINGS, change, contents, spawn, store_of
+from waiting import wait_until
 
 from lftpipe.base import executor
 from lftpipe.base.errors import SettingsError
@@ -65,8 +66,13 @@ def test_nodes_are_killed_and_the_store_is_the_serial_one(cluster, settings, tmp
     shards = sum("/hidden/c." in file for file in want)
     for kill in range(KILLS):
         wait_for = 1 + kill * shards // (KILLS + 1)
-        while process.poll() is None and len(list(store.glob("*/hidden/c.*.0"))) < wait_for:
-            time.sleep(0.01)
+        wait_until(
+            lambda wait_for=wait_for: (
+                process.poll() is not None or len(list(store.glob("*/hidden/c.*.0"))) >= wait_for
+            ),
+            f"{wait_for} shards",
+            seconds=240,
+        )
         time.sleep(rng.uniform(0, 0.3))
         if process.poll() is None:
             cluster.remove_node(sorted(cluster.worker_nodes, key=str)[0], allow_graceful=False)

@@ -187,7 +187,11 @@ def test_an_installed_lftpipe_is_found_by_zarr(tmp_path):
     program = "import sys, zarr; print(float(zarr.open(sys.argv[1], mode='r')['train/hidden'][2, 9, 31, 39]))"
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", program, str(tmp_path / "states.zarr")],
-        env=environment(tmp_path), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) == float(Store.open(tmp_path / "states.zarr").read("train", 3, [9])[0, 31, 39])

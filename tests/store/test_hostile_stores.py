@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import cases
 from fake_states import files, fill, make_spec, reseal, states, tokens, without_tails, write
 
 from lftpipe.base.errors import StoreError
@@ -142,7 +143,8 @@ def test_random_changes_of_a_sealed_manifest_give_the_same_states_or_one_line(pa
     want = states(make_spec(), "train", "hidden", 2, range(10)).astype(np.float16)
     rng, refused = np.random.default_rng(0), 0
     everywhere = places(manifest)
-    for _ in range(400):
+    changes = cases(100, most=400)
+    for _ in range(changes):
         changed = copy.deepcopy(manifest)
         set_at(changed, everywhere[rng.integers(len(everywhere))], STRANGE[rng.integers(len(STRANGE))])
         write_sealed(path / "manifest.json", changed)
@@ -152,7 +154,7 @@ def test_random_changes_of_a_sealed_manifest_give_the_same_states_or_one_line(pa
             np.testing.assert_array_equal(store.read("train", 2, range(10)), want)
         except StoreError:
             refused += 1
-    assert refused > 300
+    assert refused > 0.75 * changes
 
 
 def journal_of(path: Path) -> list[Any]:
@@ -174,7 +176,7 @@ def test_random_changes_of_a_journal_are_refused_or_lose_only_work(whole, tmp_pa
     rng, refused, finished = np.random.default_rng(1), 0, 0
     outside = tmp_path / "x.partial"
     outside.write_text("not the store's")
-    for number in range(150):
+    for number in range(cases(30, most=150)):
         changed = copy.deepcopy(lines)
         if number % 3:
             part = changed[number % 2]
@@ -196,7 +198,7 @@ def test_random_changes_of_a_journal_are_refused_or_lose_only_work(whole, tmp_pa
             assert files(path).keys() == files(whole).keys()
         shutil.rmtree(path)
     assert outside.read_text() == "not the store's"
-    assert min(refused, finished) > 10
+    assert min(refused, finished) >= 5
 
 
 def test_a_journal_that_names_files_outside_is_refused(tmp_path):

@@ -96,25 +96,24 @@ def differing(processes, tmp_path, numbers, spec, want: Path, start: Path | None
 def test_kill_9_at_random_disk_operations(processes, tmp_path, unbroken):
     total = operations(processes, tmp_path, SPEC)
     assert total > 100
-    chosen = np.random.default_rng(0).choice(total, 12, replace=False) + 1
-    numbers = [1, 2, 3, *chosen.tolist(), total]
+    numbers = np.random.default_rng(0).choice(total, 3, replace=False) + 1
     assert differing(processes, tmp_path, numbers, SPEC, unbroken / "new") == []
 
 
 def test_kill_9_at_random_disk_operations_of_a_growing_store(processes, tmp_path, unbroken):
     before, after = unbroken / "new", unbroken / "grown"
     total = operations(processes, tmp_path, GROWN, before)
-    numbers = [*(np.random.default_rng(1).choice(total, 8, replace=False) + 1).tolist(), total]
+    numbers = np.random.default_rng(1).choice(total, 3, replace=False) + 1
     assert differing(processes, tmp_path, numbers, GROWN, after, before) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_every_disk_operation(processes, tmp_path, unbroken):
     numbers = range(1, operations(processes, tmp_path, SPEC) + 1)
     assert differing(processes, tmp_path, numbers, SPEC, unbroken / "new") == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_every_disk_operation_of_a_growing_store(processes, tmp_path, unbroken):
     before, after = unbroken / "new", unbroken / "grown"
     numbers = range(1, operations(processes, tmp_path, GROWN, before) + 1)
@@ -145,7 +144,7 @@ def test_kill_9_in_a_repair(processes, tmp_path, unbroken):
         assert verify_store(path).ok
 
 
-@pytest.mark.parametrize("moments", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_kill_9_at_random_moments(processes, tmp_path, unbroken, moments):
     rng = np.random.default_rng(3)
     start = time.monotonic()
@@ -160,12 +159,12 @@ def test_kill_9_at_random_moments(processes, tmp_path, unbroken, moments):
         killed += process.exitcode != 0
         write(tmp_path / f"{moment}", SPEC)
         assert files(tmp_path / f"{moment}") == files(unbroken / "new")
-    assert killed > moments // 3
+    assert killed >= moments // 3
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, unbroken):
     """ENOSPC from the n-th disk operation, for some n; then there is room again."""
-    for number in (1, 12, 30, 41, 60, 75, 90, 110):
+    for number in (1, 30, 75, 110):
         with (
             counted(number, disk_full),
             pytest.raises(StoreError, match=r"No space left on device .* free some space"),

@@ -36,8 +36,13 @@ print(float(xarray.open_zarr(sys.argv[1], group="train").hidden[2, 9, 31, 39]))
 """
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", program, str(tmp_path / "states.zarr")],
-        env={**environment(tmp_path), "PYTHONPATH": ""}, capture_output=True, text=True, check=False, cwd="/",
-    )  # fmt: skip
+        env={**environment(tmp_path), "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
     assert [float(line) for line in run.stdout.split()] == 2 * [float(store.read("train", 3, [9])[0, 31, 39])]
 

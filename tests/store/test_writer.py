@@ -132,7 +132,9 @@ def test_a_second_writer_is_refused_also_in_another_process(path):
         with pytest.raises(StoreError, match="is being written by another process"):
             StoreWriter.open(path, make_spec())
         command = [sys.executable, str(Path(__file__).parents[1] / "fake_states.py"), str(path), "10", "3"]
-        other = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        other = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, check=False, timeout=120
+        )
         assert other.returncode == 1
         assert "is being written by another process" in other.stderr
     write(path, make_spec())
@@ -188,5 +190,6 @@ def test_memory_is_taken_from_one_list_by_several_threads():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "waited 30 s for threads that free pages"
     assert errors == []

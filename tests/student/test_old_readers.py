@@ -131,7 +131,7 @@ def test_plain_exports_say_rotary_settings_by_both_spellings(exports: dict[str, 
         assert read[key] == (read[key] | value if isinstance(value, dict) else value), key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not OLD.is_file(), reason="no Python with transformers 4: `make runtimes`")
 @pytest.mark.timeout(600, method="thread")
 def test_transformers_4_computes_what_plain_exports_mean(exports: dict[str, Path]) -> None:

@@ -48,7 +48,7 @@ def test_an_export_runs_without_lftpipe(family, teachers, tmp_path, monkeypatch)
         WITHOUT_LFTPIPE,
         *map(str, (out, tmp_path / "given.pt", tmp_path / "made.pt")),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     logits, text = torch.load(tmp_path / "made.pt")
     with torch.inference_mode():

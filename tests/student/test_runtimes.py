@@ -18,7 +18,7 @@ from lftpipe.config.settings import ExportSettings
 from lftpipe.student.assemble import build_student
 from lftpipe.teacher.source import Teacher, load_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture

@@ -337,7 +337,7 @@ def test_commands_that_begin_at_once_convert_a_gguf_file_once(read_as_gguf, tmp_
     both = threading.Barrier(2)
 
     def opened(_):
-        both.wait()
+        both.wait(30)
         return open_teacher(str(tmp_path / "tiny.gguf"), tmp_path / "workspace").checkpoint.digest
 
     with ThreadPoolExecutor(2) as pool:

@@ -20,20 +20,36 @@ from lftpipe.flow.velocity import Velocity
 OBJECTIVES = ("fw", "sfm", "hybrid", "regression", "trajectory")
 
 
+def twelve_steps(stores: dict[str, Path], folder: Path) -> TrainSettings:
+    return short_run(stores["neox"], folder, solver="midpoint", walk_steps=2)
+
+
 @pytest.fixture
 def settings(stores, tmp_path) -> TrainSettings:
     """Twelve steps on block 1:3, into a folder of the test's own."""
-    return short_run(stores["neox"], tmp_path, solver="midpoint", walk_steps=2)
+    return twelve_steps(stores, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["neox", "llama"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.fixture(scope="module")
+def trained(stores, tmp_path_factory) -> dict[str, TrainSettings]:
+    """The same twelve steps, done: for two objectives."""
+    made = {}
+    for objective in ("fw", "regression"):
+        folder = tmp_path_factory.mktemp(objective)
+        made[objective] = change(twelve_steps(stores, folder), objective=objective)
+        train(made[objective])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "objective"), [*(("neox", objective) for objective in OBJECTIVES), ("llama", "fw")]
+)
 def test_the_loss_goes_down(settings, stores, family, objective):
-    more = {"tokens": 60 * 4 * CONTEXT, "learning_rate": 5e-3, "log_every": 3}
+    more = {"tokens": 36 * 4 * CONTEXT, "learning_rate": 8e-3}
     result = train(change(settings, store=stores[family], objective=objective, **more))
     losses = [row["loss"] for row in log_of(result["run"])]
-    assert len(losses) == 20
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert len(losses) == 36
+    assert sum(losses[-9:]) < 0.8 * sum(losses[:9])
 
 
 def test_a_run_holds_what_the_contract_says(settings):
@@ -66,26 +82,21 @@ def test_a_run_holds_what_the_contract_says(settings):
     assert f"next: lftpipe evaluate {run} --store {settings.store}" in summary(result)
 
 
-def test_the_settings_of_a_run_are_a_recipe_that_makes_it_again(settings, tmp_path):
-    train(settings)
-    again = from_recipe(
-        TrainSettings, tmp_path / "run/settings.toml", "train", {"run": str(tmp_path / "again")}
-    )
+def test_the_settings_of_a_run_are_a_recipe_that_makes_it_again(trained, tmp_path):
+    settings = trained["fw"]
+    recipe = Path(str(settings.run)) / "settings.toml"
+    again = from_recipe(TrainSettings, recipe, "train", {"run": str(tmp_path / "again")})
     assert again.threads == torch.get_num_threads()  # what was left out is recorded as it was settled
     left_out = {"run": settings.run, "threads": settings.threads, "learning_rate": None, "muon_dtype": "auto"}
     assert change(again, **left_out) == settings
     train(again)
-    torch.testing.assert_close(weights_of(tmp_path / "again"), weights_of(tmp_path / "run"), rtol=0, atol=0)
-    assert tomllib.loads((tmp_path / "run/settings.toml").read_text())["store"]["fingerprint"]
+    torch.testing.assert_close(weights_of(tmp_path / "again"), weights_of(settings.run), rtol=0, atol=0)
+    assert tomllib.loads(recipe.read_text())["store"]["fingerprint"]
 
 
-@pytest.mark.parametrize("objective", ["fw", "regression"])
-@pytest.mark.parametrize("killed", [3, 8, 11])
-def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
-    settings, tmp_path, monkeypatch, objective, killed
-):
-    unbroken = change(settings, objective=objective)
-    train(unbroken)
+@pytest.mark.parametrize(("objective", "killed"), [("fw", 3), ("fw", 8), ("fw", 11), ("regression", 8)])
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(trained, tmp_path, monkeypatch, objective, killed):
+    unbroken = trained[objective]
     broken = change(unbroken, run=str(tmp_path / "broken"))
     with monkeypatch.context() as patch:
         stop_before(patch, killed)
@@ -102,15 +113,13 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
     assert rows[0] == rows[1]
 
 
-def test_another_seed_gives_other_weights(settings, tmp_path):
-    train(settings)
-    train(change(settings, seed=1, run=str(tmp_path / "other")))
-    ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "other")
+def test_another_seed_gives_other_weights(trained, tmp_path):
+    train(change(trained["fw"], seed=1, run=str(tmp_path / "other")))
+    ours, theirs = weights_of(trained["fw"].run), weights_of(tmp_path / "other")
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("objective", ["fw", "trajectory"])
+@pytest.mark.parametrize(("dtype", "objective"), [("float32", "fw"), ("float16", "trajectory")])
 def test_the_live_teacher_gives_the_caches_losses(
     teachers, text_folder, tmp_path, settings, dtype, objective
 ):

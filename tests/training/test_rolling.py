@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import CONTEXT
-from rolling_stores import CAP, SHARD, Child, Disk, beside, extraction, text_for, training_shards
+from rolling_stores import CAP, SHARD, Disk, Restarted, beside, extraction, text_for, training_shards
 from training_runs import assert_same_weights, change, short_run, stop_before
+from waiting import wait_until
 
 from lftpipe.base.errors import LftpipeError, SettingsError, StoreError
 from lftpipe.commands import heal, info, recouple, sweep, verify
@@ -76,21 +77,26 @@ def test_runs_that_began_apart_end_alike_and_the_late_one_comes_first(whole, tea
     assert producer.disk.most() <= CAP
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.long)])
 def test_killed_on_both_sides_the_weights_are_the_same(kills, whole, teachers, text, tmp_path):
     settings = extraction(tmp_path, teachers["neox"], text)
     store = tmp_path / "neox/states.zarr"
     run = {"tokens": 20 * 4 * CONTEXT, "batch_tokens": 4 * CONTEXT, "resume": True}
     disk = Disk(store)
     disk.start()
-    producer = Child(lambda: extract(settings))
-    while producer.running and not (store / "manifest.json").exists():
-        time.sleep(0.01)
-    trainer = Child(lambda: train(short_run(store, tmp_path / "rolling", **run)))
+    producer = Restarted(lambda: extract(settings))
+    manifest = store / "manifest.json"
+    wait_until(lambda: manifest.exists() or not producer.running, "the producer's first window")
+    trainer = Restarted(lambda: train(short_run(store, tmp_path / "rolling", **run)))
     rng, killed = random.Random(kills), 0
     for number, moment in enumerate(sorted(rng.uniform(0, 70) for _ in range(2 * kills))):
-        while trainer.running and max((r.position for r in registered(store).values()), default=0) < moment:
-            time.sleep(0.005)
+        wait_until(
+            lambda moment=moment: (
+                not trainer.running
+                or max((r.position for r in registered(store).values()), default=0) >= moment
+            ),
+            f"the training to come to sequence {moment:.0f}",
+        )
         time.sleep(rng.uniform(0, 0.3))
         killed += (trainer, producer)[number % 2].kill()
     assert trainer.join() == 0

@@ -244,7 +244,7 @@ def test_terms_that_the_store_cannot_serve_are_refused(settings, teachers, text_
 # Several processes
 
 
-@pytest.mark.parametrize("loss_scale", ["token", "none"])
+@pytest.mark.parametrize("loss_scale", ["token", pytest.param("none", marks=pytest.mark.slow)])
 def test_two_processes_have_the_loss_of_one_at_the_same_batch(settings, tmp_path, loss_scale):
     arguments = [
         *("train", "--store", str(settings.store), "--block", "1:3", "--tokens", str(settings.tokens)),
