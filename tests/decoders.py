@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import randomise
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -44,6 +45,12 @@ DECODERS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
     "rwkv": {"attention_hidden_size": WIDTH},
 }
+
+#: Of every kind of branch, norm, position and cache one; `make slow` tries the other families.
+EVERYDAY = ("gpt2", "gemma2", "smollm3", "mixtral", "mamba2", "rwkv")
+
+#: All families for a test or a fixture.
+FAMILIES = [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
 
 #: They hand out hidden states from the second on.
 LATE = ("mamba2", "rwkv")

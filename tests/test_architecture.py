@@ -245,7 +245,7 @@ def test_no_function_is_endless():
 
 
 def test_training_from_the_cache_runs_no_teacher(stores, tmp_path):
-    """In a process that imports lftpipe afresh, where loading a model in any of transformers' ways is an error.
+    """In a process that imports lftpipe afresh, where loading a model in any of transformers' ways fails.
 
     Models on the meta device say how layers are built: they have no weights.
     """

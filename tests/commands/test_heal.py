@@ -72,7 +72,7 @@ def scored(store: Path, folder: Path, *names: str) -> dict[str, dict[str, float]
     return {row["run"]: row for row in result["rows"] if row["run"]}
 
 
-@pytest.mark.parametrize("family", ["neox", "llama"])
+@pytest.mark.parametrize("family", ["neox", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("objective", "how"),
     [

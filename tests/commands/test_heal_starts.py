@@ -67,7 +67,12 @@ def derived(
 
 @pytest.mark.parametrize(
     ("derived", "adapter"),
-    [*((name, "full") for name in DECODERS), *((name, "lora") for name in ("gpt2", "qwen2", "mixtral"))],
+    [
+        ("gpt2", "full"),
+        ("mixtral", "lora"),
+        *(pytest.param(name, "full", marks=pytest.mark.slow) for name in DECODERS if name != "gpt2"),
+        *(pytest.param(name, "lora", marks=pytest.mark.slow) for name in ("gpt2", "qwen2")),
+    ],
     indirect=["derived"],
 )
 def test_a_healed_run_of_any_family_is_a_run(derived: Path, tmp_path: Path, adapter: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from decoders import DECODERS, LATE, LAYERS, make_decoders
+from decoders import DECODERS, FAMILIES, LATE, LAYERS, make_decoders
 from tiny_students import save_run, tokens
 from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     run: runs.Run
 
 
-@pytest.fixture(scope="module", params=list(DECODERS))
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast) -> Case:
     name, root = request.param, tmp_path_factory.mktemp("derived")
     folder = make_decoders(root, [name], tokenizer)[name]

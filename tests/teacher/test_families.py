@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import randomise
-from decoders import DECODERS, LATE, LAYERS, VOCABULARY, WHOLE, config_of, make_decoders
+from decoders import DECODERS, FAMILIES, LATE, LAYERS, VOCABULARY, WHOLE, config_of, make_decoders
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def captured(trunk: Trunk, tokens: Tensor, places: Tensor) -> tuple[States, Stat
     return hidden, attention
 
 
-@pytest.fixture(scope="module", params=list(DECODERS))
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast) -> Case:
     name = request.param
     folder = tmp_path_factory.mktemp("families") / name
