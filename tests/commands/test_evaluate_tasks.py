@@ -20,6 +20,9 @@ from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import load_teacher
 from lftpipe.teacher.source import open_teacher
 
+#: lm_eval takes more than ten seconds to begin.
+pytestmark = pytest.mark.slow
+
 CHOICE = """task: choose
 dataset_path: json
 dataset_kwargs:

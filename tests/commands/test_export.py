@@ -239,6 +239,7 @@ print(type(model).__name__, *written[0].tolist())
 """
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_plain_exports_need_no_lftpipe(neox_run: runs.Run, neox_teacher: Teacher, tmp_path: Path) -> None:
     export(settings(neox_run, tmp_path, form="plain", k=3))

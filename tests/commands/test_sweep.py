@@ -69,6 +69,7 @@ def test_every_block_of_the_lengths_has_a_row(swept):
         assert [run["train_tokens"] for run in row["runs"]] == [4 * 4 * CONTEXT]
 
 
+@pytest.mark.slow
 def test_in_two_processes_it_is_the_same_sweep(store, swept, tmp_path):
     """With as many threads for each of them as the one process had."""
     threads = torch.get_num_threads()

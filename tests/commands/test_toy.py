@@ -19,7 +19,7 @@ def test_partners_are_crosswise_and_a_straight_move_keeps_no_pair():
 
 
 def test_matching_recouples_and_walking_keeps_the_pairs(tmp_path):
-    settings = ToySettings(workspace=tmp_path, steps=150, batch=256, steps_at_inference=16)
+    settings = ToySettings(workspace=tmp_path, steps=100, batch=128, steps_at_inference=16)
     result = toy(settings)
     kept = {panel["panel"]: panel["pairs_kept"] for panel in result["panels"]}
     assert kept["SFM"] < 0.1
