@@ -115,7 +115,7 @@ def alike(a: Arguments, b: Arguments) -> bool:
 def _first_row(value: Any) -> Any:
     """Of nested arguments for two sequences, those for the first."""
     if isinstance(value, Tensor):
-        return value[:1] if len(value) == 2 else value
+        return value[:1] if value.ndim and len(value) == 2 else value
     if isinstance(value, Mapping):
         return {name: _first_row(each) for name, each in value.items()}
     return [_first_row(each) for each in value] if isinstance(value, list | tuple) else value
@@ -169,7 +169,8 @@ class Frame(nn.Module):
         """Whether a short sequence is run otherwise beside one of so many positions, as longrope has it."""
         if longest <= 4:
             return False
-        places = torch.arange(4)[None]
+        buffers = list(self.buffers())
+        places = torch.arange(4, device=buffers[0].device if buffers else "cpu")[None]
         alone = self.arguments(places)
         beside = self.arguments(torch.cat([places, places + longest - 4]))
         return not all(alike(alone[index], _first_row(beside[index])) for index in alone)

@@ -58,6 +58,8 @@ class Trunk:
         self._layers_path = teacher.family.model_layers
         self._layers: Any = model.get_submodule(self._layers_path)
         self._forms = [teacher.family.form(teacher.config, index) for index in range(len(self._layers))]
+        longest = teacher.max_positions
+        self._by_length = longest is not None and structure_of(teacher.config).looks_at_length(longest)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         taken = partial(capture.hooks, self._layers, self._forms, deepest, attention=None)
         self.apart = capture.check(
@@ -111,13 +113,18 @@ class Trunk:
         hidden, attention
             What takes states and attention outputs. A layer without an attention branch gives none.
         """
-        if (position_ids[:, 1:] == 0).any() and (
-            self.apart or structure_of(self.teacher.config).looks_at_length(int(position_ids.max()) + 1)
-        ):
+        if self._are_apart(position_ids):
             self._run_apart(tokens, position_ids, hidden, attention)
             return
         with capture.hooks(self._layers, self._forms, self.deepest, hidden, attention):
             self._forward(tokens, position_ids)
+
+    def _are_apart(self, position_ids: Tensor) -> bool:
+        """Whether segments are run one by one; of most models nothing is asked of the device."""
+        if not (self.apart or self._by_length) or not (position_ids[:, 1:] == 0).any():
+            return False
+        structure = structure_of(self.teacher.config)
+        return self.apart or structure.looks_at_length(int(position_ids.max()) + 1)
 
     def _forward(self, tokens: Tensor, position_ids: Tensor, **options: Any) -> Any:
         places = {"position_ids": position_ids.to(self.device)} if self._takes_positions else {}
