@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lftpipe.base.device import prepare_processor
+from lftpipe.base.allocator import keep_freed_memory
 from lftpipe.families.attention import causal_attention
 
 #: Sequences, heads, heads of keys, positions, features of a head.
@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    prepare_processor(options.threads)
+    keep_freed_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     print(
         "| heads of | segments | torch, ms | in blocks, ms | ratio | forward alone | errors: torch, blocks |"
     )

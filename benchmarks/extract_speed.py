@@ -54,8 +54,10 @@ def settings_of(options: argparse.Namespace, folder: Path, tokens: int) -> Any:
 
 def peak(options: argparse.Namespace, folder: Path, tokens: int) -> dict[str, Any]:
     """Extract in this process; MiB that were resident at most."""
+    from lftpipe.base.allocator import keep_freed_memory
     from lftpipe.commands.extract import extract
 
+    keep_freed_memory()
     result = extract(settings_of(options, folder, tokens))
     return {
         "tokens": sum(result["tokens"].values()),
@@ -94,14 +96,16 @@ def contenders(options: argparse.Namespace, folder: Path, ids: Any = None) -> Co
     import numpy as np
     import torch
 
-    from lftpipe.base.device import prepare_processor
+    from lftpipe.base.allocator import keep_freed_memory
     from lftpipe.data.batches import make_batch
     from lftpipe.extraction.forward import Passes
     from lftpipe.extraction.plan import make_plan
     from lftpipe.store import StoreSpec, StoreWriter
     from lftpipe.teacher.thread_pool import Lanes
 
-    prepare_processor(options.threads)
+    keep_freed_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     plan = make_plan(settings_of(options, folder, options.tokens))
     trunk = plan.load_trunk()
     count = plan.wanted["train"]

@@ -28,7 +28,7 @@ import torch
 import transformers
 from timed_students import Entry, bytes_on_disk, entries_of, label, open_student
 
-from lftpipe.base.device import prepare_processor
+from lftpipe.base.allocator import keep_freed_memory
 from lftpipe.base.errors import LftpipeError
 from lftpipe.config.settings.base import default_workspace
 from lftpipe.corpus.packing import default_threshold, text_hash
@@ -205,7 +205,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="of torch; left out, its own choice")
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file too")
     options = parser.parse_args()
-    prepare_processor(options.threads)
+    keep_freed_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     dtype = getattr(torch, options.dtype)
     with quiet_transformers():

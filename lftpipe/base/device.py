@@ -1,10 +1,11 @@
-"""Where a stage computes: device, threads, memory, and the format in which it multiplies fastest."""
+"""Where a stage computes: device, threads, and the format in which it multiplies fastest."""
 
-import ctypes
-import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -12,27 +13,84 @@ from torch import Tensor, nn
 
 from lftpipe.base.errors import SettingsError
 
-# mallopt's parameters (glibc, malloc.h)
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+#: What launchers call the number of a process on its machine: torchrun, Slurm.
+_LOCAL_NUMBERS = ("LOCAL_RANK", "SLURM_LOCALID")
+
+S = TypeVar("S")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def prepare_processor(threads: int | None) -> None:
-    """Use so many threads, if it is said, and keep freed memory for the next tensor.
+@contextmanager
+def prepared(device: str, threads: int | None) -> Iterator[None]:
+    """Compute on a device, in so many threads; afterwards the process is as it was before, errors or not.
 
-    glibc hands large blocks back to the kernel as soon as they are freed, and every new tensor of a
-    layer then faults its pages in anew: a fifth of the time of a forward pass of a small model.
+    The device is torch's current one meanwhile. Torch's threads, current GPU and random state are restored.
 
     Parameters
     ----------
+    device
+        A device as torch names it: `cpu`, `cuda`, `cuda:1`.
     threads
         Threads for torch; None leaves torch's own choice.
+
+    Raises
+    ------
+    SettingsError
+        If torch does not know the device, or has none of its kind.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_ARENA_MAX, 1)  # a thread's own one gives its pages back whatever is said above
+    before = torch.get_num_threads()
+    with ExitStack() as restored:
+        try:
+            where = torch.device(device)
+            if where.type == "cuda":  # first: whatever touches a GPU before makes a context on the first one
+                restored.enter_context(torch.cuda.device(where))
+            torch.empty(0, device=where)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            kinds = ["cpu", *(kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available())]
+            raise SettingsError(
+                f"--device {device}", f"a device of this machine: {', '.join(kinds)}", "name one"
+            ) from error
+        restored.enter_context(torch.random.fork_rng([where] if where.type == "cuda" else []))
+        if threads:
+            restored.callback(torch.set_num_threads, before)
+            torch.set_num_threads(threads)
+        yield
+
+
+def on_device(stage: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A stage that runs `prepared` for the device and the threads of its settings.
+
+    Parameters
+    ----------
+    stage
+        Takes settings first. A stage whose settings have no device computes on the processor.
+    """
+
+    @wraps(stage)
+    def run(settings: S, *arguments: P.args, **options: P.kwargs) -> R:
+        named: Any = settings
+        device: str = getattr(named, "device", "cpu")
+        if getattr(named, "workers", 1) == 1 and (gpu := own_gpu(device)) != device:
+            named, device = replace(named, device=gpu), gpu
+        with prepared(device, named.threads):
+            return stage(named, *arguments, **options)
+
+    return run
+
+
+def own_gpu(device: str) -> str:
+    """`cuda` as the one GPU that a launcher gives this process; any other device as it is.
+
+    Parameters
+    ----------
+    device
+        As in `--device`.
+    """
+    number = next((os.environ[name] for name in _LOCAL_NUMBERS if os.environ.get(name, "").isdigit()), None)
+    if device != "cuda" or number is None:
+        return device
+    return f"cuda:{int(number) % max(torch.cuda.device_count(), 1)}"  # it may see its own GPU alone
 
 
 def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
@@ -61,7 +119,8 @@ def resolve_compute_dtype(name: str, device: str) -> torch.dtype:
         return getattr(torch, name)
     kind = torch.device(device).type
     if kind == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        with torch.cuda.device(device):  # torch asks the current one
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif kind == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
@@ -75,27 +134,17 @@ def device_kind(device: str) -> str:
     return f"cuda {torch.cuda.get_device_name(device)}" if kind == "cuda" else kind
 
 
-def prepare(device: str, threads: int | None) -> None:
-    """Check that there is such a device, and make the processor ready.
+def in_float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on the processor where its device has no such numbers (mps)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
-    Parameters
-    ----------
-    threads
-        Threads for torch; None leaves torch's own choice.
 
-    Raises
-    ------
-    SettingsError
-        If torch does not know the device, or has none of its kind.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        kinds = ["cpu", *(kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available())]
-        raise SettingsError(
-            f"--device {device}", f"a device of this machine: {', '.join(kinds)}", "name one"
-        ) from error
-    prepare_processor(threads)
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has computed what is queued there: before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
@@ -115,6 +164,7 @@ class CopyStream:
     """Copies to a device that run beside its computations; a processor has nothing to run them beside."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -152,7 +202,7 @@ class CopyStream:
         """
         if mark is None:
             return
-        computing = torch.cuda.current_stream()
+        computing = torch.cuda.current_stream(self._device)
         computing.wait_event(mark)
         for tensor in tensors:
             tensor.record_stream(computing)

@@ -17,7 +17,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from lftpipe.base.device import prepare
+from lftpipe.base.allocator import keep_freed_memory
+from lftpipe.base.device import prepared
 from lftpipe.base.errors import LftpipeError, SettingsError, reason_of
 
 Task = TypeVar("Task")
@@ -201,6 +202,7 @@ class _Crew:
 
 def _work(connection: Connection, start: Callable[[Place], Worker[Any, Any]], place: Place) -> None:
     """A process: leaves Ctrl-C to the driver, and ends with it, even if that is killed."""
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     lock = threading.Lock()
@@ -210,12 +212,12 @@ def _work(connection: Connection, start: Callable[[Place], Worker[Any, Any]], pl
             connection.send(message)
 
     try:
-        prepare(*place)
-        start(place)(
-            _received(connection, send),
-            lambda task, result: send("done", task, result),
-            lambda amount: send("advance", amount),
-        )
+        with prepared(*place):
+            start(place)(
+                _received(connection, send),
+                lambda task, result: send("done", task, result),
+                lambda amount: send("advance", amount),
+            )
     except (EOFError, BrokenPipeError):
         pass  # the driver has ended
     except Exception as error:
@@ -293,10 +295,9 @@ def _share_on_ray(ray: Any, job: Job[Any, Any]) -> None:
 
 def _do(start: bytes, place: Place, task: Any) -> Any:
     """A task of Ray, which runs it in whatever process has time."""
-    if place.threads:
-        torch.set_num_threads(place.threads)
     results: list[Any] = []
-    _started(start, place)([task], lambda _, result: results.append(result), lambda _: None)
+    with prepared(*place):
+        _started(start, place)([task], lambda _, result: results.append(result), lambda _: None)
     return results[0]
 
 

@@ -84,7 +84,16 @@ def task(label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
 
 def speaks() -> bool:
     """Whether this process is the one to say something: no worker, and of torchrun's processes the first."""
-    return multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
+    return multiprocessing.parent_process() is None and not (launched() and os.environ["RANK"] != "0")
+
+
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several that find each other.
+
+    One of these variables alone is left by a cluster or a notebook, and means nothing.
+    """
+    numbers = all(os.environ.get(name, "").isdigit() for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    return numbers and bool(os.environ.get("MASTER_ADDR")) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def human(number: int | float) -> str:

@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import lftpipe
 from lftpipe.base import progress
+from lftpipe.base.allocator import keep_freed_memory
 from lftpipe.cli import interrupt
 from lftpipe.cli.guard import fail, guarded
 
@@ -243,4 +244,5 @@ def with_values(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Parse and run the command line."""
+    keep_freed_memory()
     app(args=with_values(sys.argv[1:]), prog_name="lftpipe")

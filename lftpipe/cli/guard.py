@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 
 from lftpipe.base.errors import LftpipeError
-from lftpipe.base.progress import speaks
+from lftpipe.base.progress import launched, speaks
 from lftpipe.cli import interrupt
 
 #: Seconds that a process other than the first of `torchrun` waits before it says why it failed. If the first
@@ -101,7 +101,7 @@ def _is_of_the_exchange(error: Exception) -> bool:
     """Whether another process of `torchrun` is gone: torch's own types, or what gloo and NCCL say."""
     text = str(error).lower()
     said = any(word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset"))
-    return "WORLD_SIZE" in os.environ and (
+    return launched() and (
         type(error).__module__.startswith("torch") or (isinstance(error, RuntimeError) and said)
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lftpipe import runs
-from lftpipe.base.device import prepare, resolve_compute_dtype
+from lftpipe.base.device import on_device, resolve_compute_dtype
 from lftpipe.base.errors import RunError, SettingsError, StoreError
 from lftpipe.base.outputs import COMMENT, making
 from lftpipe.base.workspace import find_runs, find_store, require_json_name
@@ -71,6 +71,7 @@ def _tasks_module() -> Any:
     return tasks
 
 
+@on_device
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Score teacher, skips and runs over the whole validation split, and write the table.
 
@@ -81,7 +82,6 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     """
     if settings.limit is not None and settings.tasks is None:
         raise SettingsError("--limit without --tasks", "tasks whose documents it counts", "pass --tasks too")
-    prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     if settings.text_field is not None and settings.corpus is None:
         raise SettingsError("--text-field without --corpus", "the corpus whose column it is", "pass --corpus")

@@ -13,7 +13,7 @@ import torch
 import lftpipe
 from lftpipe import runs
 from lftpipe.base import progress
-from lftpipe.base.device import prepare_processor
+from lftpipe.base.device import on_device
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.base.outputs import making_folder, refuse_foreign_files
 from lftpipe.base.workspace import find_run
@@ -43,6 +43,7 @@ ROUNDING = 1e-3
 COMPARED_TOKENS = 64
 
 
+@on_device
 def export(settings: ExportSettings) -> Exported:
     """Write a student with tokenizer, generation config and model card.
 
@@ -52,7 +53,6 @@ def export(settings: ExportSettings) -> Exported:
         If a run is missing, damaged, or of a teacher that changed; if the student has no exact plain
         form and one was asked for; or if there is something at the destination and no `--force`.
     """
-    prepare_processor(settings.threads)
     if not settings.runs:
         raise SettingsError("export without a run", "the name or path of a run", "name one")
     repository = Repository(settings.push_to_hub, "model") if settings.push_to_hub else None

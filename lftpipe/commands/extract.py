@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from lftpipe.base import progress
-from lftpipe.base.device import dtype_name, prepare
+from lftpipe.base.device import dtype_name, on_device
 from lftpipe.base.errors import LftpipeError, SettingsError, StoreError
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.corpus.packing import SPLITS
@@ -27,6 +27,7 @@ from lftpipe.store import StoreSpec, StoreWriter, abandon, planned_spec, verify_
 from lftpipe.teacher.compare import check_logits
 
 
+@on_device
 def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
     """Run the teacher over a corpus and store its states; resumes what was interrupted.
 
@@ -36,7 +37,6 @@ def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
         If teacher, corpus, settings, disk or an older store do not allow it.
     """
     check(settings)
-    prepare(settings.device, settings.threads)
     plan = make_plan(settings)
     spec = rolling_spec(plan, force=settings.force) if settings.rolling else spec_of(plan)
     if settings.dry_run:

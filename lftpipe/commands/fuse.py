@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lftpipe.base import progress
-from lftpipe.base.device import prepare
+from lftpipe.base.device import on_device
 from lftpipe.base.errors import SettingsError
 from lftpipe.base.outputs import making
 from lftpipe.base.workspace import require_json_name
@@ -46,6 +46,7 @@ class _Inputs:
         return replace(self, kept=self.kept[half::2], truths=truths)
 
 
+@on_device
 def fuse(settings: FuseSettings) -> Fused:
     """Search for the texts of all inputs.
 
@@ -58,7 +59,6 @@ def fuse(settings: FuseSettings) -> Fused:
     out = settings.out or heard.with_name("fused.json")
     _check(settings, out)
     assert settings.target is not None
-    prepare(settings.device, settings.threads)
     inputs = _inputs(settings, HeardStore.open(heard))
     with making(out, marks=MARKS, force=settings.force) as staging, quiet_transformers():
         named = language_model(settings.target, settings.workspace, settings.store)

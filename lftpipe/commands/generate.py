@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import LogitsProcessor
 
 from lftpipe import runs
-from lftpipe.base.device import prepare
+from lftpipe.base.device import on_device
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.base.outputs import one_writer
 from lftpipe.base.workspace import find_run
@@ -56,6 +56,7 @@ def _has_steps(model: Any) -> bool:
     return isinstance(model, LatentFlow)
 
 
+@on_device
 def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> Generation | Drafting:
     """Continue a prompt.
 
@@ -76,7 +77,6 @@ def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> Gener
     """
     _check(settings)
     assert settings.prompt is not None
-    prepare(settings.device, settings.threads)
     if settings.draft is not None:
         return _drafted(settings, settings.prompt, out)
     writer = _open(settings, settings.target or "")

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from lftpipe import runs
-from lftpipe.base.device import dtype_name, prepare, resolve_compute_dtype
+from lftpipe.base.device import dtype_name, on_device, resolve_compute_dtype
 from lftpipe.base.errors import RunError, SettingsError, StoreError
 from lftpipe.base.outputs import one_writer
 from lftpipe.base.workspace import find_runs, find_store, run_path
@@ -33,6 +33,7 @@ from lftpipe.training.validate import check_patience
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
+@on_device
 def heal(settings: HealSettings) -> Healing:
     """Train a finished run's student further, and write it as a run of its own.
 
@@ -46,8 +47,7 @@ def heal(settings: HealSettings) -> Healing:
     LftpipeError
         If the run, the store or the settings do not allow it, or training diverges.
     """
-    prepare(settings.device, settings.threads)
-    settings = replace(settings, device=distributed.join(settings.device))
+    distributed.join(settings.device)
     try:
         store_path = find_store(settings.workspace, settings.store)
         store = Store.open(store_path)

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from lftpipe.base import progress
-from lftpipe.base.device import prepare
+from lftpipe.base.device import on_device
 from lftpipe.base.errors import SettingsError
 from lftpipe.base.files import file_digest
 from lftpipe.base.outputs import one_writer
@@ -14,6 +14,7 @@ from lftpipe.results.fusion import Recognition
 from lftpipe.store.heard import HeardStore
 
 
+@on_device
 def recognise(settings: RecogniseSettings) -> Recognition:
     """Recognise files, those that were not recognised before.
 
@@ -25,7 +26,6 @@ def recognise(settings: RecogniseSettings) -> Recognition:
     paths = _files(settings)
     if settings.recogniser is None:
         raise SettingsError("recognise without --recogniser", "pp-ocrv4, a Whisper, or npz", "name one")
-    prepare(settings.device, settings.threads)
     encoder = open_encoder(settings.recogniser, settings.workspace, settings.device)
     labels = encoder.labels or (read_npz(paths[0])[1] if settings.recogniser == "npz" else [])
     path = settings.store or settings.workspace / "heard.zarr"

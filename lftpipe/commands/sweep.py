@@ -8,7 +8,7 @@ import numpy as np
 import lftpipe
 from lftpipe import runs
 from lftpipe.base import progress
-from lftpipe.base.device import prepare
+from lftpipe.base.device import on_device
 from lftpipe.base.errors import RunError, SettingsError, StoreError
 from lftpipe.base.outputs import making
 from lftpipe.base.workspace import find_store, require_json_name
@@ -42,6 +42,7 @@ FRACTIONS = (0.25, 0.5)
 SCORE_TOKENS = 2048
 
 
+@on_device
 def sweep(settings: SweepSettings) -> Sweeping:
     """Train every block of some lengths alike, score them, and correlate the map's figures with the scores.
 
@@ -63,7 +64,6 @@ def sweep(settings: SweepSettings) -> Sweeping:
     LftpipeError
         If lengths or store do not allow it, or the results exist and `force` is not set.
     """
-    prepare(settings.device, settings.threads)
     store_path = find_store(settings.workspace, settings.store)
     out = settings.out or store_path.parent / "sweep.json"
     require_json_name(out)

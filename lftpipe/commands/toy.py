@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lftpipe.base import progress
-from lftpipe.base.device import prepare_processor
+from lftpipe.base.device import on_device
 from lftpipe.base.outputs import making
 from lftpipe.base.workspace import require_json_name
 from lftpipe.config.settings import ToySettings
@@ -35,6 +35,7 @@ MARKS = (b'"pairs_kept"', b'"panels"')
 DRAWN_POINTS = 80
 
 
+@on_device
 def toy(settings: ToySettings) -> ToyFigure:
     """Learn to carry two clusters to each other's place, crosswise, and draw the trajectories.
 
@@ -47,7 +48,6 @@ def toy(settings: ToySettings) -> ToyFigure:
     SettingsError
         If the files exist and `force` is not set.
     """
-    prepare_processor(settings.threads)
     out = settings.out or settings.workspace / "toy.json"
     require_json_name(out)
     picture = out.with_suffix(".png")

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lftpipe.base import progress
-from lftpipe.base.device import prepare
+from lftpipe.base.device import on_device
 from lftpipe.base.errors import SettingsError
 from lftpipe.base.workspace import find_store, run_path
 from lftpipe.config.layers import parse_block
@@ -18,6 +18,7 @@ from lftpipe.training.parallel import train_apart
 from lftpipe.training.validate import Wanted, resolved, run_name, variants_of
 
 
+@on_device
 def train(settings: TrainSettings) -> Training:
     """Train a flow layer and write its run; or several, from the same batches.
 
@@ -31,8 +32,7 @@ def train(settings: TrainSettings) -> Training:
     LftpipeError
         If the store, block or settings do not allow it, or training diverges.
     """
-    prepare(settings.device, settings.threads)
-    settings = replace(settings, device=distributed.join(settings.device))
+    distributed.join(settings.device)
     try:
         store_path = find_store(settings.workspace, settings.store)
         store = Store.open(store_path)

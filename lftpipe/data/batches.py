@@ -99,6 +99,20 @@ class Batch:
         """Where a segment begins. Massive activations sit there, and no token before it is seen."""
         return self.position_ids == 0
 
+    def need(self, fields: BatchFields) -> None:
+        """Refuse to go on without these fields: what looks at others instead has other results.
+
+        Raises
+        ------
+        LookupError
+            Naming what is missing.
+        """
+        missing = [f"h[{layer}]" for layer in fields.layers if layer not in self.states]
+        missing += [f"a[{layer}]" for layer in fields.attention if layer not in self.attention]
+        missing += ["the teacher's logits"] if fields.logits and self.logits is None else []
+        if missing:
+            raise LookupError(f"batch {self.step} was read without {', '.join(missing)}")
+
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds."""
         yield from (self.tokens, self.position_ids, *self.states.values(), *self.attention.values())
@@ -108,8 +122,12 @@ class Batch:
     def context(self) -> AttentionContext:
         """What attention needs to know of these sequences: positions, and who sees whom."""
         assert self.rotary is not None, "this batch is for the whole teacher"
-        places = self.position_ids if self.places is None else self.places
-        return attention_context(self.rotary, places).to(self.tokens.device)
+        return attention_context(self.rotary, self.visible_places).to(self.tokens.device)
+
+    @property
+    def visible_places(self) -> Int[Tensor, "sequence position"]:
+        """The position ids, on the processor if they are there too."""
+        return self.position_ids if self.places is None else self.places
 
 
 def make_batch(

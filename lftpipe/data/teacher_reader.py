@@ -21,7 +21,7 @@ class LiveTeacher:
 
     def __init__(self, teacher: Teacher, compute_dtype: torch.dtype, device: str | torch.device) -> None:
         self._teacher, self._dtype, self._device = teacher, compute_dtype, str(device)
-        self._trunk: Trunk | None = None
+        self._trunks: dict[int, Trunk] = {}  # by depth, with the weights of the deepest
 
     def fill(self, batch: Batch, fields: BatchFields) -> Batch:
         """The batch with the states that the teacher computes for it."""
@@ -39,7 +39,7 @@ class LiveTeacher:
         deepest = max(*fields.layers, *(layer + 1 for layer in fields.attention), 0)
         self._trunk_to(deepest).run(
             batch.tokens,
-            batch.position_ids,
+            batch.visible_places,
             hidden=keep,
             attention=keep_attention if fields.attention else None,
         )
@@ -48,12 +48,15 @@ class LiveTeacher:
         return replace(batch, **dict(zip(("states", "attention"), copies, strict=True)))
 
     def _trunk_to(self, deepest: int) -> "Trunk":
+        """The teacher below a state; it is loaded again only if a deeper state is asked for than before."""
         from lftpipe.teacher.trunk import Trunk  # training from the cache never imports it
 
-        if self._trunk is None or self._trunk.deepest != deepest:
-            self._trunk = None  # before another takes as much memory
-            self._trunk = Trunk(self._teacher, deepest, self._dtype, self._device)
-        return self._trunk
+        if max(self._trunks, default=-1) < deepest:
+            self._trunks.clear()  # before another takes as much memory
+            self._trunks[deepest] = Trunk(self._teacher, deepest, self._dtype, self._device)
+        if deepest not in self._trunks:
+            self._trunks[deepest] = self._trunks[max(self._trunks)].below(deepest)
+        return self._trunks[deepest]
 
 
 class LiveReader(BatchReader):

@@ -1,6 +1,7 @@
 """The metrics of Table 1 (section 5.1), summed over batches in float64."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -8,17 +9,18 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from lftpipe.base.device import in_float64, move
 
-@dataclass
+
 class StateMetrics:
-    """NMSE with and without first positions, and KL between softmaxes over the feature axis."""
+    """NMSE with and without first positions, and KL between softmaxes over the feature axis.
 
-    error: float = 0.0
-    energy: float = 0.0
-    error_first: float = 0.0
-    energy_first: float = 0.0
-    kl: float = 0.0
-    num_tokens: int = 0
+    What is added is summed where it is computed: nobody waits for it until it is read.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._sums: Float64[Tensor, 5] | None = None
 
     def add(
         self,
@@ -26,30 +28,42 @@ class StateMetrics:
         x_1: Float[Tensor, "sequence position feature"],
         first: Bool[Tensor, "sequence position"],
     ) -> None:
-        """Add a batch; `first` marks each segment's first position, where massive activations sit."""
-        error = (predicted - x_1).float().square().sum(-1).double()
-        energy = x_1.float().square().sum(-1).double()
-        self.error += error.sum().item()
-        self.energy += energy.sum().item()
-        self.error_first += error[first].sum().item()
-        self.energy_first += energy[first].sum().item()
-        self.kl += kl_divergence(x_1, predicted).double().sum().item()
+        """Add a batch; `first` marks each segment's first position, where massive activations sit.
+
+        Parameters
+        ----------
+        predicted, x_1
+            What a student predicts, and the teacher's states.
+        """
+        error = in_float64((predicted - x_1).float().square().sum(-1))
+        energy = in_float64(x_1.float().square().sum(-1))
+        elsewhere = ~first.to(error.device)
+        at_first = (each.masked_fill(elsewhere, 0).sum() for each in (error, energy))
+        kl = in_float64(kl_divergence(x_1, predicted)).sum()
+        sums = torch.stack([error.sum(), energy.sum(), *at_first, kl])
+        self._sums = sums if self._sums is None else self._sums + sums
         self.num_tokens += error.numel()
+
+    def read(self) -> list[float]:
+        """Squares of error and target, the same of first positions, KL."""
+        return [0.0] * 5 if self._sums is None else self._sums.tolist()
 
     @property
     def nmse(self) -> float:
         """`E||x^_1 - x_1||^2 / E||x_1||^2`."""
-        return self.error / self.energy
+        error, energy, *_ = self.read()
+        return error / energy
 
     @property
     def nmse_without_first(self) -> float:
         """NMSE over all positions but each segment's first."""
-        return (self.error - self.error_first) / (self.energy - self.energy_first)
+        error, energy, error_first, energy_first, _ = self.read()
+        return (error - error_first) / (energy - energy_first)
 
     @property
     def kl_latent(self) -> float:
         """KL(softmax x_1 || softmax x^_1), nats, mean over tokens."""
-        return self.kl / self.num_tokens
+        return self.read()[-1] / self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -70,11 +84,6 @@ class Reference:
             entropy = torch.linalg.vecdot(probability, log)
         return Reference(logits, probability, entropy, logits.max(-1).indices)
 
-    @property
-    def finite(self) -> bool:
-        """Whether all of it is numbers."""
-        return bool(self.negative_entropy.isfinite().all())
-
 
 class NextTokens(NamedTuple):
     """What comes after every position of a batch, flat."""
@@ -82,8 +91,8 @@ class NextTokens(NamedTuple):
     ids: Int[Tensor, " token"]
     counted: Bool[Tensor, " token"]
     """Whether it is a target: a token that starts a segment, or is not there, is none."""
-    document: Int[Tensor, " token"]
-    """Number of the document of each position."""
+    document: np.ndarray
+    """Number of the document of each position, which is known without a look at the device."""
 
     @staticmethod
     def of(
@@ -100,27 +109,25 @@ class NextTokens(NamedTuple):
         document
             The number of each token's document; left out, all are one.
         """
-        number = torch.zeros_like(tokens) if document is None else torch.from_numpy(document).to(tokens)
+        number = np.zeros(tokens.shape, np.int64) if document is None else document
         last = torch.ones_like(first[:, :1])
         counted = ~torch.cat([first[:, 1:], last], dim=1)
-        return NextTokens(tokens.long().roll(-1, dims=1).flatten(), counted.flatten(), number.flatten())
+        return NextTokens(tokens.long().roll(-1, dims=1).flatten(), counted.flatten(), number.ravel())
 
     def part(self, rows: slice) -> "NextTokens":
         """At some of the positions."""
         return NextTokens(*(each[rows] for each in self))
 
 
-@dataclass
 class LogitMetrics:
-    """KL of next-token distributions, perplexity, and how often both have the same likeliest token."""
+    """KL of next-token distributions, perplexity, and how often both have the same likeliest token.
 
-    kl_sum: float = 0.0
-    num_agreeing: int = 0
-    num_tokens: int = 0
-    nats: float = 0.0
-    num_targets: int = 0
-    documents: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
-    """By document the sums of KL, positions, nats and targets."""
+    What is added is summed by document where it is computed: nobody waits for it until it is read.
+    """
+
+    def __init__(self) -> None:
+        self._documents: list[np.ndarray] = []
+        self._sums: list[Float64[Tensor, "document 6"]] = []
 
     def add(
         self, student: Float[Tensor, "token vocabulary"], teacher: Reference, following: NextTokens
@@ -130,41 +137,67 @@ class LogitMetrics:
         with torch.autocast(student.device.type, enabled=False):
             log = student.float().log_softmax(-1)
             kl = teacher.negative_entropy - torch.linalg.vecdot(teacher.probability, log)
-        self.kl_sum += kl.double().sum().item()
-        self.num_agreeing += int((student.max(-1).indices == teacher.likeliest).sum().item())
-        self.num_tokens += len(student)
-        picked = log.gather(-1, following.ids[:, None]).squeeze(-1)
-        self.nats -= picked[following.counted].double().sum().item()
-        self.num_targets += int(following.counted.sum().item())
-        counted = following.counted
-        each = torch.stack([kl, torch.ones_like(kl), -picked.where(counted, 0), counted.to(kl)], dim=1)
-        numbers, place = following.document.unique(return_inverse=True)
-        sums = each.new_zeros(len(numbers), 4, dtype=torch.float64).index_add_(0, place, each.double())
-        for number, row in zip(numbers.tolist(), sums.cpu().numpy(), strict=True):
-            self.documents[number] = self.documents.get(number, 0) + row
+        picked = log.gather(-1, following.ids[:, None]).squeeze(-1).masked_fill(~following.counted, 0)
+        agrees = student.max(-1).indices == teacher.likeliest
+        columns = (kl, torch.ones_like(kl), -picked, following.counted, agrees, teacher.negative_entropy)
+        each = torch.stack([in_float64(column) for column in columns], dim=1)
+        documents, place = np.unique(following.document, return_inverse=True)
+        sums = each.new_zeros(len(documents), len(columns))
+        self._documents.append(documents)
+        self._sums.append(sums.index_add_(0, move(torch.from_numpy(place), each.device), each))
 
     def by_document(self) -> Float64[np.ndarray, "4 document"]:
         """Sums of KL, positions, nats and targets, in the order of the documents' numbers."""
-        return np.stack([self.documents[number] for number in sorted(self.documents)], axis=1)
+        return self._read()[:4]
+
+    @property
+    def num_documents(self) -> int:
+        """How many of them there are."""
+        return self._read().shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that were added."""
+        return int(self._total(1))
 
     @property
     def kl(self) -> float:
         """KL(teacher || student), nats per token."""
-        return self.kl_sum / self.num_tokens
+        return self._total(0) / self._total(1)
 
     @property
     def agreement(self) -> float:
         """Fraction of positions whose most likely token is the teacher's."""
-        return self.num_agreeing / self.num_tokens
+        return self._total(4) / self._total(1)
 
     @property
     def perplexity(self) -> float:
         """`exp` of the mean nats per predicted token; infinite if that overflows."""
-        return self.perplexity_per(self.num_targets)
+        return self.perplexity_per(int(self._total(3)))
 
     def perplexity_per(self, count: int) -> float:
         """`exp` of the nats over so many words, bytes or tokens of the same text."""
-        return float(torch.tensor(self.nats / max(count, 1), dtype=torch.float64).exp())
+        return float(torch.tensor(self._total(2) / max(count, 1), dtype=torch.float64).exp())
+
+    @property
+    def of_finite_teacher(self) -> bool:
+        """Whether all that was compared with is numbers."""
+        return math.isfinite(self._total(5))
+
+    def _total(self, column: int) -> float:
+        return float(self._read()[column].sum())
+
+    def _read(self) -> Float64[np.ndarray, "6 document"]:
+        """All sums, with the documents' parts added up."""
+        if not self._sums:
+            return np.zeros((6, 0))
+        if len(self._sums) > 1:
+            documents, place = np.unique(np.concatenate(self._documents), return_inverse=True)
+            parts = torch.cat(self._sums)
+            sums = parts.new_zeros(len(documents), 6)
+            self._sums = [sums.index_add_(0, move(torch.from_numpy(place), parts.device), parts).cpu()]
+            self._documents = [documents]
+        return self._sums[0].cpu().numpy().T
 
 
 def kl_divergence(

@@ -5,7 +5,7 @@ Of the teacher only the layers from the blocks' first on, the final norm and the
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lftpipe.base import progress
-from lftpipe.base.device import autocast, cast_linear, resolve_compute_dtype
+from lftpipe.base.device import autocast, cast_linear, resolve_compute_dtype, synchronize
 from lftpipe.base.errors import TeacherError
 from lftpipe.config.settings import ComputeDtype
 from lftpipe.data.batches import Batch, BatchFields
@@ -140,7 +140,7 @@ class Scored:
     @property
     def num_documents(self) -> int:
         """Documents, or windows of a text that is one: what intervals draw."""
-        return len(self.teacher.documents)
+        return self.teacher.num_documents
 
     def comparisons(self) -> list[Comparison]:
         """The student of the lowest KL against the best of every other run, on the same documents."""
@@ -210,6 +210,7 @@ def score(
             cast_linear(one.tail, dtype)
     measured = [Measured(one) for one in predictors]
     of_teacher = LogitMetrics()
+    compared = [of_teacher, *(one.logits for one in measured)]
     ends = {_end(one, stored) for one in predictors} | {max(stored)}
     starts = {one.block[0] for one in predictors if one.block}
     if any(one.enter for one in predictors) and 0 in stored:
@@ -221,15 +222,18 @@ def score(
             for n in sorted(ends):
                 here = [one for one in measured if _end(one.predictor, stored) == n]
                 totals = [of_teacher] if n == max(ends) else []
-                for advanced in _compare(here, totals, tail, batch, n, teacher):
+                for advanced in _compare(here, totals, tail, batch, n):
                     task.advance(advanced)
             if batch.step < timed_batches:
                 _time(measured, tail, batch, start)
+            if batch.step == 0:  # not in every batch: to look is to wait for a GPU
+                _refuse_nan(compared, teacher)
+    _refuse_nan(compared, teacher)
     return Scored(measured, of_teacher, validation.words)
 
 
 def _compare(
-    measured: list[Measured], totals: list[LogitMetrics], tail: Tail, batch: Batch, n: int, teacher: Teacher
+    measured: list[Measured], totals: list[LogitMetrics], tail: Tail, batch: Batch, n: int
 ) -> Iterator[int]:
     """Add what predictors make of a batch to their sums, and the teacher to its `totals`.
 
@@ -243,7 +247,6 @@ def _compare(
     for first in range(0, len(true), size):
         rows = slice(first, first + size)
         reference, targets = Reference.of(tail.logits(true[rows])), following.part(rows)
-        _refuse_nan(reference, teacher)
         for each in totals:
             each.add(reference.logits, reference, targets)
         for one, last in zip(measured, lasts, strict=True):
@@ -252,8 +255,8 @@ def _compare(
         yield len(targets.ids) * len(measured)
 
 
-def _refuse_nan(reference: Reference, teacher: Teacher) -> None:
-    if not reference.finite:
+def _refuse_nan(compared: Sequence[LogitMetrics], teacher: Teacher) -> None:
+    if not all(each.of_finite_teacher for each in compared):
         raise TeacherError(
             f"teacher {teacher.name}, whose logits are not finite",
             "finite weights and states",
@@ -286,12 +289,12 @@ def _time(measured: list[Measured], tail: Tail, batch: Batch, start: int) -> Non
         if one.predictor.adaptive:  # its batches are evaluated whole: a clock would say nothing
             continue
         x = batch.states[start]
+        synchronize(x.device)  # what was computed before is not its time
         began = time.perf_counter()
         m, n = one.predictor.block or (start, start)
         x = tail.states(x, batch.context, start=start, stop=m)
         own = one.predictor.tail or tail
         own(one.predictor.predict(x, batch.context), batch.context, start=n)
-        if x.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(x.device)
         milliseconds = 1000 * (time.perf_counter() - began) / batch.tokens.numel()
         one.ms_per_token = min(one.ms_per_token, milliseconds)

@@ -62,16 +62,6 @@ def _from_environment() -> tuple[str, str]:
     return found
 
 
-def device_of_part(settings: ExtractSettings) -> str:
-    """The GPU of this process, if the machine's processes are numbered and each has not only its own."""
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if settings.device == "cuda" and name in os.environ:
-            import torch
-
-            return f"cuda:{int(os.environ[name]) % max(torch.cuda.device_count(), 1)}"
-    return settings.device
-
-
 def frozen_plan(plan: Plan) -> FrozenPlan | None:
     """The plan in the store's folder, if it is for what is asked; None without one."""
     if (found := read_plan(plan.path)) is None:
@@ -90,7 +80,7 @@ def compute_part(plan: Plan, frozen: FrozenPlan, settings: ExtractSettings, part
         todo = [key for key in mine if not _is_done(frozen, key, journal, stored)]
         total = sum(len(key.sequences) for key in todo) * plan.context
         if todo:
-            producer = Producer(frozen, device_of_part(settings), plan.teacher, journal.attempts)
+            producer = Producer(frozen, settings.device, plan.teacher, journal.attempts)
             measures = part.index == 1 and "compute_error" not in journal.notes
             label = f"extract {plan.teacher.name}, part {part.index} of {part.count}"
             with progress.task(label, total, "tokens") as task:

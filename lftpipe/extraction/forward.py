@@ -144,7 +144,7 @@ class Passes:
 
         size = self.spec.identity["batch_sequences"]
         given = batch.given
-        compute_batch(self._trunks[lane], self.head, given.tokens, given.position_ids, wanted, size)
+        compute_batch(self._trunks[lane], self.head, given.tokens, given.visible_places, wanted, size)
 
     def _most_lanes(self) -> int:
         """So that the batches that wait for their turn take no more than `HELD_BYTES`."""
@@ -202,10 +202,10 @@ def bf16_error(
                     errors[array][name].append(_nmse(ours[:, first:], theirs[:, first:]))
 
         with layer_by_layer(load_exact(), torch.device(device)) as exact:
-            compute_batch(exact, None, batch.tokens, batch.position_ids, write)
+            compute_batch(exact, None, batch.tokens, batch.visible_places, write)
         del exact
         scratch.seek(0)
-        compute_batch(load(), None, batch.tokens, batch.position_ids, compare)
+        compute_batch(load(), None, batch.tokens, batch.visible_places, compare)
     return {"sequences": len(batch), "tokens": batch.tokens.numel(), **errors}
 
 

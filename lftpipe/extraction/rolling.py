@@ -23,6 +23,7 @@ from lftpipe.store import (
     planned_spec,
     producing,
     registered,
+    was_left,
     window_shards,
 )
 
@@ -96,15 +97,18 @@ class _Keys:
         self._path, self._state, self._task, self._context = path, state, task, context
 
     def __iter__(self) -> Iterator[ShardKey | None]:
-        came = False
+        seen = False
         while True:
-            readers = registered(self._path)
-            came = came or bool(readers)
-            if came and not readers:
+            left, readers = was_left(self._path), registered(self._path)
+            seen = seen or bool(readers)
+            if seen and not readers:
                 return
             self._aim(readers.values())
             key = self._state.next(readers.values())
             if key is None:
+                if left and not readers:  # it came and left between two looks, or before
+                    progress.say(f"no run reads {self._path} any more; begin one, and then this command")
+                    return
                 self._task.advance(0, **self._waits(readers))
                 time.sleep(POLL)
             yield key

@@ -1,13 +1,14 @@
 """Attention: what a layer needs to know of its batch, and torch's attention in blocks of queries."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -89,6 +90,28 @@ def attention_context(frame: nn.Module, position_ids: Int[Tensor, "sequence posi
         masks that keep attention inside the segment, or segments that are run one by one.
     """
     return frame.context(position_ids)  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def known_segments(device: torch.device, *, several: bool) -> Iterator[None]:
+    """Spare transformers' masks a look at the position ids of a GPU, which is to wait for it.
+
+    On a processor, where several threads may run models, there is nothing to wait for.
+
+    Parameters
+    ----------
+    several
+        Whether a sequence has more than one segment.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda places: (places == 0).cumsum(-1) if several else None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
 
 
 # --- Attention of the teacher's layers where they are trained on a processor in bfloat16.

@@ -28,7 +28,8 @@ class ErrorScale:
     `token`
         the target's own squared norm: every position counts the same, as a relative error.
     `channel`
-        the channel's variance over the training data: every channel counts the same.
+        the channel's variance over the training data: every channel counts the same. One that never varies
+        is measured by the median channel.
     `norm`
         as `token`, after the norm of the layer that reads the state: what that layer cannot see, such as the
         state's length, does not count.
@@ -59,7 +60,7 @@ class ErrorScale:
         if scale == "norm" and norm is None:
             raise ValueError("scale='norm' needs the norm")
         self.scale = scale
-        self.channel_variance = channel_variance
+        self.channel_variance = None if channel_variance is None else _without_zeros(channel_variance)
         self.norm = norm
         self.over_processes = over_processes
 
@@ -84,6 +85,12 @@ class ErrorScale:
             assert self.channel_variance is not None
             return (error.square() / (self.channel_variance + TINY)).mean()
         return error.square().sum() / (self.over_processes(x_1.square().sum()) + TINY)
+
+
+def _without_zeros(variance: Float[Tensor, "feature"]) -> Float[Tensor, "feature"]:
+    """Channels that never vary, but for rounding, have no scale of their own: they take the median one's."""
+    typical = torch.where(variance > 0, variance, torch.nan).nanmedian().nan_to_num(1.0)
+    return torch.where(variance > 1e-9 * typical, variance, typical)
 
 
 def flow_matching(velocity: VelocityField, sample: PathSample, x_1: States, scale: ErrorScale) -> Loss:

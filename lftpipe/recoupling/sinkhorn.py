@@ -25,6 +25,7 @@ def sinkhorn_plan(
     import ot
     import torch
 
+    device = "cpu" if device == "mps" else device  # which has no float64
     costs = torch.from_numpy(cost).to(device)
     weights = torch.full((len(cost),), 1 / len(cost), dtype=costs.dtype, device=device)
     spread = float(np.subtract(*np.quantile(cost, (0.75, 0.25))))

@@ -150,8 +150,8 @@ def map_layers(settings: RecoupleSettings, store: Store) -> tuple[int, ...]:
 
 def _residuals(store: Store, layers: tuple[int, ...], settings: RecoupleSettings) -> Matrix:
     # Only here: the map itself needs no torch.
-    from lftpipe.base.device import prepare
+    from lftpipe.base.device import own_gpu, prepared
     from lftpipe.recoupling.probe import residual_map
 
-    prepare(settings.device, settings.threads)
-    return residual_map(store, layers, settings.seed)
+    with prepared(own_gpu(settings.device), settings.threads):
+        return residual_map(store, layers, settings.seed)

@@ -38,7 +38,7 @@ def literal(name: str) -> str:
 def draw_steps_curve(rows: Sequence[Score], path: Path) -> None:
     """Figure 5: KL_x and NMSE against the number of steps k, one line a run.
 
-    Runs that have no steps (regression) and skipped blocks are level, dotted lines.
+    Runs that have no steps (regression) and skipped blocks are level lines, dotted and dashed.
     """
     runs: dict[str, list[Score]] = defaultdict(list)
     for row in rows:
@@ -96,9 +96,9 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: Sequence[Score
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
-    on_validation = any("validation_nmse" in row for rows in curves.values() for row in rows)
-    key = "validation_nmse" if on_validation else "nmse"
+    evaluated = {name for name, rows in curves.items() if any("validation_nmse" in row for row in rows)}
     for (name, rows), (colour, line) in zip(sorted(curves.items()), STYLES * 4, strict=False):
+        key = "validation_nmse" if name in evaluated else "nmse"
         shown = [row for row in rows if key in row]
         if not shown:  # a healed run's lines have no NMSE: healing changes what comes after the block too
             continue
@@ -109,7 +109,7 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: Sequence[Score
             color=colour,
             linestyle=line,
             marker=marker,
-            label=literal(name),
+            label=literal(name) + (" (training batches)" if evaluated and name not in evaluated else ""),
         )
     levels = sorted((skip.nmse, skip.method) for skip in skips if skip.nmse is not None)
     for number, (nmse, method) in enumerate(levels):
@@ -125,7 +125,7 @@ def draw_training(curves: dict[str, list[dict[str, Any]]], skips: Sequence[Score
         )
     axis.set(
         xlabel="training tokens",
-        ylabel="NMSE on validation" if on_validation else "NMSE on training batches",
+        ylabel="NMSE on validation" if evaluated else "NMSE on training batches",
         yscale="log",
     )
     axis.grid(alpha=0.3)

@@ -11,7 +11,7 @@ from lftpipe.store.resume import abandon
 from lftpipe.store.rolling import Roll, Rolled, window_shards
 from lftpipe.store.shard_writer import ShardWriter, Slot, produce_shard
 from lftpipe.store.verify import Damage, Report, verify_store
-from lftpipe.store.windows import Reader, most_bytes, producing, register, registered, unregister
+from lftpipe.store.windows import Reader, most_bytes, producing, register, registered, unregister, was_left
 from lftpipe.store.writer import StoreWriter
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "stored_records",
     "unregister",
     "verify_store",
+    "was_left",
     "window_shards",
 ]

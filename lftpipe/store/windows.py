@@ -101,9 +101,11 @@ def _most_of_a_chunk(array: ArrayLayout) -> int:
 # --- How the producer of a rolling store and the runs that read it know of each other: small files in the
 # store.
 #
-# `readers/NAME.json` says where a run stands, `producer.lock` is locked (flock) while a producer lives.
+# `readers/NAME.json` says where a run stands. A run that leaves takes its file away and leaves
+# `readers/left`, so that nobody waits for a run that came and went unseen. `producer.lock` is locked
+# (flock) while a producer lives.
 
-READERS, PRODUCER = "readers", "producer.lock"
+READERS, LEFT, PRODUCER = "readers", "left", "producer.lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,12 @@ def register(store: Path, reader: Reader) -> None:
 
 def unregister(store: Path, reader: Reader) -> None:
     """Say that a run needs nothing any more."""
-    (store / READERS / reader.name).unlink(missing_ok=True)
+    _take_off(store / READERS / reader.name)
+
+
+def was_left(store: Path) -> bool:
+    """Whether a run that read a store needed nothing any more, at any time before."""
+    return (store / READERS / LEFT).exists()
 
 
 def registered(store: Path) -> dict[Path, Reader]:
@@ -158,10 +165,16 @@ def registered(store: Path) -> dict[Path, Reader]:
                 f"damaged {file}", "what a run wrote there", "delete the file; the run writes it again"
             ) from None
         if reader.is_over:
-            file.unlink(missing_ok=True)
+            _take_off(file)
         else:
             found[file] = reader
     return found
+
+
+def _take_off(file: Path) -> None:
+    if file.parent.is_dir():  # nobody registered: there is nothing to leave
+        file.with_name(LEFT).touch()  # first: a kill in between is seen at the next look
+        file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lftpipe.base.device import autocast, cast_linear
+from lftpipe.base.device import autocast, cast_linear, move
 from lftpipe.families import meta_model
-from lftpipe.families.attention import AttentionContext, attention_context, spans_of
+from lftpipe.families.attention import AttentionContext, attention_context, known_segments, spans_of
 from lftpipe.families.branches import Branches
 from lftpipe.families.structure import structure_of
 from lftpipe.teacher import capture
@@ -94,6 +94,13 @@ class Trunk:
         other._layers = other.model.get_submodule(self._layers_path)
         return other
 
+    def below(self, deepest: int) -> "Trunk":
+        """The same weights, run no further than to a lower state."""
+        other = self.twin()
+        del other._layers[max(deepest, 1) :]
+        other._forms, other.deepest = self._forms[: len(other._layers)], deepest
+        return other
+
     @torch.inference_mode()
     def run(
         self,
@@ -112,11 +119,15 @@ class Trunk:
         ----------
         hidden, attention
             What takes states and attention outputs. A layer without an attention branch gives none.
+        position_ids
+            They are looked at: on a GPU it would be waited for, on the processor nobody waits.
         """
         if self._are_apart(position_ids):
             self._run_apart(tokens, position_ids, hidden, attention)
             return
-        with capture.hooks(self._layers, self._forms, self.deepest, hidden, attention):
+        several = bool((position_ids[:, 1:] == 0).any())
+        hooks = capture.hooks(self._layers, self._forms, self.deepest, hidden, attention)
+        with hooks, known_segments(self.device, several=several):
             self._forward(tokens, position_ids)
 
     def _are_apart(self, position_ids: Tensor) -> bool:
@@ -127,7 +138,7 @@ class Trunk:
         return self.apart or structure.looks_at_length(int(position_ids.max()) + 1)
 
     def _forward(self, tokens: Tensor, position_ids: Tensor, **options: Any) -> Any:
-        places = {"position_ids": position_ids.to(self.device)} if self._takes_positions else {}
+        places = {"position_ids": move(position_ids, self.device)} if self._takes_positions else {}
         with autocast(self.device, self.compute_dtype):
             return self.model(input_ids=tokens.to(self.device), use_cache=False, **places, **options)
 
@@ -198,12 +209,16 @@ class Head:
 
     @torch.inference_mode()
     def top(self, state: Float[Tensor, "sequence position feature"]) -> TopLogits:
-        """The largest logits of a batch of last states."""
+        """The largest logits of a batch of last states, relative to the largest of each position.
+
+        Only differences have a meaning, and those to the largest survive rounding to float16.
+        """
         pieces = []
         for piece in state.flatten(0, 1).float().split(self._piece):
             logits = self._tail.logits(piece)
             values, ids = logits.topk(self._count)
-            pieces.append((values, ids.int(), logits.logsumexp(-1)))
+            largest = values[:, :1]
+            pieces.append((values - largest, ids.int(), logits.logsumexp(-1) - largest[:, 0]))
         values, ids, normaliser = (
             torch.cat(parts).unflatten(0, state.shape[:2]) for parts in zip(*pieces, strict=True)
         )

@@ -1,38 +1,43 @@
 """Data-parallel training under `torchrun`: every process takes its part of each batch."""
 
-import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lftpipe.base.progress import launched
+
 T = TypeVar("T")
 
 
-def join(device: str) -> str:
-    """Join the processes that `torchrun` started, if it did; the device of this one.
+#: How long processes wait for the first one while it works alone: it makes the map, fits, and writes.
+PATIENCE = timedelta(days=7)
 
-    Parameters
-    ----------
-    device
-        As it was asked for; `cuda` becomes this process's own.
-    """
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        return device
-    if not dist.is_initialized():
+
+def join(device: str) -> None:
+    """Join the processes that a launcher such as `torchrun` started, if one did."""
+    if launched() and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    return device
+        _patient()  # made by all at once, before any of them works alone
+
+
+@cache
+def _patient() -> dist.ProcessGroup:
+    """All processes, for what they may wait long for; nccl gives up after ten minutes."""
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def leave() -> None:
     """Let go of the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _patient.cache_clear()
 
 
 def count() -> int:
@@ -55,7 +60,7 @@ def agree(value: T | None) -> T:
     """
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, group=_patient())
     (agreed,) = values
     assert agreed is not None
     return agreed
@@ -104,4 +109,4 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 def wait() -> None:
     """Until every process is here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(_patient())

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lftpipe.data.batches import Batch, BatchFields
 from lftpipe.teacher.tail import Layers
-from lftpipe.training.step import Run, losses_of, nmses_of
+from lftpipe.training.step import Run, losses_of, nmse_of, squares_of
 
 
 class HoldOut:
@@ -57,18 +58,17 @@ class HoldOut:
     @torch.no_grad()
     def _evaluate_split(self, split: str, key: str, found: dict[Path, dict[str, float]]) -> None:
         losses = [0.0] * len(self.runs)
-        nmses = [0.0] * len(self.runs)
-        sequences = len(self._sequences[split])
+        squares: list[Tensor] = []
         for batch in self._batches(split):
-            for i, nmse in enumerate(nmses_of(self.runs, self.bridges, batch)):
-                nmses[i] += nmse * len(batch)
+            here = squares_of(self.runs, self.bridges, batch)
+            squares = [a + b for a, b in zip(squares, here, strict=True)] if squares else here
             if key == "held_back":
                 for i, loss in enumerate(losses_of(self.runs, self.bridges, batch)):
                     losses[i] += loss.item() * len(batch)
-        for run, loss, nmse in zip(self.runs, losses, nmses, strict=True):
-            found[run.folder][f"{key}_nmse"] = nmse / sequences
+        for run, loss, sums in zip(self.runs, losses, squares, strict=True):
+            found[run.folder][f"{key}_nmse"] = nmse_of(sums)
             if key == "held_back":
-                found[run.folder]["held_back_loss"] = loss / sequences
+                found[run.folder]["held_back_loss"] = loss / len(self._sequences[split])
 
     def _batches(self, split: str) -> Iterator[Batch]:
         """The same each time: the step, of which the random draws are a function, is the batch's number."""

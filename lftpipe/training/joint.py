@@ -25,7 +25,7 @@ from lftpipe.training.terms import FrozenTails
 from lftpipe.training.validate import Wanted
 
 #: What runs have in common that are trained from the same batches.
-_SHARED = ("batch_tokens", "seed", "window", "hold_back", "from_teacher", "resume", "device")
+_SHARED = ("batch_tokens", "seed", "window", "hold_back", "from_teacher", "resume")
 
 
 def train_runs(wanted: list[Wanted], store: Store, teacher: Teacher) -> list[TrainedRun]:

@@ -81,11 +81,12 @@ def _fit(run: TrainingRun, batches: Iterable[Batch], maps: list[Any]) -> None:
         sums.gram, sums.cross = (
             distributed.mean(each.to(run.device)).cpu() for each in (sums.gram, sums.cross)
         )
-    weight, bias = (each.to(run.device) for each in sums.solve())
+    biased = next((each for each in reversed(maps) if each.bias is not None), None)
+    weight, bias = (each.to(run.device) for each in sums.solve(intercept=biased is not None))
     for each, change in zip(maps, weight.split(sizes, dim=1), strict=True):
         weight_of(each).add_(change)
-    if maps[-1].bias is not None:
-        maps[-1].bias += bias
+    if biased is not None:
+        biased.bias += bias
 
 
 def _features(

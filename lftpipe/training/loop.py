@@ -20,7 +20,7 @@ from lftpipe.training.holdout import HoldOut
 from lftpipe.training.log import Log
 from lftpipe.training.rolling import Standing
 from lftpipe.training.run import TrainingRun
-from lftpipe.training.step import Run, nmses_of, take_step
+from lftpipe.training.step import Run, nmse_of, squares_of, take_step
 
 
 class Chain:
@@ -167,7 +167,7 @@ class Chain:
         return by_step or self._enters_window(step)
 
     def _write(self, batch: Batch, rates: list[float], found: dict[Any, dict[str, float]]) -> None:
-        nmses = nmses_of(self.runs, self.bridges, batch)
+        nmses = [nmse_of(each) for each in squares_of(self.runs, self.bridges, batch)]
         self.nmse = nmses[0]
         for log, rate, nmse in zip(self._logs, rates, nmses, strict=True):
             log.write(rate, nmse, found.get(log.run.folder, {}))
@@ -213,6 +213,7 @@ def train_together(chains: list[Chain], *, resume: bool = False, verb: str = "tr
     labels = ", ".join(run.folder.name for chain in chains for run in chain.runs)
     first = chains[0].runs[0]
     with ExitStack() as files:
+        distributed.wait()  # what `--force` deletes must be gone before any process looks for a checkpoint
         for chain in chains:
             chain.begin(files, resume=resume)
         start = min((chain.step for chain in chains if not chain.finished), default=0)
@@ -221,7 +222,7 @@ def train_together(chains: list[Chain], *, resume: bool = False, verb: str = "tr
         task = files.enter_context(progress.task(f"{verb} {labels}", total, "tokens", done=done))
         while active := [chain for chain in chains if chain.goes_on]:
             step = min(chain.step for chain in active)
-            stop = min(chain.stage_end for chain in active if chain.step == step)
+            stop = min(chain.stage_end for chain in active)  # also of those whose checkpoint is further on
             fields = BatchFields()
             for chain in active:
                 fields |= chain.fields

@@ -93,6 +93,7 @@ def loss_of(run: Run, batch: Batch, x_0: States | None = None) -> tuple[Loss, Lo
     x_0
         Where to begin; left out, at the stored `h[m]`.
     """
+    batch.need(run.fields)
     with run.autocast():
         problem = run.pose(batch) if isinstance(run, HealingRun) else pose(run, batch, x_0)
         return weighted_sum(problem, run.stage.weights), problem
@@ -167,8 +168,10 @@ def _divergence(run: Run, norm: float, step: int) -> DivergenceError:
 
 
 @torch.no_grad()
-def nmses_of(joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch) -> list[float]:
-    """NMSE of the states that each run predicts at inference (section 5.1); NaN where it predicts none.
+def squares_of(joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch) -> list[Tensor]:
+    """Squares of error and target of each run's states at inference, in the mean over processes.
+
+    NaN where a run predicts none.
 
     Parameters
     ----------
@@ -176,16 +179,18 @@ def nmses_of(joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch) -> l
         The teacher's layers from each block to the next one.
     """
 
-    def nmse(run: Run, x_0: States | None) -> tuple[float, LogitsProblem]:
+    def squares(run: Run, x_0: States | None) -> tuple[Tensor, LogitsProblem]:
         if isinstance(run, HealingRun):
-            return math.nan, run.pose(batch)
+            return torch.full((2,), math.nan), run.pose(batch)
         with run.autocast():
             problem = pose(run, batch, x_0, equal_steps=True)
             end = problem.end
-        return _nmse(end, batch.states[run.n]), problem
+        x_1 = batch.states[run.n]
+        return distributed.mean(torch.stack([(end - x_1).square().sum(), x_1.square().sum()])), problem
 
-    return _in_order(joint, bridges, batch, nmse)
+    return _in_order(joint, bridges, batch, squares)
 
 
-def _nmse(end: Tensor, x_1: Tensor) -> float:
-    return ((end - x_1).square().sum() / x_1.square().sum()).item()
+def nmse_of(squares: Tensor) -> float:
+    """NMSE (section 5.1) from what `squares_of` gave, which may be summed over batches."""
+    return (squares[0] / squares[1]).item()

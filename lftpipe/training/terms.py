@@ -59,6 +59,7 @@ class FrozenTails:
         if key not in self._loaded:
             tail = Tail(teacher, start)
             cast_linear(tail, dtype)
+            _ = tail.linear_head  # what it is, is found by its values: better before a GPU has them
             self._loaded[key] = tail.to(device)
         return self._loaded[key]
 

@@ -35,7 +35,7 @@ Wanted = tuple[Path, TrainSettings, tuple[int, int]]
 
 
 #: What a command has once, for all its variants.
-_OF_ALL = {"store", "workspace", "threads", "workers", "cache", "cache_bytes"}
+_OF_ALL = {"store", "workspace", "device", "threads", "workers", "cache", "cache_bytes"}
 
 
 def variants_of(settings: TrainSettings) -> list[TrainSettings]:

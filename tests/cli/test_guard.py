@@ -95,18 +95,21 @@ def test_an_interrupt_in_a_stage_is_raised_there():
     assert err.count("\n") == 1
 
 
+#: What a launcher sets in the environment of one of two processes.
+TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
 REFUSAL = 'from lftpipe.base.errors import RunError; raise RunError("a", "b", "c")'
 
 
 def test_of_several_ranks_that_refuse_the_first_says_why():
-    first, other = start(REFUSAL, RANK="0", WORLD_SIZE="2"), start(REFUSAL, RANK="1", WORLD_SIZE="2")
+    first, other = start(REFUSAL, RANK="0", **TWO), start(REFUSAL, RANK="1", **TWO)
     assert first.communicate(timeout=30)[1] == "error: given: a / expected: b / do: c\n"
     other.terminate()  # as torchrun does once a process has failed
     assert other.communicate(timeout=30)[1] == ""
 
 
 def test_a_rank_that_fails_alone_says_so_in_the_end():
-    other = start(REFUSAL, "from lftpipe.cli import guard; guard.GRACE = 0.1", RANK="1", WORLD_SIZE="2")
+    other = start(REFUSAL, "from lftpipe.cli import guard; guard.GRACE = 0.1", RANK="1", **TWO)
     assert other.communicate(timeout=30)[1] == "process 1: error: given: a / expected: b / do: c\n"
     assert other.returncode == 1
 
@@ -114,7 +117,7 @@ def test_a_rank_that_fails_alone_says_so_in_the_end():
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_whose_partner_is_gone_leaves_the_word_to_it(rank):
     gone = 'print("gone", flush=True); raise RuntimeError("gloo: Connection closed by peer")'
-    patient = start(gone, "from lftpipe.cli import guard; guard.GRACE = 0.1", RANK=rank, WORLD_SIZE="2")
+    patient = start(gone, "from lftpipe.cli import guard; guard.GRACE = 0.1", RANK=rank, **TWO)
     assert patient.stdout is not None
     assert patient.stdout.readline() == "gone\n"
     with pytest.raises(subprocess.TimeoutExpired):
@@ -122,7 +125,7 @@ def test_a_rank_whose_partner_is_gone_leaves_the_word_to_it(rank):
     patient.terminate()  # as torchrun does once a process has failed
     assert patient.communicate(timeout=30)[1] == ""
     hasty = "from lftpipe.cli import guard; guard.GRACE = guard.GRACE_OF_THE_LEFT = 0.1"
-    _, err = start(gone, hasty, RANK=rank, WORLD_SIZE="2").communicate(timeout=30)
+    _, err = start(gone, hasty, RANK=rank, **TWO).communicate(timeout=30)
     assert "expected: all processes to go on to the end" in err
     assert err.count("\n") == 1
 

@@ -1,5 +1,6 @@
 """The teacher's largest logits in a store: the model's own, and kept like states."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import CONTEXT
 from extractions import change, contents, small_extraction
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lftpipe.base.errors import SettingsError, StoreError
@@ -41,6 +43,7 @@ def test_logits_are_the_models_own_largest(settings, teachers):
         logits = model(
             torch.from_numpy(tokens).long(), position_ids=torch.from_numpy(places).long(), use_cache=False
         ).logits
+    logits = logits - logits.max(-1, keepdim=True).values
     top, own = logits.topk(7)
     np.testing.assert_allclose(values[rows], top.numpy(), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
@@ -89,3 +92,25 @@ def test_without_logits_no_head_is_loaded_and_a_store_says_so(settings, monkeypa
         store.batches("train", [0], batch_size=2, seed=0, with_logits=True)
     with pytest.raises(SettingsError, match="--logits 321 / expected: 0 to 320"):
         extract(change(settings, logits=321))
+
+
+def test_in_float16_logits_near_minus_100_give_the_models_probabilities(settings, teachers, tmp_path):
+    """A head that adds the same to all logits of a position changes no probability."""
+    folder = tmp_path / "far"
+    shutil.copytree(teachers["neox"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["embed_out.weight"] += 50 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    result = extract(change(settings, model=str(folder), layers="1,2", logits=7, dtype="float16"))
+    store = Store.open(Path(result["store"]))
+    values, ids, normaliser = (torch.from_numpy(each[:8]) for each in store.logits("train"))
+    tokens, places = store.tokens("train")[:8], positions(store.document("train")[:8])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(
+            torch.from_numpy(tokens).long(), position_ids=torch.from_numpy(places).long(), use_cache=False
+        ).logits
+    assert logits.max(-1).values.abs().median() > 50
+    exact = logits.log_softmax(-1).gather(-1, ids.long())
+    assert (values.float() - normaliser[..., None] - exact).abs().max() < 2e-3
+    assert (values[..., 0] == 0).all()

@@ -224,3 +224,13 @@ def test_what_each_scale_makes_count_the_same():
 def test_a_channel_scale_without_the_variance_is_refused():
     with pytest.raises(ValueError, match="needs the channel variance"):
         ErrorScale("channel")
+
+
+@pytest.mark.parametrize("variance", [0.0, 1e-15])
+def test_a_channel_that_never_varies_does_not_rule_the_channel_scale(variance):
+    error, x_1 = states(0, 2, 3, 5), states(1, 2, 3, 5)
+    others = torch.tensor([1.0, 2.0, 3.0, 4e6])
+    loss = ErrorScale("channel", torch.cat([others, torch.tensor([variance])]))(error, x_1)
+    typical = torch.cat([others, torch.tensor([2.0])])
+    torch.testing.assert_close(loss, (error.square() / typical).mean())
+    assert ErrorScale("channel", torch.zeros(5))(error, x_1) < 10

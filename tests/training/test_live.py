@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import extracted
-from training_runs import assert_same_weights, change, log_of, short_run, weights_of
+from training_runs import assert_same_weights, change, log_of, short_run, teacher_of, weights_of
 
 from lftpipe.base.errors import DivergenceError, SettingsError
 from lftpipe.commands.evaluate import evaluate
 from lftpipe.commands.train import train
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import EvaluateSettings, TrainSettings
+from lftpipe.data.batches import BatchFields
+from lftpipe.data.teacher_reader import LiveReader
+from lftpipe.store import Store
 from lftpipe.teacher.trunk import Trunk
 
 RECIPE = """
@@ -74,15 +77,12 @@ def test_the_variants_share_one_pass_of_the_teacher(tmp_path, stored, monkeypatc
 
 
 def test_variants_in_two_processes_are_those_of_one(tmp_path, stored):
-    threads = torch.get_num_threads()
-    try:
-        one = trained(tmp_path, stored["tokens"], seed=7)
-        weights = {name: weights_of(run) for name, run in one.items()}
-        trained(tmp_path, stored["tokens"], seed=7, workers=2, threads=2 * threads, force=True)
-        for name, run in one.items():
-            torch.testing.assert_close(weights_of(run), weights[name], rtol=0, atol=0)
-    finally:
-        torch.set_num_threads(threads)
+    one = trained(tmp_path, stored["tokens"], seed=7)
+    weights = {name: weights_of(run) for name, run in one.items()}
+    threads = 2 * torch.get_num_threads()
+    trained(tmp_path, stored["tokens"], seed=7, workers=2, threads=threads, force=True)
+    for name, run in one.items():
+        torch.testing.assert_close(weights_of(run), weights[name], rtol=0, atol=0)
 
 
 def test_a_process_that_diverges_ends_the_others_no_sooner(tmp_path, stored):
@@ -118,3 +118,21 @@ def test_what_is_fitted_from_the_store_is_refused_without_states(tmp_path, store
         train(settings)
     with pytest.raises(SettingsError, match=r"block 1:3, which needs state 1 .* --from-teacher"):
         train(short_run(stored["tokens"], tmp_path))
+
+
+def test_a_teacher_that_is_loaded_deep_enough_is_not_loaded_again(stored, monkeypatch):
+    store = Store.open(stored["tokens"])
+    teacher, loaded = teacher_of(store), []
+    real = Trunk.__init__
+    monkeypatch.setattr(Trunk, "__init__", lambda *given: (loaded.append(given[2]), real(*given))[1])
+    reader = LiveReader(store, teacher, "cpu")
+    wanted = [BatchFields((3,)), BatchFields((0, 1)), BatchFields((2,), (1,)), BatchFields((1, 3))]
+    found = [reader.read("train", range(4), fields) for fields in wanted]
+    assert loaded == [3]
+    for fields, batch in zip(wanted, found, strict=True):
+        own = LiveReader(store, teacher, "cpu").read("train", range(4), fields)
+        assert batch.states.keys() == set(fields.layers)
+        for layer, state in own.states.items():
+            torch.testing.assert_close(batch.states[layer], state, rtol=0, atol=0)
+        for layer, output in own.attention.items():
+            torch.testing.assert_close(batch.attention[layer], output, rtol=0, atol=0)

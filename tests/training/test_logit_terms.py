@@ -1,6 +1,7 @@
 """Terms on next-token distributions: the same number and gradient in pieces as at once, at a lower price."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -225,3 +226,23 @@ def test_only_a_head_without_a_soft_cap_is_a_linear_map(store, tail, cap, linear
     if not linear:
         with pytest.raises(TeacherError, match="more than a linear map"):
             check_head(other, teacher_of(store))
+
+
+def test_near_the_teacher_the_sampled_divergence_errs_upwards():
+    """It is convex in the sum that is estimated: no sign of its own, but that of the masses left."""
+    vocabulary, ids = 64, torch.arange(4)[None]
+    weight = torch.randn(vocabulary, 1, generator=torch.Generator().manual_seed(0))
+    weight[:4] = weight[4:].logsumexp(0) - math.log(
+        4
+    )  # the student has half of its mass on these, as the teacher
+    values, normaliser, states = torch.zeros(1, 4), torch.tensor([math.log(8)]), torch.ones(1, 1)
+    exact = top_divergence(values, ids, normaliser, states @ weight.T)
+    sampled = torch.stack(
+        [
+            sampled_divergence(
+                values, ids, normaliser, states, weight, None, draw(ids, vocabulary, seed, draws=64)
+            )
+            for seed in range(400)
+        ]
+    )
+    assert sampled.mean() - exact > 4 * sampled.std() / len(sampled) ** 0.5

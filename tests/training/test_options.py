@@ -197,3 +197,20 @@ def test_validation_is_logged_and_decides_nothing(settings, plain):
     rows = [row for row in log_of(settings.run) if "validation_nmse" in row]
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
     assert not any("held_back_loss" in row for row in rows)
+
+
+def test_what_is_held_back_counts_by_sequence_though_the_last_batch_is_smaller(settings):
+    """And the NMSE is that of all of it, no mean of the batches' ratios."""
+    store = Store.open(settings.store)
+    held_back = 6 / store.num_sequences("train")
+    found = []
+    for sequences in (4, 6):  # a batch of four and one of two, or one of six
+        wanted = change(
+            settings, objective="regression", hold_back=held_back, batch_tokens=sequences * CONTEXT
+        )
+        run = TrainingRun(Path(str(wanted.run)), wanted, store, teacher_of(store), (1, 3))
+        run.weights.follow(1)
+        assert store.num_sequences("train") - run.order.num_sequences == 6
+        found.append(HoldOut([run], []).evaluate()[run.folder])
+    assert set(found[0]) == {"held_back_loss", "held_back_nmse", "validation_nmse"}
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -14,6 +14,7 @@ from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
 from lftpipe.data.batches import Batch
+from lftpipe.flow.linear import LeastSquares
 from lftpipe.runs import read_settings
 from lftpipe.store import Store
 from lftpipe.training import TrainingRun, least_squares_init, validate
@@ -150,3 +151,25 @@ def test_maps_that_see_parts_of_a_sequence_are_not_fitted(tokenizer, text_folder
     store = extracted(tmp_path / "workspace", teacher, text_folder, layers="1,3", attention=False)
     with pytest.raises(RunError, match="all positions at once"):
         train(short_run(store, tmp_path, objective="regression", init="readout"))
+
+
+def test_no_constant_is_fitted_that_maps_without_biases_throw_away(settings, monkeypatch):
+    """The block's end is shifted: maps with biases follow, maps without come as near as they can."""
+
+    def fitted_error(run: TrainingRun) -> float:
+        batches = [
+            replace(batch, states=dict(batch.states) | {3: batch.states[3] + 1.0})
+            for batch in batches_of(run)
+        ]
+        least_squares_init.refit(run, lambda: batches)
+        return error(run, batches)
+
+    ours = fitted_error(training(settings, objective="regression"))
+    real = LeastSquares.solve
+    monkeypatch.setattr(LeastSquares, "solve", lambda self, *, intercept: real(self))
+    run = training(settings, objective="regression")
+    with_a_constant = fitted_error(run)
+    if any("bias" in name for name, _ in run.flow.named_parameters()):
+        assert ours == with_a_constant
+    else:
+        assert ours < 0.95 * with_a_constant

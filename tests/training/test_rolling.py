@@ -119,6 +119,38 @@ def rolling(teachers, text, tmp_path) -> Path:
     return producer.store
 
 
+@pytest.mark.parametrize("runs", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_of_one_step_ends_its_producer_however_short_it_is(runs, rolling, teachers, text, tmp_path):
+    for number in range(runs):
+        (rolling / "readers/left").unlink()  # as if no run had ever come
+        with beside(extraction(tmp_path, teachers["neox"], text)) as producer:
+            train(short_run(rolling, tmp_path / str(number), tokens=4 * CONTEXT))
+        producer.join()
+        producer.disk.most()  # nobody watches it any more
+
+
+def test_a_producer_that_begins_after_the_last_run_has_left_does_not_wait_for_it(rolling, teachers, text):
+    assert not registered(rolling)
+    with beside(extraction(rolling.parents[1], teachers["neox"], text)) as producer:
+        producer.join()
+
+
+def test_a_run_between_two_looks_of_the_producer_was_seen(rolling, teachers, text, tmp_path, monkeypatch):
+    """The run registers and leaves after the first look, and before the second."""
+    (rolling / "readers/left").unlink()
+    looks = []
+
+    def sleep(_: float) -> None:
+        looks.append(1)
+        if len(looks) == 1:
+            train(short_run(rolling, tmp_path / "between", tokens=4 * CONTEXT))
+        assert len(looks) < 10, "the producer waits for a run that has left"
+
+    monkeypatch.setattr("lftpipe.extraction.rolling.time.sleep", sleep)
+    extract(extraction(tmp_path, teachers["neox"], text))
+    assert looks
+
+
 def test_what_needs_the_whole_store_says_so_in_one_line(rolling, tmp_path):
     assert Store.open(rolling).spec.rolling == 2
     run = short_run(rolling, tmp_path / "refused")

@@ -93,6 +93,15 @@ def test_what_all_variants_have_in_common_is_refused_in_one(settings, tmp_path):
         train(from_recipe(TrainSettings, path, "train", {"store": settings.store, "block": "1:3"}))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_variants_own_device_is_refused(settings, tmp_path, device):
+    """Under torchrun `cuda` would be the same card in every process."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"[train.variants.a]\ndevice = '{device}'\n[train.variants.b]\ndevice = '{device}'\n")
+    with pytest.raises(SettingsError, match=r"device in variant a / .* put it into \[train\]"):
+        train(from_recipe(TrainSettings, path, "train", {"store": settings.store, "block": "1:3"}))
+
+
 def test_a_variant_out_of_range_is_refused(settings, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text("[train.variants.a]\nema = 3.0\n")
@@ -188,6 +197,38 @@ def test_a_killed_joint_run_goes_on_and_ends_the_same(settings, tmp_path, monkey
         assert_same_weights(one["run"], other["run"])
 
 
+@pytest.mark.parametrize("second", ["regression,logits", "top-logits"])
+def test_runs_resumed_from_checkpoints_apart_enter_their_stages_with_what_these_need(
+    settings, tmp_path, monkeypatch, second
+):
+    """A stage of the run that is further on begins before the other one's ends."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        "[train.variants.early]\nloss = 'regression'\ncheckpoint_every = 6\n"
+        f"[train.variants.late]\nloss = 'regression@0.75/{second}'\ncheckpoint_every = 8\n"
+    )
+    keys = ("store", "block", "tokens", "batch_tokens", "compute_dtype", "log_every")
+    given = {key: getattr(settings, key) for key in keys} | {"objective": "regression", "resume": True}
+    given["seed"] = len(second)  # the store is shared, and its runs lie beside it
+    both = from_recipe(TrainSettings, path, "train", given)
+    unbroken = {run["run"]: weights_of(run["run"]) for run in train(both)["runs"]}
+    anew = from_recipe(TrainSettings, path, "train", given | {"force": True, "resume": False})
+    with monkeypatch.context() as patch:
+        stop_before(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            train(anew)
+    for run in train(both)["runs"]:
+        assert "already_finished" not in run
+        torch.testing.assert_close(weights_of(run["run"]), unbroken[run["run"]], rtol=0, atol=0)
+
+
+def test_a_batch_that_lacks_what_a_stage_needs_is_an_error(settings, monkeypatch):
+    """Whatever reads it: the loop here forgets the last stage's fields."""
+    monkeypatch.setattr(TrainingRun, "stage_end", property(lambda run: run.num_steps))
+    with pytest.raises(LookupError, match=r"batch 6 was read without h\[4\]"):
+        train(change(settings, objective="regression", loss="regression@0.5/logits"))
+
+
 def test_a_joint_run_killed_between_two_manifests_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
     joint = change(settings, block="0:1,2:3", joint=True, checkpoint_every=2)
     unbroken = train(joint)["runs"]
@@ -263,6 +304,8 @@ def test_two_processes_have_the_loss_of_one_at_the_same_batch(settings, tmp_path
     assert done.stdout.count("next: lftpipe evaluate") == 1  # one of the two speaks
     ours, theirs = ([row["loss"] for row in log_of(run)] for run in (settings.run, tmp_path / "two"))
     assert theirs == pytest.approx(ours, rel=1e-5)
+    ours, theirs = ([row["nmse"] for row in log_of(run)] for run in (settings.run, tmp_path / "two"))
+    assert theirs == pytest.approx(ours, rel=1e-4)  # of the whole batch, not of the first process's part
     two, one = weights_of(tmp_path / "two"), weights_of(settings.run)
     # Keys' biases have no gradient but rounding, which AdamW scales to whole steps.
     for weights in (two, one):

@@ -112,7 +112,35 @@ def test_a_student_is_healed_by_two_processes_as_by_one(arguments, tmp_path):
     ["[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:2", "NCCL error"],
 )
 def test_an_error_of_the_exchange_between_processes_is_no_defect(monkeypatch, text):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("lftpipe.cli.guard.launched", lambda: True)
     assert "do: see which process failed first, and run again with --resume" in line_of(RuntimeError(text))
-    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr("lftpipe.cli.guard.launched", lambda: False)
     assert "defect" in line_of(RuntimeError(text))
+
+
+#: lftpipe, in which the first process takes its time to delete what was there.
+SLOW_TO_BEGIN = """
+import os, sys, time
+from lftpipe.training import joint as begun
+real = begun.begin
+def begin(*given):
+    time.sleep(3)
+    real(*given)
+begun.begin = begin
+from lftpipe.cli.app import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_force_and_resume_under_torchrun_begin_again_in_every_process(arguments, tmp_path):
+    """No process goes on from a checkpoint that the first one deletes."""
+    dying, slow = tmp_path / "dying.py", tmp_path / "slow.py"
+    dying.write_text(DYING)
+    slow.write_text(SLOW_TO_BEGIN)
+    assert torchrun("--", str(dying), "1", "7", *arguments)[0] != 0
+    run = tmp_path / "run"
+    assert (run / runs.CHECKPOINT).exists()
+    status, _, lines = torchrun("--", str(slow), *arguments, "--resume", "--force")
+    assert (status, lines) == (0, [])
+    assert [row["step"] for row in log_of(run)] == list(range(1, 13))

@@ -75,7 +75,8 @@ class TrainSettings(OfStore, Spread, InSteps):
     """Times of a walk: `uniform` draws them for each walk (algorithm 2); `equal` steps, as at inference;
     `mixed`: equal steps, 1 to k of them, drawn for each batch."""
     loss_scale: LossScale = "token"
-    """What divides a squared error: each `token`'s or `channel`'s own scale, the final `norm`, or nothing."""
+    """What divides a squared error: each `token`'s or `channel`'s own scale, the same after the `norm` that
+    reads the state, or with `none` the batch's mean square."""
     tokens: Count = 1_000_000
     """Training tokens; the store is read again in a new order as often as needed."""
     window: CountOrZero = 0

@@ -104,15 +104,19 @@ function figures() {
 function training() {
   const runs = Object.entries(data.curves);
   if (!runs.length) return at("training").closest("section").remove();
-  const validated = runs.some(([, rows]) => rows.some(row => "validation_nmse" in row));
-  const draw = (key, title) => {
-    const series = runs.map(([name, rows], index) => ({name, index, line: true, points: rows.filter(row => key in row).map(row => ({
-      x: row.tokens, y: row[key], text: `${name} after ${number(row.tokens)} tokens: ${number(row[key])}`}))}))
+  const isValidated = rows => rows.some(row => "validation_nmse" in row);
+  const validated = runs.some(([, rows]) => isValidated(rows));
+  const draw = (keyOf, title) => {
+    const series = runs.map(([run, rows], index) => {
+      const key = keyOf(rows), name = run + (key === "nmse" && validated ? " (training batches)" : "");
+      return {name, index, line: true, points: rows.filter(row => key in row).map(row => ({
+        x: row.tokens, y: row[key], text: `${name} after ${number(row.tokens)} tokens: ${number(row[key])}`}))};
+    })
       .filter(one => one.points.length);  // a healed run has no NMSE: what comes after its block changes too
     if (series.length) chart(at("training"), {title, logY: true, labels: {x: "training tokens", y: title.split(",")[0]}, series});
   };
-  draw(validated ? "validation_nmse" : "nmse", validated ? "NMSE, on validation sequences" : "NMSE, on training batches");
-  draw("loss", "loss, as each run defines it");
+  draw(rows => (isValidated(rows) ? "validation_nmse" : "nmse"), validated ? "NMSE, on validation sequences" : "NMSE, on training batches");
+  draw(() => "loss", "loss, as each run defines it");
   if (data.damaged.length) at("training").append(make("p", {class: "warn"}, data.damaged.join("; ")));
 }
 
