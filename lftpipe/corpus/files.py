@@ -202,7 +202,11 @@ def _line_rows(file: IO[bytes], path: Path, most: int) -> Iterator[tuple[int, st
 
 def _array_rows(file: IO[bytes], path: Path, most: int) -> Iterator[tuple[int, str, Any]]:
     """The items of an array, decoded one by one: together they may be larger than the memory."""
-    text = io.TextIOWrapper(file, encoding=UTF8)
+    with io.TextIOWrapper(file, encoding=UTF8) as text:
+        yield from _items(text, path, most)
+
+
+def _items(text: IO[str], path: Path, most: int) -> Iterator[tuple[int, str, Any]]:
     spaces, decode = json.decoder.WHITESPACE.match, json.JSONDecoder().raw_decode
     buffer, at, number, before = "", 0, 0, "["
     while True:

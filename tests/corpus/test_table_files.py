@@ -50,7 +50,7 @@ def written(column: str, path: Path) -> Path:
     elif path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
-        (file,) = saved(column, path.with_suffix(".saved")).glob("*.arrow")
+        (file,) = saved(column, path.parent.with_name(f"{path.stem} saved")).glob("*.arrow")
         file.rename(path)
     return path
 
