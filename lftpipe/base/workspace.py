@@ -1,11 +1,17 @@
 """Where things lie: `<workspace>/<teacher>/states.zarr`, `runs/<name>/` and the files beside them."""
 
+import shlex
 from pathlib import Path
 
 from lftpipe.base.errors import RunError, SettingsError, StoreError
 from lftpipe.base.outputs import refuse_name
 
 STORE_NAME = "states.zarr"
+
+
+def next_command(*words: str | Path) -> str:
+    """The line that says what to type next: names with spaces or brackets are quoted for the shell."""
+    return f"next: {shlex.join(['lftpipe', *map(str, words)])}"
 
 
 def find_store(workspace: Path, store: Path | None) -> Path:

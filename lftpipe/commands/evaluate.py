@@ -15,7 +15,7 @@ from lftpipe import runs
 from lftpipe.base.device import on_device, resolve_compute_dtype
 from lftpipe.base.errors import RunError, SettingsError, StoreError
 from lftpipe.base.outputs import COMMENT, making
-from lftpipe.base.workspace import find_runs, find_store, require_json_name
+from lftpipe.base.workspace import find_runs, find_store, next_command, require_json_name
 from lftpipe.config.layers import check_apart
 from lftpipe.config.settings import EvaluateSettings, recorded
 from lftpipe.corpus.wikitext import NAME, read_wikitext, wikitext_file
@@ -300,7 +300,7 @@ def summary(result: Evaluation) -> FittedTable:
         for row in found.adaptive or []
     ]
     page = result.out.removesuffix(".json") + ".md"  # a text: a path would fold a URL's slashes
-    draw = "" if Path(page).name != "results.md" else f"\nnext: lftpipe report --store {found.store}"
+    draw = "" if Path(page).name != "results.md" else "\n" + next_command("report", "--store", found.store)
     return FittedTable(
         [
             Column(

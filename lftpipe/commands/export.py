@@ -16,7 +16,7 @@ from lftpipe.base import progress
 from lftpipe.base.device import on_device
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.base.outputs import making_folder, refuse_foreign_files
-from lftpipe.base.workspace import find_run
+from lftpipe.base.workspace import find_run, next_command
 from lftpipe.config.settings import ExportSettings
 from lftpipe.reporting.cards import student_card
 from lftpipe.results.outcomes import Exported
@@ -186,5 +186,5 @@ def summary(result: Exported) -> str:
         lines.append(f"  logits differ from the student's by at most {result.max_logit_difference:.1e}")
     if result.pushed:
         lines.append(f"  uploaded to {result.pushed}")
-    lines.append(f"next: lftpipe generate {result.out} --prompt TEXT")
+    lines.append(next_command("generate", result.out, "--prompt", "TEXT"))
     return "\n".join(lines)

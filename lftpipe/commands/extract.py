@@ -6,6 +6,7 @@ from dataclasses import replace
 from lftpipe.base import progress
 from lftpipe.base.device import dtype_name, on_device
 from lftpipe.base.errors import LftpipeError, SettingsError, StoreError
+from lftpipe.base.workspace import next_command
 from lftpipe.config.settings import ExtractSettings
 from lftpipe.corpus.packing import SPLITS
 from lftpipe.extraction.array_job import (
@@ -192,10 +193,10 @@ def summary(result: PlannedExtraction | Extraction) -> str:
                 lines.append(f"  the corpus ended before the {asked:,} {split} tokens asked for")
     lines += _batch_lines(result)
     if result.rolling:
-        lines.append(f"next: lftpipe evaluate --store {result.store}")
+        lines.append(next_command("evaluate", "--store", result.store))
     elif result.complete is not False:
-        step = "recouple" if result.layers else "train --from-teacher --block M:N"
-        lines.append(f"next: lftpipe {step} --store {result.store}")
+        step = ["recouple"] if result.layers else ["train", "--from-teacher", "--block", "M:N"]
+        lines.append(next_command(*step, "--store", result.store))
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from lftpipe import runs
 from lftpipe.base.device import dtype_name, on_device, resolve_compute_dtype
 from lftpipe.base.errors import RunError, SettingsError, StoreError
 from lftpipe.base.outputs import one_writer
-from lftpipe.base.workspace import find_runs, find_store, run_path
+from lftpipe.base.workspace import find_runs, find_store, next_command, run_path
 from lftpipe.config.loss import ON_STORED_LOGITS
 from lftpipe.config.settings import ComputeDtype, HealSettings
 from lftpipe.results.outcomes import Healing
@@ -215,5 +215,5 @@ def summary(result: Healing) -> str:
         f"  {result.train_tokens:,} tokens in {result.seconds:.0f} s, "
         f"{result.tokens_per_second:,.0f} tokens/s, last loss {result.loss:.4f}{told}"
     )
-    lines.append(f"next: lftpipe evaluate {result.healed} {result.run} --store {result.store}")
+    lines.append(next_command("evaluate", result.healed, result.run, "--store", result.store))
     return "\n".join(lines)

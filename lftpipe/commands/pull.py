@@ -8,7 +8,7 @@ from lftpipe import runs
 from lftpipe.base import progress
 from lftpipe.base.errors import LftpipeError, RunError, SettingsError, StoreError
 from lftpipe.base.outputs import one_writer, refuse_name
-from lftpipe.base.workspace import STORE_NAME
+from lftpipe.base.workspace import STORE_NAME, next_command
 from lftpipe.config.settings import PullSettings
 from lftpipe.results.outcomes import Pulled
 from lftpipe.results.run import SAMPLES
@@ -118,7 +118,7 @@ def summary(result: Pulled) -> str:
     told = "is there already" if result.already_there else "is whole"
     lines = [f"{result.path}: {result.kind} of {result.teacher} from {result.source}, {told}"]
     if result.kind == "store":
-        lines.append(f"next: lftpipe train --from-cache --store {result.path}")
+        lines.append(next_command("train", "--from-cache", "--store", result.path))
     else:
-        lines.append(f"next: lftpipe generate {result.path} --prompt TEXT")
+        lines.append(next_command("generate", result.path, "--prompt", "TEXT"))
     return "\n".join(lines)

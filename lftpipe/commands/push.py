@@ -1,5 +1,6 @@
 """`lftpipe push`: a store, a run or an exported student to a repository of the Hugging Face Hub."""
 
+import shlex
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -88,7 +89,7 @@ def summary(result: Pushed) -> str:
     """What went where, and how to get it back."""
     lines = [f"{result.path}: {progress.human_bytes(result.bytes)} uploaded to {result.web}"]
     if result.kind != "student":
-        named = f" --run {Path(result.path).name}" if result.others else ""
+        named = f" --run {shlex.quote(Path(result.path).name)}" if result.others else ""
         lines.append(f"next, on another machine: lftpipe pull {result.url}{named}")
         if result.others:
             rest = ", ".join(result.others)

@@ -4,7 +4,7 @@ import time
 
 from lftpipe.base.errors import SettingsError
 from lftpipe.base.outputs import making
-from lftpipe.base.workspace import find_store, require_json_name
+from lftpipe.base.workspace import find_store, next_command, require_json_name
 from lftpipe.config.layers import parse_block
 from lftpipe.config.settings import RecoupleSettings
 from lftpipe.recoupling import ranking
@@ -109,9 +109,8 @@ def summary(result: Recoupling) -> FittedTable:
         + (", without first positions" if used["skip_first"] else "")
         + (f"; ranked by {used['rank_by']}" if used["rank_by"] != "ratio" else "")
     )
-    tail = (
-        f"{result.out} and {', '.join(result.pictures)}, {result.seconds:.1f} s\n"
-        f"next: lftpipe train --from-cache --store {result.store}"
+    tail = f"{result.out} and {', '.join(result.pictures)}, {result.seconds:.1f} s\n" + next_command(
+        "train", "--from-cache", "--store", result.store
     )
     names = ("replace", "block", "R", "raw", "gap", "displacement", "next best")
     columns = [

@@ -6,7 +6,7 @@ from pathlib import Path
 from lftpipe.base import progress
 from lftpipe.base.device import on_device
 from lftpipe.base.errors import SettingsError
-from lftpipe.base.workspace import find_store, run_path
+from lftpipe.base.workspace import find_store, next_command, run_path
 from lftpipe.config.layers import parse_block
 from lftpipe.config.settings import TrainSettings, depth_of
 from lftpipe.results.outcomes import TrainedRun, Training
@@ -109,5 +109,5 @@ def _lines(run: TrainedRun, store: str) -> str:
     lines.append(f"  {run.train_tokens:,} tokens in {run.seconds:.0f} s{speed}{loss}")
     student = run.joint or [run.run]
     if run.run == student[-1]:
-        lines.append(f"next: lftpipe evaluate {' '.join(student)} --store {store}")
+        lines.append(next_command("evaluate", *student, "--store", store))
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Cards: the README.md of a student, a run or a store on the Hub, with the Hub's metadata. No torch."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -69,6 +70,7 @@ def run_card(run: "Run", repository: str, *, licence: str | None = None) -> str:
     """
     hub_id = _hub_id(run.teacher)
     m, n = run.block
+    name = shlex.quote(run.path.name)
     scores = scores_of(run.path)
     lines = [
         *_metadata_of_model(hub_id, "lftpipe", licence),
@@ -87,9 +89,9 @@ def run_card(run: "Run", repository: str, *, licence: str | None = None) -> str:
         "## Use",
         "",
         "```",
-        f"lftpipe pull {repository} --run {run.path.name}",
-        f'lftpipe generate {run.path.name} --prompt "Once"',
-        f"lftpipe export {run.path.name}        # a model of transformers",
+        f"lftpipe pull {repository} --run {name}",
+        f'lftpipe generate {name} --prompt "Once"',
+        f"lftpipe export {name}        # a model of transformers",
         "```",
         "",
         f"The terms of {escaped(hub_id)} hold for these weights, which are made from its.",
@@ -254,7 +256,7 @@ def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
     if len(rows) > 1:
         return _scores(rows)
     together = len(opened) > 1 and not opened[0].joint  # what was trained jointly is scored as one anyway
-    names = " ".join(run.path.name for run in opened) + (" --together" if together else "")
+    names = shlex.join(run.path.name for run in opened) + (" --together" if together else "")
     solver = "" if all(run.solver == result.solver for run in opened) else f" --solver {result.solver}"
     return [f"Not measured yet: `lftpipe evaluate {names} --k {result.k}{solver}` does."]
 
