@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lftpipe.base.errors import StoreError
 from lftpipe.storage.interface import Opened, Reads
-from lftpipe.storage.lease import Lease, SegmentLog, client_of, refusals
+from lftpipe.storage.lease import Lease, SegmentLog, client_of, read_object, refusals
 
 # --- Ranges of objects kept on this machine's disk, at most so many bytes, the longest unused dropped first.
 
@@ -144,7 +144,7 @@ class BucketStorage(SegmentLog):
     @override
     def read(self, name: str) -> bytes:
         with refusals(self.where):
-            return self.client.get(name).bytes().to_bytes()
+            return read_object(self.client, name)
 
     def read_range(self, name: str, start: int, length: int, key: str = "") -> Any:
         """Some bytes of an object.

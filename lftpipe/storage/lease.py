@@ -33,6 +33,9 @@ _NO_ACCESS = (
 )
 
 
+#: In the message of an answer that broke off, and how many times it is asked for.
+_BROKE_OFF, _TRIES = "response body error", 5
+
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 
 
@@ -103,6 +106,19 @@ def refusals(where: str) -> Iterator[None]:
             "an object store that answers",
             "look at network and endpoint, then run the same command again: what is committed is kept",
         ) from None
+
+
+def read_object(client: Any, name: str) -> bytes:
+    """A whole object. Where an answer breaks off obstore tries again, but not if it was that of an error."""
+    from obstore.exceptions import BaseError
+
+    for _ in range(_TRIES - 1):
+        try:
+            return client.get(name).bytes().to_bytes()
+        except BaseError as error:
+            if _BROKE_OFF not in str(error):
+                raise
+    return client.get(name).bytes().to_bytes()
 
 
 def _no_bucket(where: str) -> StoreError:
@@ -198,7 +214,7 @@ class Lease:
     def _read(self) -> dict[str, Any] | None:
         try:
             with refusals(self._where):
-                found = json.loads(self._client().get(LEASE).bytes().to_bytes())
+                found = json.loads(read_object(self._client(), LEASE))
         except (FileNotFoundError, ValueError):
             return None
         return found if isinstance(found, dict) else None

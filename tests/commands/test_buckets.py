@@ -1,5 +1,6 @@
 """The whole pipeline on a bucket, what a bucket refuses, and what the cache keeps."""
 
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,29 @@ def test_connections_that_are_cut_are_tried_again(server, monkeypatch, machine):
     for each in read:
         np.testing.assert_array_equal(each, want)
     assert proxy.refused > 3
+
+
+def test_an_answer_that_breaks_off_while_it_says_that_nothing_is_there_is_asked_for_again(
+    server, monkeypatch
+):
+    error = b"<Error><Code>NoSuchKey</Code></Error>"
+    head = b"HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(error)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for body in (error[:9], error[:9], error):
+                client, _ = listener.accept()
+                with client:
+                    client.recv(2**16)
+                    client.sendall(head + body)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(FileNotFoundError, match="no such object"):
+            BucketStorage("s3://missing/files").read("nothing.json")
+        thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_a_large_object_is_put_in_parts(server, machine, monkeypatch):
