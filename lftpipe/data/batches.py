@@ -84,7 +84,7 @@ class Batch:
     """What `context` is made with; None where only the whole teacher runs, which makes its own."""
     places: Int[Tensor, "sequence position"] | None = None
     """The position ids where they can be looked at without waiting for a device."""
-    askers: int = 1
+    num_consumers: int = 1
     """Runs that are trained on it."""
     document: Rows | None = None
     """The number of the document that each token came from; on the processor, for statistics alone."""

@@ -148,7 +148,7 @@ def next_token_loss(tokens: Int[Tensor, "*batch"], targets: Bool[Tensor, "*batch
     return (losses * targets).mean()
 
 
-def by_pieces(
+def chunked_loss(
     states: Float[Tensor, "position feature"],
     compare: Callable[[Float[Tensor, "piece feature"], slice], Loss],
     positions: int,

@@ -227,7 +227,7 @@ def train_together(chains: list[Chain], *, resume: bool = False, verb: str = "tr
             for chain in active:
                 fields |= chain.fields
             for alone, waited in _batches(first, fields, step, stop):
-                batch = replace(alone, askers=sum(len(chain.runs) for chain in active))
+                batch = replace(alone, num_consumers=sum(len(chain.runs) for chain in active))
                 for chain in active:
                     if chain.step == batch.step and chain.goes_on:
                         chain.advance(batch, waited)

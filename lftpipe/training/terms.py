@@ -16,7 +16,7 @@ from lftpipe.base.errors import SettingsError, TeacherError
 from lftpipe.config.loss import load_term
 from lftpipe.data.batches import Batch
 from lftpipe.flow.distillation import (
-    by_pieces,
+    chunked_loss,
     draw,
     full_divergence,
     next_token_loss,
@@ -153,7 +153,7 @@ def _teacher_logits(tail: Tail, normed: Positions, batch: Batch, part: slice, ke
         return batch.kept[key]
     with torch.no_grad():
         logits = tail.head(normed[part])
-    if batch.askers > 1 and len(normed) * logits.shape[-1] * logits.element_size() <= KEPT_BYTES:
+    if batch.num_consumers > 1 and len(normed) * logits.shape[-1] * logits.element_size() <= KEPT_BYTES:
         batch.kept[key] = logits
     return logits
 
@@ -169,7 +169,7 @@ def _over_pieces(student: States, compare: Callable[[Positions, slice], Loss], n
         That it makes of each position.
     """
     size = max(1, PIECE_BYTES.get(student.device.type, OTHERWISE) // (4 * numbers))
-    return by_pieces(student.flatten(0, 1), compare, size)
+    return chunked_loss(student.flatten(0, 1), compare, size)
 
 
 # --- The terms of a loss on one batch: what several of them need is computed once.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lftpipe.flow import distillation
-from lftpipe.flow.distillation import by_pieces, full_divergence, next_token_loss
+from lftpipe.flow.distillation import chunked_loss, full_divergence, next_token_loss
 
 
 @pytest.mark.parametrize("positions", [1, 4, 7, 100])
@@ -19,11 +19,11 @@ def test_pieces_change_neither_value_nor_gradient(positions: int) -> None:
     def compare(piece: Tensor, part: slice) -> Tensor:
         return full_divergence(teacher[part], head(piece))
 
-    loss = by_pieces(states, compare, positions)
+    loss = chunked_loss(states, compare, positions)
     (gradient,) = torch.autograd.grad(3 * loss, states)
     assert torch.allclose(loss, whole, rtol=1e-5)
     assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-7)
-    assert torch.allclose(by_pieces(states.detach(), compare, positions), whole, rtol=1e-5)
+    assert torch.allclose(chunked_loss(states.detach(), compare, positions), whole, rtol=1e-5)
 
 
 def test_a_position_without_a_target_does_not_count() -> None:

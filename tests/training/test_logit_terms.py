@@ -123,7 +123,7 @@ def test_the_teachers_logits_are_computed_once_for_all_that_ask(store, batch):
     end = wrong_end(batch)
     alone = [measured(logit_divergence, tail, end, batch) for _ in range(3)]
     assert tail.head.calls == 3
-    asked = replace(batch, askers=3, kept={})
+    asked = replace(batch, num_consumers=3, kept={})
     together = [measured(logit_divergence, tail, end, asked) for _ in range(3)]
     assert tail.head.calls == 4
     assert [loss.item() for loss in together] == [loss.item() for loss in alone]
