@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lftpipe.base.device import in_float64
 from lftpipe.families.attention import AttentionContext
 from lftpipe.flow.path import States, Times
 
@@ -59,7 +58,8 @@ class LeastSquares:
             The state at the end, whose squared norm weighs each position.
         """
         x, y, x_1 = (each.flatten(0, -2) for each in (x, y, x_1))
-        weight = (1 / (in_float64(x_1).square().sum(-1, keepdim=True) + 1e-12)).to(x)
+        squares = (x_1.cpu() if x_1.device.type == "mps" else x_1).double().square()  # mps has no float64
+        weight = (1 / (squares.sum(-1, keepdim=True) + 1e-12)).to(x)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=-1)
         # On a GPU the sums stay there: nothing is waited for.
         device = x.device if x.device.type == "cuda" else torch.device("cpu")

@@ -1,6 +1,7 @@
 """The velocity estimator u(x, t): the block's first layer, modulated by time (section 3.1, figure 1)."""
 
 import math
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -25,9 +26,16 @@ def sinusoidal(t: Times, num_features: int = TIME_FEATURES) -> Float[Tensor, "se
     num_features
         Half of them sines, half cosines.
     """
-    frequencies = torch.exp(torch.linspace(0, math.log(1000), num_features // 2, device=t.device))
-    angles = t.float()[:, None] * frequencies
+    angles = t.float()[:, None] * _frequencies(num_features // 2, t.device)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+@cache
+def _frequencies(count: int, device: torch.device) -> Float[Tensor, "frequency"]:
+    with torch.inference_mode(
+        mode=False
+    ):  # it outlives the call: a tensor of that mode takes no part in autograd
+        return torch.exp(torch.linspace(0, math.log(1000), count, device=device))
 
 
 #: Scale and gate of attention, of the MLP; then, if any, shift of attention, of the MLP.
@@ -150,15 +158,15 @@ class Velocity(nn.Module):
             attention = layer.attention(layer.attention_norm(x), context)
             return attention, layer.mlp(layer.mlp_norm(x if layer.parallel else x + attention), context)
         scale_a, gate_a, scale_m, gate_m, *shifts = modulations or self.modulation(t, step_size)
-        shift_a, shift_m = shifts or (0.0, 0.0)
-        seen: States | float = 0.0
+        shift_a, shift_m = shifts or (None, None)
+        seen: States | None = None
         if self.source is not None:
             assert source is not None, "this velocity sees x_0"
             seen = self.source(layer.attention_norm(source))
-        normed = (1 + scale_a) * layer.attention_norm(x) + shift_a + seen
+        normed = _sum((1 + scale_a) * layer.attention_norm(x), shift_a, seen)
         attention = (1 + gate_a) * layer.attention(normed, context)
         y = x if layer.parallel else x + attention
-        normed = (1 + scale_m) * layer.mlp_norm(y) + shift_m + seen
+        normed = _sum((1 + scale_m) * layer.mlp_norm(y), shift_m, seen)
         return attention, (1 + gate_m) * layer.mlp(normed, context)
 
     def forward(
@@ -201,3 +209,10 @@ class Velocity(nn.Module):
             assert source is not None, "this velocity sees x_0"
             y = y + self.source(source)
         return (1 + gate) * (self.layer(y, context) - y)
+
+
+def _sum(x: States, *others: Tensor | None) -> States:
+    """Of what is there: to add a zero is a pass over all states, too."""
+    for other in others:
+        x = x if other is None else x + other
+    return x
