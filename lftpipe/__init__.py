@@ -7,6 +7,8 @@ first used: `import lftpipe` loads no torch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lftpipe.base.version import __version__
+
 if TYPE_CHECKING:
     from lftpipe.api import (
         add_term,
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     )
     from lftpipe.base.errors import LftpipeError
     from lftpipe.fusion import ByteModel, FusionLogitsProcessor
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ByteModel",

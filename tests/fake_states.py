@@ -78,16 +78,6 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     write_sealed(path, value)
 
 
-def without_tails(path: Path) -> None:
-    """Make a store one of those whose manifests had none."""
-
-    def strip(manifest: dict[str, Any]) -> None:
-        for part in ("shards", "metadata"):
-            manifest[part] = {file: record[:3] for file, record in manifest[part].items()}
-
-    reseal(path / "manifest.json", strip)
-
-
 def environment(*folders: Path) -> dict[str, str]:
     """For a Python that finds lftpipe, and the distributions in these folders."""
     paths = [*map(str, folders), str(Path(__file__).parents[1]), *sys.path]

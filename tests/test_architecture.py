@@ -149,6 +149,11 @@ def test_no_room_imports_a_room_of_its_floor_or_above():
     assert up == set()
 
 
+def test_no_file_imports_the_package_itself():
+    """It imports them; the version is in `lftpipe.base.version`."""
+    assert {module for module, names in ARROWS.items() if "lftpipe" in names} == set()
+
+
 def test_no_files_import_each_other_in_a_circle():
     left = {module: {name for name in names if name in MODULES} for module, names in ARROWS.items()}
     while free := {module for module, names in left.items() if not names & left.keys()}:

@@ -27,7 +27,7 @@ def save_run(path: Path, teacher: Teacher, block: tuple[int, int], **overrides: 
     path.mkdir(parents=True)
     manifest = {
         "store_fingerprint": "0" * 32,
-        "teacher": teacher.identity(),
+        "teacher": teacher.identity() | {"tokenizer_digest": teacher.tokenizer_digest},
         "block": list(block),
         "objective": "fw",
         "solver": "midpoint",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lftpipe import runs
 from lftpipe.config.settings import TrainSettings
 from lftpipe.store import Store
-from lftpipe.teacher.source import Teacher, open_recorded
+from lftpipe.teacher.source import Teacher, open_recorded, record_of
 from lftpipe.training import step as training_step
 
 
@@ -53,7 +53,7 @@ def assert_same_weights(one: str | Path, other: str | Path, **tolerance: float) 
 
 def teacher_of(store: Store, workspace: Path = Path("unused")) -> Teacher:
     """The teacher that a store was made with."""
-    return open_recorded(store.identity["teacher"], workspace, store.path)
+    return open_recorded(record_of(store.identity), workspace, store.path)
 
 
 def stop_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

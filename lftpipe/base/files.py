@@ -196,19 +196,19 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object that is true to its digest if it has one."""
+def _parse_object(data: bytes, sealed: bool = True) -> dict[str, Any]:
+    """A JSON object, and one that is true to the digest that it has where it was sealed."""
     value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
     rest = {key: entry for key, entry in value.items() if key != "digest"}
-    if "digest" in value and value["digest"] != fingerprint(rest):
+    if sealed and value.get("digest") != fingerprint(rest):
         raise ValueError("its digest does not match its content")
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size, true to its digest if it has one, which is left out.
+def read_json(path: Path, *, sealed: bool = True) -> dict[str, Any]:
+    """A JSON object from a file of bounded size; one of ours is true to its digest, which is left out.
 
     Raises
     ------
@@ -219,7 +219,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError("it is no regular file")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
-    value = _parse_object(path.read_bytes())
+    value = _parse_object(path.read_bytes(), sealed)
     value.pop("digest", None)
     return value
 

@@ -275,14 +275,12 @@ def making_folder(out: Path) -> Iterator[Path]:
 
 
 def _check(record: Path, others: Sequence[Path], marks: Sequence[bytes], force: bool, cure: str) -> None:
-    known = has_mark(record, marks)
     if record.exists() and not force:
         raise SettingsError(f"{record}, which exists", "a new file", f"{cure} or another --out")
-    if record.exists() and not known:
+    if record.exists() and not has_mark(record, marks):
         raise not_ours(record)
     for other in others:
-        # A page or picture of an older version has no mark, but lies beside its record.
-        if other.exists() and not (has_mark(other, [MARK]) or (known and record.exists())):
+        if other.exists() and not has_mark(other, [MARK]):
             raise not_ours(other)
 
 

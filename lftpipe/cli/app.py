@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-import lftpipe
 from lftpipe.base import progress
 from lftpipe.base.allocator import keep_freed_memory
+from lftpipe.base.version import __version__
 from lftpipe.cli import interrupt
 from lftpipe.cli.guard import fail, guarded
 
@@ -180,7 +180,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        print(lftpipe.__version__)
+        print(__version__)
         raise typer.Exit
 
 

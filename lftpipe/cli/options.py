@@ -49,8 +49,7 @@ def parameters(kind: type[Common]) -> list[inspect.Parameter]:
     found = [
         _parameter(name, None, _annotation(kind, name, hints[name], panel)) for name, panel in _ordered(kind)
     ]
-    found += [_parameter(name, default, annotation) for name, (default, annotation) in EXTRA.items()]
-    return found + [_parameter(name, None, _former(kind, name)) for name in kind.FORMER]
+    return found + [_parameter(name, default, annotation) for name, (default, annotation) in EXTRA.items()]
 
 
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
@@ -111,12 +110,6 @@ def _first(hint: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(each for each in typing.get_args(hint) if each is not type(None))
     return hint
-
-
-def _former(kind: type[Common], name: str) -> Any:
-    """An option of an earlier version, which the help does not show."""
-    flag = name in ("force", "trust_remote_code")
-    return Annotated[(bool if flag else str) | None, typer.Option(hidden=True, help=kind.FORMER[name])]
 
 
 def parse(kind: type[Common], given: dict[str, Any]) -> dict[str, Any]:

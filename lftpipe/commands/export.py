@@ -1,7 +1,6 @@
 """`lftpipe export`: a student as a folder that transformers, or any runtime of its family, loads."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -10,12 +9,12 @@ from typing import Any
 
 import torch
 
-import lftpipe
 from lftpipe import runs
 from lftpipe.base import progress
 from lftpipe.base.device import on_device
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.base.outputs import making_folder, refuse_foreign_files
+from lftpipe.base.version import __version__
 from lftpipe.base.workspace import find_run, next_command
 from lftpipe.config.settings import ExportSettings
 from lftpipe.reporting.cards import student_card
@@ -29,12 +28,6 @@ from lftpipe.student.plain import old_rotary_names, unroll
 from lftpipe.student.standalone_modeling import MODULE, auto_map, modelling_file
 from lftpipe.teacher.silence import quiet_transformers
 from lftpipe.teacher.source import Teacher, load_tokenizer, max_positions_of
-
-#: What exports of older versions, which do not list their files, consist of.
-_OLDER_FILES = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|vocab|added_tokens|lftpipe)\.json"
-    r"|model.*\.safetensors(\.index\.json)?|README\.md|merges\.txt|chat_template\.jinja|tokenizer\.model"
-)
 
 #: Largest difference of a plain export's logits from the student's, of the largest logit, that is rounding.
 ROUNDING = 1e-3
@@ -138,10 +131,7 @@ def _check_free(out: Path, force: bool, teacher: Teacher) -> None:
         raise RunError(
             f"--force on {out}, which is no exported model", f"a folder with {SOURCE}", "name another --out"
         )
-    known = ExportSource.of_folder(out).files
-    names = {entry.name for entry in out.iterdir()}
-    known = set(known) if known is not None else {name for name in names if _OLDER_FILES.fullmatch(name)}
-    refuse_foreign_files(out, known, "what `lftpipe export` writes")
+    refuse_foreign_files(out, set(ExportSource.of_folder(out).files), "what `lftpipe export` writes")
 
 
 @torch.inference_mode()
@@ -169,7 +159,7 @@ def _write(model: Any, teacher: Teacher, card: str, result: Exported, folder: Pa
         files = sorted({SOURCE, *(entry.name for entry in folder.iterdir())})
         of_result = {key: getattr(result, key) for key in ("form", "blocks", "runs", "k", "solver")}
         recorded: Any = teacher.identity() | {"tokenizer_digest": teacher.tokenizer_digest}
-        source = ExportSource(**of_result, teacher=recorded, lftpipe=lftpipe.__version__, files=files)
+        source = ExportSource(**of_result, teacher=recorded, lftpipe=__version__, files=files)
         source.write(folder / SOURCE)
         task.advance(1)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

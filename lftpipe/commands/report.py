@@ -12,8 +12,8 @@ from lftpipe.reporting.plots import draw_adaptive, draw_steps_curve, draw_traini
 from lftpipe.reporting.tables import escaped, results_page
 from lftpipe.results.outcomes import ReportPage
 
-#: By what a page is known; the last is that of older versions.
-MARKS = (MARK, b" validation tokens; store ")
+#: By what a page is known.
+MARKS = (MARK,)
 
 #: The page's own pictures, which go beside it.
 PICTURES = ("steps.png", "adaptive.png", "training.png")

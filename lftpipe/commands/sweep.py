@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-import lftpipe
 from lftpipe import runs
 from lftpipe.base import progress
 from lftpipe.base.device import on_device
 from lftpipe.base.errors import RunError, SettingsError, StoreError
 from lftpipe.base.outputs import making
+from lftpipe.base.version import __version__
 from lftpipe.base.workspace import find_store, require_json_name
 from lftpipe.config.settings import RecoupleSettings, SweepSettings, TrainSettings, recorded
 from lftpipe.evaluation.predictors import run_predictors
@@ -106,7 +106,7 @@ def _swept(settings: SweepSettings, store_path: Path, folder: Path) -> tuple[int
         validation_tokens=store.num_sequences("validation") * store.context,
         map_settings=dict(found.settings),
         settings=recorded(settings),
-        lftpipe=lftpipe.__version__,
+        lftpipe=__version__,
         rows=rows,
         correlations=correlations(rows, lengths, settings.seed),
         choices=choices(found, rows, lengths),

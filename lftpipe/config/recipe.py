@@ -1,7 +1,6 @@
 """Settings from TOML recipes and from what was given by name. No torch here."""
 
 import dataclasses
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from lftpipe.base.errors import SettingsError
-from lftpipe.config.refusal import as_option, refusal
+from lftpipe.config.refusal import refusal
 from lftpipe.config.settings import Common
 
 S = TypeVar("S", bound=Common)
@@ -30,7 +29,7 @@ def from_recipe(kind: type[S], path: Path | None, table: str, given: dict[str, A
     Parameters
     ----------
     given
-        Values by field; None is not given. Options that an earlier version had are said and dropped.
+        Values by field; None is not given.
 
     Raises
     ------
@@ -40,20 +39,11 @@ def from_recipe(kind: type[S], path: Path | None, table: str, given: dict[str, A
     values: dict[str, Any] = {}
     if path is not None:
         where = f"[{table}] of {path}"
-        values = _without_former(kind, read_recipe(path).get(table, {}), where)
+        values = read_recipe(path).get(table, {})
         _check(kind, values, where)
         for name, variant in values.get("variants", {}).items():
             _check(kind, variant, f"[{table}.variants.{name}] of {path}")
-    values |= {key: value for key, value in given.items() if value is not None}
-    return kind(**_without_former(kind, values, None))
-
-
-def _without_former(kind: type[Common], values: dict[str, Any], where: str | None) -> dict[str, Any]:
-    """The values without options of an earlier version, each of which gets a line on stderr."""
-    for key in values.keys() & kind.FORMER.keys():
-        shown = f"{key} in {where}" if where else as_option(key)
-        print(f"note: {shown} has no effect: {kind.FORMER[key]}", file=sys.stderr)
-    return {key: value for key, value in values.items() if key not in kind.FORMER}
+    return kind(**{**values, **{key: value for key, value in given.items() if value is not None}})
 
 
 def _check(kind: type[Common], values: Any, where: str) -> None:

@@ -69,6 +69,8 @@ class Plan:
     """Sequences of a batch as asked for: more than `batch_sequences` where a shard holds no more."""
     text_field: str | None = None
     """The corpus's column, where one was named."""
+    seed: int = 0
+    """Of the store's identity; nothing is drawn with it."""
     stream_layers: bool = False
     rolling: int = 0
     """Most bytes of states on the disk at a time; 0: all of them."""
@@ -158,6 +160,7 @@ def make_plan(settings: ExtractSettings) -> Plan:
         teacher=teacher,
         corpus=open_corpus(name, settings.max_document_bytes, settings.text_field),
         text_field=settings.text_field,
+        seed=settings.seed,
         path=path,
         layers=layers,
         attention_layers=attention,

@@ -5,10 +5,10 @@ from importlib.metadata import version
 
 import numpy as np
 
-import lftpipe
 from lftpipe.base import progress
 from lftpipe.base.device import device_kind, dtype_name
 from lftpipe.base.errors import CorpusError, TeacherError
+from lftpipe.base.version import __version__
 from lftpipe.corpus.packing import SPLITS, Packing
 from lftpipe.extraction.plan import Plan
 from lftpipe.store import StoreSpec, StoreWriter
@@ -134,7 +134,7 @@ def spec_of(plan: Plan) -> StoreSpec:
         "tokenizer_digest": plan.teacher.tokenizer_digest,
         "corpus": plan.corpus.name,
         "packing": "isolated",
-        "seed": 0,  # of the format: extraction draws no random numbers
+        "seed": plan.seed,
         "compute_dtype": dtype_name(plan.compute_dtype),
         "batch_sequences": plan.batch_sequences,
     }
@@ -144,7 +144,7 @@ def spec_of(plan: Plan) -> StoreSpec:
         identity["device"] = kind
     return StoreSpec(
         identity=identity,
-        details={"versions": {"lftpipe": lftpipe.__version__} | {name: version(name) for name in LIBRARIES}},
+        details={"versions": {"lftpipe": __version__} | {name: version(name) for name in LIBRARIES}},
         layers=plan.layers,
         attention_layers=plan.attention_layers,
         context=plan.context,

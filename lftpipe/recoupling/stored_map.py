@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import lftpipe
 from lftpipe.base.errors import SettingsError
 from lftpipe.base.outputs import making
+from lftpipe.base.version import __version__
 from lftpipe.config.layers import parse_layers
 from lftpipe.config.settings import RecoupleSettings, TrainSettings, recorded
 from lftpipe.recoupling import ranking
@@ -61,7 +61,7 @@ def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) 
         num_layers=num_layers,
         approximate=settings.approximate,
         solver="POT sinkhorn_log" if settings.approximate else solver(),
-        lftpipe=lftpipe.__version__,
+        lftpipe=__version__,
         settings=cast(MapSettings, recorded(settings)),
         store_fingerprint=store.fingerprint,
         probe_residual=_residuals(store, layers, settings) if settings.rank_by == "probe" else None,

@@ -158,7 +158,7 @@ def _manifest(folder: Path) -> RunManifest | None:
 
 def _extract_command(store: Path) -> str:
     try:
-        made = read_json(store / "zarr.json")["attributes"]
+        made = read_json(store / "zarr.json", sealed=False)["attributes"]
         teacher, sequences, layers = made["teacher"], made["sequences"], made["layers"]
         whole = layers == list(range(teacher["layers"] + 1))
         options = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib import colormaps
 
-import lftpipe
+from lftpipe.base.version import __version__
 from lftpipe.reporting.collect import Found
 from lftpipe.reporting.plots import COLOUR_MAP, PREDICTOR_LABELS
 from lftpipe.reporting.tables import COLUMNS, more_sections
@@ -111,7 +111,7 @@ def page(title: str, body: str, data: dict[str, Any], scripts: tuple[str, ...]) 
             "title": escape(title),
             "style": _part("page.css"),
             "body": body,
-            "version": escape(lftpipe.__version__),
+            "version": escape(__version__),
             # No text can end the element that it stands in, or begin a comment there.
             "data": embedded.replace("<", "\\u003c"),
             "script": "\n".join(_part(name) for name in scripts),

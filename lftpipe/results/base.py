@@ -1,7 +1,4 @@
-"""What all artefacts have in common: a digest of themselves, and a reader that refuses anything else.
-
-A file without a digest is one of an older version: then its types and laws alone are checked.
-"""
+"""What all artefacts have in common: a digest of themselves, and a reader that refuses anything else."""
 
 import dataclasses
 import functools

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import AliasChoices, Field, with_config
+from pydantic import with_config
 from typing_extensions import TypedDict
 
 from lftpipe.base.errors import LftpipeError, SettingsError
@@ -43,8 +43,8 @@ class Ranked(Artefact):
     """All blocks of one length, the best first."""
 
     length: int
-    fraction: Annotated[float, Field(validation_alias=AliasChoices("fraction", "share"))]
-    """Of the teacher's layers; older maps call it `share`."""
+    fraction: float
+    """Of the teacher's layers."""
     blocks: list[tuple[int, int]]
 
 
@@ -64,8 +64,8 @@ class RecouplingMap(Artefact):
     random_cost: Matrix
     relative_gap: Matrix
     relative_displacement: Matrix
-    influence: OrAbsent[Matrix] = None
-    """One minus the mean cosine; maps of older versions have none."""
+    influence: Matrix
+    """One minus the mean cosine."""
     partners: list[list[list[int] | None]]
     """Of the first batch: `partners[m][n][i]` is where token `i` goes."""
     samples: list[list[list[int]]]

@@ -10,7 +10,7 @@ from pydantic import ValidationError, with_config
 from typing_extensions import TypedDict
 
 from lftpipe.base.files import MOST_BYTES, read_json, write_atomic
-from lftpipe.results.base import READ_STRICTLY, Artefact, OrAbsent, adapter, reason_of, require
+from lftpipe.results.base import READ_STRICTLY, Artefact, adapter, reason_of, require
 
 # --- A run's `manifest.json`: what a finished run says of itself.
 
@@ -22,6 +22,8 @@ class RecordedTeacher(TypedDict):
     model: str
     revision: str | None
     weights_digest: str
+    config_digest: str
+    tokenizer_digest: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class RunManifest(Artefact):
     student: str | None = None
     """What all these runs have in common, and runs of no other student."""
     metrics_digest: str | None = None
-    """Of `metrics.jsonl`; older runs have none."""
+    """Of `metrics.jsonl`, where the run was trained in steps."""
 
     def check(self) -> None:
         """The block has layers, and steps and tokens are no less than nothing."""
@@ -90,8 +92,8 @@ class ExportSource(Artefact):
     solver: str
     teacher: RecordedTeacher
     lftpipe: str
-    files: OrAbsent[list[str]] = None
-    """Names of all files of the folder; older exports do not say."""
+    files: list[str]
+    """Names of all files of the folder."""
 
     def check(self) -> None:
         """There is a block and a run for each, and steps to take."""

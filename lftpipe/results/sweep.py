@@ -31,7 +31,7 @@ class SweptBlock(Artefact):
     relative_gap: float | None
     relative_displacement: float | None
     probe_residual: float | None
-    influence: float | None = None
+    influence: float | None
     kl: float
     nmse: float
     nmse_without_first: float

@@ -130,7 +130,7 @@ def planned_spec(path: Path) -> StoreSpec | None:
 
 
 def _fingerprint(spec: StoreSpec, shards: Records) -> str:
-    """Over all but details and tails, which stores made before there were any do not have."""
+    """Over all but details, which say how it was made, and tails, which follow from the digests."""
     return fingerprint([spec.content, {file: record[:3] for file, record in shards.items()}])
 
 

@@ -158,8 +158,8 @@ def check_shards(spec: StoreSpec, shards: Records) -> None:
         count = spec.sequences[split]
         for first, file in zip(range(0, count, step), files_of(array, split, count), strict=True):
             record, sequences = shards.get(file), min(step, count - first)
-            if record is None or record.sequences != sequences:
-                raise ValueError(f"{file} is not listed with its {sequences} sequences")
+            if record is None or record.sequences != sequences or not record.tail:
+                raise ValueError(f"{file} is not listed with its {sequences} sequences and its tail")
             size = array.name, sequences, record.bytes
             if size not in possible and not array.may_have(record.bytes, sequences):
                 raise ValueError(f"{file} cannot have {record.bytes} bytes")
@@ -299,12 +299,10 @@ class Expected(NamedTuple):
 
     sizes: np.ndarray
     tails: np.ndarray
-    """Zero where the manifest names none, as those of old stores do not."""
 
     def of(self, index: int) -> tuple[int, str]:
         """Size and tail of a shard, as `ChunkReader` compares them."""
-        tail = int(self.tails[index])
-        return int(self.sizes[index]), f"{tail:016x}" if tail else ""
+        return int(self.sizes[index]), f"{self.tails[index]:016x}"
 
 
 def expected_shards(spec: StoreSpec, shards: Records) -> dict[tuple[str, str], Expected]:
@@ -323,6 +321,6 @@ def expected_shards(spec: StoreSpec, shards: Records) -> dict[tuple[str, str], E
             records = [shards[file] for file in files_of(array, split, count)]
             found[array.name, split] = Expected(
                 np.fromiter((record.bytes for record in records), np.uint64, len(records)),
-                np.fromiter((int(record.tail or "0", 16) for record in records), np.uint64, len(records)),
+                np.fromiter((int(record.tail, 16) for record in records), np.uint64, len(records)),
             )
     return found

@@ -37,7 +37,7 @@ class Record(NamedTuple):
     sequences: int
     bytes: int
     digest: str  # xxh3-128 of the whole file
-    tail: str = ""  # xxh3-64 of its end, which tells it from every other shard; "" in stores made without
+    tail: str = ""  # xxh3-64 of its end, which tells it from every other shard; "" of what is no shard
 
 
 class DamagedShardError(Exception):
@@ -252,7 +252,7 @@ class ChunkReader:
     Parameters
     ----------
     expected
-        Size and tail of the file that was written; a tail of "" is not compared.
+        Size and tail of the file that was written.
 
     Raises
     ------
@@ -272,7 +272,7 @@ class ChunkReader:
         if len(stored) != index_bytes + CRC_BYTES or crc_of(stored[:index_bytes]) != stored[index_bytes:]:
             raise DamagedShardError(f"the index of {self.path} is damaged")
         self.tail = tail_of(last_crc, stored)
-        if expected and (expected[0] != self.size or expected[1] not in ("", self.tail)):
+        if expected and expected != (self.size, self.tail):
             raise OtherShardError(f"{self.path} is not the shard that was written here")
         self._sound = bytearray(num_chunks)
         self._index: list[list[int]] = np.frombuffer(stored, "<u8", 2 * num_chunks).reshape(-1, 2).tolist()

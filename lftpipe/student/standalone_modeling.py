@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lftpipe
+from lftpipe.base.version import __version__
 from lftpipe.student.config import PREFIX
 
 #: The module of the file, as `auto_map` names it.
@@ -43,7 +43,7 @@ def modelling_file(model: Any) -> str:
         left out.
     """
     root = next(kind.__module__ for kind in type(model).__mro__ if kind.__module__.startswith("lftpipe."))
-    parts = [HEAD.format(version=lftpipe.__version__), *bundle(root)]
+    parts = [HEAD.format(version=__version__), *bundle(root)]
     config, causal = type(model.config), type(model)
     if causal.__name__ not in parts[-1]:  # its classes are made when they are needed
         kind = config.model_type.removeprefix(PREFIX)
@@ -86,7 +86,7 @@ def auto_map(model: Any) -> dict[str, str]:
 
 
 def _file(module: str) -> Path:
-    return Path(lftpipe.__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
+    return Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
 
 
 def _needed(module: str) -> Iterator[tuple[str, bool]]:

@@ -347,8 +347,7 @@ PARTS = ("weights", "config", "tokenizer")
 
 def record_of(identity: dict[str, Any]) -> dict[str, Any]:
     """What a store's identity records of its teacher, with the tokenizer's digest that stands beside it."""
-    known = {"tokenizer_digest": identity["tokenizer_digest"]} if "tokenizer_digest" in identity else {}
-    return identity["teacher"] | known
+    return identity["teacher"] | {"tokenizer_digest": identity["tokenizer_digest"]}
 
 
 def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teacher:
@@ -357,7 +356,7 @@ def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teac
     Parameters
     ----------
     recorded
-        `Teacher.identity()` as it was then, and the tokenizer's digest if that was recorded too.
+        `Teacher.identity()` as it was then, and the tokenizer's digest.
     made
         What was made with it, for the error, and to find a folder that was moved together with it.
 
@@ -373,8 +372,8 @@ def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teac
         "tokenizer": lambda: teacher.tokenizer_digest,
     }
     for part in PARTS:
-        before = recorded.get(f"{part}_digest")  # older stores and runs recorded fewer
-        if before is not None and now[part]() != before:
+        before = recorded[f"{part}_digest"]
+        if now[part]() != before:
             raise TeacherError(
                 f"teacher {recorded['model']} whose {part} changed since {made} was made",
                 f"{part} with digest {before[:12]}…",

@@ -167,7 +167,10 @@ def read_checkpoint(
         raise ValueError("its digest does not match its content")
     if binding is not None and sealed.hex() != binding:
         raise ValueError("it is of a run with other settings or of another store")
-    return torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+    try:
+        return torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+    except Exception as error:  # a digest finds accidents: whoever writes a checkpoint by hand can seal it
+        raise ValueError("it is no checkpoint") from error
 
 
 def drop_checkpoints(run: Path) -> None:
@@ -210,7 +213,6 @@ _MAY_DIFFER = {
     "run",
     "rank_by",
     "variants",
-    "tensorboard",
     "track",
     "device",
     "threads",
@@ -322,8 +324,6 @@ def changed_settings(
         Digest of the weights that are to be healed now.
     """
     before, record = runs.read_settings(run)
-    # What an older version did not know was then as it is by default now.
-    before = to_json(type(settings)()) | before
     before |= {"store fingerprint": record["fingerprint"], "healed weights": record.get("healed", healed)}
     now = to_json(settings) | {"store fingerprint": store.fingerprint, "healed weights": healed}
     for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):

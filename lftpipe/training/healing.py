@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-import lftpipe
 from lftpipe import runs
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.base.files import fingerprint
+from lftpipe.base.version import __version__
 from lftpipe.config.loss import ON_STORED_LOGITS, parse_loss
 from lftpipe.config.settings import HealSettings
 from lftpipe.data.batches import Batch, BatchFields, BatchReader
@@ -323,5 +323,5 @@ def _manifest(source: Run, settings: HealSettings, tokens: int) -> dict[str, Any
     return manifest | {
         "healed": healed,
         "train_tokens": source.train_tokens + tokens,
-        "versions": {"lftpipe": lftpipe.__version__, "torch": torch.__version__},
+        "versions": {"lftpipe": __version__, "torch": torch.__version__},
     }

@@ -73,7 +73,7 @@ Tracker = TensorBoard | Service
 
 def tracker_of(settings: TrainSettings | HealSettings, folder: Path, tokens: int) -> Tracker | None:
     """The tracker that `--track` names; None without one."""
-    track = _name_of(settings)
+    track = settings.track
     if track == "tensorboard":
         return TensorBoard(folder, tokens)
     return Service(track, folder, to_json(settings)) if track else None
@@ -81,13 +81,8 @@ def tracker_of(settings: TrainSettings | HealSettings, folder: Path, tokens: int
 
 def check_tracker(settings: TrainSettings | HealSettings) -> None:
     """Refuse a tracker that is not installed, before anything is computed."""
-    if (track := _name_of(settings)) is not None:
+    if (track := settings.track) is not None:
         _needed("torch.utils.tensorboard" if track == "tensorboard" else track, track)
-
-
-def _name_of(settings: TrainSettings | HealSettings) -> str | None:
-    """That of the tracker; `--tensorboard` is another word for one."""
-    return settings.track or ("tensorboard" if getattr(settings, "tensorboard", False) else None)
 
 
 def _needed(module: str, extra: str) -> Any:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-import lftpipe
 from lftpipe import runs
 from lftpipe.base import progress
 from lftpipe.base.device import autocast, resolve_compute_dtype
 from lftpipe.base.errors import RunError
 from lftpipe.base.files import fingerprint
+from lftpipe.base.version import __version__
 from lftpipe.config.loss import (
     CLOSED_FORM,
     ON_LOGITS,
@@ -77,7 +77,7 @@ def manifest_of(
         "optimizer": settings.optimizer,
         "compute_dtype": settings.compute_dtype,
         "velocity": velocity,
-        "versions": {"lftpipe": lftpipe.__version__, "torch": torch.__version__},
+        "versions": {"lftpipe": __version__, "torch": torch.__version__},
     }
 
 

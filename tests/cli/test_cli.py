@@ -111,7 +111,7 @@ def test_the_list_of_commands_needs_no_settings():
 CONTRACT = {
     "extract": "--model --corpus --layers --context --tokens --validation-tokens --store --attention "
     "--no-attention --dtype --compute-dtype --batch-tokens --device --threads --dry-run --resume "
-    "--no-resume --revision --force",
+    "--no-resume --revision --force --seed --trust-remote-code",
     "recouple": "--tokens --batches --metric --layers --seed --out",
     "train": "--block --objective --walk-steps --solver --tokens --batch-tokens --learning-rate --seed --run "
     "--resume --from-cache --from-teacher --device",
@@ -284,16 +284,3 @@ def test_a_list_of_numbers_is_a_list_of_numbers(run):
         1,
         "error: given: --adaptive -2.0 / expected: at least 0 / do: raise --adaptive\n",
     )
-
-
-def test_an_option_of_an_earlier_version_is_said_and_ignored(run, monkeypatch):
-    seen = []
-    fake = SimpleNamespace(verify=lambda settings: seen.append(settings) or {}, summary=lambda result: "ok")
-    monkeypatch.setitem(sys.modules, "lftpipe.commands.verify", fake)
-    status, out, err = run("verify", "--threads", "2", "--force")
-    assert (status, out) == (0, "ok\n")
-    assert sorted(err.splitlines()) == [
-        "note: --force has no effect: this command writes no files",
-        "note: --threads has no effect: this command computes nothing",
-    ]
-    assert "--threads" not in run("verify", "--help")[1]

@@ -57,16 +57,6 @@ def test_force_spares_files_that_were_put_into_an_export(neox_run: runs.Run, tmp
     assert load_model(tmp_path / "out").config.steps == 1
 
 
-def test_an_export_of_an_older_version_can_be_replaced(neox_run: runs.Run, tmp_path: Path) -> None:
-    export(settings(neox_run, tmp_path, k=1))
-    source = json.loads((tmp_path / "out" / "lftpipe.json").read_text())
-    older = {key: value for key, value in source.items() if key not in ("files", "digest")}
-    (tmp_path / "out" / "lftpipe.json").write_text(json.dumps(older))
-    (tmp_path / "out" / "modeling_latent_flow.py").unlink()
-    export(settings(neox_run, tmp_path, k=2, force=True))
-    assert load_model(tmp_path / "out").config.steps == 2
-
-
 def test_force_spares_the_teacher_even_one_that_was_exported(
     neox_run: runs.Run, neox_teacher: Teacher, tmp_path: Path
 ) -> None:

@@ -135,15 +135,3 @@ def test_a_deep_key_costs_no_memory(recipe):
         from_recipe(TrainSettings, path, "train", {})
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     tracemalloc.stop()
-
-
-def test_an_option_of_an_earlier_version_is_said_and_dropped(recipe, capsys):
-    path = recipe("[extract]\nseed = 3\ntrust_remote_code = true\ncontext = 64")
-    assert from_recipe(ExtractSettings, path, "extract", {"seed": 4}) == ExtractSettings(context=64)
-    notes = sorted(capsys.readouterr().err.splitlines())
-    assert notes == [
-        "note: --seed has no effect: extraction draws no random numbers",
-        f"note: seed in [extract] of {path} has no effect: extraction draws no random numbers",
-        f"note: trust_remote_code in [extract] of {path} has no effect: "
-        "lftpipe never runs a model's own code",
-    ]

@@ -84,12 +84,11 @@ def test_settings_are_frozen_and_json(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_panel_and_former_option_is_of_its_command(kind):
+def test_every_option_of_a_panel_is_of_its_command(kind):
     names = {field.name for field in dataclasses.fields(kind)}
     listed = [name for panel in kind.PANELS.values() for name in panel.split()]
     assert set(listed) <= names
     assert len(listed) == len(set(listed))
-    assert names & kind.FORMER.keys() == set()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lftpipe import runs
 from lftpipe.base.errors import RunError
-from lftpipe.base.files import file_digest
+from lftpipe.base.files import file_digest, seal
 from lftpipe.cli.app import app
 from lftpipe.commands.export import export
 from lftpipe.config.settings import ExportSettings
@@ -187,6 +187,7 @@ def test_no_steps_are_refused_in_one_line(run: runs.Run, tmp_path: Path, command
 def test_a_damaged_manifest_is_refused(run: runs.Run) -> None:
     manifest = json.loads((run.path / runs.MANIFEST).read_text())
     del manifest["velocity"]
-    (run.path / runs.MANIFEST).write_text(json.dumps(manifest))
+    del manifest["digest"]
+    (run.path / runs.MANIFEST).write_text(json.dumps(seal(manifest)))
     with pytest.raises(RunError, match=r"a finished run with a readable manifest\.json"):
         runs.open_run(run.path)

@@ -2,8 +2,7 @@
 
 Each settings class is a frozen pydantic dataclass. Its fields are the options of a command: the annotation
 bounds the value, and the docstring below a field is its help. `PANELS` groups the options in `--help`; a
-field that no panel names is shown last, among the expert options. `FORMER` says which options an earlier
-version had.
+field that no panel names is shown last, among the expert options.
 """
 
 import dataclasses
@@ -100,8 +99,6 @@ class Common:
 
     PANELS: ClassVar[dict[str, str]] = {}
     """Title of a group of options: names of its fields, in their order."""
-    FORMER: ClassVar[dict[str, str]] = {}
-    """Options that an earlier version accepted: why they had no effect. They still have none."""
 
     @validator_of_all(mode="wrap")
     @classmethod

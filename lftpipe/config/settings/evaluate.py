@@ -81,7 +81,6 @@ class EvaluateSettings(OfStore, OnDevice, Writing):
         MAIN: "k skips device store workspace out force",
         "What to score": "corpus text_field tasks limit run_code continuations solver together adaptive",
     }
-    FORMER: ClassVar[dict[str, str]] = {"seed": "evaluation draws no random numbers"}
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -133,10 +132,6 @@ class ToySettings(Computing, Seeded, Writing):
     """The JSON file; default: `toy.json` in the workspace. The picture goes beside it."""
 
     PANELS: ClassVar[dict[str, str]] = {MAIN: "steps seed workspace out force"}
-    FORMER: ClassVar[dict[str, str]] = {
-        "store": "the toy reads no store",
-        "device": "the toy always runs on the processor",
-    }
 
 
 # --- Settings of `lftpipe recouple`.
@@ -178,12 +173,6 @@ class RecoupleSettings(OfStore, OnDevice, Seeded, Writing):
 
 # --- Settings of `lftpipe info`, `verify`, `runs`, `compare` and `report`, which look at what is there.
 
-_FORMER = {
-    "seed": "this command draws no random numbers",
-    "threads": "this command computes nothing",
-    "device": "this command computes nothing",
-}
-
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class InfoSettings(OfStore):
@@ -193,7 +182,6 @@ class InfoSettings(OfStore):
     """A store, or a run by name or folder; default: the workspace's only store."""
 
     PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}
-    FORMER: ClassVar[dict[str, str]] = _FORMER | {"force": "this command writes no files"}
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -204,7 +192,6 @@ class VerifySettings(OfStore):
     """The store; default: the workspace's only one."""
 
     PANELS: ClassVar[dict[str, str]] = {MAIN: "store workspace"}
-    FORMER: ClassVar[dict[str, str]] = _FORMER | {"force": "this command writes no files"}
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -215,7 +202,6 @@ class ReportSettings(OfStore, Writing):
     """The Markdown file; default: `report.md` beside the store."""
 
     PANELS: ClassVar[dict[str, str]] = {MAIN: "out force store workspace"}
-    FORMER: ClassVar[dict[str, str]] = _FORMER
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

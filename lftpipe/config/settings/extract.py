@@ -16,6 +16,7 @@ from lftpipe.config.settings.base import (
     Dtype,
     OfStore,
     OnDevice,
+    Seed,
     Text,
     Writing,
 )
@@ -77,6 +78,10 @@ class ExtractSettings(OfStore, OnDevice, Writing):
     rolling: Annotated[int, Field(ge=1, le=2**60)] | None = None
     """Keep at most so many bytes of states on the disk, for `train` beside it: windows of training states
     come, are dropped once every run's checkpoint has passed them, and are made again if a run needs them."""
+    seed: Seed = 0
+    """Recorded in the store: extraction draws no random numbers."""
+    trust_remote_code: bool = False
+    """Accepted, without effect: a model's own code is never run."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes of this machine that compute: each has a GPU with `--device cuda`, else its part of the
     threads."""
@@ -92,8 +97,4 @@ class ExtractSettings(OfStore, OnDevice, Writing):
         "What to store": "context validation_tokens attention logits dtype compress tokens_only rolling",
         "New, continued or repaired": "dry_run resume force repair check_corpus",
         "Many processes": "workers part ray shard_bytes",
-    }
-    FORMER: ClassVar[dict[str, str]] = {
-        "seed": "extraction draws no random numbers",
-        "trust_remote_code": "lftpipe never runs a model's own code",
     }

@@ -59,10 +59,6 @@ class ExportSettings(OfStore, Computing, Writing):
         MAIN: "form k out dtype solver store workspace force",
         "On the Hub": "push_to_hub private license",
     }
-    FORMER: ClassVar[dict[str, str]] = {
-        "seed": "an export draws no random numbers",
-        "device": "an export is always made on the processor",
-    }
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -103,7 +99,6 @@ class GenerateSettings(OfStore, OnDevice, Seeded):
         "Beside the teacher": "compare keep draft",
         "The next token": "top_k top_p repetition_penalty fused_with weight",
     }
-    FORMER: ClassVar[dict[str, str]] = {"force": "generate replaces no files"}
 
 
 # --- Settings of `lftpipe push` and `lftpipe pull`.

@@ -96,8 +96,6 @@ class TrainSettings(OfStore, Spread, InSteps):
     evaluate_every: CountOrZero = 0
     """Steps between evaluations on the sequences held back; validation is logged with them. 0: never, or 100
     with `--hold-back`."""
-    tensorboard: bool = False
-    """The same as `--track tensorboard`."""
     from_teacher: bool = False
     """Run the teacher for every batch, or read the store (the default)."""
     run: Annotated[Text | None, Role.REPEATED] = None
@@ -115,7 +113,7 @@ class TrainSettings(OfStore, Spread, InSteps):
         "The objective": "walk_steps solver loss alpha condition walk_times loss_scale",
         "The steps": "batch_tokens window optimizer muon_dtype learning_rate warmup weight_decay clip ema",
         "Watching the run": "hold_back evaluate_every patience log_every checkpoint_minutes checkpoint_every "
-        "track tensorboard",
+        "track",
     }
 
 
