@@ -5,6 +5,7 @@
 #   make check                              lint, types, the everyday tests, and the slower ones: what CI runs
 #   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
 #   make qwen                               fetch Qwen2.5-Coder-0.5B; gemma and smollm2 likewise
+#   make compress TEACHER=smollm2-135m      a smaller model of a model, as `lftpipe compress` makes it
 #   make results OBJECTIVE=sfm              trains and evaluates another objective from the same store
 #   make paper DEVICE=cuda TOKENS=26000000  Table 1 of the paper, with a hundredth of its tokens
 #   make lm-eval TEACHER=smollm2-135m       its runs and itself on lm_eval's tasks, into the table of results
@@ -29,7 +30,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo test check check-types lint coverage slow fuzz crash runtimes lm-eval paper results sweep report examples pythia-tiny smollm2 qwen gemma pp-ocrv4 families \
+.PHONY: help setup demo compress test check check-types lint coverage slow fuzz crash runtimes lm-eval paper results sweep report examples pythia-tiny smollm2 qwen gemma pp-ocrv4 families \
         docs dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -79,6 +80,25 @@ $(HERE)/sweep.json: $(MAP)
 
 report: $(TABLE)
 	$(LFTPIPE) report $(COMMON) --store $(STORE) --force
+
+# A student of SIZE of the teacher's parameters: candidates, the choice, its training, the checkpoint.
+SIZE       ?= 0.7
+PLAN       := $(HERE)/plan-size$(SIZE).json
+CHOSEN     := $(HERE)/runs/size$(SIZE)-seed$(SEED)/manifest.json
+STUDENT    := $(HERE)/student/config.json
+
+compress: $(STUDENT)
+
+$(PLAN): $(STATES)
+	$(LFTPIPE) plan $(COMMON) --store $(STORE) --size $(SIZE) --seed $(SEED) --out $@ --force
+
+$(CHOSEN): $(PLAN)
+	$(LFTPIPE) train $(COMMON) --store $(STORE) --plan $(PLAN) --seed $(SEED) --batch-tokens 512 \
+	  --run size$(SIZE)-seed$(SEED) --resume
+	@touch $@
+
+$(STUDENT): $(CHOSEN)
+	$(LFTPIPE) export $(COMMON) --store $(STORE) size$(SIZE)-seed$(SEED) --out $(HERE)/student --force
 
 PROMPTS    ?= "    def __init__(self, " "if not isinstance(value, "
 

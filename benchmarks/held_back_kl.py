@@ -38,15 +38,14 @@ def main() -> None:
     reader, total = BatchReader(store, teacher, "cpu"), store.num_sequences("train")
     first = total - math.ceil(given.hold_back * total)
     held = range(first, min(total, first + given.sequences))
-    students = runs.open_students(find_runs(store.path, tuple(given.runs)))
+    students = [[run] for run in runs.open_runs(find_runs(store.path, tuple(given.runs)))]
     if given.together:
         students = [sorted(chain.from_iterable(students), key=lambda run: run.block)]
     steps, scored = tuple(given.k), list[Predictor]()
     for student in students:
-        runs.refuse_parts(student)
-        alone, stored = len(student) == 1, store.layers
-        each = [run_predictors(run, steps, teacher, "cpu", stored=stored, part=not alone) for run in student]
-        scored += each[0] if alone else joined_predictors(student, each, teacher, "cpu", stored=stored)
+        runs.refuse_healed(student)
+        each = [run_predictors(run, steps, teacher, "cpu", stored=store.layers) for run in student]
+        scored += each[0] if len(student) == 1 else joined_predictors(student, each, teacher, "cpu")
     for one in scored:
         assert one.block is not None
         assert one.origin is not None

@@ -59,7 +59,7 @@ def open_student(options: argparse.Namespace) -> tuple[Any, Any, list[tuple[int,
             student.set_steps(1, options.solver)
         recorded = json.loads((folder / "lftpipe.json").read_text())["blocks"]
         return student, teacher, [(int(m), int(n)) for m, n in (block.split(":") for block in recorded)]
-    opened = runs.open_student(find_run(options.workspace, None, options.run))
+    opened = [runs.open_run(find_run(options.workspace, None, options.run))]
     teacher = teacher_of_run(opened[0], options.workspace)
     return build_student(teacher, opened, solver=options.solver), teacher, [run.block for run in opened]
 

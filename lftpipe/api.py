@@ -130,6 +130,8 @@ def _stage(kind: Callable[Options, Common], place: str) -> Callable[Options, Res
 extract = _stage(settings.ExtractSettings, "lftpipe.commands.extract:extract")
 recouple = _stage(settings.RecoupleSettings, "lftpipe.commands.recouple:recouple")
 train = _stage(settings.TrainSettings, "lftpipe.commands.train:train")
+compress = _stage(settings.CompressSettings, "lftpipe.commands.compress:compress")
+plan = _stage(settings.PlanSettings, "lftpipe.commands.plan:plan")
 heal = _stage(settings.HealSettings, "lftpipe.commands.heal:heal")
 evaluate = _stage(settings.EvaluateSettings, "lftpipe.commands.evaluate:evaluate")
 sweep = _stage(settings.SweepSettings, "lftpipe.commands.sweep:sweep")
@@ -197,7 +199,7 @@ def load_student(path: str | Path, *, k: int | None = None, solver: str | None =
 
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        opened = runs.open_student(folder)
+        opened = [runs.open_run(folder)]
         there = folder.resolve().parent  # <workspace>/<teacher>/runs, if it lies in one
         workspace = there.parents[1] if there.name == "runs" else settings.TrainSettings().workspace
         teacher = teacher_of_run(opened[0], workspace)

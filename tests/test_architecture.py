@@ -25,7 +25,7 @@ FLOORS: tuple[str, ...] = (
     "teacher store flow fusion",
     "data runs",
     "extraction recoupling student training evaluation",
-    "reporting",
+    "reporting planning",
     "commands",
     "api",
     "cli",
@@ -61,6 +61,8 @@ WITHOUT: dict[str, str] = {
     "student": "zarr",
     "training": "transformers zarr",
     "evaluation": "transformers zarr",
+    "planning": "transformers zarr",
+    "planning.choice": "torch transformers zarr",
     "reporting": "torch transformers zarr",
     "reporting.terminal": f"{NO_ARRAYS} pydantic",
     "commands.train": "transformers",
@@ -177,7 +179,9 @@ def test_every_place_without_libraries_exists():
 
 
 def test_a_command_never_imports_a_command():
+    """But `compress`, which runs the others as if typed."""
     commands = [module for module in MODULES if module.startswith("lftpipe.commands.")]
+    commands.remove("lftpipe.commands.compress")
     assert {module for module in commands if knows(module, "lftpipe.commands")} == set()
 
 

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from lftpipe import runs
 from lftpipe.base.files import seal
+from lftpipe.base.shape import Part, shape_text
 from lftpipe.config.settings import ExportSettings
 from lftpipe.teacher.source import Teacher
 
 
 def save_run(path: Path, teacher: Teacher, block: tuple[int, int], **overrides: Any) -> runs.Run:
     """A finished run of this teacher and block, with a random flow layer."""
-    velocity = {"time": True, "shift": teacher.family.name == "gpt_neox"} | overrides.pop("velocity", {})
-    flow = runs.build_flow(teacher, velocity, block[0]).to_empty(device="cpu")
+    shift = {"shift": teacher.family.name == "gpt_neox"}
+    part = Part(*block, **(shift | overrides.pop("part", {})))
+    flow = runs.build_flow(teacher, [part]).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(block[0])
     with torch.no_grad():
         for name, parameter in flow.named_parameters():
@@ -29,12 +31,13 @@ def save_run(path: Path, teacher: Teacher, block: tuple[int, int], **overrides: 
         "store_fingerprint": "0" * 32,
         "teacher": teacher.identity() | {"tokenizer_digest": teacher.tokenizer_digest},
         "block": list(block),
+        "parts": [part.to_json()],
+        "shape": shape_text([part], teacher.num_layers),
         "objective": "fw",
         "solver": "midpoint",
         "walk_steps": 3,
         "seed": 0,
         "train_tokens": 1000,
-        "velocity": velocity,
     }
     runs.save_run(path, flow, manifest | overrides)
     return runs.open_run(path)

@@ -38,6 +38,12 @@ class Command:
 
 
 COMMANDS = {
+    "compress": Command(
+        "CompressSettings",
+        "lftpipe.commands.compress:compress",
+        PIPELINE,
+        "Make a smaller model of a model: all stages in one command.",
+    ),
     "extract": Command(
         "ExtractSettings",
         "lftpipe.commands.extract:extract",
@@ -55,6 +61,12 @@ COMMANDS = {
         "lftpipe.commands.train:train",
         PIPELINE,
         "Learn a flow layer for a block, or for several blocks.",
+    ),
+    "plan": Command(
+        "PlanSettings",
+        "lftpipe.commands.plan:plan",
+        PIPELINE,
+        "Choose the best shape for a budget, of candidates trained alone.",
     ),
     "heal": Command(
         "HealSettings",

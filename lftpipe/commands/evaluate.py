@@ -112,8 +112,7 @@ def _results(settings: EvaluateSettings, store_path: Path) -> Results:
     for run in opened:
         _check_run(run, store)
     if settings.adaptive:
-        alone = [each for each in opened if settings.together or [each] in students]
-        _check_adaptive(alone, settings)
+        _check_adaptive(opened, settings)
     teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
     columns, on_tasks = _of_whole_models(students, settings, teacher, store)
     validation = _validation(store, teacher, settings)
@@ -208,11 +207,11 @@ def _check_run(run: runs.Run, store: Store) -> None:
 def _check_adaptive(opened: list[runs.Run], settings: EvaluateSettings) -> None:
     if max(settings.k) < 2:
         raise SettingsError(f"--adaptive with --k {max(settings.k)}", "a k of at least 2", "pass --k 1,2,3")
-    timed = [run for run in opened if run.has_time]
+    timed = [run for run in opened if run.has_time and len(run.parts) == 1]
     if not timed:
         raise SettingsError(
             "--adaptive without a flow",
-            "a run with steps, as fw and sfm train, that is a student by itself",
+            "a run of one flow with steps, as fw and sfm train",
             "name one",
         )
     for run in timed:
@@ -225,16 +224,16 @@ def _check_adaptive(opened: list[runs.Run], settings: EvaluateSettings) -> None:
 
 
 def _students(paths: list[Path], *, together: bool) -> list[list[runs.Run]]:
-    """The runs of each student: those that were trained jointly, or all of them."""
-    students = runs.open_students(paths)
+    """The runs of each student: one each, or all of them."""
+    opened = runs.open_runs(paths)
     if not together:
-        return students
-    whole = sorted((run for student in students for run in student), key=lambda run: run.block)
+        return [[run] for run in opened]
+    whole = sorted(opened, key=lambda run: run.block)
     if len(whole) < 2:
         raise SettingsError(
             "--together with one run", "several runs whose blocks do not overlap", "name more runs"
         )
-    runs.refuse_parts(whole)
+    runs.refuse_healed(whole)
     check_apart([run.block for run in whole], "--together with runs of blocks")
     return [whole]
 
@@ -243,15 +242,20 @@ def _predictors(
     students: list[list[runs.Run]], settings: EvaluateSettings, teacher: Teacher, stored: tuple[int, ...]
 ) -> list[Predictor]:
     """Teacher, the skips of each block's first layers, each whole block skipped, then the students."""
-    blocks = {run.block for student in students for run in student}
+    # Of a single layer that others of its student replace too, no skip says much.
+    blocks = {
+        part.block
+        for student in students
+        for run in student
+        for part in run.parts
+        if len(run.parts) == 1 or part.stop - part.start > 1
+    }
     first_layers = {
         (m, m + count) for m, _ in blocks for count in settings.skips if m + count <= teacher.num_layers
     }
     found = [teacher_predictor(teacher)]
     found += [skip_predictor(teacher, block) for block in sorted(first_layers | blocks)]
     for student in students:
-        # A layer that was healed with others is nothing without them.
-        alone = len(student) == 1 or (settings.together and student[0].healed is None)
         each = [
             run_predictors(
                 run,
@@ -261,15 +265,13 @@ def _predictors(
                 solver=settings.solver,
                 thresholds=settings.adaptive,
                 stored=stored,
-                part=not alone,
             )
             for run in student
         ]
-        if alone:
-            found += chain.from_iterable(each)
+        found += chain.from_iterable(each)
         if len(student) > 1:
             parts = [[one for one in own if not one.adaptive] for own in each]
-            found += joined_predictors(student, parts, teacher, settings.device, stored=stored)
+            found += joined_predictors(student, parts, teacher, settings.device)
     return found
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lftpipe.base import progress
 from lftpipe.base.device import on_device
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.base.outputs import making_folder, refuse_foreign_files
+from lftpipe.base.shape import shape_text
 from lftpipe.base.version import __version__
 from lftpipe.base.workspace import find_run, next_command
 from lftpipe.config.settings import ExportSettings
@@ -52,7 +52,7 @@ def export(settings: ExportSettings) -> Exported:
     if repository is not None:
         require_token()
     paths = [find_run(settings.workspace, settings.store, name) for name in settings.runs]
-    opened = sorted(chain.from_iterable(runs.open_students(paths)), key=lambda run: run.block)
+    opened = sorted(runs.open_runs(paths), key=lambda run: run.block)
     teacher = teacher_of_run(opened[0], settings.workspace)
     student = build_student(teacher, opened, steps=settings.k, solver=settings.solver)
     _refuse_infinite(student, "check run and teacher")
@@ -101,12 +101,14 @@ def _described(
     settings: ExportSettings, teacher: Teacher, opened: Sequence[Run], student: Any, model: Any
 ) -> Exported:
     """What there is to say of an export before it is written."""
+    parts = [part for run in opened for part in run.parts]
     return Exported(
         out="",
         form=settings.form,
         model_type=model.config.model_type,
         teacher=teacher.name,
-        blocks=[f"{run.block[0]}:{run.block[1]}" for run in opened],
+        blocks=[f"{part.start}:{part.stop}" for part in parts],
+        shape=shape_text(parts, teacher.num_layers),
         runs=[str(run.path) for run in opened],
         k=student.config.steps,
         solver=student.config.solver,
@@ -170,7 +172,7 @@ def summary(result: Exported) -> str:
     lines = [
         f"{result.out}: {result.model_type}, {result.layers} layers, "
         f"{result.parameters:,} parameters, {progress.human_bytes(result.bytes)} of {result.dtype}",
-        f"  blocks {', '.join(result.blocks)} of {result.teacher}, {result.k} {result.solver} steps",
+        f"  {result.shape} of {result.teacher}, {result.k} {result.solver} steps",
     ]
     if result.max_logit_difference is not None:
         lines.append(f"  logits differ from the student's by at most {result.max_logit_difference:.1e}")

@@ -185,7 +185,7 @@ def _open(settings: GenerateSettings, name: str) -> Writer:
         tokenizer = tokenizer_of(folder, RunError, "export it again")
         return Writer(model.to(settings.device), tokenizer, folder, False)
     path = find_run(settings.workspace, settings.store, name)
-    opened = runs.open_student(path)
+    opened = [runs.open_run(path)]
     teacher = teacher_of_run(opened[0], settings.workspace)
     student = build_student(teacher, opened, steps=settings.k, solver=settings.solver)
     return Writer(student.to(settings.device), load_tokenizer(teacher), path, True)
@@ -258,12 +258,12 @@ def _drafted(settings: GenerateSettings, prompt: str, out: TextIOBase | None) ->
     _check_prompt(draft, prompt, settings)
     if not draft.is_run:
         raise RunError(f"--draft {settings.draft}, a folder", "a run", "name the run it was exported from")
-    opened = runs.open_student(draft.path)
+    opened = [runs.open_run(draft.path)]
     teacher = teacher_of_run(opened[0], settings.workspace)
     count = settings.max_new_tokens
     with quiet_transformers():
         model = load_teacher(teacher).to(settings.device)
-        skipping = without_layers(model, teacher, [run.block for run in opened])
+        skipping = without_layers(model, teacher, opened[0].shortened)
         for each in (model, draft.model, skipping):
             warm_up(each, draft.tokenizer, prompt)
         alone = continue_prompt(model, draft.tokenizer, prompt, count)

@@ -1,7 +1,4 @@
-"""`lftpipe heal`: train a run's layer together with the layers after it, or with the whole student.
-
-A student of several flow layers is healed as one, into as many runs.
-"""
+"""`lftpipe heal`: train a run's layers together with the layers after them, or with the whole student."""
 
 import math
 from contextlib import ExitStack
@@ -24,7 +21,7 @@ from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher, open_recorded, record_of
 from lftpipe.training import distributed
 from lftpipe.training.checkpoint import begin, is_finished, refuse_foreign
-from lftpipe.training.healing import HealingRun, Part
+from lftpipe.training.healing import HealingRun
 from lftpipe.training.log import check_tracker
 from lftpipe.training.loop import Chain, train_together
 from lftpipe.training.validate import check_patience
@@ -56,46 +53,37 @@ def heal(settings: HealSettings) -> Healing:
         settings = _resolved(settings, source, store)
         teacher = open_recorded(record_of(store.identity), settings.workspace, store.path)
         check_tracker(settings)
-        new: list[Part] = []
-        for run in source:
-            folder = run_path(store_path, _name(settings, run, source))
-            new.append(Part(folder, replace(settings, target=str(run.path)), run))
+        folder = run_path(store_path, settings.run or f"{source.path.name}-healed")
+        settings = replace(settings, target=str(source.path))
         with ExitStack() as locks:
             if distributed.rank() == 0:
-                _claim(new, source, locks)
-            return _healed(new, store, teacher)
+                if folder.resolve() == source.path.resolve():
+                    raise SettingsError(
+                        f"--run {folder}, the run that is healed", "a new name", "give another"
+                    )
+                refuse_foreign(folder, settings)
+                locks.enter_context(one_writer(folder))
+            return _healed(folder, settings, source, store, teacher)
     finally:
         distributed.leave()
 
 
-def _claim(new: list[Part], source: list[Run], locks: ExitStack) -> None:
-    """Be the only writer of the new runs' folders; refuse what must not be overwritten."""
-    for part in new:
-        if part.folder.resolve() in {run.path.resolve() for run in source}:
-            raise SettingsError(f"--run {part.folder}, the run that is healed", "a new name", "give another")
-    for part in new:
-        refuse_foreign(part.folder, part.settings)
-    for part in new:
-        locks.enter_context(one_writer(part.folder))
-
-
-def _healed(new: list[Part], store: Store, teacher: Teacher) -> Healing:
-    """What is left to do of runs whose only writer this process is."""
-    folder, settings, source = new[0]
+def _healed(folder: Path, settings: HealSettings, source: Run, store: Store, teacher: Teacher) -> Healing:
+    """What is left to do of a run whose only writer this process is."""
     outcome = Healing(
         run=str(folder),
         store=str(store.path),
         healed=str(source.path),
         block=list(source.block),
-        joint=[str(part.folder) for part in new] if len(new) > 1 else None,
+        shape=source.shape,
     )
-    if distributed.agree(_are_finished(new, store) if distributed.rank() == 0 else None):
+    digest = source.weights_digest
+    if distributed.agree(is_finished(folder, settings, store, digest) if distributed.rank() == 0 else None):
         return replace(outcome, already_finished=True)
-    run = HealingRun(new, store, teacher)
+    run = HealingRun(folder, settings, source, store, teacher)
     chain = Chain([run])
     if distributed.rank() == 0:  # all that could be refused was looked at
-        for part in new:
-            begin(part.folder, part.settings, store, part.source.weights_digest)
+        begin(folder, settings, store, digest)
     (ended,) = train_together([chain], resume=settings.resume, verb="heal")
     best = run.weights.best_loss
     return replace(
@@ -110,50 +98,21 @@ def _healed(new: list[Part], store: Store, teacher: Teacher) -> Healing:
     )
 
 
-def _are_finished(new: list[Part], store: Store) -> bool:
-    """Whether all runs are there already; refuses folders that hold something else."""
-    folders = [part.folder for part in new]
-    there = [(folder / runs.MANIFEST).exists() for folder in folders]
-    begun = (folders[0] / runs.SETTINGS).exists()
-    if any(there) and not new[0].settings.force:
-        # The first manifest is written last: others without it are of a killed healing, if one had begun.
-        strange = not all(there) if there[0] else not begun
-        if strange or (all(there) and [run.path for run in runs.open_student(folders[0])] != folders):
-            raise RunError(
-                f"a finished run {folders[there.index(True)]}, but no student of it and what is beside it",
-                "all runs of a healed student, or none",
-                "use a new --run NAME, or --force",
-            )
-    finished = [is_finished(part.folder, part.settings, store, part.source.weights_digest) for part in new]
-    return all(finished)
-
-
-def _find(store_path: Path, target: str | None) -> list[Run]:
-    """The student to heal, run by run: the one that was named, or the only one that no healing made."""
+def _find(store_path: Path, target: str | None) -> Run:
+    """The run to heal: the one that was named, or the only one that no healing made."""
     if target is not None:
-        return runs.open_student(find_runs(store_path, (target,))[0])
-    paths = [path for path in find_runs(store_path, ()) if runs.open_run(path).healed is None]
-    found = runs.open_students(paths)
+        return runs.open_run(find_runs(store_path, (target,))[0])
+    found = [run for run in runs.open_runs(find_runs(store_path, ())) if run.healed is None]
     if len(found) != 1:
+        names = ", ".join(run.path.name for run in found)
         raise RunError(
-            f"{len(paths)} runs beside {store_path}: {', '.join(path.name for path in paths)}",
-            "the one to heal",
-            "name it: lftpipe heal RUN",
+            f"{len(found)} runs beside {store_path}: {names}", "the one to heal", "name it: lftpipe heal RUN"
         )
     return found[0]
 
 
-def _name(settings: HealSettings, run: Run, student: list[Run]) -> str:
-    """What a new run is called; several of one `--run NAME` have their blocks in their names."""
-    if settings.run is None:
-        return f"{run.path.name}-healed"
-    m, n = run.block
-    return settings.run if len(student) == 1 else f"{settings.run}-{m}-{n}"
-
-
-def _resolved(settings: HealSettings, student: list[Run], store: Store) -> HealSettings:
+def _resolved(settings: HealSettings, source: Run, store: Store) -> HealSettings:
     """Settings with all that was left open chosen, and checked against the student and the store."""
-    source = student[0]
     if store.fingerprint != source.store_fingerprint and store.origin != source.store_origin:
         raise RunError(
             f"{source.path}, trained from another store than {store.path}",
@@ -167,15 +126,14 @@ def _resolved(settings: HealSettings, student: list[Run], store: Store) -> HealS
             "a store with the teacher's largest logits",
             "extract --force with --logits 64, or use --loss logits",
         )
-    m, n, last = source.block[0], student[-1].block[1], store.identity["teacher"]["layers"]
-    stops = [*(run.block[0] for run in student[1:]), last]
+    (m, n), last = source.block, store.identity["teacher"]["layers"]
+    stops = [*(part.start for part in source.parts[1:]), last]
     if settings.train == "tail" and all(
-        run.block[1] == stop for run, stop in zip(student, stops, strict=True)
+        part.stop == stop for part, stop in zip(source.parts, stops, strict=True)
     ):
-        blocks = ",".join(f"{run.block[0]}:{run.block[1]}" for run in student)
         raise SettingsError(
-            f"--train tail for block {blocks} of {last} layers",
-            "a layer after the block",
+            f"--train tail for {source.shape} of {last} layers",
+            "a layer after a block",
             "use --train student",
         )
     if settings.train == "tail" and source.starts_at < m:

@@ -1,7 +1,5 @@
 """`lftpipe push`: a store, a run or an exported student to a repository of the Hugging Face Hub."""
 
-import shlex
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -47,8 +45,7 @@ def push(settings: PushSettings) -> Pushed:
         return _sent("student", path, names, repository, None, settings.private)
     run = runs.open_run(find_run(settings.workspace, settings.store, settings.target))
     card = run_card(run, repository.url, licence=settings.license)
-    sent = _sent("run", run.path, OF_A_RUN, repository, card, settings.private)
-    return replace(sent, others=[name for name in run.joint or () if name != run.path.name])
+    return _sent("run", run.path, OF_A_RUN, repository, card, settings.private)
 
 
 def _push_store(store: Store, settings: PushSettings, name: str) -> Pushed:
@@ -89,9 +86,5 @@ def summary(result: Pushed) -> str:
     """What went where, and how to get it back."""
     lines = [f"{result.path}: {progress.human_bytes(result.bytes)} uploaded to {result.web}"]
     if result.kind != "student":
-        named = f" --run {shlex.quote(Path(result.path).name)}" if result.others else ""
-        lines.append(f"next, on another machine: lftpipe pull {result.url}{named}")
-        if result.others:
-            rest = ", ".join(result.others)
-            lines.append(f"push the rest of its student, each to a repository of its own: {rest}")
+        lines.append(f"next, on another machine: lftpipe pull {result.url}")
     return "\n".join(lines)

@@ -179,9 +179,9 @@ def _train(
                 compute_dtype=settings.compute_dtype,
                 resume=True,
             )
-            one = resolved(one, store, block, teacher)
-            run = folder / run_name(one, block)
-            wanted.append((run, _agreed(run, one, store, settings.force), block))
+            one = resolved(one, store, [block], teacher)
+            run = folder / run_name(one, [block])
+            wanted.append((run, _agreed(run, one, store, settings.force), [block]))
     with progress.task(f"sweep {teacher.name}", len(wanted), "runs") as task:
         results = train_apart(
             [[each] for each in wanted],

@@ -26,11 +26,15 @@ LOSSES = {
     "distil": "regression@0.7/regression,logits",
 }
 
+#: That of `distil` for students of more than two parts, or with narrow layers.
+SHAPED = "local@0.5/logits"
+
 
 # --- The language of `--loss`: weighted terms, in stages; ours, and those of other packages. No torch.
 #
 # fw one term fw,sfm:0.001 a weighted sum fw@0.7/fw:0.1,logits seven tenths of the steps on states alone,
-# then logits with a little of the states
+# then logits with a little of the states local@0.5/logits half of the steps part by part, then the whole
+# student on logits
 
 #: Every term, and what it regresses or compares (lftpipe.training.terms computes them).
 TERMS = {
@@ -39,6 +43,7 @@ TERMS = {
     "trajectory": "the velocity on the derivative of the teacher's own path",
     "branches": "each branch's velocity on its own part of x_1 - x_0",
     "regression": "x_0 plus the layer's output on x_1",
+    "local": "the same for each part of a student, on its own cached x_0: no part runs through another",
     "logits": "the student's next-token distribution on the teacher's, through the frozen tail",
     "top-logits": "the same on the teacher's top-K logits, from the store",
     "sampled-logits": "the same, with the student's other logits estimated from a sample",
@@ -127,11 +132,9 @@ def stage_starts(stages: tuple[Stage, ...], num_steps: int) -> tuple[int, ...]:
     return (*starts[:-1], num_steps)
 
 
-def without_logits(stage: Stage) -> Stage:
-    """A stage with its terms on states alone, which may be none."""
-    return Stage(
-        stage.fraction, {term: weight for term, weight in stage.weights.items() if term not in ON_LOGITS}
-    )
+def without_logits(weights: dict[str, float]) -> dict[str, float]:
+    """The terms on states alone, which may be none."""
+    return {term: weight for term, weight in weights.items() if term not in ON_LOGITS}
 
 
 def add_term(name: str, function: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from lftpipe.config.settings import Common
 
 S = TypeVar("S", bound=Common)
 
-RECIPE_TABLES = ("extract", "recouple", "train", "heal", "evaluate", "sweep", "toy")
+RECIPE_TABLES = ("compress", "extract", "recouple", "plan", "train", "heal", "evaluate", "sweep", "toy")
 
 #: What the settings.toml of a run records beside its settings; a recipe may hold it.
 RECORD_TABLE = "store"

@@ -27,6 +27,11 @@ def refused(expected: str, do: str) -> PydanticCustomError:
     return PydanticCustomError("lftpipe", "{expected}; {do}", {"expected": expected, "do": do})
 
 
+def as_tuple_of_numbers(value: Any) -> Any:
+    """A single number as a list of one."""
+    return (value,) if isinstance(value, int | float) else value
+
+
 def check_text(text: str) -> str:
     """Refuse characters that no terminal and no file name shows."""
     if not _on_one_line(text) or len(text) > _LONGEST_TEXT:
@@ -96,6 +101,7 @@ _KINDS = {
 #: Of bounds: the error's context, what was expected, what to do.
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least", "raise"),
+    "greater_than": ("gt", "more than", "raise"),
     "less_than_equal": ("le", "at most", "lower"),
     "less_than": ("lt", "less than", "lower"),
 }

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from lftpipe import runs
+from lftpipe.base.shape import SHOWN_BLOCKS, Part
 from lftpipe.data.batches import Batch
 from lftpipe.families.attention import AttentionContext
+from lftpipe.flow.part import carry
 from lftpipe.flow.path import States
-from lftpipe.flow.solver import Method, ODESolver, VelocityField, sample_adaptively
+from lftpipe.flow.solver import Method, VelocityField, sample_adaptively
 from lftpipe.flow.velocity import Velocity
 from lftpipe.results.scores import JOINED
 from lftpipe.teacher.layers import load_embedding
@@ -98,8 +100,8 @@ class Predictor:
     ----------
     block
         `(m, n)`; None of the teacher, which predicts nothing.
-    parts
-        Blocks of a student of several flow layers; `block` then spans them all.
+    shape
+        What replaces which layers; `block` spans them all.
     """
 
     method: str
@@ -108,7 +110,7 @@ class Predictor:
     block: Block | None = None
     steps: Steps | None = None
     origin: Origin | None = None
-    parts: tuple[str, ...] = field(default=())
+    shape: tuple[Part, ...] = ()
     tail: Tail | None = None
     """The layers after the block where they are no longer the teacher's: of a healed run."""
     enter: Callable[[Batch], States] | None = None
@@ -116,10 +118,11 @@ class Predictor:
 
     @property
     def block_text(self) -> str | None:
-        """As in the table: `m:n`, or several of them."""
+        """As in the table: `m:n`, several of them, or from where to where there are many."""
         if self.block is None:
             return None
-        return ",".join(self.parts) or f"{self.block[0]}:{self.block[1]}"
+        blocks = [part.block for part in self.shape]
+        return ",".join(f"{m}:{n}" for m, n in (blocks if 0 < len(blocks) <= SHOWN_BLOCKS else [self.block]))
 
     @property
     def adaptive(self) -> Evaluations | None:
@@ -145,7 +148,8 @@ def skip_predictor(teacher: Teacher, block: Block) -> Predictor:
     """
     m, n = block
     name = f"skip layer {m}" if n == m + 1 else f"skip layers {m}-{n - 1}"
-    return Predictor(name, _keep, _size_without(teacher, block), block)
+    part = Part(m, n, "skip")
+    return Predictor(name, _keep, _size_without(teacher, [part]), block, shape=(part,))
 
 
 def run_predictors(
@@ -157,7 +161,6 @@ def run_predictors(
     solver: Method | None = None,
     thresholds: tuple[float, ...] = (),
     stored: tuple[int, ...] = (),
-    part: bool = False,
 ) -> list[Predictor]:
     """A run's predictors: one for each number of steps and threshold, or the only one if it has no time.
 
@@ -167,21 +170,22 @@ def run_predictors(
         Of predictors whose steps are chosen token by token, at most the largest of `step_counts`.
     stored
         States that batches hold: a run whose first layers were healed starts from `h[0]`, or from the tokens.
-    part
-        Whether it is but a part of a student, as `joined_predictors` takes it: the layers around it are not
-        loaded.
     """
     flow = runs.load_flow(run, teacher).to(device)
-    size = _size_without(teacher, run.block) + sum(weight.numel() for weight in flow.parameters())
+    size = _size_without(teacher, run.parts) + sum(weight.numel() for weight in flow.parameters())
     method: Method = solver or run.solver
     if not run.has_time:
         method, step_counts, thresholds = "euler", (1,), ()
+    if len(run.parts) > 1:
+        thresholds = ()
 
-    tail, enter = (None, None) if part else _healed([run], teacher, stored, device)
+    tail, enter = _healed(run, teacher, stored, device)
 
     def predictor(predict: Predict, steps: Steps) -> Predictor:
         origin = Origin.of(run)
-        return Predictor(run.label, predict, size, run.block, steps, origin, tail=tail, enter=enter)
+        return Predictor(
+            run.label, predict, size, run.block, steps, origin, shape=run.parts, tail=tail, enter=enter
+        )
 
     found = [
         predictor(_flowing(flow, method, k), Steps(k, method, run.evaluations(method, k)))
@@ -196,14 +200,14 @@ def run_predictors(
 
 
 def _healed(
-    student: Sequence[runs.Run], teacher: Teacher, stored: tuple[int, ...], device: str
+    run: runs.Run, teacher: Teacher, stored: tuple[int, ...], device: str
 ) -> tuple[Tail | None, Callable[[Batch], States] | None]:
-    """What of a healed student is no longer the teacher's, after its last block and before its first."""
-    if student[0].healed is None:
+    """What of a healed student is no longer the teacher's, after its last part and before its first."""
+    if run.healed is None:
         return None, None
-    own, m = runs.healed_teacher(student, teacher), student[0].block[0]
-    tail = Tail(own, student[-1].block[1]).to(device)
-    if student[0].starts_at == m:
+    own, (m, n) = runs.healed_teacher([run], teacher), run.block
+    tail = Tail(own, n).to(device)
+    if run.starts_at == m:
         return tail, None
     before = Layers(own, 0, m).to(device)
     embedding = None if 0 in stored else load_embedding(teacher).to(device)
@@ -216,21 +220,14 @@ def _healed(
 
 
 def joined_predictors(
-    student: Sequence[runs.Run],
-    each: list[list[Predictor]],
-    teacher: Teacher,
-    device: str,
-    *,
-    stored: tuple[int, ...] = (),
+    student: Sequence[runs.Run], each: list[list[Predictor]], teacher: Teacher, device: str
 ) -> list[Predictor]:
-    """Predictors of the student that has all the flow layers, one for each number of steps."""
-    bridges = load_bridges(runs.healed_teacher(student, teacher), [run.block for run in student], device)
-    tail, enter = _healed(student, teacher, stored, device)
+    """Predictors of the student that has the parts of all these runs, one for each number of steps."""
+    bridges = load_bridges(teacher, [run.block for run in student], device)
     most = max(len(predictors) for predictors in each)
     # A run without time has a single predictor.
     together = ([own[min(number, len(own) - 1)] for own in each] for number in range(most))
-    joined = (_joined(chosen, bridges, count_parameters(teacher)) for chosen in together)
-    return [replace(one, tail=tail, enter=enter) for one in joined]
+    return [_joined(chosen, bridges, count_parameters(teacher)) for chosen in together]
 
 
 def _joined(chosen: list[Predictor], bridges: list[Layers], total: int) -> Predictor:
@@ -247,13 +244,14 @@ def _joined(chosen: list[Predictor], bridges: list[Layers], total: int) -> Predi
             nfe=sum(each.nfe for each in steps),
         ),
         origin=Origin.joined([one.origin for one in chosen if one.origin]),
-        parts=tuple(one.block_text or "" for one in chosen),
+        shape=tuple(part for one in chosen for part in one.shape),
     )
 
 
-def _size_without(teacher: Teacher, block: Block) -> int:
-    """Parameters of the teacher without a block's layers."""
-    return count_parameters(teacher) - sum(count_layer_parameters(teacher, index) for index in range(*block))
+def _size_without(teacher: Teacher, parts: Sequence[Part]) -> int:
+    """Parameters of the teacher without the layers that are replaced."""
+    gone = (count_layer_parameters(teacher, index) for part in parts for index in range(*part.block))
+    return count_parameters(teacher) - sum(gone)
 
 
 def _keep(x: States, context: AttentionContext) -> States:
@@ -274,11 +272,7 @@ def _chained(predictions: list[Predict], bridges: list[Layers]) -> Predict:
 
 def _flowing(flow: nn.Module, method: Method, k: int) -> Predict:
     """`k` steps through a flow layer (algorithm 3)."""
-
-    def predict(x_0: States, context: AttentionContext) -> States:
-        return ODESolver(_velocity(flow, x_0, context)).sample(x_0, 1 / k, method)
-
-    return predict
+    return lambda x_0, context: carry(flow, x_0, context, method, k)
 
 
 def _velocity(flow: nn.Module, x_0: States, context: AttentionContext) -> VelocityField:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lftpipe.base import progress
 from lftpipe.base.device import autocast, cast_linear, resolve_compute_dtype, synchronize
 from lftpipe.base.errors import TeacherError
+from lftpipe.base.shape import num_layers_of, shape_text
 from lftpipe.config.settings import ComputeDtype
 from lftpipe.data.batches import Batch, BatchFields
 from lftpipe.data.teacher_reader import reader_of, states_at_hand
@@ -83,7 +84,7 @@ class Measured:
     logits: LogitMetrics = field(default_factory=LogitMetrics)
     ms_per_token: float = math.inf
 
-    def score(self, teacher: LogitMetrics, words: int | None) -> Score:
+    def score(self, teacher: LogitMetrics, words: int | None, num_layers: int) -> Score:
         """As a line of the table, beside the teacher's figures; what is not finite has no number."""
         predictor, steps, origin = self.predictor, self.predictor.steps, self.predictor.origin
         given: dict[str, Any] = {
@@ -92,7 +93,10 @@ class Measured:
             "solver": steps.solver if steps else None,
             "k": steps.k if steps else None,
             "nfe": steps.nfe if steps else None if predictor.block is None else 0,
+            "shape": shape_text(predictor.shape, num_layers) if predictor.shape else None,
+            "layers": num_layers_of(predictor.shape, num_layers),
             "parameters": predictor.parameters,
+            "bytes": 4 * predictor.parameters,
             "ms_per_token": _finite(self.ms_per_token),
             "ppl": _finite(self.logits.perplexity),
             "word_ppl": None if words is None else _finite(self.logits.perplexity_per(words)),
@@ -131,11 +135,13 @@ class Scored:
     measured: list[Measured]
     teacher: LogitMetrics
     words: int | None
+    num_layers: int
+    """The teacher's."""
 
     @property
     def rows(self) -> list[Score]:
         """A line for each."""
-        return [one.score(self.teacher, self.words) for one in self.measured]
+        return [one.score(self.teacher, self.words, self.num_layers) for one in self.measured]
 
     @property
     def num_documents(self) -> int:
@@ -229,7 +235,7 @@ def score(
             if batch.step == 0:  # not in every batch: to look is to wait for a GPU
                 _refuse_nan(compared, teacher)
     _refuse_nan(compared, teacher)
-    return Scored(measured, of_teacher, validation.words)
+    return Scored(measured, of_teacher, validation.words, teacher.num_layers)
 
 
 def _compare(

@@ -52,7 +52,7 @@ class NoLayer(nn.Module):
 
     modulation = None
 
-    def forward(self, x: States, t: Times, context: AttentionContext) -> States:
+    def forward(self, x: States, t: Times, context: AttentionContext, *ignored: Any, **unused: Any) -> States:
         """Zeros in the shape of the states."""
-        del t, context
+        del t, context, ignored, unused
         return torch.zeros_like(x)

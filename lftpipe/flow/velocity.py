@@ -121,12 +121,17 @@ class Velocity(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.shift = (layer.whole or layer.has_norm_bias) if shift is None else shift
+        self.shift = self.shifts(layer) if shift is None else shift
         branches = 1 if layer.whole else 2
         self.modulation = Modulation(width, shift=self.shift, step=step, branches=branches) if time else None
         self.source = nn.Linear(width, width, bias=False) if source else None
         if self.source is not None:
             nn.init.zeros_(self.source.weight)
+
+    @staticmethod
+    def shifts(layer: Branches) -> bool:
+        """Whether a velocity made of this layer predicts shifts where nothing else is asked."""
+        return layer.whole or layer.has_norm_bias
 
     def branches(
         self,

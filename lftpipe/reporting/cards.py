@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lftpipe.base.errors import LftpipeError
+from lftpipe.base.shape import SHOWN_BLOCKS
 from lftpipe.reporting.runs import scores_of
 from lftpipe.reporting.tables import escaped, markdown_lines, markdown_table, more_sections
 from lftpipe.results.outcomes import Exported
@@ -36,14 +37,17 @@ def student_card(
         Of the weights; None names none.
     """
     hub_id = _hub_id(teacher.identity())
-    named, blocks = escaped(hub_id), escaped(" and ".join(result.blocks))
-    layers = " and ".join(f"layers {run.block[0]} to {run.block[1] - 1}" for run in opened)
+    named, shape = escaped(hub_id), escaped(result.shape)
+    parts = [part for run in opened for part in run.parts]
+    layers = " and ".join(f"layers {part.start} to {part.stop - 1}" for part in parts)
+    if len(parts) > SHOWN_BLOCKS:
+        layers = f"{sum(part.stop - part.start for part in parts)} of them ({escaped(result.shape)})"
     lines = [
         *_metadata_of_model(hub_id, "transformers", licence),
-        f"# {escaped(teacher.name)}, layers {blocks} as a latent flow",
+        f"# {escaped(teacher.name)} as a latent flow: {shape}",
         "",
         f"The {teacher.num_layers} layers of {named} with {layers} replaced by "
-        f"{'one flow layer' if len(opened) == 1 else 'flow layers'}, run in {result.k} "
+        f"{'one flow layer' if len(parts) == 1 else 'flow layers'}, run in {result.k} "
         f"{result.solver} steps (Latent Flow Transformer, arXiv 2505.14513).",
         "",
         *_unrolled(result),
@@ -79,7 +83,6 @@ def run_card(run: "Run", repository: str, *, licence: str | None = None) -> str:
         f"One layer in place of layers {m} to {n - 1} of {escaped(hub_id)} (Latent Flow Transformer, arXiv "
         "2505.14513), as a run of lftpipe: weights, settings, metrics and manifest. It needs its teacher.",
         "",
-        *_with_others(run),
         *_trained([run]),
         "",
         "## Measured",
@@ -226,18 +229,6 @@ def _usage(result: Exported, module: str) -> list[str]:
     ]
 
 
-def _with_others(run: "Run") -> list[str]:
-    """Of a run that was trained jointly with others: which they are."""
-    others = [escaped(name) for name in run.joint or () if name != run.path.name]
-    if not others:
-        return []
-    return [
-        f"It is a part of one student with {' and '.join(others)}: pull these too, under these "
-        "names. lftpipe takes them side by side.",
-        "",
-    ]
-
-
 def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
     """Rows of Table 1 for this student, if `lftpipe evaluate` wrote them."""
     table = opened[0].path.parent.parent / "results.json"
@@ -246,7 +237,7 @@ def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
     except (OSError, LftpipeError):
         rows = []  # no table, or a damaged one: the card says that there is none
     # A layer without time has one step of Euler's, whatever the others have.
-    solvers = [result.solver if run.has_time else "euler" for run in opened if not run.velocity.get("skip")]
+    solvers = [result.solver if run.has_time else "euler" for run in opened if run.parts[0].kind != "skip"]
     asked = (
         [run.weights_digest for run in opened],
         result.k,
@@ -255,8 +246,7 @@ def _measured(result: Exported, opened: Sequence["Run"]) -> list[str]:
     rows = [row for row in rows if row.method == "teacher" or (row.weights, row.k, row.solver) == asked]
     if len(rows) > 1:
         return _scores(rows)
-    together = len(opened) > 1 and not opened[0].joint  # what was trained jointly is scored as one anyway
-    names = shlex.join(run.path.name for run in opened) + (" --together" if together else "")
+    names = shlex.join(run.path.name for run in opened) + (" --together" if len(opened) > 1 else "")
     solver = "" if all(run.solver == result.solver for run in opened) else f" --solver {result.solver}"
     return [f"Not measured yet: `lftpipe evaluate {names} --k {result.k}{solver}` does."]
 

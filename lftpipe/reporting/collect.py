@@ -125,28 +125,17 @@ def _commands(
     commands = [_extract_command(store)] if (store / "zarr.json").is_file() else []
     if recoupling is not None:
         commands.append(_command("recouple", dict(recoupling.settings), store))
-    done: set[str] = set()
-    for name, folder in folders.items():
-        if name not in done:
-            command, together = _training_command(name, folder, store)
-            commands.append(command)
-            done |= together
+    commands += [_training_command(name, folder, store) for name, folder in folders.items()]
     commands.append(_command("evaluate", results.settings, store))
     return [*commands, f"lftpipe report --store {shlex.quote(str(store))} --force"]
 
 
-def _training_command(name: str, folder: Path, store: Path) -> tuple[str, set[str]]:
-    """What makes a run again, and which runs it makes: all of a student that was trained jointly."""
+def _training_command(name: str, folder: Path, store: Path) -> str:
+    """What makes a run again."""
     manifest = _manifest(folder)
-    healed, joint = manifest is not None and manifest.healed, (manifest and manifest.joint) or [name]
-    words = ["lftpipe", "heal" if healed else "train", "--recipe", str(folder / "settings.toml")]
-    if len(joint) > 1 and not healed:
-        parts = [part for each in joint if (part := _manifest(folder.parent / each))]
-        words += [word for part in parts for word in ("--block", f"{part.block[0]}:{part.block[1]}")]
-        depths = [part.velocity.get("depth", 1) for part in parts]
-        if max(depths, default=1) > 1:  # settings.toml has that of its own block
-            words += ["--depth", ",".join(map(str, depths))]
-    return shlex.join([*words, "--store", str(store), "--run", f"{name}-again"]), set(joint)
+    command = "heal" if manifest is not None and manifest.healed else "train"
+    words = ["lftpipe", command, "--recipe", str(folder / "settings.toml")]
+    return shlex.join([*words, "--store", str(store), "--run", f"{name}-again"])
 
 
 def _manifest(folder: Path) -> RunManifest | None:

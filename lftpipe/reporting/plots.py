@@ -12,6 +12,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from lftpipe.base.outputs import MARK
+from lftpipe.base.shape import Part
+from lftpipe.results.plan import Plan
 from lftpipe.results.recoupling import RecouplingMap
 from lftpipe.results.scores import AdaptiveScore, Score
 from lftpipe.results.sweep import Sweep
@@ -170,6 +172,46 @@ def draw_sweep(result: Sweep, path: Path) -> None:
         axis.set_axis_off()
     axes[0, 0].legend(fontsize=8)
     save(figure, path)
+
+
+def draw_plan(result: Plan, path: Path) -> None:
+    """The front of all budgets, the shapes that were scored whole, and what each layer's candidates lose."""
+    figure = Figure(figsize=(15, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.4])
+    front, choice = [each for each in result.front if each.predicted > 0], result.choice
+    left.plot(
+        [each.size for each in front],
+        [each.predicted for each in front],
+        "o-",
+        c=COLOURS[0],
+        label="sum of scores",
+    )
+    for each in result.tried:
+        left.plot(each.size, each.score, "x", c=COLOURS[3])
+    left.plot(choice.size, choice.score, "*", c=COLOURS[1], markersize=14, label="chosen, scored whole")
+    left.set(xlabel="parameters over the teacher's", ylabel="KL, nats a token", yscale="log")
+    left.legend(fontsize=8)
+    left.grid(alpha=0.3)
+    single = {
+        (each.part.start, _kind(each.part)): each.score for each in result.candidates if _single(each.part)
+    }
+    kinds = sorted({kind for _, kind in single})
+    scores = np.array(
+        [[single.get((layer, kind), np.nan) for layer in range(result.num_layers)] for kind in kinds]
+    )
+    image = right.imshow(np.log10(np.maximum(scores, 1e-6)), cmap=COLOUR_MAP, aspect="auto")
+    right.set_yticks(range(len(kinds)), kinds)
+    right.set(xlabel="layer", title=f"{literal(result.teacher)}: KL with one layer replaced")
+    figure.colorbar(image, ax=right, label="log10 of KL")
+    save(figure, path)
+
+
+def _single(part: Part) -> bool:
+    return part.stop - part.start == 1
+
+
+def _kind(part: Part) -> str:
+    return "none" if part.kind == "skip" else f"width {part.width:g}"
 
 
 # --- Figure 6 as PNG: the recoupling map (a), and the transport between chosen pairs of states (b, c).

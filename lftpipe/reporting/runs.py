@@ -9,7 +9,7 @@ from lftpipe.base.errors import LftpipeError
 from lftpipe.base.files import read_json
 from lftpipe.results.facts import Comparison, RunLine
 from lftpipe.results.run import RunManifest, read_metrics
-from lftpipe.results.scores import JOINED, Results, Score
+from lftpipe.results.scores import Results, Score
 
 #: Settings that say where and how a command ran, not what it made.
 WHERE = frozenset(
@@ -47,7 +47,7 @@ def line_of(folder: Path) -> RunLine:
         **known,
         **scores,
         state="finished",
-        block=f"{manifest.block[0]}:{manifest.block[1]}",
+        block=f"{manifest.block[0]}:{manifest.block[1]}" if len(manifest.parts) == 1 else manifest.shape,
         objective=manifest.objective,
         solver=manifest.solver,
         seed=manifest.seed,
@@ -94,21 +94,14 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def scores_of(folder: Path) -> list[Score]:
-    """The lines of Table 1 that belong to a run's present weights; none if it was not evaluated.
-
-    Parameters
-    ----------
-    folder
-        Of a finished run; if it was trained jointly with others, the lines of their student are its own.
-    """
+    """The lines of Table 1 that belong to a run's present weights; none if it was not evaluated."""
     try:
         manifest = RunManifest.from_json(folder / "manifest.json")
         rows = Results.from_json(_experiment(folder) / "results.json").rows
     except (OSError, LftpipeError):
         return []
     own = [row for row in rows if manifest.weights_digest in row.weights]
-    whole = [row for row in own if row.run == JOINED.join(manifest.joint or ())]
-    return whole or [row for row in own if row.run == folder.name]
+    return [row for row in own if row.run == folder.name]
 
 
 def best_score(folder: Path) -> Score | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lftpipe.results.base import JsonObject, OrAbsent
+from lftpipe.results.plan import Plan
 from lftpipe.results.recoupling import RecouplingMap
 from lftpipe.results.scores import Results
 from lftpipe.results.sweep import Sweep, Toy
@@ -108,6 +109,7 @@ class TrainedRun(Outcome):
 
     run: str
     block: list[int]
+    shape: str
     objective: str
     steps: OrAbsent[int] = None
     train_tokens: int
@@ -116,8 +118,6 @@ class TrainedRun(Outcome):
     tokens_per_second: OrAbsent[float] = None
     data_wait_share: OrAbsent[float] = None
     already_finished: OrAbsent[bool] = None
-    joint: OrAbsent[list[str]] = None
-    """All runs whose flow layers are one student's, this one among them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,8 +150,7 @@ class Healing(Outcome):
     store: str
     healed: str
     block: list[int]
-    joint: OrAbsent[list[str]] = None
-    """Of a student of several flow layers: all runs that were made, `run` among them."""
+    shape: str
 
     def to_json(self) -> dict[str, Any]:
         """A run that was finished already says nothing of its losses."""
@@ -171,6 +170,31 @@ class Evaluation(Outcome):
     def to_json(self) -> dict[str, Any]:
         """The keys of the table among the others."""
         return self.results.to_json() | {"out": self.out}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planning(Outcome):
+    """`plan`: candidates and the chosen shape, and where they were written."""
+
+    plan: Plan
+    out: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of the plan among the others."""
+        return self.plan.to_json() | {"out": self.out}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compressed(Outcome):
+    """`compress`: the checkpoint, and what led to it."""
+
+    out: str
+    form: str
+    shape: str
+    plan: str
+    run: str
+    report: str
+    results: Results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,6 +245,8 @@ class Exported(Outcome):
     model_type: str
     teacher: str
     blocks: list[str]
+    shape: str
+    """What replaces which layers, in short."""
     runs: list[str]
     k: int
     solver: str
@@ -346,8 +372,6 @@ class Pushed(Outcome):
     web: str
     """The repository's page."""
     bytes: int
-    others: list[str] = dataclasses.field(default_factory=list)
-    """Runs that are one student with this one, and were not uploaded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

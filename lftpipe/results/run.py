@@ -10,6 +10,7 @@ from pydantic import ValidationError, with_config
 from typing_extensions import TypedDict
 
 from lftpipe.base.files import MOST_BYTES, read_json, write_atomic
+from lftpipe.base.shape import Part
 from lftpipe.results.base import READ_STRICTLY, Artefact, adapter, reason_of, require
 
 # --- A run's `manifest.json`: what a finished run says of itself.
@@ -34,6 +35,11 @@ class RunManifest(Artefact):
     CURE: ClassVar[str] = "train it again"
 
     block: tuple[int, int]
+    """From the first part's start to the last one's end."""
+    parts: tuple[Part, ...]
+    """What replaces which layers; between them the teacher's own stay."""
+    shape: str
+    """The same in short."""
     objective: str
     solver: Literal["euler", "midpoint"]
     walk_steps: int
@@ -42,16 +48,10 @@ class RunManifest(Artefact):
     store_fingerprint: str
     weights_digest: str
     teacher: RecordedTeacher
-    velocity: dict[str, bool | int]
-    """What `build_flow` makes: flags, and numbers of layers."""
     store_origin: str | None = None
     """`Store.origin`, which a store keeps when it grows."""
     healed: dict[str, Any] | None = None
     """Of a run that `lftpipe heal` made: which run it healed, and how."""
-    joint: list[str] | None = None
-    """Names of all runs, this one among them, whose flow layers were trained as one student."""
-    student: str | None = None
-    """What all these runs have in common, and runs of no other student."""
     metrics_digest: str | None = None
     """Of `metrics.jsonl`, where the run was trained in steps."""
 
@@ -60,7 +60,8 @@ class RunManifest(Artefact):
         m, n = self.block
         require(0 <= m < n, f"block {m}:{n} has no layers")
         require(self.walk_steps >= 1 and self.train_tokens >= 0, "walk_steps or train_tokens is too small")
-        require("time" in self.velocity or "linear" in self.velocity, "velocity says nothing of time")
+        ends = [end for part in self.parts for end in part.block]
+        require(ends == sorted(ends) and ends[:1] + ends[-1:] == [m, n], f"parts do not make up {m}:{n}")
 
 
 def metrics_digest(run: Path) -> str | None:
@@ -97,7 +98,7 @@ class ExportSource(Artefact):
 
     def check(self) -> None:
         """There is a block and a run for each, and steps to take."""
-        require(len(self.blocks) == len(self.runs) >= 1, "blocks and runs disagree")
+        require(len(self.blocks) >= len(self.runs) >= 1, "blocks and runs disagree")
         require(self.k >= 1, "k is not positive")
 
     @classmethod

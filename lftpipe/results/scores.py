@@ -51,6 +51,8 @@ class Score(Artefact):
 
     method: str
     block: str | None = None
+    shape: str | None = None
+    """What replaces which layers, in short."""
     objective: str | None = None
     solver: str | None = None
     k: int | None = None
@@ -67,6 +69,9 @@ class Score(Artefact):
     agreement: float | None = None
     """Fraction of positions whose most likely token is the teacher's."""
     parameters: int
+    layers: int | None = None
+    bytes: int | None = None
+    """Of all weights in float32."""
     ms_per_token: float | None = None
     run: str | None = None
     seed: int | None = None

@@ -1,7 +1,7 @@
 """Runs: the folder that a trained flow layer lies in, its manifest, its module."""
 
 from lftpipe.results.run import SAMPLES
-from lftpipe.runs.flow import build_flow, healed_teacher, is_stack, load_flow
+from lftpipe.runs.flow import build_flow, healed_teacher, load_flow, sequence_of
 from lftpipe.runs.run import (
     CHECKPOINT,
     DIVERGED,
@@ -13,10 +13,9 @@ from lftpipe.runs.run import (
     drop_metrics_after,
     note_divergence,
     open_run,
-    open_student,
-    open_students,
+    open_runs,
     read_settings,
-    refuse_parts,
+    refuse_healed,
     save_run,
     write_settings,
 )
@@ -33,14 +32,13 @@ __all__ = [
     "build_flow",
     "drop_metrics_after",
     "healed_teacher",
-    "is_stack",
     "load_flow",
     "note_divergence",
     "open_run",
-    "open_student",
-    "open_students",
+    "open_runs",
     "read_settings",
-    "refuse_parts",
+    "refuse_healed",
     "save_run",
+    "sequence_of",
     "write_settings",
 ]

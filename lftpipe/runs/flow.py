@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from lftpipe.base.errors import RunError
-from lftpipe.flow.linear import LinearMap
-from lftpipe.flow.stack import LayerStack, NoLayer
-from lftpipe.flow.velocity import Velocity
+from lftpipe.base.shape import Part
+from lftpipe.flow.part import PartSequence, build_part
 from lftpipe.runs.run import OF_TEACHER, WEIGHTS, Run, load_weights
 from lftpipe.teacher.checkpoint import Overlay
 from lftpipe.teacher.layers import empty_layer, fill_buffers
 from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tail import load_bridges
 
 
 def healed_teacher(student: Sequence[Run], teacher: Teacher) -> Teacher:
@@ -29,28 +29,21 @@ def healed_teacher(student: Sequence[Run], teacher: Teacher) -> Teacher:
     return replace(teacher, checkpoint=Overlay(teacher.checkpoint, changed)) if changed else teacher
 
 
-def build_flow(teacher: Teacher, velocity: dict[str, Any], index: int = 0) -> nn.Module:
-    """The module that a manifest's `velocity` describes, without weights.
-
-    Parameters
-    ----------
-    index
-        The teacher's layer that it was made from: the block's first.
-    """
-    if velocity.get("linear"):
-        return LinearMap(teacher.width)
-    if velocity.get("skip"):
-        return NoLayer()
+def build_flow(teacher: Teacher, parts: Sequence[Part]) -> nn.Module:
+    """The module that a shape describes, without weights."""
     with torch.device("meta"):
-        if is_stack(velocity):
-            layers = [empty_layer(teacher, index) for _ in range(velocity["depth"])]
-            return LayerStack(layers, velocity["loops"])
-        return Velocity(empty_layer(teacher, index), teacher.width, **velocity)
+        modules = [
+            build_part(part, teacher.width, lambda part=part: empty_layer(teacher, part.start))
+            for part in parts
+        ]
+    return sequence_of(teacher, [part.block for part in parts], modules)
 
 
-def is_stack(velocity: dict[str, Any]) -> bool:
-    """Whether a manifest's `velocity` describes ordinary layers in place of a flow."""
-    return "depth" in velocity
+def sequence_of(teacher: Teacher, blocks: Sequence[tuple[int, int]], modules: Sequence[nn.Module]) -> Any:
+    """The modules of a student's parts as one, with the teacher's layers between them."""
+    if len(modules) == 1:
+        return modules[0]
+    return PartSequence(modules, load_bridges(teacher, blocks, "cpu"))
 
 
 def load_flow(run: Run, teacher: Teacher) -> nn.Module:
@@ -61,7 +54,7 @@ def load_flow(run: Run, teacher: Teacher) -> nn.Module:
     RunError
         If the file is damaged, or a tensor is missing, extra, or of another shape.
     """
-    flow = build_flow(teacher, run.velocity, run.block[0])
+    flow = build_flow(healed_teacher([run], teacher), run.parts)
     weights = load_weights(run)
     tensors = {name: value for name, value in weights.items() if not name.startswith(OF_TEACHER)}
     try:

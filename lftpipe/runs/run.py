@@ -4,7 +4,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class Run(RunManifest):
     @property
     def has_time(self) -> bool:
         """Whether the estimator is a flow, that can be run in any number of steps."""
-        return bool(self.velocity["time"])
+        return any(part.kind == "flow" for part in self.parts)
 
     @property
     def label(self) -> str:
@@ -117,11 +117,16 @@ class Run(RunManifest):
             told = told.get("before")
         return self.block[0]
 
+    @property
+    def shortened(self) -> list[tuple[int, int]]:
+        """The blocks in place of which there are fewer layers."""
+        return [part.block for part in self.parts if part.stop - part.start > part.layers]
+
     def evaluations(self, method: Method, k: int) -> int:
         """NFE: layers that are evaluated in place of the block."""
-        if self.velocity.get("skip"):
-            return 0
-        return self.velocity.get("depth", 1) * self.velocity.get("loops", 1) * EVALUATIONS[method] * k
+        timed = EVALUATIONS[method] * k
+        counts = {"flow": timed, "layer": 1, "linear": 1, "skip": 0}
+        return sum(counts.get(part.kind, part.depth * part.loops) for part in self.parts)
 
 
 def load_weights(run: Run) -> dict[str, Tensor]:
@@ -138,15 +143,7 @@ def save_run(
     manifest: dict[str, Any],
     changed: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write weights, then the sealed manifest that makes the run a finished one.
-
-    Parameters
-    ----------
-    manifest
-        What is said of the run, JSON-plain; the digests are added here.
-    changed
-        Tensors of the teacher that are others now, by their names in its checkpoint.
-    """
+    """Write weights, then the sealed manifest that makes the run a finished one."""
     weights = flow.state_dict() if isinstance(flow, nn.Module) else flow
     weights = weights | {OF_TEACHER + name: value for name, value in (changed or {}).items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
@@ -184,57 +181,17 @@ def open_run(path: Path) -> Run:
 # --- Runs whose flow layers are one student's: found by the name of any of them, and kept together.
 
 
-def open_student(path: Path) -> list[Run]:
-    """A run and those that were trained with it as one student, in the order of their blocks.
-
-    One whose others are gone, or that has another name now, is a student by itself.
-
-    Raises
-    ------
-    RunError
-        If one is damaged or unfinished, or healing fitted a run to others that are not there.
-    """
-    run = open_run(path)
-    names = run.joint or []
-    if path.name not in names and path.resolve().name in names:  # `.`, or a link
-        run = replace(run, path=path.resolve())
-    found = [run]
-    if run.path.name in names:
-        folders = [run.path.parent / name for name in names]
-        for folder in folders:
-            if (folder / SETTINGS).is_file() and not (folder / MANIFEST).is_file():
-                open_run(folder)  # says that it is unfinished
-        if all((folder / MANIFEST).is_file() for folder in folders):
-            others = [run if folder == run.path else open_run(folder) for folder in folders]
-            if all(each.joint == run.joint and each.student == run.student for each in others):
-                found = others
-    refuse_parts(found)
-    return sorted(found, key=lambda each: each.block)
-
-
-def refuse_parts(opened: Sequence[Run]) -> None:
-    """Refuse to put a healed run into a student that it was not healed in."""
-    names = [run.path.name for run in opened]
-    for run in opened:
-        fitting = run.joint or [run.path.name]
-        whole = sorted(names) == sorted(fitting) and all(each.student == run.student for each in opened)
-        if run.healed is None or whole:
-            continue
-        if len(fitting) == 1:
-            raise RunError(
-                "a healed run beside others", "a healed run alone: its layers fit no other", "name it alone"
-            )
-        raise RunError(
-            f"{run.path}, one of {len(fitting)} flow layers that were healed as one student",
-            f"all of them, side by side and by their names: {', '.join(fitting)}",
-            "bring back what is missing, or heal again",
-        )
-
-
-def open_students(paths: Iterable[Path]) -> list[list[Run]]:
-    """The students of several runs, each once, in the order in which they are named."""
-    found: dict[tuple[Path, ...], list[Run]] = {}
+def open_runs(paths: Iterable[Path]) -> list[Run]:
+    """Several runs, each once, in the order in which they are named."""
+    found: dict[Path, Run] = {}
     for path in paths:
-        student = open_student(path)
-        found.setdefault(tuple(run.path.resolve() for run in student), student)
+        found.setdefault(path.resolve(), open_run(path))
     return list(found.values())
+
+
+def refuse_healed(opened: Sequence[Run]) -> None:
+    """Refuse to put a healed run into a student that it was not healed in."""
+    if len(opened) > 1 and any(run.healed is not None for run in opened):
+        raise RunError(
+            "a healed run beside others", "a healed run alone: its layers fit no other", "name it alone"
+        )

@@ -4,8 +4,7 @@ Its class is made from the teacher's own: `student_class("llama")` registers `la
 transformers' Auto classes, which know model types only by registration.
 """
 
-from lftpipe.student.config import Block
 from lftpipe.student.derived import student_class
 from lftpipe.student.flow_layer import FlowLayer
 
-__all__ = ["Block", "FlowLayer", "student_class"]
+__all__ = ["FlowLayer", "student_class"]

@@ -11,11 +11,12 @@ from transformers import GenerationConfig
 
 from lftpipe import runs
 from lftpipe.base.errors import RunError, TeacherError, foreign
+from lftpipe.base.shape import Part
 from lftpipe.families import attention
 from lftpipe.families.meta_model import materialise_buffers
 from lftpipe.families.structure import per_layer_lists, structure_of
+from lftpipe.flow.part import PartSequence
 from lftpipe.runs import Run
-from lftpipe.student.config import Block, Kind
 from lftpipe.student.derived import student_class
 from lftpipe.student.flow_layer import number_layer
 from lftpipe.teacher.source import Teacher
@@ -43,7 +44,7 @@ def build_student(
             raise RunError(
                 f"{run.path}, of another teacher", "runs of one teacher", "name runs of one teacher"
             )
-    runs.refuse_parts(opened)
+    runs.refuse_healed(opened)
     teacher = runs.healed_teacher(opened, teacher)
     timed = [run for run in opened if run.has_time]
     if not timed and ((steps or 1) > 1 or (solver or "euler") != "euler"):
@@ -56,7 +57,7 @@ def build_student(
         steps = _agreed(timed, "walk_steps", "--k", 1)
     if solver is None:
         solver = _agreed(timed, "solver", "--solver", "euler")
-    flows = [runs.load_flow(run, teacher) for run in opened if not run.velocity.get("skip")]
+    flows = [flow for run in opened for flow in _modules(run, teacher)]
     kind = student_class(teacher.config.model_type)
     plain = teacher.config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "num_hidden_layers", "dtype"):
@@ -65,7 +66,7 @@ def build_student(
         **plain,
         teacher_layers=teacher.num_layers,
         teacher_lists=per_layer_lists(teacher.config),
-        blocks=[_block(run).to_json() for run in opened],
+        blocks=[part.to_json() for run in opened for part in run.parts],
         solver=solver,
         steps=steps,
     )
@@ -117,6 +118,13 @@ def without_layers(model: Any, teacher: Teacher, blocks: Sequence[tuple[int, int
     return draft
 
 
+def _modules(run: Run, teacher: Teacher) -> list[nn.Module]:
+    """What replaces layers in a run, part by part, without what is nothing."""
+    flow = runs.load_flow(run, teacher)
+    modules = flow.parts if isinstance(flow, PartSequence) else [flow]
+    return [module for part, module in zip(run.parts, modules, strict=True) if part.kind != "skip"]
+
+
 def _agreed(timed: list[Run], field: str, option: str, otherwise: Any) -> Any:
     values = {getattr(run, field) for run in timed}
     if len(values) > 1:
@@ -126,19 +134,6 @@ def _agreed(timed: list[Run], field: str, option: str, otherwise: Any) -> Any:
             f"say which with {option}",
         )
     return values.pop() if values else otherwise
-
-
-def _block(run: Run) -> Block:
-    m, n = run.block
-    if run.velocity.get("linear"):
-        return Block(m, n, "linear")
-    if run.velocity.get("skip"):
-        return Block(m, n, "skip")
-    if runs.is_stack(run.velocity):
-        return Block(m, n, "layers", depth=run.velocity["depth"], loops=run.velocity["loops"])
-    kind: Kind = "flow" if run.has_time else "layer"
-    seen = {name: bool(run.velocity.get(name, False)) for name in ("source", "step")}
-    return Block(m, n, kind, bool(run.velocity["shift"]), **seen)
 
 
 def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:
@@ -156,7 +151,7 @@ def _tensors(student: Any, teacher: Teacher, flows: Any) -> dict[str, Tensor]:
     read = teacher.checkpoint.read(sorted(set(names.values())))
     tensors = {name: read[source] for name, source in names.items()}
     for index, place in enumerate(places):
-        if isinstance(place, Block):
+        if isinstance(place, Part):
             flow: nn.Module = next(flows)
             prefix = f"{family.layers_prefix}.{index}.velocity."
             tensors |= {prefix + name: value for name, value in flow.state_dict().items()}

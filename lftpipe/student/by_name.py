@@ -31,9 +31,9 @@ def language_model(name: str, workspace: Path, store: Path | None = None) -> Lan
     if (folder / "config.json").is_file():
         return LanguageModel(name, load_model(folder), tokenizer_of(folder, RunError, "export it again"))
     if _is_run(name, workspace, store):
-        opened = runs.open_student(find_run(workspace, store, name))
-        teacher = teacher_of_run(opened[0], workspace)
-        return LanguageModel(name, build_student(teacher, opened), load_tokenizer(teacher))
+        run = runs.open_run(find_run(workspace, store, name))
+        teacher = teacher_of_run(run, workspace)
+        return LanguageModel(name, build_student(teacher, [run]), load_tokenizer(teacher))
     teacher = open_teacher(name, workspace)
     return LanguageModel(name, load_teacher(teacher), load_tokenizer(teacher))
 
@@ -42,10 +42,10 @@ def beside(name: str, workspace: Path, store: Path | None = None) -> list[Langua
     """For a run: its teacher, and the teacher without the layers of its blocks; for another model nothing."""
     if not _is_run(name, workspace, store):
         return []
-    opened = runs.open_student(find_run(workspace, store, name))
-    teacher = teacher_of_run(opened[0], workspace)
+    run = runs.open_run(find_run(workspace, store, name))
+    teacher = teacher_of_run(run, workspace)
     model, tokenizer = load_teacher(teacher), load_tokenizer(teacher)
-    skipping = without_layers(model, teacher, [run.block for run in opened])
+    skipping = without_layers(model, teacher, run.shortened)
     return [LanguageModel(teacher.name, model, tokenizer), LanguageModel("skip", skipping, tokenizer)]
 
 

@@ -1,11 +1,11 @@
 """The config of a student: its teacher's config, and which blocks a flow layer replaces."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lftpipe.base.errors import SettingsError
+from lftpipe.base.shape import KINDS, Part
 from lftpipe.config.layers import check_apart
 from lftpipe.flow.solver import EVALUATIONS
 
@@ -20,32 +20,6 @@ FIELDS: dict[str, tuple[Any, Any]] = {
     "steps": (int, 3),
     "teacher_lists": (dict | None, None),
 }
-
-Kind = Literal["flow", "layer", "layers", "linear", "skip"]
-KINDS = ("flow", "layer", "layers", "linear", "skip")
-
-
-@dataclass(frozen=True)
-class Block:
-    """Layers `start .. stop-1` of the teacher, and what stands in their place."""
-
-    start: int
-    stop: int
-    kind: Kind = "flow"
-    """`flow` is run in steps; `layer` (the regression baseline) and `linear` once; `layers` are `depth` of
-    them, run `loops` times in a row; of `skip` nothing is left."""
-    shift: bool = False
-    """Whether the flow's modulation predicts shifts."""
-    source: bool = False
-    """Whether the flow sees the block's input too."""
-    step: bool = False
-    """Whether the flow knows the size of its steps."""
-    depth: int = 1
-    loops: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        """As a config has it."""
-        return asdict(self)
 
 
 class FlowLayout:
@@ -87,7 +61,7 @@ class FlowLayout:
         blocks = [(block.start, block.stop) for block in self.flow_blocks]
         check_apart(blocks, "a student with blocks", self.teacher_layers)
         places = self.places()
-        if all(isinstance(place, Block) and place.kind == "linear" for place in places):
+        if all(isinstance(place, Part) and place.kind == "linear" for place in places):
             raise SettingsError(
                 "a student without attention", "a layer besides the linear map", "choose a smaller block"
             )
@@ -124,14 +98,14 @@ class FlowLayout:
         return teacher
 
     @property
-    def flow_blocks(self) -> list[Block]:
+    def flow_blocks(self) -> list[Part]:
         """The blocks that are replaced, in order."""
-        return [Block(**block) for block in self.blocks or []]
+        return [Part(**block) for block in self.blocks or []]
 
-    def places(self) -> list[int | Block]:
+    def places(self) -> list[int | Part]:
         """What each of the student's layers is: a teacher's layer, by its index there, or a block."""
         starts = {block.start: block for block in self.flow_blocks}
-        places: list[int | Block] = []
+        places: list[int | Part] = []
         index = 0
         while index < self.teacher_layers:
             block = starts.get(index)
@@ -140,7 +114,7 @@ class FlowLayout:
             index = index + 1 if block is None else block.stop
         return places
 
-    def evaluations(self, place: int | Block) -> int:
+    def evaluations(self, place: int | Part) -> int:
         """How often a layer runs in that place, for one forward pass; each time has a place in the cache.
 
         Parameters

@@ -12,15 +12,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lftpipe.base.shape import Part
 from lftpipe.families.attention import AttentionContext
 from lftpipe.families.branches import Branches
 from lftpipe.families.family import Family
-from lftpipe.flow.linear import LinearMap
+from lftpipe.flow.part import build_part
 from lftpipe.flow.path import States, Times
 from lftpipe.flow.solver import Method, ODESolver
 from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Modulations, Velocity
-from lftpipe.student.config import Block
 
 # --- One place of a KV cache.
 
@@ -72,7 +72,7 @@ class FlowLayer(GradientCheckpointingLayer):
         How many values layers of the family return beside the states.
     """
 
-    def __init__(self, family: Family, config: Any, block: Block, layer: nn.Module, arity: int) -> None:
+    def __init__(self, family: Family, config: Any, block: Part, layer: nn.Module, arity: int) -> None:
         super().__init__()
         self._stands_for = [layer]  # in a list, so that it is no part of this module
         self._arity = arity
@@ -81,22 +81,14 @@ class FlowLayer(GradientCheckpointingLayer):
         self.__class__ = _as_layer(type(layer))  # pyright: ignore[reportAttributeAccessIssue]
         self.block = block
         self.cache_argument = family.cache_argument
-        self.velocity: nn.Module
-        if block.kind == "linear":
-            self.velocity = LinearMap(config.hidden_size)
-        elif block.kind == "layers":
-            built = [copy.deepcopy(layer) for _ in range(block.depth)]
-            layers = [Branches(family, config, block.start, each) for each in built]
-            self.velocity = LayerStack(layers, block.loops)
-        else:
-            self.velocity = Velocity(
-                Branches(family, config, block.start, layer),
-                config.hidden_size,
-                time=block.kind == "flow",
-                shift=block.shift,
-                source=block.source,
-                step=block.step,
-            )
+        self.velocity = build_part(
+            block,
+            config.hidden_size,
+            lambda: Branches(
+                family, config, block.start, copy.deepcopy(layer) if block.kind == "layers" else layer
+            ),
+        )
+        if isinstance(self.velocity, Velocity):
             zeros = [self.velocity.modulation and self.velocity.modulation.head, self.velocity.source]
             for module in filter(None, zeros):
                 # Tells transformers to leave it as it is in a model with new weights: zero.

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from lftpipe.base.errors import RunError
+from lftpipe.base.shape import Part
 from lftpipe.families.branches import Branches
 from lftpipe.families.family import Branch, Family
 from lftpipe.families.forward_args import alike
 from lftpipe.families.layer_probe import is_transposed, weight_of
+from lftpipe.families.narrow import mlp_maps
 from lftpipe.families.structure import Structure, structure_of
 from lftpipe.flow.stack import LayerStack
 from lftpipe.student.assemble import fill
-from lftpipe.student.config import Block
 from lftpipe.student.flow_layer import FlowLayer
 
 # --- What a velocity's modulation does to a branch, folded into the tensors of an ordinary layer.
@@ -102,6 +103,10 @@ def _inputs(layer: nn.Module, branch: Branch) -> list[str]:
 # with other weight and bias, and `d * (1 + gate)` scales the rows of the branch's last map.
 
 
+#: Fields of configs with the number of channels of every MLP.
+CHANNEL_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+
+
 def check_foldable(student: Any) -> None:
     """Refuse what no ordinary layers compute exactly."""
     config, family = student.config, student.family
@@ -173,8 +178,12 @@ def unroll(student: Any) -> Any:
     lists = plain.pop("teacher_lists", None) or {}
     plain |= {name: [values[origin] for origin in origins] for name, values in lists.items()}
     plain |= _renumbered(plain, lists, origins)
+    channels, expected = _channels_of(student, tensors), student.config.teacher_config()
+    for name, count in channels.items():
+        setattr(expected, name, count)
+    plain |= channels
     config = kind.config_class(**(plain | {"num_hidden_layers": len(origins)}))
-    _check_layers(structure_of(config), structure_of(student.config.teacher_config()), origins)
+    _check_layers(structure_of(config), structure_of(expected), origins)
     config._attn_implementation = student.config._attn_implementation
     with torch.device("meta"):
         model = kind(config)
@@ -248,12 +257,38 @@ def old_rotary_names(config: Any) -> dict[str, Any]:
     return names
 
 
+def _channels_of(student: Any, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """What the config says of the channels of every MLP, where they are fewer than the teacher's.
+
+    Raises
+    ------
+    RunError
+        If layers differ, or the family's config has no such number.
+    """
+    config = student.config
+    if all(part.width == 1 for part in config.flow_blocks):
+        return {}
+    flow: Any = next(layer.velocity for part, layer in _flow_layers(student).items() if part.width < 1)
+    layer = flow.layers[0] if isinstance(flow, LayerStack) else flow.layer
+    output = mlp_maps(layer).output
+    side = 0 if is_transposed(layer.layer.get_submodule(output)) else 1
+    counts = {value.shape[side] for name, value in tensors.items() if name.endswith(f".{output}.weight")}
+    field = next((name for name in CHANNEL_FIELDS if hasattr(config, name)), None)
+    if len(counts) > 1 or field is None:
+        raise RunError(
+            "a student with MLPs of several widths",
+            "one width: configs of its family have one number for all layers",
+            "use --form latent-flow, or train with --block each and one --width",
+        )
+    return {field: counts.pop()}
+
+
 def _causal_class(student: Any) -> Any:
     """The family's own class, below the student's."""
     return next(kind for kind in type(student).__mro__[1:] if kind.__module__.startswith("transformers."))
 
 
-def _flow_layers(student: Any) -> dict[Block, Any]:
+def _flow_layers(student: Any) -> dict[Part, Any]:
     return {layer.block: layer for layer in student.student_layers if isinstance(layer, FlowLayer)}
 
 

@@ -310,7 +310,7 @@ def _is_run_manifest(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         content = file.read(2**20)
-    return all(mark in content for mark in (b'"velocity"', b'"weights_digest"', b'"walk_steps"'))
+    return all(mark in content for mark in (b'"parts"', b'"weights_digest"', b'"walk_steps"'))
 
 
 def changed_settings(

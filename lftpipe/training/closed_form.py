@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lftpipe import runs
 from lftpipe.base import progress
 from lftpipe.base.errors import SettingsError
+from lftpipe.base.shape import Part
 from lftpipe.config.settings import TrainSettings
 from lftpipe.families.branches import Branches
 from lftpipe.families.layer_probe import is_linear_map, weight_of
@@ -32,8 +33,8 @@ _AT_ONCE = 8
 #: `(array, layer)` of each state or attention output that a fit reads.
 _Parts = tuple[tuple[str, int], ...]
 
-#: What stands for a block, which block, the manifest's `velocity`, and the tokens it was fitted on.
-Fitted = tuple[nn.Module, tuple[int, int], dict[str, Any], int]
+#: What replaces a block, as module and as part of a shape, and the tokens it was fitted on.
+Fitted = tuple[nn.Module, Part, int]
 
 
 def fit_closed_form(
@@ -41,13 +42,14 @@ def fit_closed_form(
 ) -> TrainedRun:
     """Fit and write a run of an objective that needs no steps."""
     started = time.monotonic()
-    module, replaced, shape, seen = _FITS[settings.objective](folder.name, settings, store, teacher, block)
-    manifest = manifest_of(settings, store, replaced, {"time": False, "shift": False} | shape)
+    module, part, seen = _FITS[settings.objective](folder.name, settings, store, teacher, block)
+    manifest = manifest_of(settings, store, [part])
     begin(folder, settings, store)
     runs.save_run(folder, module, manifest | {"train_tokens": seen})
     return TrainedRun(
         run=str(folder),
-        block=list(replaced),
+        block=list(part.block),
+        shape=manifest["shape"],
         objective=settings.objective,
         train_tokens=seen,
         seconds=round(time.monotonic() - started, 3),
@@ -72,7 +74,7 @@ def _linear(
     for x_0, x_1 in _batches(name, settings, store, (("hidden", block[0]), ("hidden", block[1]))):
         sums.add(x_0.double(), x_1 - x_0, x_1)
         seen += x_0[..., 0].numel()
-    return _map(teacher, *sums.solve()), block, {"linear": True}, seen
+    return _map(teacher, *sums.solve()), Part(*block, "linear"), seen
 
 
 def _skip(
@@ -80,7 +82,7 @@ def _skip(
 ) -> Fitted:
     """Nothing in the block's place (ShortGPT, arXiv 2403.03853; Gromov et al., arXiv 2403.17887)."""
     del name, settings, store, teacher
-    return NoLayer(), block, {"skip": True}, 0
+    return NoLayer(), Part(*block, "skip"), 0
 
 
 def _replaceme(
@@ -108,7 +110,7 @@ def _replaceme(
         if output.bias is not None:
             output.bias += change @ output.bias + constant
     flow = Velocity(layer, teacher.width, time=False)
-    return flow, (m - 1, n), {"shift": flow.shift, "source": False, "step": False}, seen
+    return flow, Part(m - 1, n, "layer"), seen
 
 
 def _last_map(teacher: Teacher, layer: Branches, index: int) -> Any:
@@ -148,7 +150,7 @@ def _linearpatch(
         seen += x_0[..., 0].numel()
     scale = (total / (seen / store.context)).float()
     patch = rotation @ torch.diag(scale) @ rotation.T - torch.eye(teacher.width)
-    return _map(teacher, patch, torch.zeros(teacher.width)), block, {"linear": True}, seen
+    return _map(teacher, patch, torch.zeros(teacher.width)), Part(*block, "linear"), seen
 
 
 def _map(teacher: Teacher, weight: Tensor, bias: Tensor) -> LinearMap:

@@ -1,12 +1,10 @@
 """Healing: the training of a whole student, from its flow layers and the teacher's own layers after them."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +12,14 @@ from typing_extensions import override
 
 from lftpipe import runs
 from lftpipe.base.errors import RunError, SettingsError
-from lftpipe.base.files import fingerprint
 from lftpipe.base.version import __version__
 from lftpipe.config.loss import ON_STORED_LOGITS, parse_loss
 from lftpipe.config.settings import HealSettings
 from lftpipe.data.batches import Batch, BatchFields, BatchReader
 from lftpipe.families.attention import AttentionContext
 from lftpipe.families.layer_probe import is_linear_map, is_transposed
+from lftpipe.flow.part import PartSequence, carry
 from lftpipe.flow.path import States
-from lftpipe.flow.solver import Method, ODESolver
-from lftpipe.flow.stack import LayerStack
-from lftpipe.flow.velocity import Velocity
 from lftpipe.results.outcomes import TrainedRun
 from lftpipe.runs import Run
 from lftpipe.store import Store
@@ -40,48 +35,40 @@ from lftpipe.training.terms import FrozenTails, LogitsProblem
 RECORDED = ("train", "adapter", "loss", "learning_rate", "seed")
 
 
-class Part(NamedTuple):
-    """One flow layer of the student: where it goes, by which settings, and what it was."""
-
-    folder: Path
-    settings: HealSettings
-    source: Run
-
-
 @dataclass(frozen=True)
 class Healed:
-    """Tensors of one run of a healed student, adapters merged."""
+    """Tensors of a healed student, adapters merged."""
 
     flow: dict[str, Tensor]
-    """By their names in the module that stands for the block."""
+    """By their names in the module of its parts."""
     teacher: dict[str, Tensor]
-    """Of the layers after its block, up to the next one, and those before the first block; by their names in
-    the teacher's checkpoint."""
+    """Of the layers before, between and after the parts; by their names in the teacher's checkpoint."""
 
 
 class HealingStudent(nn.Module):
-    """From the first block's `h[m]`, or from `h[0]`, to the states that the head reads.
+    """From the first part's `h[m]`, or from `h[0]`, to the states that the head reads.
 
     Embedding and head stay the teacher's and are no part of it.
 
     Parameters
     ----------
-    student
-        What is healed, all its runs in the order of their blocks; healed before, it goes on from there.
+    run
+        What is healed; healed before, it goes on from there.
     whole
-        Whether the layers before the first block are trained too.
+        Whether the layers before the first part are trained too.
     """
 
-    def __init__(self, student: Sequence[Run], teacher: Teacher, *, whole: bool) -> None:
+    def __init__(self, run: Run, teacher: Teacher, *, whole: bool) -> None:
         super().__init__()
-        self.runs, self.teacher = student, runs.healed_teacher(student, teacher)
-        last, m = teacher.num_layers, student[0].block[0]
+        self.run, self.teacher = run, runs.healed_teacher([run], teacher)
+        last, m = teacher.num_layers, run.block[0]
         self.first = 0 if whole else m
         self.before = self._layers(self.first, m)
-        self.flows = nn.ModuleList(runs.load_flow(run, teacher) for run in student)
-        stops = [*(run.block[0] for run in student[1:]), last]
+        flow = runs.load_flow(run, teacher)
+        self.flows = flow.parts if isinstance(flow, PartSequence) else nn.ModuleList([flow])
+        stops = [*(part.start for part in run.parts[1:]), last]
         self.after = nn.ModuleList(
-            self._layers(run.block[1], stop) for run, stop in zip(student, stops, strict=True)
+            self._layers(part.stop, stop) for part, stop in zip(run.parts, stops, strict=True)
         )
         self.norm = load_norm(self.teacher, last)
         self.eval().requires_grad_(True)  # a teacher's dropout is not for us
@@ -133,15 +120,15 @@ class HealingStudent(nn.Module):
         """The states after the final norm."""
         for layer in self.before:
             x = layer(x, context)
-        for run, flow, after in zip(self.runs, self.flows, self.after, strict=True):
-            x = _cross(run, flow, x, context)
+        for flow, after in zip(self.flows, self.after, strict=True):
+            x = carry(flow, x, context, self.run.solver, self.run.walk_steps)
             for layer in cast(nn.ModuleList, after):
                 x = layer(x, context)
         return self.norm(x)
 
     @torch.no_grad()
-    def merged(self) -> list[Healed]:
-        """All tensors as they are now, run by run; adapters are added to the maps they adapt."""
+    def merged(self) -> Healed:
+        """All tensors as they are now; adapters are added to the maps they adapt."""
         state = self.state_dict()
         for name, part in self.named_modules():
             if hasattr(part, "get_delta_weight"):  # peft's, of a map with an adapter
@@ -150,45 +137,27 @@ class HealingStudent(nn.Module):
                 state[f"{name}.weight"] = base.weight + adapted.get_delta_weight("default")
                 if base.bias is not None:
                     state[f"{name}.bias"] = base.bias
-        found = [Healed({}, {}) for _ in self.runs]
+        found = Healed({}, {})
         for name, value in state.items():
             if ".base_layer." not in name and ".lora_" not in name:
-                number, of_flow, own = self._place(name)
-                (found[number].flow if of_flow else found[number].teacher)[own] = value.clone()
+                of_flow, own = self._place(name)
+                (found.flow if of_flow else found.teacher)[own] = value.clone()
         return found
 
-    def _place(self, name: str) -> tuple[int, bool, str]:
-        """Which run has a tensor of this module, whether in its flow layer, and under which name."""
-        family, last = self.teacher.family, len(self.runs) - 1
-        part, _, rest = name.partition(".")
-        if part == "norm":
-            return last, False, f"{family.final_norm_prefix}.{rest}"
-        number, start = 0, self.first
-        if part != "before":
+    def _place(self, name: str) -> tuple[bool, str]:
+        """Whether a tensor of this module is of a part, and its name there or in the teacher's checkpoint."""
+        family, parts = self.teacher.family, self.run.parts
+        place, _, rest = name.partition(".")
+        if place == "norm":
+            return False, f"{family.final_norm_prefix}.{rest}"
+        start = self.first
+        if place != "before":
             index, _, rest = rest.partition(".")
-            number = int(index)
-            start = self.runs[number].block[1]
-        if part == "flows":
-            return number, True, rest
+            start = parts[int(index)].stop
+            if place == "flows":
+                return True, rest if len(parts) == 1 else f"parts.{index}.{rest}"
         index, _, tensor = rest.partition(".layer.")
-        return number, False, f"{family.layers_prefix}.{start + int(index)}.{tensor}"
-
-
-def _cross(run: Run, flow: nn.Module, x: States, context: AttentionContext) -> States:
-    """From a block's start to its end, as at inference."""
-    if isinstance(flow, LayerStack):
-        return flow.run(x, repeat(context))
-    if not isinstance(flow, Velocity):
-        return ODESolver(lambda x, t, step_size: flow(x, t, context)).sample(x, 1.0, "euler")
-    method, k = (run.solver, run.walk_steps) if run.has_time else ("euler", 1)
-    return _walk(flow, x, context, method, k)
-
-
-def _walk(flow: Velocity, x_0: States, context: AttentionContext, method: Method, k: int) -> States:
-    def velocity(x: States, t: Tensor, step_size: Tensor) -> States:
-        return flow(x, t, context, source=x_0, step_size=step_size)
-
-    return ODESolver(velocity).sample(x_0, 1 / k, method)
+        return False, f"{family.layers_prefix}.{start + int(index)}.{tensor}"
 
 
 @dataclass(frozen=True)
@@ -209,9 +178,7 @@ class HealingProblem(LogitsProblem):
 
 
 class HealingRun(ModuleTraining[HealSettings]):
-    """The training of a student as one module, from finished runs to as many new ones.
-
-    Metrics and checkpoint are in the first one's folder.
+    """The training of a whole student, from a finished run to a new one.
 
     Raises
     ------
@@ -223,10 +190,11 @@ class HealingRun(ModuleTraining[HealSettings]):
     starts_trained = True
     sequences_held_back = 64
 
-    def __init__(self, parts: Sequence[Part], store: Store, teacher: Teacher) -> None:
-        folder, settings, _ = parts[0]
-        self.parts = parts
-        self.student = student = _student_of(parts, teacher)
+    def __init__(
+        self, folder: Path, settings: HealSettings, source: Run, store: Store, teacher: Teacher
+    ) -> None:
+        self.source = source
+        self.student = student = _student_of(source, settings, teacher)
         assert settings.learning_rate is not None
         super().__init__(
             folder,
@@ -266,53 +234,39 @@ class HealingRun(ModuleTraining[HealSettings]):
     @override
     def identity(self) -> list[Any]:
         used = self.settings
-        digests = [part.source.weights_digest for part in self.parts]
         named = (used.train, used.adapter, used.rank, used.loss, used.seed, used.batch_tokens)
-        return [digests, *map(str, named), self.store.origin]
+        return [self.source.weights_digest, *map(str, named), self.store.origin]
 
     @override
     def finish(self) -> TrainedRun:
         self.weights.settle()
-        tokens = self.step * self.tokens_per_step
-        names = [part.folder.name for part in self.parts]
+        manifest = _manifest(self.source, self.settings, self.step * self.tokens_per_step)
         if distributed.rank() == 0:
-            # The first run's is the last manifest: its folder has the checkpoint that all go on from.
-            for part, merged in reversed(list(zip(self.parts, self.student.merged(), strict=True))):
-                manifest = _manifest(part.source, part.settings, tokens)
-                if len(names) > 1:
-                    manifest |= {"joint": names, "student": self._mark(manifest["healed"])}
-                runs.save_run(part.folder, merged.flow, manifest, merged.teacher)
-        source = self.parts[0].source
+            merged = self.student.merged()
+            runs.save_run(self.folder, merged.flow, manifest, merged.teacher)
         return TrainedRun(
             run=str(self.folder),
-            block=list(source.block),
-            joint=[str(part.folder) for part in self.parts] if len(names) > 1 else None,
-            objective=source.objective,
+            block=list(self.source.block),
+            shape=self.source.shape,
+            objective=self.source.objective,
             **self.figures(),
         )
 
-    def _mark(self, healed: dict[str, Any]) -> str:
-        """What the manifests of all runs of this student have in common, and no other run's."""
-        names = [part.folder.name for part in self.parts]
-        alike = [names, [part.source.weights_digest for part in self.parts], healed["tokens"]]
-        return fingerprint([*alike, *(healed[key] for key in RECORDED)])
 
-
-def _student_of(parts: Sequence[Part], teacher: Teacher) -> HealingStudent:
-    _, settings, first = parts[0]
+def _student_of(source: Run, settings: HealSettings, teacher: Teacher) -> HealingStudent:
     torch.manual_seed(settings.seed)
-    student = HealingStudent([part.source for part in parts], teacher, whole=settings.train == "student")
+    student = HealingStudent(source, teacher, whole=settings.train == "student")
     if settings.adapter == "lora":
         student.adapt(settings.rank)
     if not trained_weights(student):
-        raise RunError(f"{first.path} with --train {settings.train}", "a layer to train", "use student")
+        raise RunError(f"{source.path} with --train {settings.train}", "a layer to train", "use student")
     return student.to(settings.device)
 
 
 def _manifest(source: Run, settings: HealSettings, tokens: int) -> dict[str, Any]:
     """That of the run that was healed, and what healing did."""
     manifest = json.loads((source.path / runs.MANIFEST).read_text())
-    for key in ("weights_digest", "metrics_digest", "digest", "joint", "student"):
+    for key in ("weights_digest", "metrics_digest", "digest"):
         manifest.pop(key, None)
     healed = {key: getattr(settings, key) for key in RECORDED}
     if settings.adapter == "lora":

@@ -6,13 +6,11 @@ from pathlib import Path
 import torch
 
 from lftpipe import runs
-from lftpipe.base.errors import RunError, SettingsError
+from lftpipe.base.errors import SettingsError
 from lftpipe.base.outputs import one_writer
-from lftpipe.config.layers import check_apart
 from lftpipe.config.loss import CLOSED_FORM
 from lftpipe.config.settings import TrainSettings
 from lftpipe.results.outcomes import TrainedRun
-from lftpipe.results.run import read_metrics
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import distributed
@@ -43,28 +41,11 @@ def train_runs(wanted: list[Wanted], store: Store, teacher: Teacher) -> list[Tra
     """
     check_together(wanted)
     _ = store.origin  # as it is now: in the end it is compared with what is there then
-    students = _students(wanted)
     with ExitStack() as locks:
         finished: dict[Path, bool] | None = None
         if distributed.rank() == 0:
             finished = {run: _is_finished(locks, run, settings, store) for run, settings, _ in wanted}
-            for student in students:
-                folders = [run for run, _, _ in student]
-                if len(folders) > 1 and _was_killed_at_the_end(folders, [finished[run] for run in folders]):
-                    finished |= dict.fromkeys(folders, False)
-        return _train_locked(students, distributed.agree(finished), store, teacher)
-
-
-def _students(wanted: list[Wanted]) -> list[list[Wanted]]:
-    """The runs of each student: one each, or with `--joint` those of a variant's blocks."""
-    students: list[list[Wanted]] = []
-    for one in wanted:
-        (_, settings, _), before = one, students[-1][0][1] if students else None
-        if before and settings.joint and before.joint and settings.run == before.run:
-            students[-1].append(one)
-        else:
-            students.append([one])
-    return students
+        return _train_locked(wanted, distributed.agree(finished), store, teacher)
 
 
 def _is_finished(locks: ExitStack, run: Path, settings: TrainSettings, store: Store) -> bool:
@@ -75,49 +56,23 @@ def _is_finished(locks: ExitStack, run: Path, settings: TrainSettings, store: St
     return is_finished(run, settings, store)
 
 
-def _was_killed_at_the_end(folders: list[Path], finished: list[bool]) -> bool:
-    """Whether joint runs were all trained to the end, and a kill left the first without its manifest.
-
-    The first run's manifest is written last. If its metrics end where a finished one's training did, the two
-    were trained together, and all of them go on from the checkpoint in the first one's folder.
-    """
-    if finished[0] or not any(finished):
-        return False
-    rows = read_metrics(folders[0] / runs.METRICS).rows
-    done = {_finished(run).train_tokens for run, there in zip(folders, finished, strict=True) if there}
-    return bool(rows) and done == {rows[-1]["tokens"]}
-
-
 def _train_locked(
-    students: list[list[Wanted]], finished: dict[Path, bool], store: Store, teacher: Teacher
+    wanted: list[Wanted], finished: dict[Path, bool], store: Store, teacher: Teacher
 ) -> list[TrainedRun]:
     results = {run: _finished(run) for run, done in finished.items() if done}
     chains: list[Chain] = []
     tails, reader = FrozenTails(), None
-    for student in students:
-        folders = [run for run, _, _ in student]
-        if all(run in results for run in folders):
+    for run, settings, blocks in wanted:
+        if run in results:
             continue
-        if any(run in results for run in folders):
-            raise RunError(
-                "runs to be trained jointly, of which some are finished",
-                "all or none",
-                "name new ones, or --force",
-            )
-        training: list[TrainingRun] = []
-        for run, settings, block in student:
-            torch.manual_seed(settings.seed)
-            if settings.objective in CLOSED_FORM:
-                first = distributed.rank() == 0
-                fitted = fit_closed_form(run, settings, store, teacher, block) if first else None
-                results[run] = distributed.agree(fitted)
-                continue
-            training.append(
-                TrainingRun(run, settings, store, teacher, block, tails, reader, student=tuple(folders))
-            )
-            reader = training[0].reader
-        if training:
-            chains.append(Chain(training))
+        torch.manual_seed(settings.seed)
+        if settings.objective in CLOSED_FORM:
+            first = distributed.rank() == 0
+            fitted = fit_closed_form(run, settings, store, teacher, blocks[0]) if first else None
+            results[run] = distributed.agree(fitted)
+            continue
+        chains.append(Chain([TrainingRun(run, settings, store, teacher, blocks, tails, reader)]))
+        reader = chains[0].runs[0].reader
     if distributed.rank() == 0:  # all that could be refused was looked at
         for chain in chains:
             for run in chain.runs:
@@ -125,7 +80,7 @@ def _train_locked(
     if chains:
         done = train_together(chains, resume=chains[0].settings.resume)
         results |= {Path(result.run): result for result in done}
-    return [results[run] for student in students for run, _, _ in student]
+    return [results[run] for run, _, _ in wanted]
 
 
 def _finished(run: Path) -> TrainedRun:
@@ -135,7 +90,7 @@ def _finished(run: Path) -> TrainedRun:
         block=list(finished.block),
         objective=finished.objective,
         train_tokens=finished.train_tokens,
-        joint=[str(run.parent / name) for name in finished.joint] if finished.joint else None,
+        shape=finished.shape,
         already_finished=True,
     )
 
@@ -153,18 +108,3 @@ def check_together(wanted: list[Wanted]) -> None:
                 )
     if len({run for run, _, _ in wanted}) < len(wanted):
         raise SettingsError("several runs of the same name", "a name for each", "name them with --run")
-    for student in _students(wanted):
-        if student[0][1].joint:
-            _check_student(student)
-
-
-def _check_student(student: list[Wanted]) -> None:
-    """Refuse runs that can't be the flow layers of one student."""
-    (_, first, _), *others = student
-    check_apart([block for _, _, block in student], "--joint with blocks")
-    if first.objective in CLOSED_FORM:
-        raise SettingsError(
-            f"--joint with --objective {first.objective}", "an objective of steps", "leave out --joint"
-        )
-    if any(settings.tokens != first.tokens or settings.loss != first.loss for _, settings, _ in others):
-        raise SettingsError("--joint with different tokens or losses", "the same", "train them apart")

@@ -19,7 +19,7 @@ from lftpipe.families.layer_probe import is_linear_map, weight_of
 from lftpipe.flow.linear import LeastSquares
 from lftpipe.flow.velocity import Velocity
 from lftpipe.training import distributed
-from lftpipe.training.run import TrainingRun
+from lftpipe.training.run import TrainedPart, TrainingRun
 
 #: Of the first batches that a run will see.
 TOKENS = 49_152
@@ -29,8 +29,8 @@ RIDGE = 0.01
 
 
 @torch.no_grad()
-def refit(run: TrainingRun, batches: Callable[[], Iterable[Batch]]) -> None:
-    """Change the output maps of a run's attention and MLP so that `x_0 + u(x_0)` comes near to `x_1`.
+def refit(run: TrainingRun, one: TrainedPart, batches: Callable[[], Iterable[Batch]]) -> None:
+    """Change the output maps of a part's attention and MLP so that `x_0 + u(x_0)` comes near to `x_1`.
 
     The fit is ridge regression of what is missing, drawn to the teacher's maps. Where the MLP reads what
     attention gives (sequential residuals) its map is fitted a second time, on what it reads by then.
@@ -40,42 +40,42 @@ def refit(run: TrainingRun, batches: Callable[[], Iterable[Batch]]) -> None:
     batches
         Gives what to fit on, every time it is called.
     """
-    assert isinstance(run.flow, Velocity), "of one layer alone"
-    layer = run.flow.layer
-    attention, mlp = (layer.layer.get_submodule(name) for name in last_maps(run))
-    _fit(run, batches(), [attention, mlp])
+    assert isinstance(one.flow, Velocity), "of one layer alone"
+    layer = one.flow.layer
+    attention, mlp = (layer.layer.get_submodule(name) for name in last_maps(run, one))
+    _fit(run, one, batches(), [attention, mlp])
     if not layer.parallel:
-        _fit(run, batches(), [mlp])
+        _fit(run, one, batches(), [mlp])
 
 
-def last_maps(run: TrainingRun) -> list[str]:
-    """The linear maps that end the branches of the run's layer.
+def last_maps(run: TrainingRun, one: TrainedPart) -> list[str]:
+    """The linear maps that end the branches of a part's layer.
 
     Raises
     ------
     RunError
         If it has none, or they do not write to the stream directly.
     """
-    layer: Any = run.flow.layer
+    layer: Any = one.flow.layer
     form: LayerForm | None = layer.form
     branches = [form.attention, form.mlp] if form else []
     names = [each.output for each in branches if each.output and not each.post_norm and each.scale == 1]
     if len(names) != 2 or not all(is_linear_map(layer.layer.get_submodule(name)) for name in names):
         raise RunError(
-            f"--init readout for layer {run.m} of {run.teacher.name}",
+            f"--init readout for layer {one.part.start} of {run.teacher.name}",
             "a layer whose two branches each end in a linear map that writes to the stream",
             "leave --init out",
         )
     return names
 
 
-def _fit(run: TrainingRun, batches: Iterable[Batch], maps: list[Any]) -> None:
+def _fit(run: TrainingRun, one: TrainedPart, batches: Iterable[Batch], maps: list[Any]) -> None:
     sizes = [weight_of(each).shape[1] for each in maps]
     sums = LeastSquares(sum(sizes), run.teacher.width, RIDGE)
     with progress.task(f"fit {run.folder.name}", TOKENS, "tokens") as task:
         for batch in batches:
-            features, missing = _features(run, batch, maps)
-            sums.add(features, missing, batch.states[run.n])
+            features, missing = _features(run, one, batch, maps)
+            sums.add(features, missing, batch.states[one.part.stop])
             task.advance(run.tokens_per_step)
     if distributed.count() > 1:  # on the device, where they talk
         sums.gram, sums.cross = (
@@ -90,22 +90,23 @@ def _fit(run: TrainingRun, batches: Iterable[Batch], maps: list[Any]) -> None:
 
 
 def _features(
-    run: TrainingRun, batch: Batch, maps: list[nn.Module]
+    run: TrainingRun, one: TrainedPart, batch: Batch, maps: list[nn.Module]
 ) -> tuple[Float[Tensor, "sequence position input"], Float[Tensor, "sequence position feature"]]:
     """What the maps read, side by side, and what the layer misses of `x_1`."""
     read: list[Tensor] = []
     hooks = [each.register_forward_pre_hook(lambda _, given: read.append(given[0])) for each in maps]
-    x_0, x_1 = batch.states[run.m], batch.states[run.n]
+    x_0, x_1 = batch.states[one.part.start], batch.states[one.part.stop]
     start = x_0.new_zeros(len(x_0))
     try:
         with run.autocast():
-            velocity = run.flow(x_0, start, batch.context, source=x_0, step_size=start)
+            velocity = one.flow(x_0, start, batch.context, source=x_0, step_size=start)
     finally:
         for hook in hooks:
             hook.remove()
     if any(each.shape[:2] != x_0.shape[:2] for each in read):
         raise RunError(
-            f"--init readout for layer {run.m} of {run.teacher.name}, whose maps see parts of a sequence",
+            f"--init readout for layer {one.part.start} of {run.teacher.name}, whose maps see parts of "
+            "a sequence",
             "a layer whose maps see all positions at once",
             "leave --init out",
         )

@@ -13,13 +13,13 @@ from lftpipe.base.errors import DivergenceError
 from lftpipe.data.batches import Batch, BatchFields
 from lftpipe.results.outcomes import TrainedRun
 from lftpipe.teacher.tail import load_bridges
-from lftpipe.training import distributed, least_squares_init
+from lftpipe.training import distributed, least_squares_init, narrow_start
 from lftpipe.training.checkpoint import Checkpoint, is_due
 from lftpipe.training.divergence import look_every
 from lftpipe.training.holdout import HoldOut
 from lftpipe.training.log import Log
 from lftpipe.training.rolling import Standing
-from lftpipe.training.run import TrainingRun
+from lftpipe.training.run import TrainedPart, TrainingRun
 from lftpipe.training.step import Run, nmse_of, squares_of, take_step
 
 
@@ -43,8 +43,8 @@ class Chain:
 
     def __init__(self, joint: Sequence[Run]) -> None:
         self.runs, first = joint, joint[0]
-        for run in _fitted(joint):
-            least_squares_init.last_maps(run)  # refused before anything is written
+        for run, one in _fitted(joint):
+            least_squares_init.last_maps(run, one)  # refused before anything is written
         self.bridges = load_bridges(first.teacher, [run.block for run in joint], first.device)
         self.settings = first.settings
         self.nmse = math.nan
@@ -104,9 +104,12 @@ class Chain:
             self._checkpoint.restore()
         if self._standing and distributed.rank() == 0 and not self.finished:
             self._standing.passed(self.step)
-        for run in _fitted(self.runs):
+        for run, one in _fitted(self.runs):
             if run.step == 0:
-                least_squares_init.refit(run, partial(_first_batches, run))
+                least_squares_init.refit(run, one, partial(_first_batches, run, one.part.block))
+        for run in self.runs:
+            for one in run.narrow if isinstance(run, TrainingRun) and run.step == 0 else ():
+                narrow_start.fit(run, one, lambda state, run=run: _first_batches(run, (state,)))
         self._logs = [files.enter_context(closing(Log(run))) for run in self.runs]
         if self.step == 0 and self._hold_out and self.runs[0].starts_trained:
             figures = self._hold_out.evaluate()
@@ -180,9 +183,10 @@ class Chain:
         return results
 
 
-def _fitted(joint: Sequence[Run]) -> list[TrainingRun]:
-    """Those that start in closed form."""
-    return [run for run in joint if isinstance(run, TrainingRun) and run.settings.init == "readout"]
+def _fitted(joint: Sequence[Run]) -> list[tuple[TrainingRun, TrainedPart]]:
+    """The parts that start in closed form, each with its run."""
+    fitted = [run for run in joint if isinstance(run, TrainingRun) and run.settings.init == "readout"]
+    return [(run, one) for run in fitted for one in run.parts]
 
 
 def _standing_of(run: Run) -> Standing | None:
@@ -253,7 +257,7 @@ def _batches(run: Run, fields: BatchFields, step: int, stop: int) -> Iterator[tu
         yield batch, time.monotonic() - before
 
 
-def _first_batches(run: TrainingRun) -> Iterator[Batch]:
+def _first_batches(run: TrainingRun, states: tuple[int, ...]) -> Iterator[Batch]:
     """What a start in closed form is fitted on."""
     steps = min(math.ceil(least_squares_init.TOKENS / run.tokens_per_step), run.num_steps)
-    return (batch for batch, _ in _batches(run, BatchFields((run.m, run.n)), 0, steps))
+    return (batch for batch, _ in _batches(run, BatchFields(states), 0, steps))

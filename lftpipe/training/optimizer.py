@@ -25,6 +25,10 @@ LEARNING_RATES = {"muon": 2e-2, "adamw": 3e-3}
 #: Of `distil`, by Muon; chosen on sequences held back (docs/results/baselines.md).
 DISTIL_RATE = 5e-3
 
+#: Of `distil` where it begins part by part: such students start near their teacher, and large steps
+#: would lose that.
+SHAPED_RATE = 2e-3
+
 #: Root mean square of what a step at a rate of 1 adds to a matrix (Muon: Liu et al., arXiv 2502.16982).
 STEP_SIZE = {"muon": 0.2, "adamw": 1.0}
 
@@ -44,7 +48,10 @@ def peak_rate(settings: TrainSettings, start: nn.Module | None) -> float:
         return settings.learning_rate
     rate, largest = LEARNING_RATES[settings.optimizer], LARGEST_STEP
     if settings.objective == "distil" and settings.optimizer == "muon":
-        rate, largest = DISTIL_RATE, LARGEST_DISTIL_STEP
+        rate, largest = (
+            SHAPED_RATE if (settings.loss or "").startswith("local") else DISTIL_RATE,
+            LARGEST_DISTIL_STEP,
+        )
     if start is None:
         return rate
     return min(rate, _two_digits(largest * weight_size(start) / STEP_SIZE[settings.optimizer]))
@@ -194,7 +201,7 @@ class Optimizer:
     ) -> None:
         self.learning_rate = learning_rate
         named = trained_weights(module)
-        matrices = [p for name, p in named.items() if p.ndim == 2 and not name.startswith("modulation.")]
+        matrices = [p for name, p in named.items() if p.ndim == 2 and "modulation" not in name.split(".")]
         mine = {id(p) for p in matrices} if muon else set()
         rest = [p for p in named.values() if id(p) not in mine]
         groups: list[dict[str, Any]] = [

@@ -2,6 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -13,21 +15,15 @@ from lftpipe import runs
 from lftpipe.base import progress
 from lftpipe.base.device import autocast, resolve_compute_dtype
 from lftpipe.base.errors import RunError
-from lftpipe.base.files import fingerprint
+from lftpipe.base.shape import Part, shape_text
 from lftpipe.base.version import __version__
-from lftpipe.config.loss import (
-    CLOSED_FORM,
-    ON_LOGITS,
-    ON_STORED_LOGITS,
-    Stage,
-    parse_loss,
-    stage_starts,
-    without_logits,
-)
+from lftpipe.config.loss import CLOSED_FORM, ON_LOGITS, ON_STORED_LOGITS, Stage, parse_loss, stage_starts
 from lftpipe.config.settings import HealSettings, TrainSettings, loss_text
 from lftpipe.data.batches import BatchFields, BatchOrder, BatchReader
 from lftpipe.data.teacher_reader import reader_of
 from lftpipe.flow.objective import ErrorScale
+from lftpipe.flow.stack import LayerStack, NoLayer
+from lftpipe.flow.velocity import Velocity
 from lftpipe.results.outcomes import TrainedRun
 from lftpipe.storage import url_of
 from lftpipe.store import Store
@@ -37,7 +33,7 @@ from lftpipe.teacher.tail import Tail
 from lftpipe.training import distributed
 from lftpipe.training.averaging import WeightAverage, copy_of, set_weights
 from lftpipe.training.divergence import DivergenceWatch
-from lftpipe.training.estimator import build_estimator, description
+from lftpipe.training.estimator import build_estimator, part_of
 from lftpipe.training.optimizer import Optimizer, muon_dtype, peak_rate, rate_fraction
 from lftpipe.training.rolling import window_of
 from lftpipe.training.terms import FrozenTails, check_head
@@ -45,9 +41,7 @@ from lftpipe.training.terms import FrozenTails, check_head
 # --- What a finished run says of itself, apart from its weights.
 
 
-def manifest_of(
-    settings: TrainSettings, store: Store, block: tuple[int, int], velocity: dict[str, Any]
-) -> dict[str, Any]:
+def manifest_of(settings: TrainSettings, store: Store, parts: Sequence[Part]) -> dict[str, Any]:
     """What a finished run says of itself.
 
     Raises
@@ -62,30 +56,25 @@ def manifest_of(
             "the store that the run was begun on",
             "train the run again with --force",
         )
+    timed = any(part.kind == "flow" for part in parts)
     return {
         "store_fingerprint": store.fingerprint,
         "store_origin": store.origin,
         # As it was typed: a pushed run is not to tell where somebody's home is.
         "store": url_of(store.shards.where) or str(store.path),
         "teacher": record_of(store.identity),
-        "block": list(block),
+        "block": [parts[0].start, parts[-1].stop],
+        "parts": [part.to_json() for part in parts],
+        "shape": shape_text(parts, store.identity["teacher"]["layers"]),
         "objective": settings.objective,
         "loss": None if settings.objective in CLOSED_FORM else loss_text(settings),
-        "solver": settings.solver if velocity["time"] else "euler",
-        "walk_steps": settings.walk_steps if velocity["time"] else 1,
+        "solver": settings.solver if timed else "euler",
+        "walk_steps": settings.walk_steps if timed else 1,
         "seed": settings.seed,
         "optimizer": settings.optimizer,
         "compute_dtype": settings.compute_dtype,
-        "velocity": velocity,
         "versions": {"lftpipe": __version__, "torch": torch.__version__},
     }
-
-
-def of_student(names: list[str], settings: TrainSettings, store: Store) -> dict[str, Any]:
-    """What the manifests of all runs of a joint student say alike: their names, and a mark of their own."""
-    keys = ("objective", "loss", "seed", "tokens", "batch_tokens", "learning_rate", "optimizer")
-    alike = [names, store.origin, *(str(getattr(settings, key)) for key in keys)]
-    return {"joint": names, "student": fingerprint(alike)}
 
 
 # --- One run in progress: its flow layer, its loss, and what it writes at its end.
@@ -250,17 +239,30 @@ class ModuleTraining(ABC, Generic[S]):
         }
 
 
+@dataclass(frozen=True)
+class TrainedPart:
+    """One part of the student in training."""
+
+    part: Part
+    flow: Velocity | LayerStack | NoLayer
+    scale: ErrorScale
+    """Of the errors at its end."""
+
+
 class TrainingRun(ModuleTraining[TrainSettings]):
-    """The training of a flow layer that stands for a block.
+    """The training of a student of one part or of several.
 
     Parameters
     ----------
+    blocks
+        What the parts of its student replace, in order.
     tails, reader
         Shared by the runs of one command; left out, its own.
-    student
-        Folders of all runs whose flow layers are one student's, in order; left out, this one alone.
-        Next-token distributions are the whole student's: they are compared at the end of the last one, and
-        teach the others from there.
+
+    Attributes
+    ----------
+    parts
+        The parts of the student, each with its module; `flow` is all of them in a row.
     """
 
     def __init__(
@@ -269,16 +271,14 @@ class TrainingRun(ModuleTraining[TrainSettings]):
         settings: TrainSettings,
         store: Store,
         teacher: Teacher,
-        block: tuple[int, int],
+        blocks: Sequence[tuple[int, int]],
         tails: FrozenTails | None = None,
         reader: BatchReader | None = None,
-        *,
-        student: tuple[Path, ...] = (),
     ) -> None:
-        self.m, self.n = self.block = block
-        stages = parse_loss(loss_text(settings))
-        self.student = student or (folder,)
-        self.flow = build_estimator(settings, teacher, block).to(settings.device)
+        self.m, self.n = self.block = blocks[0][0], blocks[-1][1]
+        shape = [part_of(settings, teacher, block, number) for number, block in enumerate(blocks)]
+        modules = [build_estimator(part, settings, teacher) for part in shape]
+        self.flow = runs.sequence_of(teacher, blocks, modules).to(settings.device)
         self.flow.eval().requires_grad_(True)  # a teacher's dropout is not for us
         muon = getattr(torch, muon_dtype(settings)) if settings.optimizer == "muon" else None
         super().__init__(
@@ -288,32 +288,48 @@ class TrainingRun(ModuleTraining[TrainSettings]):
             teacher,
             self.flow,
             Optimizer(self.flow, peak_rate(settings, None), settings.weight_decay, muon),
-            stages if folder == self.student[-1] else tuple(map(without_logits, stages)),
+            parse_loss(loss_text(settings)),
             window_of(settings, store),
         )
-        norm = load_norm(teacher, self.n).to(self.device) if settings.loss_scale == "norm" else None
-        self.scale = ErrorScale(settings.loss_scale, self._channel_variance(), norm, distributed.mean)
+        self.parts = [
+            TrainedPart(part, module, self._scale(part.stop))
+            for part, module in zip(shape, modules, strict=True)
+        ]
         through_logits = any(ON_LOGITS & stage.weights.keys() for stage in self.stages)
         self.tail = self.frozen_tail(tails or FrozenTails(), self.n) if through_logits else None
 
-    def _channel_variance(self) -> Tensor | None:
-        """Of the target over the first sequences, for `--loss-scale channel`."""
-        if self.settings.loss_scale != "channel":
-            return None
+    @property
+    def narrow(self) -> list[TrainedPart]:
+        """The parts whose layers have fewer channels than the teacher's."""
+        return [one for one in self.parts if one.part.width < 1]
+
+    def _scale(self, n: int) -> ErrorScale:
+        """What errors of `h[n]` are measured against."""
+        kind = self.settings.loss_scale
+        norm = load_norm(self.teacher, n).to(self.device) if kind == "norm" else None
+        return ErrorScale(kind, self._variance(n) if kind == "channel" else None, norm, distributed.mean)
+
+    def _variance(self, n: int) -> Tensor:
+        """Of the channels of `h[n]` over the first sequences."""
         count = min(64, self.order.num_sequences)
-        states = self.reader.read("train", range(count), BatchFields((self.n,))).states[self.n]
+        states = self.reader.read("train", range(count), BatchFields((n,))).states[n]
         return states.flatten(0, 1).var(0)
 
     @property
     @override
     def fields(self) -> BatchFields:
-        terms = self.stage.weights
-        layers = tuple(range(self.m, self.n + 1)) if "trajectory" in terms else (self.m, self.n)
+        terms, blocks = self.stage.weights, [each.part.block for each in self.parts]
+        layers = {self.m, self.n}
+        if terms.keys() - ON_LOGITS:  # where each part starts, and what it is compared with
+            layers |= {state for block in blocks for state in block}
+        inside = {layer for block in blocks for layer in range(*block)}
+        if "trajectory" in terms:
+            layers |= inside
         last = self.teacher.num_layers
         if "logits" in terms and (self.settings.from_teacher or last in self.store.layers):
-            layers = tuple(sorted({*layers, last}))  # the teacher's logits are but a head away from there
-        attention = tuple(range(self.m, self.n)) if "branches" in terms else ()
-        return BatchFields(layers, attention, bool(ON_STORED_LOGITS & terms.keys()))
+            layers.add(last)  # the teacher's logits are but a head away from there
+        attention = tuple(sorted(inside)) if "branches" in terms else ()
+        return BatchFields(tuple(sorted(layers)), attention, bool(ON_STORED_LOGITS & terms.keys()))
 
     @override
     def identity(self) -> list[Any]:
@@ -324,17 +340,14 @@ class TrainingRun(ModuleTraining[TrainSettings]):
     @override
     def finish(self) -> TrainedRun:
         self.weights.settle()
-        shape = description(self.flow, self.settings)
-        manifest = manifest_of(self.settings, self.store, self.block, shape)
+        manifest = manifest_of(self.settings, self.store, [each.part for each in self.parts])
         manifest["train_tokens"] = self.step * self.tokens_per_step
-        if len(self.student) > 1:
-            manifest |= of_student([run.name for run in self.student], self.settings, self.store)
         if distributed.rank() == 0:
             runs.save_run(self.folder, self.flow, manifest)
         return TrainedRun(
             run=str(self.folder),
             block=list(self.block),
-            joint=[str(run) for run in self.student] if len(self.student) > 1 else None,
+            shape=manifest["shape"],
             objective=self.settings.objective,
             **self.figures(),
         )

@@ -22,8 +22,8 @@ from lftpipe.teacher.tail import Layers
 from lftpipe.training import distributed
 from lftpipe.training.healing import HealingRun
 from lftpipe.training.optimizer import gradient_norm
-from lftpipe.training.run import TrainingRun
-from lftpipe.training.terms import LogitsProblem, Problem, weighted_sum
+from lftpipe.training.run import TrainedPart, TrainingRun
+from lftpipe.training.terms import LogitsProblem, Problem, SequenceProblem, weighted_sum
 
 T = TypeVar("T")
 
@@ -99,7 +99,9 @@ def loss_of(run: Run, batch: Batch, x_0: States | None = None) -> tuple[Loss, Lo
         return weighted_sum(problem, run.stage.weights), problem
 
 
-def pose(run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_steps: bool = False) -> Problem:
+def pose(
+    run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_steps: bool = False
+) -> LogitsProblem:
     """A batch with the random draws of its step, or with equal steps as at inference.
 
     Parameters
@@ -107,8 +109,23 @@ def pose(run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_ste
     x_0
         Where to begin; left out, at the stored `h[m]`.
     """
-    x_0 = batch.states[run.m] if x_0 is None else x_0
-    timed = run.flow.modulation is not None
+    if len(run.parts) == 1:
+        return _pose(run, run.parts[0], batch, x_0, equal_steps=equal_steps)
+    return SequenceProblem(
+        batch=batch,
+        flow=run.flow,
+        x_0=batch.states[run.m] if x_0 is None else x_0,
+        of_part=lambda number, x: _pose(run, run.parts[number], batch, x, equal_steps=equal_steps),
+        tail=run.tail,
+    )
+
+
+def _pose(
+    run: TrainingRun, one: TrainedPart, batch: Batch, x_0: States | None, *, equal_steps: bool
+) -> Problem:
+    """The same for one part of the student."""
+    x_0 = batch.states[one.part.start] if x_0 is None else x_0
+    timed = one.flow.modulation is not None
     steps = run.settings.walk_steps if timed else 1
     generator = torch.Generator().manual_seed(run.settings.seed * 2_000_003 + batch.step)
     # On the processor and for the whole batch: the same draws on any device, whoever takes which part.
@@ -119,14 +136,14 @@ def pose(run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_ste
         steps = int(torch.randint(1, steps + 1, (), generator=generator))
     grid = torch.linspace(0, 1, steps + 1, device=run.device)[:, None].expand(-1, len(x_0))
     return Problem(
-        flow=run.flow,
-        block=run.block,
+        flow=one.flow,
+        block=one.part.block,
         batch=batch,
         x_0=x_0,
         t=draws[0] if timed else torch.zeros_like(draws[0]),
         time_grid=walk_times(draws[1:]) if times == "uniform" else grid,
         method=run.settings.solver if timed else "euler",
-        scale=run.scale,
+        scale=one.scale,
         tail=run.tail,
     )
 

@@ -1,7 +1,7 @@
 """The terms of `--loss` on a batch: states, logits through the frozen tail, stored logits, sampled ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lftpipe.base.device import cast_linear
 from lftpipe.base.errors import SettingsError, TeacherError
-from lftpipe.config.loss import load_term
+from lftpipe.config.loss import ON_LOGITS, load_term
 from lftpipe.data.batches import Batch
 from lftpipe.flow.distillation import (
     chunked_loss,
@@ -24,9 +24,10 @@ from lftpipe.flow.distillation import (
     top_divergence,
 )
 from lftpipe.flow.objective import ErrorScale, Loss, branch_matching, flow_matching, flow_walking
+from lftpipe.flow.part import PartSequence
 from lftpipe.flow.path import LinearPath, PiecewiseLinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver
-from lftpipe.flow.stack import LayerStack
+from lftpipe.flow.stack import LayerStack, NoLayer
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail
@@ -200,7 +201,7 @@ class LogitsProblem(ABC):
 class Problem(LogitsProblem):
     """One batch seen by one flow layer, with every random draw of the step."""
 
-    flow: Velocity | LayerStack
+    flow: Velocity | LayerStack | NoLayer
     block: tuple[int, int]
     t: Times
     time_grid: Float[Tensor, "time sequence"]
@@ -229,6 +230,43 @@ class Problem(LogitsProblem):
     def end(self) -> States:
         """Where the walk from `x_0` along the time grid ends."""
         return ODESolver(self.velocity).sample(self.x_0, method=self.method, time_grid=self.time_grid)
+
+
+@dataclass(frozen=True)
+class SequenceProblem(LogitsProblem):
+    """One batch seen by a student of several parts: terms on states are sums over the parts.
+
+    Next-token distributions are the whole student's: they are compared at the end of the last part, and teach
+    the others from there.
+    """
+
+    flow: PartSequence
+    of_part: Callable[[int, States | None], Problem]
+    """The problem of one part that begins at some states, or at its own cached `h[m]`."""
+
+    def of_parts(self, term: str) -> Sequence[Problem]:
+        """The problems over which a term is summed."""
+        return self.alone if term == "local" else self.chained
+
+    @cached_property
+    def alone(self) -> Sequence[Problem]:
+        """Of every part from its own cached state: none runs through another."""
+        return [self.of_part(number, None) for number in range(len(self.flow.parts))]
+
+    @cached_property
+    def chained(self) -> Sequence[Problem]:
+        """Of every part from the end of the one before, through the teacher's layers between the two."""
+        found: list[Problem] = []
+        for number in range(len(self.flow.parts)):
+            x = self.flow.enter(number, found[-1].end if found else self.x_0, self.batch.context)
+            found.append(self.of_part(number, x))
+        return found
+
+    @property
+    @override
+    def end(self) -> States:
+        """Where the last part ends."""
+        return self.chained[-1].end
 
 
 def _fw(problem: Problem) -> Loss:
@@ -270,6 +308,7 @@ def _on_logits(measure: Callable[[Tail, States, Batch], Loss]) -> Callable[[Logi
 TERMS: dict[str, Callable[[Any], Loss]] = {
     "fw": _fw,
     "regression": _fw,
+    "local": _fw,
     "sfm": _sfm,
     "trajectory": _trajectory,
     "branches": _branches,
@@ -295,6 +334,8 @@ def weighted_sum(problem: LogitsProblem, weights: dict[str, float]) -> Loss:
 
 def _term(name: str, problem: LogitsProblem) -> Loss:
     """One term; of one from outside it is checked what it gives."""
+    if isinstance(problem, SequenceProblem) and name not in ON_LOGITS:
+        return torch.stack([_term(name, one) for one in problem.of_parts(name)]).sum()
     if name in TERMS:
         return TERMS[name](problem)
     value: Any = load_term(name)(problem)

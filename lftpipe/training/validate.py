@@ -1,5 +1,6 @@
 """From the settings that were given to those a run is trained with: all chosen, all checked."""
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import cast
@@ -8,21 +9,35 @@ import torch
 
 from lftpipe.base.device import dtype_name, resolve_compute_dtype
 from lftpipe.base.errors import SettingsError, StoreError
+from lftpipe.config.layers import check_apart
 from lftpipe.config.loss import (
     CLOSED_FORM,
     LOSSES,
     ON_LOGITS,
     ON_STORED_LOGITS,
+    SHAPED,
     TIMELESS,
     TWO_FOR,
     parse_loss,
 )
-from lftpipe.config.settings import ComputeDtype, HealSettings, MuonDtype, TrainSettings, depth_of, loss_text
+from lftpipe.config.settings import (
+    ComputeDtype,
+    HealSettings,
+    MuonDtype,
+    TrainSettings,
+    depth_of,
+    loss_text,
+    width_of,
+)
 from lftpipe.store import Store
 from lftpipe.teacher.layers import load_layer
 from lftpipe.teacher.source import Teacher
+from lftpipe.training.estimator import parts
 from lftpipe.training.optimizer import muon_dtype, peak_rate
 from lftpipe.training.rolling import check_rolling, window_of
+
+#: As `--depth` has it.
+Depth = int | tuple[int, ...] | None
 
 #: Steps between evaluations where some of the training sequences are held back, if nothing is said.
 EVALUATE_EVERY = 100
@@ -30,8 +45,11 @@ EVALUATE_EVERY = 100
 #: Tokens that one step may have even on a store of fewer.
 LARGEST_BATCH = 2**16
 
-#: A run to be trained: its folder, settings and block.
-Wanted = tuple[Path, TrainSettings, tuple[int, int]]
+#: What the parts of one student replace, in order.
+Blocks = Sequence[tuple[int, int]]
+
+#: A run to be trained: its folder, settings and blocks.
+Wanted = tuple[Path, TrainSettings, Blocks]
 
 
 #: What a command has once, for all its variants.
@@ -60,45 +78,70 @@ def variants_of(settings: TrainSettings) -> list[TrainSettings]:
     ]
 
 
-def resolved(
-    settings: TrainSettings, store: Store, block: tuple[int, int], teacher: Teacher
-) -> TrainSettings:
+def resolved(settings: TrainSettings, store: Store, blocks: Blocks, teacher: Teacher) -> TrainSettings:
     """Settings with all that was left open chosen, and checked against the store.
 
     Parameters
     ----------
     teacher
-        The store's, whose layer at the block's start training begins from.
+        The store's, whose layers training begins from.
 
     Raises
     ------
     LftpipeError
-        If the store lacks a state of the block or has nothing to train on, or the settings contradict.
+        If the store lacks a state of a block or has nothing to train on, or the settings contradict.
     """
     _check_objective(settings)
-    _check_layers(settings, block)
+    _check_student(settings, blocks)
+    loss = _loss(settings, blocks)
+    settings = replace(settings, loss=loss, depth=_depths(settings, blocks))
     terms = _terms(settings)
-    _check_states(settings, store, block, terms)
-    _check_terms(settings, store, block, terms)
-    if "branches" in terms:
-        _check_branches(teacher, block)
+    for number, block in enumerate(blocks):
+        _check_layers(settings, block, number)
+        _check_states(settings, store, block, number, terms)
+        _check_terms(settings, store, block, terms)
+        if "branches" in terms:
+            _check_branches(teacher, block)
     _check_tokens(settings, store)
     check_rolling(settings, store)
     # All settled here is recorded with the run, and compared when it is resumed.
     return replace(
         settings,
-        block=f"{block[0]}:{block[1]}",
+        block="each" if settings.block == "each" else ",".join(f"{m}:{n}" for m, n in blocks),
         threads=torch.get_num_threads(),
         compute_dtype=cast(
             ComputeDtype, dtype_name(resolve_compute_dtype(settings.compute_dtype, settings.device))
         ),
-        learning_rate=_rate(settings, block, teacher),
+        learning_rate=_rate(settings, blocks[0], teacher),
         muon_dtype=cast(MuonDtype, muon_dtype(settings)),
-        depth=_depth(settings, block),
         window=window_of(settings, store),
-        loss=LOSSES["distil"] if settings.objective == "distil" and settings.loss is None else settings.loss,
         evaluate_every=settings.evaluate_every or (EVALUATE_EVERY if settings.hold_back else 0),
     )
+
+
+def _loss(settings: TrainSettings, blocks: Blocks) -> str | None:
+    """The `--loss` of our recipe: part by part first, where a student has many parts or narrow ones."""
+    if settings.objective != "distil" or settings.loss is not None:
+        return settings.loss
+    narrow = any(width_of(settings, number) < 1 for number in range(len(blocks)))
+    return SHAPED if narrow or len(blocks) > 2 else LOSSES["distil"]
+
+
+def _depths(settings: TrainSettings, blocks: Blocks) -> Depth:
+    """The layers in place of each block; one number for a single block."""
+    depths = [_depth(settings, block, number) for number, block in enumerate(blocks)]
+    if len(set(depths)) == 1:
+        return depths[0]
+    return tuple(1 if depth is None else depth for depth in depths)
+
+
+def _check_student(settings: TrainSettings, blocks: Blocks) -> None:
+    """Refuse blocks, or an objective, that are not of one student."""
+    check_apart(blocks, "--joint with blocks")
+    if settings.joint and settings.objective in CLOSED_FORM:
+        raise SettingsError(
+            f"--joint with --objective {settings.objective}", "an objective of steps", "leave out --joint"
+        )
 
 
 def _rate(settings: TrainSettings, block: tuple[int, int], teacher: Teacher) -> float:
@@ -134,10 +177,17 @@ def check_patience(settings: TrainSettings | HealSettings) -> None:
         )
 
 
-def _check_states(settings: TrainSettings, store: Store, block: tuple[int, int], terms: set[str]) -> None:
+def _check_states(
+    settings: TrainSettings, store: Store, block: tuple[int, int], number: int, terms: set[str]
+) -> None:
     """Refuse a block whose states are not stored, unless the teacher runs."""
     m, n = block
-    needed = range(m, n + 1) if "trajectory" in terms else (m, n)
+    needed = [m, n]
+    if "trajectory" in terms:
+        needed = list(range(m, n + 1))
+    elif width_of(settings, number) < 1:  # each layer is fitted on what its teacher's layer reads
+        needed += [start for start, _ in parts(block, depth_of(settings, number) or 1)]
+    needed = sorted(set(needed))
     absent = [state for state in needed if state not in store.layers]
     fitted = settings.objective in CLOSED_FORM and settings.objective != "skip"  # from the store alone
     if absent and (fitted or not settings.from_teacher):
@@ -185,7 +235,7 @@ def _check_terms(settings: TrainSettings, store: Store, block: tuple[int, int], 
     if settings.objective in TIMELESS and walks:
         raise SettingsError(
             f"--loss {settings.loss} with --objective {settings.objective}",
-            f"terms without time: regression, {', '.join(sorted(ON_LOGITS))}",
+            f"terms without time: regression, local, {', '.join(sorted(ON_LOGITS))}",
             f"use --objective fw for the term {walks[0]}",
         )
 
@@ -212,22 +262,32 @@ def _terms(settings: TrainSettings) -> set[str]:
     return {term for stage in parse_loss(loss_text(settings)) for term in stage.weights}
 
 
-def _depth(settings: TrainSettings, block: tuple[int, int]) -> int | None:
+def _depth(settings: TrainSettings, block: tuple[int, int], number: int) -> int | None:
     if settings.depth is None and settings.objective == "distil":
         return 2 if block[1] - block[0] >= TWO_FOR and settings.init != "readout" else 1  # it fits one alone
-    return depth_of(settings)
+    return depth_of(settings, number)
 
 
-def _check_layers(settings: TrainSettings, block: tuple[int, int]) -> None:
+def _check_layers(settings: TrainSettings, block: tuple[int, int], number: int) -> None:
     """Refuse a start, or a number of layers, that the objective has no use for."""
     given = f"with --objective {settings.objective}"
     if settings.init != "layer" and settings.objective in CLOSED_FORM:
         raise SettingsError(f"--init {settings.init} {given}", "an objective of steps", "leave out --init")
     if settings.init == "readout" and settings.objective == "looped" and settings.walk_steps > 1:
         raise SettingsError(f"--init readout {given}", "a layer that is evaluated once", "leave out --init")
-    depth = depth_of(settings)
+    width = width_of(settings, number)
+    if width < 1 and (settings.objective in CLOSED_FORM or settings.init != "layer"):
+        other = given if settings.objective in CLOSED_FORM else f"with --init {settings.init}"
+        raise SettingsError(
+            f"--width {width:g} {other}",
+            "an objective of steps that starts from a layer",
+            "leave out one of them",
+        )
+    depth = depth_of(settings, number)
     if depth in (None, 1):
         return
+    if depth == 0 and not settings.joint:
+        raise SettingsError("--depth 0 for a student of its own", "a layer", "use --objective skip")
     if settings.objective not in TIMELESS:
         raise SettingsError(f"--depth {depth} {given}", f"one of {', '.join(TIMELESS)}", "use one")
     if settings.init == "readout":
@@ -263,14 +323,21 @@ def _ranges(layers: tuple[int, ...]) -> str:
     return f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
 
 
-def run_name(settings: TrainSettings, block: tuple[int, int]) -> str:
-    """What a run is called that was given no name: after block, objective and seed."""
+def run_name(settings: TrainSettings, blocks: Blocks) -> str:
+    """What a run is called that was given no name: after its blocks, objective and seed."""
     objective = settings.objective
     if objective in ("fw", "hybrid"):
         objective += str(settings.walk_steps) + ("" if settings.solver == "midpoint" else "-euler")
     if settings.objective == "looped":
         objective += str(settings.walk_steps)
-    depth = depth_of(settings)
-    if depth is not None and depth > 1 and settings.objective != "distil":
-        objective += f"-depth{depth}"
-    return f"{block[0]}-{block[1]}-{objective}-seed{settings.seed}"
+    depths = [depth_of(settings, number) or 1 for number in range(len(blocks))]
+    if max(depths) > 1 and settings.objective != "distil":
+        objective += "-depth" + "-".join(map(str, dict.fromkeys(depths)))
+    if settings.block == "each":
+        place = "each"
+    else:
+        place = "+".join(f"{m}-{n}" for m, n in blocks) if len(blocks) <= 4 else f"{len(blocks)}-blocks"
+    widths = {width_of(settings, number): None for number in range(len(blocks))}
+    if widths.keys() != {1.0}:
+        place += "-width" + "-".join(f"{width:g}" for width in widths)
+    return f"{place}-{objective}-seed{settings.seed}"

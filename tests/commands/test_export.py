@@ -54,7 +54,7 @@ def test_plain_neox_is_exact(neox_run: runs.Run, neox_teacher: Teacher, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "velocity"),
+    ("name", "part"),
     [
         ("neox-tied", {}),
         ("neox-sequential", {}),
@@ -68,10 +68,10 @@ def test_plain_neox_is_exact(neox_run: runs.Run, neox_teacher: Teacher, tmp_path
 )
 @torch.inference_mode()
 def test_one_euler_step_is_exact_for_every_family(
-    teachers: dict[str, Path], tmp_path: Path, name: str, velocity: dict[str, bool]
+    teachers: dict[str, Path], tmp_path: Path, name: str, part: dict[str, Any]
 ) -> None:
     teacher = open_teacher(str(teachers[name]), tmp_path)
-    run = save_run(tmp_path / "run", teacher, (1, 3), solver="euler", walk_steps=1, velocity=velocity)
+    run = save_run(tmp_path / "run", teacher, (1, 3), solver="euler", walk_steps=1, part=part)
     export(settings(run, tmp_path, form="plain"))
     plain, student = load_model(tmp_path / "out"), build_student(teacher, [run])
     ids = tokens(32, sequences=2)
@@ -104,9 +104,9 @@ def test_an_unrolled_student_shares_nothing_that_is_trained(
         ("neox", {}, {"solver": "midpoint"}, "midpoint connects two evaluations"),
         ("llama", {}, {"k": 2}, "in 2 steps of sequential-residual layers"),
         ("neox-sequential", {}, {"k": 3}, "in 3 steps of sequential-residual layers"),
-        ("llama", {"velocity": {"shift": True}}, {"k": 1}, "no bias to fold one into"),
-        ("neox", {"velocity": {"source": True}}, {}, "whose velocity sees x_0"),
-        ("neox", {"velocity": {"linear": True, "time": False, "shift": False}}, {}, "a linear map"),
+        ("llama", {"part": {"shift": True}}, {"k": 1}, "no bias to fold one into"),
+        ("neox", {"part": {"source": True}}, {}, "whose velocity sees x_0"),
+        ("neox", {"part": {"kind": "linear"}}, {}, "a linear map"),
     ],
 )
 def test_what_is_not_exact_is_refused(

@@ -63,24 +63,6 @@ def test_a_run_comes_back_as_it_was(hub: FakeHub, flow: runs.Run, tmp_path: Path
     assert pulled(tmp_path, "hf://org/thing")["already_there"]
 
 
-def test_the_runs_of_a_student_find_one_another_where_they_are_pulled(
-    hub: FakeHub, neox_teacher: Teacher, tmp_path: Path
-) -> None:
-    names = ["one", "two"]
-    for name, block in zip(names, [(0, 1), (2, 3)], strict=True):
-        save_run(tmp_path / "here/neox/runs" / name, neox_teacher, block, joint=names, student="f" * 32)
-    for name, other in (names, reversed(names)):
-        sent = pushed(tmp_path, name, f"org/{name}-of-a-student")
-        assert sent["others"] == [other]
-        command = f"lftpipe pull hf://org/{name}-of-a-student --run {name}"
-        assert command in push_stage.summary(sent)
-        card = (hub.folder(f"org/{name}-of-a-student", "model") / "README.md").read_text()
-        assert command in card
-        assert f"one student with {other}" in card
-        pulled(tmp_path, sent["url"], run=name)
-    assert [run.path.name for run in runs.open_student(tmp_path / "there/neox/runs/two")] == names
-
-
 def test_the_card_of_a_run_has_the_hubs_metadata(hub: FakeHub, flow: runs.Run, tmp_path: Path) -> None:
     pushed(tmp_path, "flow", license="apache-2.0")
     card = ModelCard((hub.folder("org/thing", "model") / "README.md").read_text())

@@ -13,6 +13,7 @@ from fuzz.mutations import edited
 
 from lftpipe.base.errors import LftpipeError
 from lftpipe.base.files import read_json, seal
+from lftpipe.base.shape import Part
 from lftpipe.results.base import Artefact
 from lftpipe.results.recoupling import RecouplingMap
 from lftpipe.results.run import RunManifest, Sample, keep_sample, read_metrics, read_samples
@@ -50,7 +51,8 @@ def manifest() -> RunManifest:
         store_fingerprint="f" * 32,
         weights_digest="0" * 32,
         teacher=teacher,
-        velocity={"time": True, "shift": False},
+        parts=(Part(1, 3),),
+        shape="1:3>flow",
     )
 
 

@@ -45,7 +45,7 @@ def test_logits_are_trunk_then_flow_then_tail(
 def test_a_velocity_is_told_what_it_was_trained_to_see(
     neox_teacher: Teacher, tmp_path: Path, condition: str
 ) -> None:
-    run = save_run(tmp_path / condition, neox_teacher, (1, 3), velocity={condition: True})
+    run = save_run(tmp_path / condition, neox_teacher, (1, 3), part={condition: True})
     student = build_student(neox_teacher, [run], steps=2, solver="euler")
     ids, positions = tokens(20, sequences=2), torch.arange(20).expand(2, -1)
     states: dict[int, torch.Tensor] = {}
@@ -150,12 +150,10 @@ def test_several_blocks(neox_teacher: Teacher, tmp_path: Path) -> None:
     assert torch.equal(greedy(student, tokens(5)), greedy(student, tokens(5), use_cache=False))
 
 
-@pytest.mark.parametrize("velocity", [{"time": False}, {"linear": True, "time": False, "shift": False}])
+@pytest.mark.parametrize("part", [{"kind": "layer"}, {"kind": "linear"}])
 @torch.inference_mode()
-def test_baselines_make_students_too(
-    neox_teacher: Teacher, tmp_path: Path, velocity: dict[str, bool]
-) -> None:
-    run = save_run(tmp_path / "a", neox_teacher, (0, 3), velocity=velocity)
+def test_baselines_make_students_too(neox_teacher: Teacher, tmp_path: Path, part: dict[str, Any]) -> None:
+    run = save_run(tmp_path / "a", neox_teacher, (0, 3), part=part)
     student = build_student(neox_teacher, [run])
     assert student.config.num_hidden_layers == 2  # one that attends, and perhaps a place that stays empty
     assert torch.equal(greedy(student, tokens(5)), greedy(student, tokens(5), use_cache=False))
@@ -236,7 +234,7 @@ def test_runs_of_different_teachers_or_settings_are_refused(
 
 
 def test_a_student_without_attention_is_refused(neox_teacher: Teacher, tmp_path: Path) -> None:
-    velocity = {"linear": True, "time": False, "shift": False}
-    run = save_run(tmp_path / "a", neox_teacher, (0, 4), velocity=velocity)
+    part = {"kind": "linear"}
+    run = save_run(tmp_path / "a", neox_teacher, (0, 4), part=part)
     with pytest.raises(SettingsError, match="without attention"):
         build_student(neox_teacher, [run])

@@ -93,8 +93,6 @@ def test_a_process_that_diverges_ends_the_others_no_sooner(tmp_path, stored):
     with pytest.raises(DivergenceError, match="wild"):
         train(change(settings, workers=2, threads=2))
     assert (stored["whole"].parent / "runs/tame-1-3-seed8/manifest.json").exists()
-    with pytest.raises(SettingsError, match=r"--workers with --joint / expected: one of the two"):
-        train(change(settings, workers=2, joint=True))
 
 
 def test_a_run_of_a_store_of_tokens_alone_is_scored_as_one_of_a_whole_store(tmp_path, stored):

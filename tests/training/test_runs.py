@@ -186,7 +186,7 @@ def test_no_steps_are_refused_in_one_line(run: runs.Run, tmp_path: Path, command
 
 def test_a_damaged_manifest_is_refused(run: runs.Run) -> None:
     manifest = json.loads((run.path / runs.MANIFEST).read_text())
-    del manifest["velocity"]
+    del manifest["parts"]
     del manifest["digest"]
     (run.path / runs.MANIFEST).write_text(json.dumps(seal(manifest)))
     with pytest.raises(RunError, match=r"a finished run with a readable manifest\.json"):

@@ -1,11 +1,9 @@
 """Several runs from the same batches, several flow layers in one student, several processes."""
 
-import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from lftpipe.base.errors import DivergenceError, RunError, SettingsError
 from lftpipe.commands.train import summary, train
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
-from lftpipe.training.run import TrainingRun
 
 
 @pytest.fixture
@@ -128,41 +125,37 @@ def test_several_blocks_give_a_run_each(settings):
     assert all(runs.open_run(Path(each["run"])).train_tokens == settings.tokens for each in result["runs"])
 
 
-def test_jointly_the_second_flow_layer_learns_from_where_the_first_ends(settings, tmp_path):
+def test_jointly_the_second_part_learns_from_where_the_first_ends(settings, tmp_path):
     apart = train(change(settings, block="0:1,2:3", run=str(tmp_path / "apart")))["runs"]
-    joint = train(change(settings, block="0:1,2:3", joint=True, run=str(tmp_path / "joint")))["runs"]
+    joint = change(settings, block="0:1,2:3", joint=True, run=str(tmp_path / "joint"))
+    train(joint)
+    train(change(joint, objective="regression", loss="local", run=str(tmp_path / "local")))
+    train(change(joint, objective="regression", run=str(tmp_path / "chained")))
     # At the first step both second layers are the teacher's; only their inputs differ.
-    first, second = ([log_of(each["run"])[0]["loss"] for each in both] for both in (apart, joint))
-    assert first[0] == second[0]
-    assert first[1] < second[1]
+    alone = sum(log_of(each["run"])[0]["loss"] for each in apart)
+    first = {name: log_of(tmp_path / name)[0]["loss"] for name in ("joint", "local", "chained")}
+    assert alone < first["joint"]
+    assert first["local"] < first["chained"]
 
 
-def test_what_comes_next_is_to_score_the_whole_student(settings, tmp_path):
+def test_a_student_of_several_parts_is_one_run(settings, tmp_path):
     joint = change(settings, block="0:1,2:3", joint=True)
     made = train(joint)
-    names = " ".join(each["run"] for each in made["runs"])
+    assert (made["run"], made["block"], made["shape"]) == (settings.run, [0, 3], "0:1>flow, 2:3>flow")
     shown = [line for line in summary(made).splitlines() if line.startswith("next:")]
-    assert shown == [f"next: lftpipe evaluate {names} --store {settings.store}"]
-    assert [each["joint"] for each in train(joint)["runs"]] == [names.split()] * 2  # finished already
+    assert shown == [f"next: lftpipe evaluate {settings.run} --store {settings.store}"]
+    assert train(joint)["already_finished"]
+    assert [part.block for part in runs.open_run(Path(settings.run)).parts] == [(0, 1), (2, 3)]
 
 
-def test_jointly_logits_are_compared_at_the_students_end_and_teach_every_flow_layer(settings, tmp_path):
+def test_jointly_logits_are_compared_at_the_students_end_and_teach_every_part(settings, tmp_path):
     joint = change(settings, block="0:1,2:4", joint=True, loss="logits", log_every=1, objective="regression")
-    both = [each["run"] for each in train(joint)["runs"]]
-    logs = [log_of(run) for run in both]
-    assert all(row["loss"] == 0 for row in logs[0])  # the first one has nothing to compare by itself
-    assert logs[1][-1]["loss"] < logs[1][0]["loss"]
+    run = train(joint)["run"]
+    losses = [row["loss"] for row in log_of(run)]
+    assert losses[-1] < losses[0]
     start = train(change(joint, tokens=settings.batch_tokens, learning_rate=0.0, run=str(tmp_path / "start")))
-    for one, other in zip(both, [each["run"] for each in start["runs"]], strict=True):
-        assert any(not torch.equal(weights_of(one)[name], value) for name, value in weights_of(other).items())
-
-
-def test_jointly_one_moment_is_the_best_of_all_flow_layers(settings, tmp_path, monkeypatch):
-    judged: list[float] = []
-    monkeypatch.setattr(TrainingRun, "judge", lambda run, loss: judged.append(loss))
-    train(change(settings, block="0:1,2:3", joint=True, hold_back=0.2, evaluate_every=5))
-    assert judged
-    assert judged[::2] == judged[1::2]
+    before, after = weights_of(start["run"]), weights_of(run)
+    assert {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])} == {"0", "1"}
 
 
 def test_each_variant_is_a_joint_student_of_its_own(settings, tmp_path):
@@ -175,26 +168,21 @@ def test_each_variant_is_a_joint_student_of_its_own(settings, tmp_path):
     keys = ("store", "tokens", "batch_tokens", "compute_dtype", "log_every")
     given = {key: getattr(settings, key) for key in keys} | {"block": "0:1,2:4"}
     together = train(from_recipe(TrainSettings, path, "train", given))["runs"]
-    assert len(together) == 6
+    names = ["a-0-4-seed0", "b-0-4-seed0", "apart-0-1-seed0", "apart-2-4-seed0"]
+    assert [Path(each["run"]).name for each in together] == names
     alone = change(settings, block="0:1,2:4", joint=True, run=str(tmp_path / "alone"), objective="regression")
-    for one, other in zip(together[:2], train(alone)["runs"], strict=True):
-        assert_same_weights(one["run"], other["run"])
-    opened = [runs.open_run(Path(each["run"])) for each in together]
-    assert [run.joint for run in opened[:2]] == [["a-0-1-seed0", "a-2-4-seed0"]] * 2
-    assert opened[4].joint is None
+    assert_same_weights(together[0]["run"], train(alone)["run"])
 
 
 def test_a_killed_joint_run_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
     joint = change(settings, block="0:1,2:3", joint=True)
-    unbroken = train(joint)["runs"]
+    unbroken = train(joint)["run"]
     broken = change(joint, run=str(tmp_path / "broken"))
     with monkeypatch.context() as patch:
         stop_before(patch, 8)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
-    resumed = train(change(broken, resume=True))["runs"]
-    for one, other in zip(resumed, unbroken, strict=True):
-        assert_same_weights(one["run"], other["run"])
+    assert_same_weights(train(change(broken, resume=True))["run"], unbroken)
 
 
 @pytest.mark.parametrize("second", ["regression,logits", "top-logits"])
@@ -227,34 +215,6 @@ def test_a_batch_that_lacks_what_a_stage_needs_is_an_error(settings, monkeypatch
     monkeypatch.setattr(TrainingRun, "stage_end", property(lambda run: run.num_steps))
     with pytest.raises(LookupError, match=r"batch 6 was read without h\[4\]"):
         train(change(settings, objective="regression", loss="regression@0.5/logits"))
-
-
-def test_a_joint_run_killed_between_two_manifests_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
-    joint = change(settings, block="0:1,2:3", joint=True, checkpoint_every=2)
-    unbroken = train(joint)["runs"]
-    broken, real, calls = change(joint, run=str(tmp_path / "broken")), runs.save_run, itertools.count()
-
-    def save_only_one(*arguments: Any) -> None:
-        if next(calls):
-            raise KeyboardInterrupt
-        real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_run", save_only_one)
-        with pytest.raises(KeyboardInterrupt):
-            train(broken)
-    resumed = train(change(broken, resume=True))["runs"]
-    for one, other in zip(resumed, unbroken, strict=True):
-        assert one["train_tokens"] == settings.tokens
-        assert_same_weights(one["run"], other["run"])
-
-
-def test_a_finished_run_is_not_trained_again_jointly_with_a_new_one(settings, tmp_path):
-    train(change(settings, block="0:1,2:3", joint=True, run=str(tmp_path / "run")))
-    before = (tmp_path / "run-2-3" / "manifest.json").read_bytes()
-    with pytest.raises(RunError, match="of which some are finished / expected: all or none"):
-        train(change(settings, block="1:2,2:3", joint=True, run=str(tmp_path / "run")))
-    assert (tmp_path / "run-2-3" / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

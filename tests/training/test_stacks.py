@@ -58,12 +58,14 @@ def test_a_stack_starts_from_layers_of_the_block_and_learns(
 def test_each_block_may_have_a_depth_of_its_own(stores: dict[str, Path], tmp_path: Path, joint: bool) -> None:
     store = Store.open(stores["neox"])
     settings = short_run(store.path, tmp_path, objective="distil", block="0:1,1:4", joint=joint)
-    train(change(settings, depth=(1, 2)))
-    first, second = (runs.open_run(tmp_path / name) for name in ("run-0-1", "run-1-4"))
-    assert [run.evaluations("euler", 1) for run in (first, second)] == [1, 2]
-    assert [runs.read_settings(run.path)[0]["depth"] for run in (first, second)] == [1, 2]
-    assert all(run["already_finished"] for run in train(change(settings, depth=(1, 2)))["runs"])
-    out = export(ExportSettings(runs=(str(first.path), str(second.path)), form="plain", out=tmp_path / "out"))
+    made = train(change(settings, depth=(1, 2))).runs
+    opened = [runs.open_run(Path(each.run)) for each in made]
+    assert [part.depth for run in opened for part in run.parts] == [1, 2]
+    recorded = [runs.read_settings(run.path)[0]["depth"] for run in opened]
+    assert recorded == ([[1, 2]] if joint else [1, 2])
+    assert all(run.already_finished for run in train(change(settings, depth=(1, 2))).runs)
+    named = tuple(str(run.path) for run in opened)
+    out = export(ExportSettings(runs=named, form="plain", out=tmp_path / "out"))
     assert out["layers"] == teacher_of(store).num_layers - 1
     with pytest.raises(SettingsError, match="--depth 2 for a block of 1 layers"):
         train(change(settings, depth=(2, 1), run=str(tmp_path / "other")))
@@ -87,8 +89,8 @@ def test_every_stack_has_an_exact_plain_form_and_a_cache(
     teachers: dict[str, Path], tmp_path: Path, name: str, depth: int, loops: int
 ) -> None:
     teacher = open_teacher(str(teachers[name]), tmp_path)
-    velocity = {"time": False, "source": False, "step": False, "depth": depth, "loops": loops}
-    run = save_run(tmp_path / "run", teacher, (1, 3), solver="euler", walk_steps=1, velocity=velocity)
+    part = {"kind": "layers", "depth": depth, "loops": loops}
+    run = save_run(tmp_path / "run", teacher, (1, 3), solver="euler", walk_steps=1, part=part)
     out = export(
         ExportSettings(workspace=tmp_path, runs=(str(run.path),), form="plain", out=tmp_path / "out")
     )

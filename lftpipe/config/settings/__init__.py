@@ -37,12 +37,15 @@ from lftpipe.config.settings.evaluate import (
 )
 from lftpipe.config.settings.extract import ExtractSettings
 from lftpipe.config.settings.fusion import FuseSettings, RecogniseSettings
+from lftpipe.config.settings.plan import Budgeted, CompressSettings, PlanSettings
 from lftpipe.config.settings.student import ExportSettings, GenerateSettings, PullSettings, PushSettings
-from lftpipe.config.settings.train import HealSettings, TrainSettings, depth_of, loss_text
+from lftpipe.config.settings.train import HealSettings, TrainSettings, depth_of, loss_text, width_of
 
 __all__ = [
+    "Budgeted",
     "Common",
     "CompareSettings",
+    "CompressSettings",
     "Compression",
     "ComputeDtype",
     "Condition",
@@ -61,6 +64,7 @@ __all__ = [
     "MuonDtype",
     "Objective",
     "OptimizerName",
+    "PlanSettings",
     "Predictor",
     "PullSettings",
     "PushSettings",
@@ -80,4 +84,5 @@ __all__ = [
     "loss_text",
     "recorded",
     "to_json",
+    "width_of",
 ]

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic import model_validator as validator_of_all
 from pydantic.dataclasses import dataclass
 
-from lftpipe.config.refusal import check_path, check_temperature, check_text, refusal
+from lftpipe.config.refusal import as_tuple_of_numbers, check_path, check_temperature, check_text, refusal
 
 CONFIG = ConfigDict(
     strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
@@ -45,7 +45,10 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**15)]
 Batch = Annotated[int, Field(ge=1, le=2**24)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Counts = Annotated[tuple[Steps, ...], Field(strict=False)]
-Depths = Annotated[tuple[Steps, ...], Field(strict=False, min_length=1)]
+Depth = Annotated[int, Field(ge=0, le=1000)]
+Depths = Annotated[tuple[Depth, ...], Field(strict=False, min_length=1)]
+Width = Annotated[float, Field(gt=0, le=1)]
+Widths = Annotated[tuple[Width, ...], Field(strict=False, min_length=1), BeforeValidator(as_tuple_of_numbers)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(check_temperature)]

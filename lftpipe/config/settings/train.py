@@ -13,7 +13,9 @@ from lftpipe.config.settings.base import (
     Condition,
     Count,
     CountOrZero,
+    Depth,
     Depths,
+    File,
     Fraction,
     Init,
     InSteps,
@@ -31,6 +33,7 @@ from lftpipe.config.settings.base import (
     Steps,
     Text,
     WalkTimes,
+    Widths,
 )
 
 # --- Settings of `lftpipe train`.
@@ -41,10 +44,11 @@ class TrainSettings(OfStore, Spread, InSteps):
     """Of `lftpipe train`."""
 
     block: Annotated[Text, Role.REPEATED] = "auto"
-    """The layers to replace: `m:n`, half-open, or `auto`: the best block by the map. Given several times, it
-    trains one flow layer for each block."""
+    """The layers to replace: `m:n`, half-open; `each` layer by one of its own; or `auto`: the best block by
+    the map. Given several times, it trains one flow layer for each block."""
     joint: bool = False
-    """Train the flow layers of several blocks as one student: each starts where the one before it ends."""
+    """Train the flow layers of several blocks as one student, in one run: each starts where the one before it
+    ends. `--block each` implies it."""
     replace: Fraction = 0.25
     """Fraction of the layers that `--block auto` replaces."""
     rank_by: Predictor = "ratio"
@@ -56,10 +60,15 @@ class TrainSettings(OfStore, Spread, InSteps):
     init: Init = "layer"
     """The start: a copy of the block's first layer; `readout` also fits its output matrices to the whole
     block in closed form; `mean`: the mean of the block's layers."""
-    depth: Depths | Steps | None = None
+    plan: File | None = None
+    """A plan whose shape is trained as one student, by `distil`; it sets blocks, depths and widths."""
+    depth: Depths | Depth | None = None
     """Layers in place of a block, for an objective without time; each starts from a part of the block.
     `2,1`: so many for each of several blocks. Default: 1; for `distil` 2 where five layers or more are
     replaced."""
+    width: Widths = (1.0,)
+    """Channels of the MLP as a fraction of the teacher's, rounded up to a multiple of 64. `1,0.5`: one number
+    for each of several blocks."""
     walk_steps: Steps = 3
     """Steps k of flow walking."""
     solver: SolverName = "midpoint"
@@ -109,7 +118,7 @@ class TrainSettings(OfStore, Spread, InSteps):
 
     PANELS: ClassVar[dict[str, str]] = {
         MAIN: "block objective tokens run seed from_teacher device store workspace resume force",
-        "The block": "replace rank_by joint init depth workers",
+        "The block": "plan replace rank_by joint init depth width workers",
         "The objective": "walk_steps solver loss alpha condition walk_times loss_scale",
         "The steps": "batch_tokens window optimizer muon_dtype learning_rate warmup weight_decay clip ema",
         "Watching the run": "hold_back evaluate_every patience log_every checkpoint_minutes checkpoint_every "
@@ -130,6 +139,19 @@ def depth_of(settings: TrainSettings, block: int = 0) -> int | None:
     if isinstance(settings.depth, tuple):
         return settings.depth[block if len(settings.depth) > 1 else 0]
     return settings.depth
+
+
+def width_of(settings: TrainSettings, block: int = 0) -> float:
+    """The width of the layers in place of one of the blocks.
+
+    Parameters
+    ----------
+    settings
+        As given, or of one run.
+    block
+        Which of the blocks, counted from 0.
+    """
+    return settings.width[block if len(settings.width) > 1 else 0]
 
 
 def loss_text(settings: TrainSettings) -> str:

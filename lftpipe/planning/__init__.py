@@ -1,0 +1,1 @@
+"""Which shape is the best for a budget: candidates trained alone, scored in place, and chosen together."""

@@ -1,0 +1,223 @@
+"""The start of a narrow layer: which channels of the teacher's MLP stay, and the output map fitted anew.
+
+What an MLP adds to the stream is linear in its channels. From their second moments on cached states follows,
+without a step of training, which channels the others replace best, and the output map that makes up for those
+that go.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from lftpipe.base import progress
+from lftpipe.base.errors import TeacherError
+from lftpipe.data.batches import Batch
+from lftpipe.families.branches import Branches
+from lftpipe.families.layer_probe import weight_of
+from lftpipe.families.narrow import mlp_maps, narrow
+from lftpipe.flow.path import States
+from lftpipe.flow.stack import LayerStack
+from lftpipe.teacher.layers import load_layer
+from lftpipe.training import distributed
+from lftpipe.training.estimator import parts
+from lftpipe.training.run import TrainedPart, TrainingRun
+
+#: Of each channel's own second moment: channels that hardly vary stay solvable.
+RIDGE = 1e-5
+
+#: Positions have massive activations where an MLP's output is so many times as long as the median.
+MASSIVE = 10.0
+
+#: Fraction of the squared output there that the channels which always stay must make up.
+MASSIVE_SHARE = 0.999
+
+#: Batches that a fit is judged on, and not made from, where there are as many again.
+JUDGED = 8
+
+#: Channels that are dropped at a time, as a fraction of all.
+AT_ONCE = 1 / 96
+
+#: By so much a fit may be worse than plain selection at one kind of positions.
+TOLERANCE = 1.05
+
+
+class Start(NamedTuple):
+    """A narrow MLP: which channels stay, and the map from them to the stream."""
+
+    keep: Int64[Tensor, "kept"]
+    weight: Float[Tensor, "feature kept"]
+    bias: Float[Tensor, "feature"] | None
+
+
+@torch.no_grad()
+def fit(run: TrainingRun, one: TrainedPart, batches: Callable[[int], Iterable[Batch]]) -> None:
+    """Give the narrow layers of a part the teacher's weights, with channels chosen and outputs fitted.
+
+    Parameters
+    ----------
+    batches
+        From the number of a state to batches that hold it, the same every time.
+    """
+    layers: Any = one.flow.layers if isinstance(one.flow, LayerStack) else [one.flow.layer]
+    for layer, (state, _) in zip(layers, parts(one.part.block, one.part.depth), strict=True):
+        teacher = load_layer(run.teacher, state).to(run.device)
+        seen = list(batches(state))
+        judged, rest = seen[:JUDGED], seen[JUDGED:]
+        moments = Moments(teacher)
+        with progress.task(f"fit {run.folder.name}, layer {state}", len(seen), "batches") as task:
+            for batch in rest if len(rest) >= JUDGED else seen:
+                moments.add(batch, batch.states[state])
+                task.advance(1)
+        moments.average()
+        count = weight_of(layer.layer.get_submodule(moments.output)).shape[1]
+        plain, fitted = moments.selected(count), moments.fitted(count)
+        start = fitted if distributed.agree(_is_no_worse(teacher, fitted, plain, judged, state)) else plain
+        _check_channels(teacher, start.keep, one.part.width, judged[0], state)
+        narrow(teacher, one.part.width, start.keep)
+        output: Any = teacher.layer.get_submodule(moments.output)
+        weight_of(output).copy_(start.weight)
+        if start.bias is not None:
+            output.bias.copy_(start.bias)
+        layer.load_state_dict(teacher.state_dict())
+
+
+class Moments:
+    """Second moments of the channels of a layer's MLP, over positions weighed by one over their squared norm.
+
+    Unweighted, a few massive activations would be all that is fitted; without the positions that have them,
+    nobody would make them any more.
+    """
+
+    def __init__(self, layer: Branches) -> None:
+        self.layer = layer
+        self.output = mlp_maps(layer).output
+        last: Any = layer.layer.get_submodule(self.output)
+        self.weight, self.bias = weight_of(last), last.bias
+        inputs = self.weight.shape[1] + (self.bias is not None)
+        self.gram: Float64[Tensor, "channel channel"] = torch.zeros(
+            inputs, inputs, dtype=torch.float64, device=self.weight.device
+        )
+        self.massive = self.gram.new_zeros(self.weight.shape[1])
+        """Squares of what each channel adds where the output is massive."""
+
+    def add(self, batch: Batch, x: States) -> None:
+        """Add what the channels are on a batch."""
+        z, out, x_1 = _run(self.layer, self.output, x, batch)
+        z, sizes = z.flatten(0, 1), out.flatten(0, 1).norm(dim=-1)
+        weight = 1 / (x_1.flatten(0, 1).square().sum(-1, keepdim=True) + 1e-12)
+        massive = (sizes > MASSIVE * sizes.median()).to(z)[:, None]
+        self.massive += ((massive * z.square()).sum(0) * self.weight.square().sum(0)).double()
+        if self.bias is not None:
+            z = torch.cat([z, z.new_ones(len(z), 1)], dim=-1)
+        self.gram += ((weight * z).T @ z).double()
+
+    def average(self) -> None:
+        """Over all processes."""
+        self.gram, self.massive = distributed.mean(self.gram), distributed.mean(self.massive)
+
+    def selected(self, count: int) -> Start:
+        """The channels of the largest activation energy times output norm, with the teacher's own map."""
+        energy = self.gram.diagonal()[: len(self.massive)] * self.weight.double().square().sum(0)
+        energy[self._always(count)] = torch.inf
+        keep = energy.topk(count).indices.sort().values
+        return Start(keep, self.weight[:, keep].clone(), None if self.bias is None else self.bias.clone())
+
+    def _always(self, count: int) -> Int64[Tensor, "channel"]:
+        """The channels that make the massive activations, at most half of those that stay."""
+        order = self.massive.argsort(descending=True)
+        shares = self.massive[order].cumsum(0) / self.massive.sum().clamp_min(1e-300)
+        needed = int((shares < MASSIVE_SHARE).sum()) + 1 if self.massive.any() else 0
+        return order[: min(needed, count // 2)]
+
+    def fitted(self, count: int) -> Start:
+        """Channels dropped one group after the other, each time those whose loss the rest makes up for best.
+
+        It is the optimal brain surgeon (Hassibi and Stork, 1992) on whole channels: with `H` the inverse of
+        the moments and `B` the map, dropping channel `c` costs `|B_c|^2 / H_cc`.
+        """
+        size = self.gram.diagonal().clamp_min(1e-300).rsqrt()
+        gram = size[:, None] * self.gram * size
+        gram.diagonal().add_(RIDGE)
+        whole = self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], dim=1)
+        inverse, map_ = torch.linalg.inv(gram), whole.double() / size
+        total = self.weight.shape[1]
+        fixed = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+        fixed[self._always(count)] = True
+        fixed[total:] = True
+        gone = torch.zeros_like(fixed)
+        group = max(1, round(AT_ONCE * total))
+        for left in range(total - count, 0, -group):
+            cost = map_.square().sum(0) / inverse.diagonal().clamp_min(1e-300)
+            cost[fixed | gone] = torch.inf
+            drop = cost.topk(min(group, left), largest=False).indices
+            solved = torch.linalg.solve(inverse[drop][:, drop], inverse[drop])
+            map_ -= map_[:, drop] @ solved
+            inverse -= inverse[:, drop] @ solved
+            gone[drop] = True
+            map_[:, gone] = 0
+            inverse[gone] = inverse[:, gone] = 0
+        keep = (~gone[:total]).nonzero().flatten()
+        # Solved once more: the rounding of many small changes adds up.
+        read = keep if self.bias is None else torch.cat([keep, keep.new_tensor([total])])
+        scaled = (whole.double() / size) @ gram[:, read]
+        found = torch.linalg.solve(gram[read][:, read], scaled, left=False) * size[read]
+        bias = None if self.bias is None else found[:, -1].to(self.bias)
+        return Start(keep, found[:, : len(keep)].to(self.weight), bias)
+
+
+def _run(layer: Branches, output: str, x: States, batch: Batch) -> tuple[Tensor, Tensor, States]:
+    """What a layer's MLP gives its output map and the stream, and the layer's own output."""
+    seen: list[Tensor] = []
+    hook = layer.layer.get_submodule(output).register_forward_hook(
+        lambda _, given, made: seen.extend((given[0], made))
+    )
+    try:
+        x_1 = layer(x, batch.context)
+    finally:
+        hook.remove()
+    if len(seen) != 2 or seen[0].shape[:2] != x.shape[:2]:
+        raise _more_than_channels(layer.index)
+    return seen[0], seen[1], x_1
+
+
+def _is_no_worse(layer: Branches, fitted: Start, plain: Start, judged: Iterable[Batch], state: int) -> bool:
+    """Whether a fit is no worse than plain selection at any kind of positions.
+
+    Kinds are the first of a segment, those where the output is massive, and all others.
+    """
+    errors: dict[str, list[Tensor]] = {"fitted": [], "plain": []}
+    kinds: list[Tensor] = []
+    output = mlp_maps(layer).output
+    for batch in judged:
+        z, out, x_1 = _run(layer, output, batch.states[state], batch)
+        sizes = out.norm(dim=-1)
+        massive = sizes > MASSIVE * sizes.median()
+        first = batch.first_of_segment
+        kinds.append(torch.stack([first, massive, ~(first | massive)]).flatten(1))
+        for name, start in (("fitted", fitted), ("plain", plain)):
+            made = torch.nn.functional.linear(z[..., start.keep], start.weight, start.bias)
+            errors[name].append(((made - out).square().sum(-1) / x_1.square().sum(-1)).flatten())
+    kind = torch.cat(kinds, dim=1).double()
+    sums = {name: kind @ torch.cat(values).double() for name, values in errors.items()}
+    return bool((sums["fitted"] <= TOLERANCE * sums["plain"] + 1e-12).all())
+
+
+def _check_channels(layer: Branches, keep: Tensor, width: float, batch: Batch, state: int) -> None:
+    """Refuse an MLP whose channels do not stay what they are when others go."""
+    x, output = batch.states[state], mlp_maps(layer).output
+    whole = _run(layer, output, x, batch)[0]
+    part = _run(narrow(copy.deepcopy(layer), width, keep), output, x, batch)[0]
+    if not torch.allclose(part, whole[..., keep], rtol=1e-3, atol=1e-4 * whole.abs().max().item()):
+        raise _more_than_channels(layer.index)
+
+
+def _more_than_channels(index: int) -> TeacherError:
+    return TeacherError(
+        f"--width for layer {index}, whose MLP is more than linear maps around its channels",
+        "a plain or gated MLP",
+        "leave --width out",
+    )
