@@ -103,18 +103,18 @@ def fill(model: Any, tensors: Mapping[str, Tensor], generation_config: Generatio
 def without_layers(model: Any, teacher: Teacher, blocks: Sequence[tuple[int, int]]) -> Any:
     """The teacher with the layers of these blocks left out: the draft to beat. It shares all tensors."""
     skipped = {layer for m, n in blocks for layer in range(m, n)}
-    kept = [layer for layer in range(teacher.num_layers) if layer not in skipped]
+    layers_left = [layer for layer in range(teacher.num_layers) if layer not in skipped]
     shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
     draft = copy.deepcopy(model, shared)  # modules of its own, whatever kinds they are of
     layers: Any = draft.base_model.get_submodule(teacher.family.model_layers)
     draft.base_model.set_submodule(
-        teacher.family.model_layers, nn.ModuleList(layers[layer] for layer in kept)
+        teacher.family.model_layers, nn.ModuleList(layers[layer] for layer in layers_left)
     )
-    for index, layer in enumerate(kept):
+    for index, layer in enumerate(layers_left):
         number_layer(layers[layer], index)
-    draft.config.num_hidden_layers = len(kept)
+    draft.config.num_hidden_layers = len(layers_left)
     for name, values in per_layer_lists(teacher.config).items():
-        setattr(draft.config, name, [values[layer] for layer in kept])
+        setattr(draft.config, name, [values[layer] for layer in layers_left])
     return draft
 
 

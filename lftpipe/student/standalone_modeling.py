@@ -59,15 +59,15 @@ def bundle(root: str) -> list[str]:
     owners: dict[str, str] = {}
     as_modules = _imported_as_modules(root)
     for module in _in_order(root):
-        kept: list[ast.stmt] = []
+        statements: list[ast.stmt] = []
         for node in ast.parse(_source(module)).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 if not _is_left_out(node, module):
                     imports[ast.unparse(node)] = None
             elif not (_is_docstring(node) or _is_type_checking(node)):
-                kept.append(node)
-        names = list(_names(kept))
-        body = [ast.unparse(node) for node in kept]
+                statements.append(node)
+        names = list(_names(statements))
+        body = [ast.unparse(node) for node in statements]
         if module in as_modules:
             alias = module.rpartition(".")[2]
             body.append(f"{alias} = SimpleNamespace({', '.join(f'{name}={name}' for name in names)})")

@@ -117,14 +117,14 @@ def _last_map(teacher: Teacher, layer: Branches, index: int) -> Any:
     """The linear map that ends a layer's MLP, whose output is added to the stream as it is."""
     mlp = layer.form.mlp if layer.form is not None else None
     plain = mlp is not None and mlp.output is not None and not mlp.post_norm and mlp.scale == 1
-    found = layer.layer.get_submodule(mlp.output) if plain and mlp and mlp.output else None
-    if found is None or not is_linear_map(found):
+    linear_map = layer.layer.get_submodule(mlp.output) if plain and mlp and mlp.output else None
+    if linear_map is None or not is_linear_map(linear_map):
         raise SettingsError(
             f"--objective replaceme after layer {index} of {teacher.name}",
             "a layer whose MLP ends in a linear map that writes to the stream",
             "use --objective linear",
         )
-    return found
+    return linear_map
 
 
 def _linearpatch(

@@ -41,22 +41,22 @@ class HoldOut:
         The runs are one student, whose best moment is that of the sum of their losses.
         """
         started = time.monotonic()
-        found: dict[Path, dict[str, float]] = {run.folder: {} for run in self.runs}
+        figures: dict[Path, dict[str, float]] = {run.folder: {} for run in self.runs}
         with ExitStack() as shown:
             for run in self.runs:
                 shown.enter_context(run.weights.shown())
             for split, key in (("train", "held_back"), ("validation", "validation")):
                 if self._sequences[split]:
-                    self._evaluate_split(split, key, found)
-        losses = [found[run.folder].get("held_back_loss", math.nan) for run in self.runs]
+                    self._evaluate_split(split, key, figures)
+        losses = [figures[run.folder].get("held_back_loss", math.nan) for run in self.runs]
         for run in self.runs:
             if not math.isnan(losses[0]):
                 run.judge(sum(losses))
             run.seconds += time.monotonic() - started
-        return found
+        return figures
 
     @torch.no_grad()
-    def _evaluate_split(self, split: str, key: str, found: dict[Path, dict[str, float]]) -> None:
+    def _evaluate_split(self, split: str, key: str, figures: dict[Path, dict[str, float]]) -> None:
         losses = [0.0] * len(self.runs)
         squares: list[Tensor] = []
         for batch in self._batches(split):
@@ -66,9 +66,9 @@ class HoldOut:
                 for i, loss in enumerate(losses_of(self.runs, self.bridges, batch)):
                     losses[i] += loss.item() * len(batch)
         for run, loss, sums in zip(self.runs, losses, squares, strict=True):
-            found[run.folder][f"{key}_nmse"] = nmse_of(sums)
+            figures[run.folder][f"{key}_nmse"] = nmse_of(sums)
             if key == "held_back":
-                found[run.folder]["held_back_loss"] = loss / len(self._sequences[split])
+                figures[run.folder]["held_back_loss"] = loss / len(self._sequences[split])
 
     def _batches(self, split: str) -> Iterator[Batch]:
         """The same each time: the step, of which the random draws are a function, is the batch's number."""

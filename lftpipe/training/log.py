@@ -51,12 +51,12 @@ class Service:
     """A run of Weights & Biases or of Trackio, which have the same calls."""
 
     def __init__(self, package: str, folder: Path, options: dict[str, Any]) -> None:
-        own: dict[str, Any] = {}
+        identity: dict[str, Any] = {}
         if package == "wandb":  # resumed under its id; one command may train several runs
             name = fingerprint([str(folder.resolve())])[:16]
-            own = {"id": name, "dir": str(folder), "reinit": "create_new"}
+            identity = {"id": name, "dir": str(folder), "reinit": "create_new"}
         self._run = _needed(package, package).init(
-            project=PROJECT, name=folder.name, config=options, resume="allow", **own
+            project=PROJECT, name=folder.name, config=options, resume="allow", **identity
         )
 
     def write(self, row: Mapping[str, int | float]) -> None:

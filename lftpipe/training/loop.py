@@ -131,13 +131,13 @@ class Chain:
         for run in self.runs:
             run.waited += waited
             run.seconds += waited + time.monotonic() - started
-        found = (
+        figures = (
             self._hold_out.evaluate()
             if self._hold_out and self._is_time(self.settings.evaluate_every)
             else {}
         )
-        if found or self._is_time(self.settings.log_every):
-            self._write(batch, rates, found)
+        if figures or self._is_time(self.settings.log_every):
+            self._write(batch, rates, figures)
         if look and self._is_time_to_save() and not self.finished:
             for log in self._logs:
                 log.flush()
@@ -166,14 +166,14 @@ class Chain:
         """Whether the next step's weights may be logged, judged or saved, or nobody has looked for long."""
         settings, step = self.settings, self.step + 1
         every = (settings.log_every, settings.checkpoint_every, settings.evaluate_every, self._look_every)
-        by_step = step == self.num_steps or any(step % each == 0 for each in every if each)
+        by_step = step == self.num_steps or any(step % period == 0 for period in every if period)
         return by_step or self._enters_window(step)
 
-    def _write(self, batch: Batch, rates: list[float], found: dict[Any, dict[str, float]]) -> None:
+    def _write(self, batch: Batch, rates: list[float], figures: dict[Any, dict[str, float]]) -> None:
         nmses = [nmse_of(each) for each in squares_of(self.runs, self.bridges, batch)]
         self.nmse = nmses[0]
         for log, rate, nmse in zip(self._logs, rates, nmses, strict=True):
-            log.write(rate, nmse, found.get(log.run.folder, {}))
+            log.write(rate, nmse, figures.get(log.run.folder, {}))
 
     def finish(self) -> list[TrainedRun]:
         """Write every run's weights and manifest, the first run's last: until then the chain goes on."""

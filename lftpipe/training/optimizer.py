@@ -149,9 +149,9 @@ class Muon(TorchMuon):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
         # The iteration squares a matrix: that of the shorter side is smaller, and gives the same.
-        lying = torch.stack([each.T if each.shape[0] > each.shape[1] else each for each in updates])
-        given = (group["ns_coefficients"], group["ns_steps"], group["eps"], self._dtype)
-        ways = distributed.divided(lying, lambda part: orthogonalised(part, *given))
+        lying = torch.stack([update.T if update.shape[0] > update.shape[1] else update for update in updates])
+        options = (group["ns_coefficients"], group["ns_steps"], group["eps"], self._dtype)
+        ways = distributed.divided(lying, lambda part: orthogonalised(part, *options))
         size = 0.2 * math.sqrt(lying.shape[2])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
         for weight, way in zip(weights, ways, strict=True):

@@ -74,15 +74,15 @@ def _in_order(
 
     The end is asked for only where another run begins: standard flow matching walks nowhere to learn.
     """
-    found: list[T] = []
+    measured: list[T] = []
     x_0: States | None = None
     for index, run in enumerate(joint):
         one, problem = measure(run, x_0)
-        found.append(one)
+        measured.append(one)
         if index < len(bridges):
             with run.autocast():
                 x_0 = bridges[index](problem.end, batch.context)
-    return found
+    return measured
 
 
 def loss_of(run: Run, batch: Batch, x_0: States | None = None) -> tuple[Loss, LogitsProblem]:
@@ -173,14 +173,16 @@ def _divergence(run: Run, norm: float, step: int) -> DivergenceError:
     """Leave a note beside the last checkpoint, from which the run may go on more carefully."""
     if distributed.rank() == 0:
         runs.note_divergence(run.folder, step, run.optimizer.learning_rate)
-    kept = (run.folder / runs.CHECKPOINT).exists()
+    has_checkpoint = (run.folder / runs.CHECKPOINT).exists()
     cure = (
-        "--resume with a lower --learning-rate or --clip" if kept else "--force and a lower --learning-rate"
+        "--resume with a lower --learning-rate or --clip"
+        if has_checkpoint
+        else "--force and a lower --learning-rate"
     )
     return DivergenceError(
         f"loss {run.loss}, gradient norm {norm} at step {step} of {run.folder}",
         "finite ones",
-        f"{'go on from its last checkpoint' if kept else 'start it again'} by {cure}",
+        f"{'go on from its last checkpoint' if has_checkpoint else 'start it again'} by {cure}",
     )
 
 

@@ -107,7 +107,7 @@ def logit_divergence(tail: Tail, student: States, batch: Batch) -> Loss:
 def top_logit_divergence(tail: Tail, student: States, batch: Batch) -> Loss:
     """A lower bound of the same, from the teacher's largest logits."""
     assert batch.logits is not None
-    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
+    values, ids, normaliser = (tensor.flatten(0, 1) for tensor in batch.logits)
 
     def divergence(piece: Positions, part: slice) -> Loss:
         return top_divergence(values[part], ids[part], normaliser[part], tail.head(piece))
@@ -126,7 +126,7 @@ def sampled_logit_divergence(tail: Tail, student: States, batch: Batch) -> Loss:
     assert batch.logits is not None
     assert tail.linear_head is not None
     weight, bias = tail.linear_head.weight, tail.linear_head.bias
-    values, ids, normaliser = (each.flatten(0, 1) for each in batch.logits)
+    values, ids, normaliser = (tensor.flatten(0, 1) for tensor in batch.logits)
     drawn = draw(ids, tail.vocabulary, batch.step)
 
     def divergence(piece: Positions, part: slice) -> Loss:
@@ -340,10 +340,10 @@ def _term(name: str, problem: LogitsProblem) -> Loss:
         return TERMS[name](problem)
     value: Any = load_term(name)(problem)
     if not isinstance(value, Tensor) or value.shape != () or not value.is_floating_point():
-        given = (
+        what = (
             f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         )
         raise SettingsError(
-            f"the term {name!r}, which gives {given}", "a scalar", "take the mean over positions"
+            f"the term {name!r}, which gives {what}", "a scalar", "take the mean over positions"
         )
     return value
