@@ -1,7 +1,6 @@
 """What `lftpipe heal` begins with: every family, stores with little in them, weights that changed."""
 
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from conftest import CONTEXT, extracted
 from decoders import DECODERS, make_decoders
 from tiny_students import tokens
-from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import log_of, short_run, teacher_of
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +23,6 @@ from lftpipe.config.settings import EvaluateSettings, ExportSettings, GenerateSe
 from lftpipe.store import Store
 from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import load_model
-from lftpipe.training import divergence
 from lftpipe.training import step as training_step
 
 
@@ -169,29 +166,3 @@ def test_a_healing_stops_where_nothing_is_gained_and_keeps_its_best(trained: Pat
     assert result["held_back_loss"] == first < min(others)
     with pytest.raises(SettingsError, match="--patience without --hold-back"):
         heal(healing(trained, tmp_path, run=str(tmp_path / "other"), patience=3, hold_back=0.0))
-
-
-@pytest.mark.parametrize("how", [{"loss": "logits"}, {"loss": "tokens", "adapter": "full"}])
-def test_no_step_of_a_healing_waits_for_the_device(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
-) -> None:
-    """What a GPU would have to be waited for raises, in steps at which nobody looks."""
-    monkeypatch.setattr(divergence, "LOOK_EVERY", {"cpu": 100})
-    real, alone = training_step.take_step, []
-
-    def take_step(*given, look):
-        with nullcontext() if look else NoWaiting():
-            alone.append(not look)
-            return real(*given, look=look)
-
-    monkeypatch.setattr("lftpipe.training.loop.take_step", take_step)
-    heal(healing(trained, tmp_path, **how))
-    assert sum(alone) == 8
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises where a value on the device is asked for."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
