@@ -114,8 +114,8 @@ def main() -> None:
                 batch_tokens=4 * options.context,
                 compute_dtype="float32",
             )
-            settings = resolved(given, store, block, teacher)
-            counted = step_of(TrainingRun(Path(folder) / objective, settings, store, teacher, block))
+            settings = resolved(given, store, [block], teacher)
+            counted = step_of(TrainingRun(Path(folder) / objective, settings, store, teacher, [block]))
             most = ", ".join(f"{name} {count}" for name, count in counted.operations.most_common(6))
             total = counted.operations.total()
             print(f"{objective:12}{total:6,} operations, {len(counted.waits)} waits ({most})")

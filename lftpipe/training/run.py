@@ -335,7 +335,7 @@ class TrainingRun(ModuleTraining[TrainSettings]):
     def identity(self) -> list[Any]:
         used = self.settings
         named = (used.objective, used.loss, used.seed, used.batch_tokens, used.optimizer, used.condition)
-        return [*map(str, named), list(self.block), self.store.origin]
+        return [*map(str, named), [one.part.to_json() for one in self.parts], self.store.origin]
 
     @override
     def finish(self) -> TrainedRun:

@@ -95,7 +95,7 @@ def test_healing_lowers_the_divergence_and_every_form_of_the_run_agrees(
     # Evaluated from the cache, healed in its own module, built as a transformers model: one function.
     run, teacher, ids = runs.open_run(tmp_path / "healed"), teacher_of(store), tokens(24, sequences=2)
     student = build_student(teacher, [run])
-    own = HealingStudent([run], teacher, whole=True)
+    own = HealingStudent(run, teacher, whole=True)
     with torch.inference_mode():
         states = build_student(teacher, [run]).base_model(ids).last_hidden_state
         context = _context(teacher, ids)

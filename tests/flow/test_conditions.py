@@ -64,7 +64,7 @@ def test_one_velocity_that_knows_its_step_walks_in_any_number_of_them(settings, 
 def test_mixed_walks_have_every_number_of_steps(settings, tmp_path):
     store = Store.open(settings.store)
     mixed = change(settings, walk_times="mixed")
-    run = TrainingRun(tmp_path / "run", mixed, store, teacher_of(store, tmp_path), (1, 3))
+    run = TrainingRun(tmp_path / "run", mixed, store, teacher_of(store, tmp_path), [(1, 3)])
     size = run.order.batch_size
     x, tokens = torch.zeros(size, 4, run.teacher.width), torch.zeros(size, 4, dtype=torch.long)
     batches = [Batch(step, tokens, tokens, {1: x, 3: x}) for step in range(40)]

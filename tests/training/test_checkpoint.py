@@ -24,7 +24,7 @@ def settings(stores, tmp_path) -> TrainSettings:
 @pytest.fixture
 def run(settings) -> TrainingRun:
     store = Store.open(settings.store)
-    found = TrainingRun(Path(settings.run), settings, store, teacher_of(store), (1, 3))
+    found = TrainingRun(Path(settings.run), settings, store, teacher_of(store), [(1, 3)])
     found.folder.mkdir()
     return found
 

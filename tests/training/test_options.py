@@ -127,7 +127,7 @@ def test_the_average_of_weights_lies_between_start_and_end(settings, plain, tmp_
     train(change(settings, ema=0.999, run=str(tmp_path / "average")))
     teacher = teacher_of(Store.open(settings.store), Path("unused"))
     start = TrainingRun(
-        Path("unused"), settings, Store.open(settings.store), teacher, (1, 3)
+        Path("unused"), settings, Store.open(settings.store), teacher, [(1, 3)]
     ).flow.state_dict()
     last, average = weights_of(plain), weights_of(tmp_path / "average")
     name = "layer.layer.mlp.dense_h_to_4h.weight"
@@ -208,7 +208,7 @@ def test_what_is_held_back_counts_by_sequence_though_the_last_batch_is_smaller(s
         wanted = change(
             settings, objective="regression", hold_back=held_back, batch_tokens=sequences * CONTEXT
         )
-        run = TrainingRun(Path(str(wanted.run)), wanted, store, teacher_of(store), (1, 3))
+        run = TrainingRun(Path(str(wanted.run)), wanted, store, teacher_of(store), [(1, 3)])
         run.weights.follow(1)
         assert store.num_sequences("train") - run.order.num_sequences == 6
         found.append(HoldOut([run], []).evaluate()[run.folder])

@@ -36,20 +36,20 @@ def settings(store, tmp_path) -> TrainSettings:
 def training(settings: TrainSettings, **changes) -> TrainingRun:
     store = Store.open(settings.store)
     run = TrainingRun(
-        Path(settings.run), change(settings, **changes), store, teacher_of(store, Path("unused")), (1, 3)
+        Path(settings.run), change(settings, **changes), store, teacher_of(store, Path("unused")), [(1, 3)]
     )
     run.flow.eval()
     return run
 
 
 def batches_of(run: TrainingRun) -> list[Batch]:
-    return list(_first_batches(run))
+    return list(_first_batches(run, (1, 3)))
 
 
 @torch.no_grad()
 def error(run: TrainingRun, batches: list[Batch]) -> float:
     losses = [
-        run.scale(pose(run, batch, equal_steps=True).end - batch.states[3], batch.states[3])
+        run.parts[0].scale(pose(run, batch, equal_steps=True).end - batch.states[3], batch.states[3])
         for batch in batches
     ]
     return sum(loss.item() for loss in losses) / len(losses)
@@ -61,7 +61,7 @@ def assert_nearer_on_others(settings: TrainSettings, monkeypatch: pytest.MonkeyP
     run.num_steps = 16
     first, others = batches_of(run)[:12], batches_of(run)[12:]
     before = error(run, others)
-    least_squares_init.refit(run, lambda: first)
+    least_squares_init.refit(run, run.parts[0], lambda: first)
     assert error(run, others) < 0.9 * before
 
 
@@ -97,7 +97,7 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
             for batch in batches_of(run)
         ]
     before = error(run, batches)
-    least_squares_init.refit(run, lambda: batches)
+    least_squares_init.refit(run, run.parts[0], lambda: batches)
     assert error(run, batches) < 1e-4 * before
 
 
@@ -161,7 +161,7 @@ def test_no_constant_is_fitted_that_maps_without_biases_throw_away(settings, mon
             replace(batch, states=dict(batch.states) | {3: batch.states[3] + 1.0})
             for batch in batches_of(run)
         ]
-        least_squares_init.refit(run, lambda: batches)
+        least_squares_init.refit(run, run.parts[0], lambda: batches)
         return error(run, batches)
 
     ours = fitted_error(training(settings, objective="regression"))

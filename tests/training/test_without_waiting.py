@@ -20,10 +20,10 @@ from lftpipe.evaluation.scoring import Measured, _compare
 from lftpipe.runs import open_run
 from lftpipe.store import Store
 from lftpipe.teacher.source import open_teacher
-from lftpipe.teacher.tail import Tail, load_bridges
+from lftpipe.teacher.tail import Tail
 from lftpipe.teacher.trunk import Head, Trunk, compute_batch
 from lftpipe.training import TrainingRun
-from lftpipe.training.healing import HealingRun, Part
+from lftpipe.training.healing import HealingRun
 from lftpipe.training.step import take_step
 
 OBJECTIVES: list[dict[str, Any]] = [
@@ -74,14 +74,12 @@ def looks_of_a_processor(values: dict[str, Any]) -> int:
     return (values.get("walk_times") == "mixed") + (values.get("loss") == "sampled-logits")
 
 
-def run_of(
-    store: Path, folder: Path, device: str, block: tuple[int, int] = (1, 3), **values: Any
-) -> TrainingRun:
+def run_of(store: Path, folder: Path, device: str, *blocks: tuple[int, int], **values: Any) -> TrainingRun:
     opened = Store.open(store)
     settings = short_run(store, folder, learning_rate=1e-3, **values)
     if device == "meta":
         settings = on_meta(settings)
-    return TrainingRun(folder / "run", settings, opened, teacher_of(opened), block)
+    return TrainingRun(folder / "run", settings, opened, teacher_of(opened), blocks or [(1, 3)])
 
 
 def devices_of(run: TrainingRun) -> set[str]:
@@ -102,15 +100,14 @@ def test_a_step_of_each_objective_runs_on_the_meta_device(
     assert devices_of(run) == {"meta"}
 
 
-def test_joint_runs_and_the_live_teacher_step_on_the_meta_device(store_with_logits, tmp_path, meta):
-    runs = [
-        run_of(store_with_logits, tmp_path / name, meta, block, objective="regression", from_teacher=True)
-        for name, block in (("a", (0, 1)), ("b", (2, 3)))
-    ]
-    bridges = load_bridges(runs[0].teacher, [run.block for run in runs], meta)
-    fields = runs[0].fields | runs[1].fields
-    take_step(runs, bridges, next(runs[0].reader.shuffled(fields, runs[0].order, 0)), look=False)
-    assert {device for run in runs for device in devices_of(run)} == {"meta"}
+@pytest.mark.parametrize("loss", ["regression", "local", "logits"])
+def test_students_of_several_parts_and_the_live_teacher_step_on_the_meta_device(
+    store_with_logits, tmp_path, meta, loss
+):
+    values = {"objective": "regression", "loss": loss, "from_teacher": True}
+    run = run_of(store_with_logits, tmp_path, meta, (0, 1), (2, 3), **values)
+    take_step([run], [], next(run.reader.shuffled(run.fields, run.order, 0)), look=False)
+    assert devices_of(run) == {"meta"}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +126,7 @@ def healing_of(trained: Path, store: Path, folder: Path, device: str, **values: 
     given = {"store": store, "target": str(trained), "learning_rate": 1e-3, "compute_dtype": "float32"}
     settings = HealSettings(**given, tokens=8 * 32, batch_tokens=4 * 32, **values)
     object.__setattr__(settings, "device", device)
-    return HealingRun([Part(folder / "healed", settings, open_run(trained))], opened, teacher_of(opened))
+    return HealingRun(folder / "healed", settings, open_run(trained), opened, teacher_of(opened))
 
 
 HEALINGS: list[dict[str, Any]] = [
