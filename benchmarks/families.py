@@ -84,7 +84,7 @@ def try_family(model_type: str, folder: Path) -> Line:
         Empty, for its files.
     """
     line = Line(model_type, gguf=model_type in GGUF_SUPPORTED_ARCHITECTURES)
-    teacher = tokens = states = logits = None
+    model = teacher = tokens = states = logits = None
     try:
         model = _tiny(model_type)
         model.save_pretrained(folder / "teacher")

@@ -280,7 +280,7 @@ def test_training_from_the_cache_runs_no_teacher(stores, tmp_path):
             del sys.modules[name]
         sys.modules["lftpipe.teacher.trunk"] = None  # pyright: ignore[reportArgumentType]  # to import it fails
         transformers.PreTrainedModel.from_pretrained = refuse
-        transformers.PreTrainedModel.__init__ = on_meta
+        transformers.PreTrainedModel.__init__ = on_meta  # pyright: ignore[reportAttributeAccessIssue]
         for loader in ("AutoModel", "AutoModelForCausalLM", "AutoTokenizer"):
             getattr(transformers, loader).from_pretrained = refuse
         app = importlib.import_module("lftpipe.cli.app").app

@@ -19,6 +19,7 @@ from lftpipe.config.settings import (
     EvaluateSettings,
     ExportSettings,
     ExtractSettings,
+    Objective,
     PlanSettings,
     ReportSettings,
     TrainSettings,
@@ -129,7 +130,8 @@ def _baselines(
     saved = found.cost.parameters - found.choice.cost.parameters
     fewer = math.ceil(saved / count_layer_parameters(teacher))
     runs: list[str] = []
-    for objective, length in (("skip", fewer), ("regression", fewer + 1)):
+    others: tuple[tuple[Objective, int], ...] = (("skip", fewer), ("regression", fewer + 1))
+    for objective, length in others:
         if 0 < length < teacher.num_layers:
             m, n = stillest_block(teacher, store, settings.device, length)
             one = TrainSettings(**common, block=f"{m}:{n}", objective=objective)

@@ -206,8 +206,12 @@ def _array_rows(file: IO[bytes], path: Path, most: int) -> Iterator[tuple[int, s
         yield from _items(text, path, most)
 
 
+#: What may be between the parts of a JSON text.
+_WHITESPACE = re.compile(r"[ \t\n\r]*")
+
+
 def _items(text: IO[str], path: Path, most: int) -> Iterator[tuple[int, str, Any]]:
-    spaces, decode = json.decoder.WHITESPACE.match, json.JSONDecoder().raw_decode
+    spaces, decode = _WHITESPACE.match, json.JSONDecoder().raw_decode
     buffer, at, number, before = "", 0, 0, "["
     while True:
         where = f"{shown(path)}, row {number}"

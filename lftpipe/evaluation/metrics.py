@@ -116,7 +116,7 @@ class NextTokens(NamedTuple):
 
     def part(self, rows: slice) -> "NextTokens":
         """At some of the positions."""
-        return NextTokens(*(each[rows] for each in self))
+        return NextTokens(self.ids[rows], self.counted[rows], self.document[rows])
 
 
 class LogitMetrics:

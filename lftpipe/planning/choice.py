@@ -87,7 +87,10 @@ def _solve(
     upper[:count] = [candidate.part not in without for candidate in pool.candidates]
     objective = np.concatenate([values, keep])
     found = milp(
-        objective, constraints=constraints, integrality=np.ones(count + layers), bounds=Bounds(0, upper)
+        objective,
+        constraints=constraints,
+        integrality=np.ones(count + layers),
+        bounds=Bounds(np.zeros_like(upper), upper),
     )
     if found.x is None:
         return None

@@ -269,7 +269,7 @@ def _channels_of(student: Any, tensors: dict[str, Tensor]) -> dict[str, int]:
     if all(part.width == 1 for part in config.flow_blocks):
         return {}
     flow: Any = next(layer.velocity for part, layer in _flow_layers(student).items() if part.width < 1)
-    layer = flow.layers[0] if isinstance(flow, LayerStack) else flow.layer
+    layer: Any = flow.layers[0] if isinstance(flow, LayerStack) else flow.layer
     output = mlp_maps(layer).output
     side = 0 if is_transposed(layer.layer.get_submodule(output)) else 1
     counts = {value.shape[side] for name, value in tensors.items() if name.endswith(f".{output}.weight")}

@@ -107,9 +107,10 @@ class Chain:
         for run, one in _fitted(self.runs):
             if run.step == 0:
                 least_squares_init.refit(run, one, partial(_first_batches, run, one.part.block))
-        for run in self.runs:
-            for one in run.narrow if isinstance(run, TrainingRun) and run.step == 0 else ():
-                narrow_start.fit(run, one, lambda state, run=run: _first_batches(run, (state,)))
+        for begun in self.runs:
+            if isinstance(begun, TrainingRun) and begun.step == 0:
+                for one in begun.narrow:
+                    narrow_start.fit(begun, one, partial(_first_batches_of, begun))
         self._logs = [files.enter_context(closing(Log(run))) for run in self.runs]
         if self.step == 0 and self._hold_out and self.runs[0].starts_trained:
             figures = self._hold_out.evaluate()
@@ -255,6 +256,10 @@ def _batches(run: Run, fields: BatchFields, step: int, stop: int) -> Iterator[tu
         before = time.monotonic()
         batch = next(batches)
         yield batch, time.monotonic() - before
+
+
+def _first_batches_of(run: TrainingRun, state: int) -> Iterator[Batch]:
+    return _first_batches(run, (state,))
 
 
 def _first_batches(run: TrainingRun, states: tuple[int, ...]) -> Iterator[Batch]:

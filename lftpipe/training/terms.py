@@ -262,7 +262,7 @@ class SequenceProblem(LogitsProblem):
             found.append(self.of_part(number, x))
         return found
 
-    @property
+    @cached_property
     @override
     def end(self) -> States:
         """Where the last part ends."""

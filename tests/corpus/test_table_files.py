@@ -75,8 +75,8 @@ def test_what_datasets_saved_is_read_and_of_several_splits_that_of_train(tmp_pat
     assert texts(whole, "body") == BODIES
     with pytest.raises(CorpusError, match="columns id, body"):
         texts(whole)
-    rows = datasets.load_from_disk(str(whole))
-    splits = {"test": rows.select([0]), "train": rows.select([2, 1])}
+    rows: Any = datasets.load_from_disk(str(whole))
+    splits: Any = {"test": rows.select([0]), "train": rows.select([2, 1])}
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "dict"))  # pyright: ignore[reportArgumentType]
     assert texts(tmp_path / "dict", "body") == [BODIES[2], BODIES[1]]
     assert texts(tmp_path / "dict" / "test", "body") == [BODIES[0]]

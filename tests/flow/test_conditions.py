@@ -1,6 +1,7 @@
 """Velocities that see more than the state and the time, and walks that train them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,8 +69,10 @@ def test_mixed_walks_have_every_number_of_steps(settings, tmp_path):
     size = run.order.batch_size
     x, tokens = torch.zeros(size, 4, run.teacher.width), torch.zeros(size, 4, dtype=torch.long)
     batches = [Batch(step, tokens, tokens, {1: x, 3: x}) for step in range(40)]
-    grids = [pose(run, batch).time_grid for batch in batches]
+    problems: list[Any] = [pose(run, batch) for batch in batches]
+    grids = [problem.time_grid for problem in problems]
     assert {len(grid) - 1 for grid in grids} == {1, 2, 3}
     for grid in grids:
         torch.testing.assert_close(grid.diff(dim=0), torch.full((len(grid) - 1, size), 1 / (len(grid) - 1)))
-    assert {len(pose(run, batch, equal_steps=True).time_grid) for batch in batches} == {4}
+    equal: list[Any] = [pose(run, batch, equal_steps=True) for batch in batches]
+    assert {len(problem.time_grid) for problem in equal} == {4}

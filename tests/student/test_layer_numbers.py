@@ -140,6 +140,6 @@ def test_shifts_are_predicted_only_where_both_norms_can_take_them(neox_teacher: 
 
     layer = load_layer(neox_teacher, 1)
     assert layer.has_norm_bias
-    layer.layer.post_attention_layernorm.bias = None
+    layer.layer.post_attention_layernorm.bias = None  # pyright: ignore[reportAttributeAccessIssue]
     assert not layer.has_norm_bias
     assert not Velocity(layer, neox_teacher.width).shift

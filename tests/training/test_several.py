@@ -15,6 +15,7 @@ from lftpipe.base.errors import DivergenceError, RunError, SettingsError
 from lftpipe.commands.train import summary, train
 from lftpipe.config.recipe import from_recipe
 from lftpipe.config.settings import TrainSettings
+from lftpipe.training.run import TrainingRun
 
 
 @pytest.fixture

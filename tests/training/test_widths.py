@@ -127,6 +127,7 @@ def test_a_fit_that_is_worse_at_some_positions_gives_way_to_plain_selection(
     name = mlp_maps(load_layer(teacher_of(Store.open(store)), 1)).output
     start = weights_of(train(given)["run"])[f"layer.layer.{name}.weight"]
     own = load_layer(teacher_of(Store.open(store)), 1).layer.get_submodule(name).weight
+    assert isinstance(own, torch.Tensor)
     assert all(any(torch.equal(column, other) for other in own.T) for column in start.T)
 
 
