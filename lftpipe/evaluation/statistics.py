@@ -73,6 +73,8 @@ def difference(strata: Sequence[Stratum]) -> Difference:
     """Of strata whose numerators are differences between two models."""
     parts = [numerators / denominators.sum() / len(strata) for numerators, denominators in strata]
     whole = np.concatenate(parts)
+    if len(whole) < 2:  # either sign of a single document is as likely; scipy refuses it
+        return Difference(float(whole.sum()), None, 1.0)
     test = stats.permutation_test(
         (whole,),
         lambda values, axis: values.sum(axis),

@@ -55,6 +55,13 @@ def test_a_difference_on_the_same_documents_is_found_where_the_documents_differ_
     assert none.p > 0.05
 
 
+@pytest.mark.parametrize(("count", "p"), [(1, 1.0), (2, 0.5)])
+def test_a_difference_on_few_documents_is_no_evidence(count, p):
+    found = difference([(np.full(count, -3.0), np.full(count, 10.0))])
+    assert found.value == pytest.approx(-0.3)
+    assert (found.interval, found.p) == (None, p)
+
+
 def test_holms_correction_is_that_of_his_paper():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
