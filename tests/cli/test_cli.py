@@ -95,7 +95,10 @@ for name in cli.COMMANDS:
 """
     lines = python(code).stdout.splitlines()
     assert "evaluate --k help: Numbers of steps at inference. (default: 1,2,3,8)" in lines
-    assert "train --joint help: Train the flow layers of several blocks as one student: " in "\n".join(lines)
+    assert (
+        "train --joint help: Train the flow layers of several blocks as one student, in one run: "
+        in "\n".join(lines)
+    )
     assert [line for line in lines if line.endswith(("help: None", "help: ")) or "help: (" in line] == []
 
 
