@@ -26,6 +26,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_threads_workers_and_streamed_layers_give_the_same_bytes(wide, text_folder, tmp_path, dtype):
     settings = ExtractSettings(

@@ -146,6 +146,7 @@ def test_ways_to_spread_the_work_exclude_each_other(settings, given):
         extract(change(settings, **given))
 
 
+@pytest.mark.slow
 def test_a_worker_whose_teacher_overflows_is_not_tried_again(settings, teachers, tmp_path, capfd):
     folder = tmp_path / "hot"
     shutil.copytree(teachers["neox"], folder)
@@ -195,7 +196,8 @@ def die_and_go_on(settings: ExtractSettings, rng: random.Random, whom: str, dela
     return killed
 
 
-@pytest.mark.parametrize("whom", [pytest.param("driver", marks=pytest.mark.slow), "worker"])
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["driver", "worker"])
 def test_killed_once_the_store_is_the_serial_one(settings, serial, whom):
     die_and_go_on(settings, random.Random(1), whom, 0.1)
     assert contents(store_of(settings)) == serial

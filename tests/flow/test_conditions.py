@@ -48,6 +48,7 @@ def test_only_flows_have_conditions(settings, objective, condition):
         train(change(settings, condition=condition, objective=objective))
 
 
+@pytest.mark.slow
 def test_one_velocity_that_knows_its_step_walks_in_any_number_of_them(settings, tmp_path):
     """Trained on one, two and three equal steps, at one step it leaves a walk of three far behind."""
     nmses = {}

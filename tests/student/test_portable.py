@@ -34,7 +34,7 @@ def exported(teacher, folder, **options):
     export(ExportSettings(workspace=folder, runs=(str(run.path),), **options))
 
 
-@pytest.mark.parametrize("family", ["neox", "llama"])
+@pytest.mark.parametrize("family", ["neox", pytest.param("llama", marks=pytest.mark.slow)])
 def test_an_export_runs_without_lftpipe(family, teachers, tmp_path, monkeypatch):
     out = tmp_path / "student"
     exported(open_teacher(str(teachers[family]), Path("unused")), tmp_path, k=2, out=out)
