@@ -86,11 +86,12 @@ def _solve(
     upper = np.ones(count + layers)
     upper[:count] = [candidate.part not in without for candidate in pool.candidates]
     objective = np.concatenate([values, keep])
+    bounds = Bounds(np.zeros_like(upper), upper)  # pyright: ignore[reportArgumentType]
     found = milp(
         objective,
         constraints=constraints,
         integrality=np.ones(count + layers),
-        bounds=Bounds(np.zeros_like(upper), upper),
+        bounds=bounds,
     )
     if found.x is None:
         return None

@@ -173,7 +173,7 @@ def _run(layer: Branches, output: str, x: States, batch: Batch) -> tuple[Tensor,
     """What a layer's MLP gives its output map and the stream, and the layer's own output."""
     seen: list[Tensor] = []
     hook = layer.layer.get_submodule(output).register_forward_hook(
-        lambda _, args, made: seen.extend((args[0], made))
+        lambda _, args, made: seen.extend([args[0], made])
     )
     try:
         x_1 = layer(x, batch.context)

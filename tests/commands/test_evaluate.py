@@ -66,7 +66,7 @@ def test_the_rows_are_those_of_table_1(result):
 def test_what_has_no_meaning_is_null(result):
     teacher = row_of(result, method="teacher")
     given = {key for key, value in teacher.items() if value is not None}
-    assert given == {"method", "ppl", "parameters", "ms_per_token"}
+    assert given == {"method", "ppl", "parameters", "layers", "bytes", "ms_per_token"}
     skip = row_of(result, method="skip layer 1")
     absent = {key for key, value in skip.items() if value is None}
     assert absent == {"objective", "solver", "k", "run", "seed", "train_tokens", "weights_digest"}

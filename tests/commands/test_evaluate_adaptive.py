@@ -79,7 +79,11 @@ def test_steps_per_token_have_a_table_and_a_picture(adaptive, stores, tmp_path):
             r"--adaptive with the midpoint solver of run .* do: pass --solver euler",
         ),
         ({"solver": "euler"}, {"k": (1,)}, r"--adaptive with --k 1 / expected: a k of at least 2"),
-        ({"objective": "regression"}, {}, "--adaptive without a flow / expected: a run with steps"),
+        (
+            {"objective": "regression"},
+            {},
+            "--adaptive without a flow / expected: a run of one flow with steps",
+        ),
     ],
 )
 def test_steps_per_token_are_refused_where_there_are_none(stores, tmp_path, changes, options, message):

@@ -89,6 +89,7 @@ def test_a_student_with_weights_that_are_not_finite_is_refused(neox_teacher: Tea
         next(flow.parameters()).view(-1)[0] = torch.nan
     kept = ("teacher", "block", "objective", "solver", "walk_steps", "seed", "train_tokens", "parts", "shape")
     manifest = {key: getattr(run, key) for key in (*kept, "store_fingerprint")}
+    manifest["parts"] = [part.to_json() for part in run.parts]
     runs.save_run(run.path, flow, manifest)
     with pytest.raises(RunError, match="which is not finite"):
         export(settings(run, tmp_path))

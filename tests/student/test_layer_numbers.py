@@ -18,8 +18,8 @@ from lftpipe.student.loading import load_model
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.source import Teacher, open_teacher
 
-SKIP = {"skip": True, "time": False, "shift": False}
-LINEAR = {"linear": True, "time": False, "shift": False}
+SKIP = {"kind": "skip", "shift": False}
+LINEAR = {"kind": "linear", "shift": False}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "head_dim": 16}
 
 
