@@ -39,7 +39,7 @@ def test_lists_of_layers_by_their_numbers_follow_the_layers_of_a_plain_form(
     teacher_of: Any, tmp_path: Path
 ) -> None:
     teacher = teacher_of("qwen3_moe", **EXPERTS, mlp_only_layers=[0, 2])
-    student = build_student(teacher, [save_run(tmp_path / "run", teacher, (0, 2), velocity=SKIP)])
+    student = build_student(teacher, [save_run(tmp_path / "run", teacher, (0, 2), part=SKIP)])
     plain = unroll(student)
     assert plain.config.mlp_only_layers == [0]
     torch.testing.assert_close(plain(tokens(12)).logits, student(tokens(12)).logits, rtol=1e-3, atol=1e-4)
@@ -56,7 +56,7 @@ def test_a_plain_form_whose_layers_would_be_others_by_their_number_is_refused_in
     teacher_of: Any, tmp_path: Path, name: str, fields: dict[str, Any], what: str
 ) -> None:
     teacher = teacher_of(name, **fields)
-    run = save_run(tmp_path / "run", teacher, (0, 1), velocity=SKIP)
+    run = save_run(tmp_path / "run", teacher, (0, 1), part=SKIP)
     with pytest.raises(RunError, match=rf"{what}.* / do: use --form latent-flow"):
         export(export_settings(run, tmp_path, form="plain"))
     assert not (tmp_path / "out").exists()
@@ -91,7 +91,7 @@ def test_a_linear_map_has_a_place_in_the_cache(
 ) -> None:
     """From layer 0 on, beside a flow, in a cached pass of several tokens."""
     teacher = teacher_of(name, **DECODERS[name])
-    linear = save_run(tmp_path / "linear", teacher, (0, 1), velocity=LINEAR)
+    linear = save_run(tmp_path / "linear", teacher, (0, 1), part=LINEAR)
     student = build_student(teacher, [linear, save_run(tmp_path / "flow", teacher, (1, 3))])
     assert student.config.num_hidden_layers == 2 + 6
     whole, ids = student(tokens(12)).logits, tokens(12)
