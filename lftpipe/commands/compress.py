@@ -109,6 +109,9 @@ def _planned(settings: CompressSettings, shared: dict[str, Any], store_path: Pat
     name = next((f"{key}{value:g}" for key, value in budget.items() if value is not None), "size0.7")
     path = store_path.parent / f"plan-{name}.json"
     wanted = PlanSettings(**shared, **budget, minutes=settings.minutes, out=path, force=settings.force)
+    # A small corpus still needs the two sequences that a score's standard error is of.
+    least = 2 / Store.open(store_path).num_sequences("train")
+    wanted = replace(wanted, hold_back=max(wanted.hold_back, min(least, 0.5)))
     if path.is_file() and not settings.force:
         found = Plan.from_json(path)
         if found.store == Store.open(store_path).fingerprint and found.settings == recorded(wanted):

@@ -208,7 +208,7 @@ def test_what_a_store_lacks_is_said(
 
 def test_a_block_at_the_end_has_no_tail(logit_stores: dict[str, Path], tmp_path: Path) -> None:
     trained(logit_stores["neox"], tmp_path, "regression", block="1:4")
-    with pytest.raises(SettingsError, match="a layer after the block"):
+    with pytest.raises(SettingsError, match="a layer after a block"):
         heal(healing(logit_stores["neox"], tmp_path))
 
 

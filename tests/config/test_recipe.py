@@ -95,7 +95,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"empty recipe .*recipe\.toml / expected: tables extract, recouple, train"),
+        ("", r"empty recipe .*recipe\.toml / expected: tables compress, extract, recouple, plan, train"),
         ("# nothing\n", r"empty recipe"),
         ("[store]\nfingerprint = 'x'\n", r"empty recipe"),
         ("[train]\nseed = " + "9" * 5000, r"recipe .* / expected: TOML / do: correct it"),
