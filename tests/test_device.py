@@ -67,7 +67,19 @@ def test_every_stage_that_takes_threads_restores_them():
     stages = Path(__file__).parents[1] / "lftpipe/commands"
     marked = {path.stem for path in stages.glob("*.py") if "@on_device\n" in path.read_text()}
     assert marked == {
-        *("evaluate", "export", "extract", "fuse", "generate", "heal", "recognise", "sweep", "toy", "train")
+        *(
+            "compress",
+            "evaluate",
+            "export",
+            "extract",
+            "fuse",
+            "generate",
+            "heal",
+            "plan",
+            "recognise",
+            "sweep",
+        ),
+        *("toy", "train"),
     }
     setting = [
         path.relative_to(stages.parent).as_posix()

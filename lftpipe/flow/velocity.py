@@ -130,7 +130,13 @@ class Velocity(nn.Module):
 
     @staticmethod
     def shifts(layer: Branches) -> bool:
-        """Whether a velocity made of this layer predicts shifts where nothing else is asked."""
+        """Whether a velocity made of this layer predicts shifts where nothing else is asked.
+
+        Parameters
+        ----------
+        layer
+            The teacher's, as its two branches.
+        """
         return layer.whole or layer.has_norm_bias
 
     def branches(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lftpipe.base import progress
-from lftpipe.base.device import autocast, cast_linear, resolve_compute_dtype
+from lftpipe.base.device import autocast, cast_linear, resolve_compute_dtype, synchronize
 from lftpipe.base.shape import Part
 from lftpipe.config.settings import PlanSettings
 from lftpipe.data.batches import Batch, BatchFields, BatchReader
@@ -122,7 +122,6 @@ class Costs:
         for _ in range(REPEATS + 1):
             began = time.perf_counter()
             run(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
+            synchronize(x.device)
             found.append(time.perf_counter() - began)
         return min(found[1:]) / x[..., 0].numel()

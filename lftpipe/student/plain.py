@@ -206,7 +206,13 @@ def _check_layers(plain: Structure, teacher: Structure, origins: list[int]) -> N
     """
     for index, origin in enumerate(origins):
         ours, theirs = _traits(teacher.layers[origin]), _traits(plain.layers[index])
-        names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        names = sorted(
+            name
+            for name in ours.keys() | theirs.keys()
+            if ours.get(name) != theirs.get(name)
+            # the number itself, such as RWKV's `layer_id`, is where a state is kept
+            and (ours.get(name), theirs.get(name)) != (origin, index)
+        )
         if not names and alike(plain.four_positions.layers[index], teacher.four_positions.layers[origin]):
             continue
         other = f"{names[0]} {theirs.get(names[0])}, not {ours.get(names[0])}" if names else "other positions"

@@ -66,7 +66,7 @@ def logits_of(teacher: Teacher, tmp_path: Path) -> dict[str, torch.Tensor]:
     Trunk(teacher, 4, torch.float32).run(
         ids, places, hidden=lambda index, state: last.update({index: state.clone()})
     )
-    run = save_run(tmp_path / "run", teacher, (1, 2), velocity={"skip": True, "time": False, "shift": False})
+    run = save_run(tmp_path / "run", teacher, (1, 2), part={"kind": "skip", "shift": False})
     student = build_student(teacher, [run])
     assert (unroll(student)(ids).logits - student(ids).logits).abs().max() < 1e-4
     return {
