@@ -169,7 +169,7 @@ def test_each_variant_is_a_joint_student_of_its_own(settings, tmp_path):
     keys = ("store", "tokens", "batch_tokens", "compute_dtype", "log_every")
     given = {key: getattr(settings, key) for key in keys} | {"block": "0:1,2:4"}
     together = train(from_recipe(TrainSettings, path, "train", given))["runs"]
-    names = ["a-0-4-seed0", "b-0-4-seed0", "apart-0-1-seed0", "apart-2-4-seed0"]
+    names = ["a-0-1-2-4-seed0", "b-0-1-2-4-seed0", "apart-0-1-seed0", "apart-2-4-seed0"]
     assert [Path(each["run"]).name for each in together] == names
     alone = change(settings, block="0:1,2:4", joint=True, run=str(tmp_path / "alone"), objective="regression")
     assert_same_weights(together[0]["run"], train(alone)["run"])
