@@ -159,8 +159,6 @@ test: setup
 check:
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory test
-	$(MAKE) --no-print-directory check-types
-	$(MAKE) --no-print-directory slow
 
 # The first case of each test, with every annotated call of lftpipe checked.
 check-types: setup

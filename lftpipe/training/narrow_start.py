@@ -171,7 +171,7 @@ class Moments:
 
 def _run(layer: Branches, output: str, x: States, batch: Batch) -> tuple[Tensor, Tensor, States]:
     """What a layer's MLP gives its output map and the stream, and the layer's own output."""
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     hook = layer.layer.get_submodule(output).register_forward_hook(
         lambda _, args, made: seen.extend([args[0], made])
     )
