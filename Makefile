@@ -2,7 +2,7 @@
 #
 #   make demo                               set-up and the whole pipeline on the embedded teacher
 #   make test                               set-up and the everyday tests, in JOBS processes
-#   make check                              lint, types, the everyday tests, and the slower ones: what CI runs
+#   make check                              lint, types and the everyday tests: what CI runs
 #   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
 #   make qwen                               fetch Qwen2.5-Coder-0.5B; gemma and smollm2 likewise
 #   make compress TEACHER=smollm2-135m      a smaller model of a model, as `lftpipe compress` makes it
