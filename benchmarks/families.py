@@ -26,9 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lftpipe import runs
 from lftpipe.base.errors import LftpipeError, RunError, TeacherError
+from lftpipe.base.shape import Part, shape_text
 from lftpipe.families.attention import attention_context
 from lftpipe.families.structure import check_attention, check_kind
-from lftpipe.flow.stack import NoLayer
 from lftpipe.flow.velocity import Velocity
 from lftpipe.student.assemble import build_student
 from lftpipe.student.loading import load_teacher
@@ -127,8 +127,9 @@ def try_family(model_type: str, folder: Path) -> Line:
 @torch.no_grad()
 def _without_first(teacher: Teacher, tokens: torch.Tensor, first: torch.Tensor, folder: Path) -> str:
     """Whether the other layers do as before, in a student and in its plain export, with other numbers."""
-    skip = {"skip": True, "time": False, "shift": False}
-    student = build_student(teacher, [_saved(teacher, NoLayer(), folder, block=[0, 1], velocity=skip)])
+    part = Part(0, 1, "skip")
+    empty = runs.build_flow(teacher, [part])
+    student = build_student(teacher, [_saved(teacher, empty, folder, part)], steps=1, solver="euler")
     context = attention_context(load_rotary(teacher), torch.arange(CONTEXT).expand(2, -1))
     ours = student(tokens).logits
     assert close(ours, Tail(teacher, 1)(first.clone(), context), 1e-3), "a student without layer 0 is another"
@@ -248,22 +249,21 @@ def _train(teacher: Teacher, states: dict[int, torch.Tensor], logits: torch.Tens
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0], "training does not lower the loss"
-    return _saved(teacher, flow, folder, block=[1, 3], velocity={"time": True, "shift": flow.shift})
+    return _saved(teacher, flow, folder, Part(1, 3, "flow", shift=flow.shift))
 
 
-def _saved(
-    teacher: Teacher, flow: torch.nn.Module, folder: Path, *, block: list[int], velocity: dict[str, bool]
-) -> runs.Run:
+def _saved(teacher: Teacher, flow: torch.nn.Module, folder: Path, part: Part) -> runs.Run:
     manifest = {
         "store_fingerprint": "0" * 32,
-        "teacher": teacher.identity(),
-        "block": block,
+        "teacher": teacher.identity() | {"tokenizer_digest": "0" * 32},  # it has no tokenizer
+        "block": list(part.block),
+        "parts": [part.to_json()],
+        "shape": shape_text([part], teacher.num_layers),
         "objective": "fw",
         "solver": "euler",
         "walk_steps": 2,
         "seed": 0,
         "train_tokens": 8 * CONTEXT,
-        "velocity": velocity,
     }
     folder.mkdir()
     runs.save_run(folder, flow, manifest)
