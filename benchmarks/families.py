@@ -273,6 +273,7 @@ def _saved(teacher: Teacher, flow: torch.nn.Module, folder: Path, part: Part) ->
 def _reason(error: Exception) -> str:
     text = f"{error.given}; {error.expected}" if isinstance(error, LftpipeError) else str(error)
     text = re.sub(r"model \S*/teacher,? ?", "", text.strip() or type(error).__name__)
+    text = re.sub(r"/\S*/(teacher|untied)\b", r"\1", text)  # not in which folder they were tried
     return re.sub(r"\s+", " ", text)[:160]
 
 
