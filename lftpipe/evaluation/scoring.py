@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ PIECE_LOGITS = 2**22
 LEAST_POSITIONS = 128
 
 
+@runtime_checkable
 class Validation(Protocol):
     """Text that predictors are scored on, with the teacher's states."""
 

@@ -8,7 +8,7 @@ A CTC recogniser is one too: with `psi(g)` the probability of all alignments who
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from lftpipe.base.errors import SettingsError
 from lftpipe.fusion.vocabulary import Vocabulary
 
 
+@runtime_checkable
 class Recogniser(Protocol):
     """One recording, image or other input, read unit by unit."""
 

@@ -27,7 +27,7 @@ OrAbsent = Annotated[Value | None, Field(exclude_if=lambda value: value is None)
 
 
 @functools.cache
-def adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def adapter(kind: type[Any]) -> Any:  # a TypeAdapter, which beartype cannot check
     """What reads and writes a type as JSON."""
     return TypeAdapter(kind)
 
