@@ -57,9 +57,11 @@ def small_disk(path: Path, size: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def killed_after(seconds: float, act: Callable[[], Any]) -> bool:
-    """Whether a process of its own that does this was killed, so many seconds after its start."""
+def killed_after(seconds: float, act: Callable[[], Any], begun: Callable[[], bool] | None = None) -> bool:
+    """Whether a process of its own that does this was killed, so many seconds after its start, or after it had begun."""
     child = Child(act)
+    while begun is not None and not begun() and child.running:
+        time.sleep(0.001)
     time.sleep(seconds)
     status = child.kill(signal.SIGKILL)
     assert status in (0, -signal.SIGKILL), status

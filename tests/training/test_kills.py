@@ -41,6 +41,13 @@ def timed(act: Callable[[], Any]) -> float:
     return time.monotonic() - started
 
 
+def killed_at(number: int, seconds: float, rng: np.random.Generator, act: Callable[[], Any], left: Path) -> bool:
+    """Killed at a random moment; the first time as soon as there is something to go on from."""
+    if number == 0:
+        return killed_after(0, act, left.exists)
+    return killed_after(seconds * rng.uniform(0.02, 1), act)
+
+
 def rows_of(run: Any) -> list[dict[str, Any]]:
     """Of its metrics, all but what a clock says."""
     return [{key: row[key] for key in row if "seconds" not in key} for row in log_of(run)]
@@ -57,8 +64,9 @@ def test_training_killed_at_random_moments_ends_with_the_same_weights(store, com
         want = change(whole, run=str(tmp_path / f"whole-{number % 2}"), seed=number % 2)
         if not Path(str(want.run)).exists():
             train(want)
-        killed += killed_after(seconds * rng.uniform(0.02, 1), lambda broken=broken: train(broken))
-        went_on += (Path(str(broken.run)) / runs.CHECKPOINT).exists()
+        checkpoint = Path(str(broken.run)) / runs.CHECKPOINT
+        killed += killed_at(number, seconds, rng, lambda broken=broken: train(broken), checkpoint)
+        went_on += checkpoint.exists()
         train(broken)
         assert_same_weights(str(broken.run), str(want.run))
         assert rows_of(broken.run) == rows_of(want.run)
@@ -80,10 +88,11 @@ def test_extraction_killed_at_random_moments_gives_the_same_store(
     seconds = timed(extract)
     assert files(tmp_path / "broken.zarr") == files(store)
     rng, killed, went_on = np.random.default_rng(1), 0, 0
-    for _ in range(KILLS):
+    journal = tmp_path / "broken.zarr" / "journal.jsonl"
+    for number in range(KILLS):
         shutil.rmtree(tmp_path / "broken.zarr")
-        killed += killed_after(seconds * rng.uniform(0.02, 1), extract)
-        went_on += (tmp_path / "broken.zarr" / "journal.jsonl").exists()
+        killed += killed_at(number, seconds, rng, extract, journal)
+        went_on += journal.exists()
         extract()
         assert files(tmp_path / "broken.zarr") == files(store)
     assert verify_store(tmp_path / "broken.zarr").ok
