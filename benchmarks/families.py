@@ -30,8 +30,7 @@ from lftpipe.base.shape import Part, shape_text
 from lftpipe.families.attention import attention_context
 from lftpipe.families.structure import check_attention, check_kind
 from lftpipe.flow.velocity import Velocity
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_teacher
+from lftpipe.student.assemble import build_student, load_teacher
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.capture import close
 from lftpipe.teacher.compare import check_logits

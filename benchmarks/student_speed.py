@@ -35,9 +35,8 @@ from lftpipe.corpus.packing import default_threshold, text_hash
 from lftpipe.corpus.readers import PYTHON_STDLIB, open_corpus
 from lftpipe.flow.solver import EVALUATIONS
 from lftpipe.reporting.tables import markdown_lines
-from lftpipe.student.assemble import without_layers
+from lftpipe.student.assemble import load_teacher, without_layers
 from lftpipe.student.decoding import continue_prompt, speculate, warm_up
-from lftpipe.student.loading import load_teacher
 from lftpipe.teacher.silence import quiet_transformers
 from lftpipe.teacher.source import load_tokenizer
 

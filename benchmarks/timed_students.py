@@ -13,8 +13,7 @@ from lftpipe import runs
 from lftpipe.base.errors import RunError
 from lftpipe.base.workspace import find_run
 from lftpipe.flow.solver import EVALUATIONS
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_model, teacher_of_folder, teacher_of_run
+from lftpipe.student.assemble import build_student, load_model, teacher_of_folder, teacher_of_run
 from lftpipe.student.model import LatentFlow
 from lftpipe.student.plain import unroll
 

@@ -194,8 +194,7 @@ def load_student(path: str | Path, *, k: int | None = None, solver: str | None =
         If there is no such student, or it is damaged, or its teacher changed.
     """
     from lftpipe import runs
-    from lftpipe.student.assemble import build_student
-    from lftpipe.student.loading import load_model, teacher_of_run
+    from lftpipe.student.assemble import build_student, load_model, teacher_of_run
 
     folder = Path(path)
     if not (folder / "config.json").is_file():

@@ -31,8 +31,7 @@ from tiny_students import save_run, tokens
 from lftpipe.base.errors import LftpipeError
 from lftpipe.commands.export import export
 from lftpipe.config.settings import ExportSettings
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import build_student, load_model
 from lftpipe.teacher.source import load_tokenizer, open_teacher
 
 STEPS = (1, 2, 3)

@@ -13,7 +13,7 @@ from lftpipe import api
 from lftpipe.api import Result
 from lftpipe.base.errors import LftpipeError
 from lftpipe.cli.app import COMMANDS
-from lftpipe.student import loading
+from lftpipe.student import assemble
 
 #: Commands whose function has another name, since a module or a verb has theirs.
 NAMES = {"runs": "list_runs", "compare": "compare_runs"}
@@ -105,7 +105,7 @@ def test_a_student_s_teacher_is_looked_for_in_its_own_workspace(tmp_path, stores
     def teacher_of_run(run, workspace):
         raise KeyboardInterrupt(workspace)
 
-    monkeypatch.setattr(loading, "teacher_of_run", teacher_of_run)
+    monkeypatch.setattr(assemble, "teacher_of_run", teacher_of_run)
     with pytest.raises(KeyboardInterrupt) as raised:
         lftpipe.load_student(run)
     assert raised.value.args == (tmp_path / "own",)

@@ -27,17 +27,9 @@ def prepared(device: str, threads: int | None) -> Iterator[None]:
 
     The device is torch's current one meanwhile. Torch's threads, current GPU and random state are restored.
 
-    Parameters
-    ----------
-    device
-        A device as torch names it: `cpu`, `cuda`, `cuda:1`.
-    threads
-        Threads for torch; None leaves torch's own choice.
-
-    Raises
-    ------
-    SettingsError
-        If torch does not know the device, or has none of its kind.
+    `device`: a device as torch names it: `cpu`, `cuda`, `cuda:1`.
+    `threads`: threads for torch; None leaves torch's own choice.
+    Raises `SettingsError` if torch does not know the device, or has none of its kind.
     """
     before = torch.get_num_threads()
     with ExitStack() as restored:
@@ -61,10 +53,7 @@ def prepared(device: str, threads: int | None) -> Iterator[None]:
 def on_device(stage: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """A stage that runs `prepared` for the device and the threads of its settings.
 
-    Parameters
-    ----------
-    stage
-        Takes settings first. A stage whose settings have no device computes on the processor.
+    `stage`: takes settings first. A stage whose settings have no device computes on the processor.
     """
 
     @wraps(stage)
@@ -82,10 +71,7 @@ def on_device(stage: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, 
 def own_gpu(device: str) -> str:
     """`cuda` as the one GPU that a launcher gives this process; any other device as it is.
 
-    Parameters
-    ----------
-    device
-        As in `--device`.
+    `device`: as in `--device`.
     """
     number = next((os.environ[name] for name in _LOCAL_NUMBERS if os.environ.get(name, "").isdigit()), None)
     if device != "cuda" or number is None:
@@ -150,10 +136,7 @@ def synchronize(device: torch.device) -> None:
 def move(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device, to a GPU copied without waiting for what is computed there.
 
-    Parameters
-    ----------
-    tensor
-        Of any format; pinned memory is copied as it is, other memory is pinned first.
+    `tensor`: of any format; pinned memory is copied as it is, other memory is pinned first.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -195,10 +178,7 @@ class CopyStream:
     def arrive(self, mark: torch.cuda.Event | None, tensors: Iterable[Tensor]) -> None:
         """Let computations queued from now on follow the copies before a mark.
 
-        Parameters
-        ----------
-        tensors
-            What was copied: computations will use it, and its memory is theirs until then.
+        `tensors`: what was copied: computations will use it, and its memory is theirs until then.
         """
         if mark is None:
             return

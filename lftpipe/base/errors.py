@@ -72,15 +72,9 @@ def foreign(kind: type[LftpipeError], given: str, expected: str, do: str) -> Ite
 
     Parsers, constructors and Rust's panics raise any type at all over a damaged or edited file.
 
-    Parameters
-    ----------
-    given, expected, do
-        Its parts; the library's reason stands behind what was given.
-
-    Raises
-    ------
-    LftpipeError
-        Instead of anything but our own errors, a full or locked disk, and too little memory.
+    `given`, `expected`, `do`: its parts; the library's reason stands behind what was given.
+    Raises `LftpipeError`: instead of anything but our own errors, a full or locked disk, and too little
+    memory.
     """
     try:
         yield

@@ -78,11 +78,8 @@ class Job(Generic[Task, Result]):
 def execute(job: Job[Any, Any], *, workers: int = 1, ray: str | None = None) -> None:
     """Do all tasks of a job in this process, in `workers` spawned ones, or on the Ray cluster at an address.
 
-    Raises
-    ------
-    LftpipeError
-        The first one that a task raises: it is not tried again, as it would come again. A process that
-        dies is replaced, and its tasks go to others.
+    Raises `LftpipeError`: the first one that a task raises: it is not tried again, as it would come again. A
+    process that dies is replaced, and its tasks go to others.
     """
     if ray is not None:
         _run_on_ray(job, ray)

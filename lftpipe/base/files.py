@@ -36,10 +36,7 @@ def sync_folder(path: Path) -> None:
 def write_atomic(path: Path, data: bytes, *, keep: Path | None = None) -> None:
     """Write a file so that at every moment it is either the old one or the new one, also after a crash.
 
-    Parameters
-    ----------
-    keep
-        Where the old one goes, in the same folder; at every moment one of the two is there.
+    `keep`: where the old one goes, in the same folder; at every moment one of the two is there.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -90,10 +87,7 @@ _quoted = json.encoder.encode_basestring
 def canonical(value: Any) -> bytes:
     """The one JSON text of a value: keys sorted, no spaces, UTF-8.
 
-    Raises
-    ------
-    TypeError, ValueError
-        If the value is not JSON-plain (NaN and infinities are not).
+    Raises `TypeError, ValueError` if the value is not JSON-plain (NaN and infinities are not).
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
@@ -167,10 +161,7 @@ MOST_BYTES = 2**28
 def plain(value: Any) -> Any:
     """The value as it will come back from a file: tuples become lists, keys text.
 
-    Parameters
-    ----------
-    value
-        A JSON-plain value; tuples and keys that are no text are allowed.
+    `value`: a JSON-plain value; tuples and keys that are no text are allowed.
     """
     return json.loads(canonical(value))
 
@@ -178,10 +169,7 @@ def plain(value: Any) -> Any:
 def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text that anyone may have written.
 
-    Raises
-    ------
-    ValueError
-        If it is none, has NaN or infinities, or is nested deeper than Python can follow.
+    Raises `ValueError` if it is none, has NaN or infinities, or is nested deeper than Python can follow.
     """
     try:
         text = data.decode() if isinstance(data, bytes) else data
@@ -210,10 +198,7 @@ def _parse_object(data: bytes, sealed: bool = True) -> dict[str, Any]:
 def read_json(path: Path, *, sealed: bool = True) -> dict[str, Any]:
     """A JSON object from a file of bounded size; one of ours is true to its digest, which is left out.
 
-    Raises
-    ------
-    ValueError
-        If it is no such object, with the reason.
+    Raises `ValueError` if it is no such object, with the reason.
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
@@ -240,10 +225,7 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read what `write_sealed` wrote.
 
-    Raises
-    ------
-    ValueError
-        If a single byte of it is not as it was written.
+    Raises `ValueError` if a single byte of it is not as it was written.
     """
     return unsealed(path.read_bytes(), str(path))
 
@@ -251,10 +233,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 def unsealed(data: bytes, name: str) -> dict[str, Any]:
     """What was sealed, without its digest.
 
-    Raises
-    ------
-    ValueError
-        If a single byte of it is not as it was written.
+    Raises `ValueError` if a single byte of it is not as it was written.
     """
     with suppress(ValueError, TypeError):
         value, place, view = _parse_object(data), 0, memoryview(data)
@@ -281,10 +260,7 @@ def seal(value: dict[str, Any]) -> dict[str, Any]:
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """Every setting in which two JSON-plain values differ, as ``teacher.revision: 'a' -> 'b'``.
 
-    Parameters
-    ----------
-    name
-        What the two are called; the names of settings begin with it.
+    `name`: what the two are called; the names of settings begin with it.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):

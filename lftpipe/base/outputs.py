@@ -27,10 +27,7 @@ LOCK = ".lock"
 def one_writer(folder: Path) -> Iterator[None]:
     """Be the only process that writes into a folder, which is made if it is not there.
 
-    Parameters
-    ----------
-    folder
-        One of ours; its hidden lock file is removed in the end.
+    `folder`: one of ours; its hidden lock file is removed in the end.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,10 +84,7 @@ def refuse_foreign_files(folder: Path, known: set[str], what: str) -> None:
 def refuse_name(name: str, option: str) -> None:
     """Refuse a name of a file or folder that would lead to another folder, or be hidden.
 
-    Raises
-    ------
-    SettingsError
-        If it is empty, begins with a dot, or has a separator or a control character in it.
+    Raises `SettingsError` if it is empty, begins with a dot, or has a separator or a control character in it.
     """
     if not name or name.startswith(".") or "/" in name or os.sep in name or not name.isprintable():
         raise SettingsError(
@@ -125,15 +119,8 @@ _OWNER = "made-by-lftpipe"
 def staging(record: Path) -> Iterator[Path]:
     """The empty folder to make a result in; it is gone when the block ends.
 
-    Parameters
-    ----------
-    record
-        What is made: a folder, or the file that counts of several.
-
-    Raises
-    ------
-    LftpipeError
-        If another process makes it, or the folder is not lftpipe's.
+    `record`: what is made: a folder, or the file that counts of several.
+    Raises `LftpipeError` if another process makes it, or the folder is not lftpipe's.
     """
     folder = record.parent / f".{record.name}.making"
     missing = [parent for parent in record.parents if not parent.exists()]
@@ -210,6 +197,9 @@ def making(
 ) -> Iterator[Staging]:
     """Write files that belong together; they get their names when the block ends without an error.
 
+    Raises `LftpipeError` if the record exists and `force` is not set, a file is not lftpipe's, or another
+    process makes it.
+
     Parameters
     ----------
     record
@@ -220,11 +210,6 @@ def making(
         Texts by which a record of this kind is known, whole or damaged: any of them is enough.
     cure
         What to do instead of naming another `--out`.
-
-    Raises
-    ------
-    LftpipeError
-        If the record exists and `force` is not set, a file is not lftpipe's, or another process makes it.
     """
     _check(record, others, marks, force, cure)
     with staging(record) as folder:
@@ -245,10 +230,7 @@ def making(
 def making_folder(out: Path) -> Iterator[Path]:
     """Write a folder, which gets its name when the block ends without an error; an older one is replaced.
 
-    Parameters
-    ----------
-    out
-        The folder; whether it may be replaced is for the caller to say (`refuse_foreign_files`).
+    `out`: the folder; whether it may be replaced is for the caller to say (`refuse_foreign_files`).
     """
     out = out.resolve()
     with staging(out) as folder:

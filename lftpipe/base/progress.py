@@ -61,10 +61,7 @@ def say(line: str) -> None:
 def task(label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
     """Show a step of `total` units, `done` of them before; the line goes away when the step is over.
 
-    Parameters
-    ----------
-    done
-        Units that were done before; they do not count for the rate.
+    `done`: units that were done before; they do not count for the rate.
     """
     console = Console(stderr=True, quiet=not speaks())
     if not console.is_terminal:

@@ -17,10 +17,7 @@ def next_command(*words: str | Path) -> str:
 def find_store(workspace: Path, store: Path | None) -> Path:
     """The store that was named, or the only one in the workspace.
 
-    Raises
-    ------
-    StoreError
-        If there is none, or more than one and none was named.
+    Raises `StoreError` if there is none, or more than one and none was named.
     """
     if store is not None:
         if not store.is_dir():
@@ -61,10 +58,7 @@ def require_json_name(out: Path) -> None:
 def find_run(workspace: Path, store: Path | None, name: str) -> Path:
     """The folder of a run: by its path, or by its name beside the store or anywhere in the workspace.
 
-    Raises
-    ------
-    RunError
-        If there is none of that name, or more than one.
+    Raises `RunError` if there is none of that name, or more than one.
     """
     path = Path(name)
     if "/" in name or (path / "manifest.json").is_file():
@@ -91,15 +85,8 @@ def find_run(workspace: Path, store: Path | None, name: str) -> Path:
 def find_runs(store: Path, names: tuple[str, ...]) -> list[Path]:
     """The named runs, or every finished one beside the store.
 
-    Parameters
-    ----------
-    names
-        Names or paths of runs; none means every finished one.
-
-    Raises
-    ------
-    RunError
-        If a named run does not exist or is unfinished, or there is none at all.
+    `names`: names or paths of runs; none means every finished one.
+    Raises `RunError` if a named run does not exist or is unfinished, or there is none at all.
     """
     if names:
         runs = [run_path(store, name) for name in names]

@@ -41,15 +41,8 @@ _CURES = {
 def guarded(call: Callable[[], None], *, debug: bool, asks_to_resume: bool) -> None:
     """Run a stage; an error becomes one line and an exit status.
 
-    Parameters
-    ----------
-    asks_to_resume
-        Whether the command goes on after an interrupt only if it is given --resume.
-
-    Raises
-    ------
-    typer.Exit
-        With status 1 after an error, 130 after an interrupt.
+    `asks_to_resume`: whether the command goes on after an interrupt only if it is given --resume.
+    Raises `typer.Exit` with status 1 after an error, 130 after an interrupt.
     """
     try:
         call()

@@ -18,15 +18,12 @@ from lftpipe.results.facts import Comparison
 def compare(settings: CompareSettings) -> Comparison:
     """Compare two finished runs.
 
+    Raises `LftpipeError` if there are not two finished runs of these names.
+
     Returns
     -------
     Comparison
         Settings, origins and scores; what differs is a pair of values.
-
-    Raises
-    ------
-    LftpipeError
-        If there are not two finished runs of these names.
     """
     if len(settings.runs) != 2:
         raise SettingsError(f"{len(settings.runs)} runs to compare", "two of them", "name two runs")

@@ -48,15 +48,8 @@ BATCH = 512
 def compress(settings: CompressSettings) -> Compressed:
     """Extract, plan, train, evaluate, export and report; what was finished before stays.
 
-    Parameters
-    ----------
-    settings
-        Which model, how small, and where the checkpoint goes.
-
-    Raises
-    ------
-    LftpipeError
-        Whatever a stage raises.
+    `settings`: which model, how small, and where the checkpoint goes.
+    Raises `LftpipeError`: whatever a stage raises.
     """
     check_budget(settings)
     shared = {name: getattr(settings, name) for name in ("workspace", "device", "threads")}

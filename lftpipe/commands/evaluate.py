@@ -34,8 +34,7 @@ from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.results.outcomes import Evaluation
 from lftpipe.results.scores import JOINED, AdaptiveScore, Comparison, Results, Score
 from lftpipe.store import Store
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_teacher
+from lftpipe.student.assemble import build_student, load_teacher
 from lftpipe.teacher.source import Teacher, load_tokenizer, open_recorded, record_of
 
 #: Batches that every row is timed on.
@@ -55,9 +54,9 @@ MARKS = (b'"kl_latent"', b'"validation_tokens"', b'"ms_per_token"')
 
 def _elsewhere() -> Any:
     """Only here, since it runs the teacher: scores from the cache load no trunk."""
-    from lftpipe.extraction import other_corpus
+    from lftpipe.extraction import compute
 
-    return other_corpus
+    return compute
 
 
 def _tasks_module() -> Any:
@@ -75,10 +74,7 @@ def _tasks_module() -> Any:
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Score teacher, skips and runs over the whole validation split, and write the table.
 
-    Raises
-    ------
-    LftpipeError
-        If a run is missing or of another store, or the store lacks a state.
+    Raises `LftpipeError` if a run is missing or of another store, or the store lacks a state.
     """
     if settings.limit is not None and settings.tasks is None:
         raise SettingsError("--limit without --tasks", "tasks whose documents it counts", "pass --tasks too")

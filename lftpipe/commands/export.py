@@ -22,8 +22,7 @@ from lftpipe.results.outcomes import Exported
 from lftpipe.results.run import SOURCE, ExportSource
 from lftpipe.runs import Run
 from lftpipe.storage.hub import Repository, require_token
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import teacher_of_run
+from lftpipe.student.assemble import build_student, teacher_of_run
 from lftpipe.student.plain import old_rotary_names, unroll
 from lftpipe.student.standalone_modeling import MODULE, auto_map, modelling_file
 from lftpipe.teacher.silence import quiet_transformers
@@ -40,11 +39,8 @@ COMPARED_TOKENS = 64
 def export(settings: ExportSettings) -> Exported:
     """Write a student with tokenizer, generation config and model card.
 
-    Raises
-    ------
-    LftpipeError
-        If a run is missing, damaged, or of a teacher that changed; if the student has no exact plain
-        form and one was asked for; or if there is something at the destination and no `--force`.
+    Raises `LftpipeError` if a run is missing, damaged, or of a teacher that changed; if the student has no
+    exact plain form and one was asked for; or if there is something at the destination and no `--force`.
     """
     if not settings.runs:
         raise SettingsError("export without a run", "the name or path of a run", "name one")

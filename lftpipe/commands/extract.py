@@ -32,10 +32,7 @@ from lftpipe.teacher.compare import check_logits
 def extract(settings: ExtractSettings) -> PlannedExtraction | Extraction:
     """Run the teacher over a corpus and store its states; resumes what was interrupted.
 
-    Raises
-    ------
-    LftpipeError
-        If teacher, corpus, settings, disk or an older store do not allow it.
+    Raises `LftpipeError` if teacher, corpus, settings, disk or an older store do not allow it.
     """
     check(settings)
     plan = make_plan(settings)

@@ -25,7 +25,7 @@ from lftpipe.fusion.vocabulary import Vocabulary
 from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.results.fusion import Fused, FusedText, Fusion, FusionRow
 from lftpipe.store.heard import HeardStore, Input
-from lftpipe.student.by_name import LanguageModel, beside, language_model
+from lftpipe.student.assemble import LanguageModel, beside, language_model
 from lftpipe.teacher.silence import quiet_transformers
 
 #: The keys by which the file is known as ours.
@@ -50,10 +50,8 @@ class _Inputs:
 def fuse(settings: FuseSettings) -> Fused:
     """Search for the texts of all inputs.
 
-    Raises
-    ------
-    LftpipeError
-        If the model or what was heard is missing or damaged, or options do not fit each other.
+    Raises `LftpipeError` if the model or what was heard is missing or damaged, or options do not fit each
+    other.
     """
     heard = settings.heard or settings.workspace / "heard.zarr"
     out = settings.out or heard.with_name("fused.json")

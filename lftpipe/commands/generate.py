@@ -20,10 +20,16 @@ from lftpipe.config.settings import GenerateSettings
 from lftpipe.fusion import FusionLogitsProcessor
 from lftpipe.results.outcomes import BesideTeacher, Drafted, Drafting, Generation, WriterFacts, Written
 from lftpipe.results.run import SAMPLES, Sample, keep_sample
-from lftpipe.student.assemble import build_student, without_layers
-from lftpipe.student.by_name import language_model
+from lftpipe.student.assemble import (
+    build_student,
+    language_model,
+    load_model,
+    load_teacher,
+    teacher_of_folder,
+    teacher_of_run,
+    without_layers,
+)
 from lftpipe.student.decoding import Continuation, Sampling, continue_prompt, speculate, warm_up
-from lftpipe.student.loading import load_model, load_teacher, teacher_of_folder, teacher_of_run
 from lftpipe.student.model import LatentFlow
 from lftpipe.teacher.silence import quiet_transformers
 from lftpipe.teacher.source import Teacher, load_tokenizer, max_positions_of, prompt_tokens, tokenizer_of
@@ -60,20 +66,10 @@ def _has_steps(model: Any) -> bool:
 def generate(settings: GenerateSettings, out: TextIOBase | None = None) -> Generation | Drafting:
     """Continue a prompt.
 
-    Parameters
-    ----------
-    out
-        Where to write words as they are made; None writes nothing.
-
-    Returns
-    -------
-    Generation or Drafting
-        Text and speed; with `compare` and `draft` also the other models'.
-
-    Raises
-    ------
-    LftpipeError
-        If the model is missing, damaged, or of a teacher that changed, or the prompt does not fit.
+    `out`: where to write words as they are made; None writes nothing.
+    Returns text and speed; with `compare` and `draft` also the other models'.
+    Raises `LftpipeError` if the model is missing, damaged, or of a teacher that changed, or the prompt does
+    not fit.
     """
     _check(settings)
     assert settings.prompt is not None

@@ -34,15 +34,8 @@ LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 def heal(settings: HealSettings) -> Healing:
     """Train a finished run's student further, and write it as a run of its own.
 
-    Parameters
-    ----------
-    settings
-        Which run, what of its student is trained, and where the new run goes.
-
-    Raises
-    ------
-    LftpipeError
-        If the run, the store or the settings do not allow it, or training diverges.
+    `settings`: which run, what of its student is trained, and where the new run goes.
+    Raises `LftpipeError` if the run, the store or the settings do not allow it, or training diverges.
     """
     distributed.join(settings.device)
     try:

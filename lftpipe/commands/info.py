@@ -26,10 +26,7 @@ SAMPLED_SEQUENCES = 16
 def info(settings: InfoSettings) -> StoreFacts | RunFacts:
     """Describe a store, or a run.
 
-    Raises
-    ------
-    LftpipeError
-        If there is no such store or run, or it is incomplete.
+    Raises `LftpipeError` if there is no such store or run, or it is incomplete.
     """
     target = settings.target
     if target is None or (target / "zarr.json").exists():

@@ -51,15 +51,9 @@ def plan(settings: PlanSettings) -> Planning:
 
     Candidates that were trained before are not trained again.
 
-    Parameters
-    ----------
-    settings
-        The budget, how long to search, and where the plan goes.
-
-    Raises
-    ------
-    LftpipeError
-        If no shape keeps the budget, the store lacks states, or the plan exists and `force` is not set.
+    `settings`: the budget, how long to search, and where the plan goes.
+    Raises `LftpipeError` if no shape keeps the budget, the store lacks states, or the plan exists and `force`
+    is not set.
     """
     check_budget(settings)
     store_path = find_store(settings.workspace, settings.store)

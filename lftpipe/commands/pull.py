@@ -21,10 +21,8 @@ _OF_A_RUN = (runs.SETTINGS, runs.METRICS, runs.WEIGHTS, SAMPLES, runs.MANIFEST)
 def pull(settings: PullSettings) -> Pulled:
     """Download into a hidden folder of the workspace, check, and put it in its place.
 
-    Raises
-    ------
-    LftpipeError
-        If the repository holds neither, what came is damaged, or another one lies in its place.
+    Raises `LftpipeError` if the repository holds neither, what came is damaged, or another one lies in its
+    place.
     """
     if settings.source is None:
         raise SettingsError("pull", "from where", "type lftpipe pull hf://ORG/NAME")

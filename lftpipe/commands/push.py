@@ -26,10 +26,7 @@ OF_A_STORE = ("zarr.json", "manifest.json", "train/*", "validation/*")
 def push(settings: PushSettings) -> Pushed:
     """Upload, with a card.
 
-    Raises
-    ------
-    LftpipeError
-        If there is no such store or run, it is unfinished or damaged, or the Hub refuses.
+    Raises `LftpipeError` if there is no such store or run, it is unfinished or damaged, or the Hub refuses.
     """
     if settings.target is None or settings.repository is None:
         raise SettingsError("push", "what and where to", "type lftpipe push STORE ORG/NAME, or RUN ORG/NAME")

@@ -18,10 +18,7 @@ from lftpipe.store.heard import HeardStore
 def recognise(settings: RecogniseSettings) -> Recognition:
     """Recognise files, those that were not recognised before.
 
-    Raises
-    ------
-    LftpipeError
-        If a file is missing or of another kind, or the store is another recogniser's.
+    Raises `LftpipeError` if a file is missing or of another kind, or the store is another recogniser's.
     """
     paths = _files(settings)
     if settings.recogniser is None:

@@ -23,15 +23,12 @@ FRACTIONS = (0.125, 0.25, 0.375, 0.5)
 def recouple(settings: RecoupleSettings) -> Recoupling:
     """Map all pairs `m < n` of a store's states, write the map as JSON, PNG and an HTML page.
 
+    Raises `LftpipeError` if the store lacks what is asked of it, or the file exists and `force` is not set.
+
     Returns
     -------
     Recoupling
         The map (docs/recoupling.md describes it), and where it was written.
-
-    Raises
-    ------
-    LftpipeError
-        If the store lacks what is asked of it, or the file exists and `force` is not set.
     """
     started = time.monotonic()
     path = find_store(settings.workspace, settings.store)

@@ -6,8 +6,7 @@ from lftpipe.base.errors import RunError, StoreError
 from lftpipe.base.outputs import COMMENT, MARK, Staging, making
 from lftpipe.base.workspace import find_store
 from lftpipe.config.settings import ReportSettings
-from lftpipe.reporting.collect import Found, collect
-from lftpipe.reporting.pages import report_page
+from lftpipe.reporting.pages import Found, collect, report_page
 from lftpipe.reporting.plots import draw_adaptive, draw_steps_curve, draw_training
 from lftpipe.reporting.tables import escaped, results_page
 from lftpipe.results.outcomes import ReportPage
@@ -22,15 +21,8 @@ PICTURES = ("steps.png", "adaptive.png", "training.png")
 def report(settings: ReportSettings) -> ReportPage:
     """Write one self-contained HTML page, and the same as Markdown with pictures, of what is beside a store.
 
-    Returns
-    -------
-    ReportPage
-        The pages' paths, the pictures, and `damaged`: what could not be read.
-
-    Raises
-    ------
-    LftpipeError
-        If nothing was evaluated yet, or the page exists and `force` is not set.
+    Returns the pages' paths, the pictures, and `damaged`: what could not be read.
+    Raises `LftpipeError` if nothing was evaluated yet, or the page exists and `force` is not set.
     """
     here = find_store(settings.workspace, settings.store).parent
     out = settings.out or here / "report.md"

@@ -23,13 +23,12 @@ from lftpipe.reporting.correlation import OUTCOMES, choices, correlation_table, 
 from lftpipe.reporting.plots import draw_sweep
 from lftpipe.reporting.terminal import Column, FittedTable
 from lftpipe.results.outcomes import Sweeping
-from lftpipe.results.recoupling import Matrix, RecouplingMap
+from lftpipe.results.recoupling import Matrix, RecouplingMap, Sweep, SweptBlock, SweptRun
 from lftpipe.results.scores import Score
-from lftpipe.results.sweep import Sweep, SweptBlock, SweptRun
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher, open_recorded, record_of
 from lftpipe.training.checkpoint import changed_settings
-from lftpipe.training.parallel import train_apart
+from lftpipe.training.several import train_apart
 from lftpipe.training.validate import Wanted, resolved, run_name
 
 #: Keys by which a sweep is known, whole or damaged.
@@ -49,20 +48,13 @@ def sweep(settings: SweepSettings) -> Sweeping:
     Finished runs are not trained again, unfinished ones go on; `force` writes over the results, and over
     runs that were begun with other settings.
 
-    Parameters
-    ----------
-    settings
-        Which lengths, how long each run, and where the results go.
+    `settings`: which lengths, how long each run, and where the results go.
+    Raises `LftpipeError` if lengths or store do not allow it, or the results exist and `force` is not set.
 
     Returns
     -------
     Sweeping
         What the blocks reached (docs/recoupling.md describes it), and how many runs were trained now.
-
-    Raises
-    ------
-    LftpipeError
-        If lengths or store do not allow it, or the results exist and `force` is not set.
     """
     store_path = find_store(settings.workspace, settings.store)
     out = settings.out or store_path.parent / "sweep.json"

@@ -17,7 +17,7 @@ from lftpipe.flow.path import LinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver, equal_times
 from lftpipe.reporting.plots import save
 from lftpipe.results.outcomes import ToyFigure
-from lftpipe.results.sweep import Panel, Toy
+from lftpipe.results.recoupling import Panel, Toy
 
 #: Panels: title, steps of walking (0: none), weight of standard flow matching.
 PANELS = (
@@ -43,10 +43,7 @@ def toy(settings: ToySettings) -> ToyFigure:
     over them, and its points end with the wrong partners: it recouples. Walking is judged by where
     it ends, and keeps the pairs (section 3.1).
 
-    Raises
-    ------
-    SettingsError
-        If the files exist and `force` is not set.
+    Raises `SettingsError` if the files exist and `force` is not set.
     """
     out = settings.out or settings.workspace / "toy.json"
     require_json_name(out)

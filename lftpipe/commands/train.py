@@ -14,8 +14,7 @@ from lftpipe.results.plan import Plan
 from lftpipe.store import Store
 from lftpipe.teacher.source import Teacher, open_recorded, record_of
 from lftpipe.training import distributed
-from lftpipe.training.joint import check_together, train_runs
-from lftpipe.training.parallel import train_apart
+from lftpipe.training.several import check_together, train_apart, train_runs
 from lftpipe.training.validate import Wanted, resolved, run_name, variants_of
 
 
@@ -23,15 +22,8 @@ from lftpipe.training.validate import Wanted, resolved, run_name, variants_of
 def train(settings: TrainSettings) -> Training:
     """Train a flow layer and write its run; or several, from the same batches.
 
-    Parameters
-    ----------
-    settings
-        What is trained, on which store, and where the run goes.
-
-    Raises
-    ------
-    LftpipeError
-        If the store, block or settings do not allow it, or training diverges.
+    `settings`: what is trained, on which store, and where the run goes.
+    Raises `LftpipeError` if the store, block or settings do not allow it, or training diverges.
     """
     distributed.join(settings.device)
     try:

@@ -13,15 +13,12 @@ from lftpipe.store.verify import Report
 def verify(settings: VerifySettings) -> Verification:
     """Compare a store with its manifest.
 
+    Raises `LftpipeError` if there is no such store, or it is incomplete.
+
     Returns
     -------
     Verification
         The damaged files with array, split and shard, and the error, if there are any.
-
-    Raises
-    ------
-    LftpipeError
-        If there is no such store, or it is incomplete.
     """
     found = verify_store(find_store(settings.workspace, settings.target or settings.store))
     return Verification(

@@ -9,10 +9,7 @@ from lftpipe.base.errors import SettingsError
 def parse_layers(text: str, num_states: int) -> tuple[int, ...]:
     """`all`, `6,18` or `0:13` to sorted state indices below `num_states`.
 
-    Raises
-    ------
-    SettingsError
-        If the text is of another form, the range is empty, or an index is out of range.
+    Raises `SettingsError` if the text is of another form, the range is empty, or an index is out of range.
     """
     if text == "all":
         return tuple(range(num_states))
@@ -38,10 +35,7 @@ def parse_layers(text: str, num_states: int) -> tuple[int, ...]:
 def parse_block(text: str, num_layers: int) -> tuple[int, int]:
     """`m:n` to the half-open block of layers it replaces.
 
-    Raises
-    ------
-    SettingsError
-        If it is of another form, empty, or reaches past the last layer.
+    Raises `SettingsError` if it is of another form, empty, or reaches past the last layer.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match:
@@ -61,17 +55,9 @@ def parse_block(text: str, num_layers: int) -> tuple[int, int]:
 def check_apart(blocks: Sequence[tuple[int, int]], given: str, num_layers: int | None = None) -> None:
     """Refuse blocks that one student cannot have together.
 
-    Parameters
-    ----------
-    given
-        What the user said, which the error shows before the blocks.
-    num_layers
-        The teacher's, where blocks were not checked against them before.
-
-    Raises
-    ------
-    SettingsError
-        If blocks overlap, are empty, not in order, or reach past the last layer.
+    `given`: what the user said, which the error shows before the blocks.
+    `num_layers`: the teacher's, where blocks were not checked against them before.
+    Raises `SettingsError` if blocks overlap, are empty, not in order, or reach past the last layer.
     """
     end = 0
     for m, n in blocks:

@@ -26,15 +26,9 @@ _LONGEST_RECIPE, _MOST_DOTS = 2**20, 200
 def from_recipe(kind: type[S], path: Path | None, table: str, given: dict[str, Any]) -> S:
     """Settings from a TOML recipe's `[table]`, overridden by what was `given` by name.
 
-    Parameters
-    ----------
-    given
-        Values by field; None is not given.
-
-    Raises
-    ------
-    SettingsError
-        If the recipe is no TOML or holds a key that is no setting of this stage, or a value is out of range.
+    `given`: values by field; None is not given.
+    Raises `SettingsError` if the recipe is no TOML or holds a key that is no setting of this stage, or a
+    value is out of range.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -62,15 +56,9 @@ def _check(kind: type[Common], values: Any, where: str) -> None:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The tables of a recipe.
 
-    Parameters
-    ----------
-    path
-        A TOML file; the `settings.toml` of a run is one too.
-
-    Raises
-    ------
-    SettingsError
-        If it cannot be read, is no TOML, is empty, or has a table that belongs to no command.
+    `path`: a TOML file; the `settings.toml` of a run is one too.
+    Raises `SettingsError` if it cannot be read, is no TOML, is empty, or has a table that belongs to no
+    command.
     """
     try:
         with path.open("rb") as file:

@@ -110,10 +110,7 @@ _BOUNDS = {
 def refusal(error: ValidationError, names: Sequence[str], where: str | None = None) -> SettingsError:
     """The first thing that pydantic found wrong, as an error of lftpipe.
 
-    Parameters
-    ----------
-    where
-        The table of a recipe that holds the value; left out, the value is shown as an option.
+    `where`: the table of a recipe that holds the value; left out, the value is shown as an option.
     """
     found = error.errors(include_url=False)[0]
     name = str(found["loc"][0]) if found["loc"] else "settings"

@@ -69,17 +69,10 @@ def file_documents(
 ) -> Iterator[Document]:
     """The documents of a file.
 
-    Parameters
-    ----------
-    max_document_bytes
-        Size of the largest document that is accepted, in UTF-8.
-    field
-        The column of a table that holds them; None takes the first usual one.
-
-    Raises
-    ------
-    CorpusError
-        If the file is damaged, no text, or too large to be read, or a table without such a column.
+    `max_document_bytes`: size of the largest document that is accepted, in UTF-8.
+    `field`: the column of a table that holds them; None takes the first usual one.
+    Raises `CorpusError` if the file is damaged, no text, or too large to be read, or a table without such a
+    column.
     """
     kind = kind_of(path)
     try:

@@ -208,10 +208,7 @@ class Packing:
         Of a corpus that ends before `validation` is full, or with nothing left to train on, the
         documents with the lowest hashes are held out, just as many as it takes, and never all.
 
-        Raises
-        ------
-        CorpusError
-            If the corpus has no text, or too little of it for one sequence of each split.
+        Raises `CorpusError` if the corpus has no text, or too little of it for one sequence of each split.
         """
         wanted = self.context * self.wanted.get("validation", 0)
         least = {split: self.context if self.wanted.get(split, 0) else 0 for split in SPLITS}

@@ -52,19 +52,11 @@ class Corpus:
 def open_corpus(name: str, max_document_bytes: int = MAX_DOCUMENT_BYTES, field: str | None = None) -> Corpus:
     """Find the corpus called `name`; no text is read yet.
 
-    Parameters
-    ----------
-    name
-        A registered name, a file or folder, or `hf:<dataset>[:<config>[:<split>]]`.
-    max_document_bytes
-        A larger document is an error; it only bounds the memory, as long ones are tokenised in parts.
-    field
-        The column of tables that holds the documents; None takes the first usual one (`rows.COLUMNS`).
-
-    Raises
-    ------
-    CorpusError
-        If there is no such corpus, or it is of a kind that is not read.
+    `name`: a registered name, a file or folder, or `hf:<dataset>[:<config>[:<split>]]`.
+    `max_document_bytes`: a larger document is an error; it only bounds the memory, as long ones are tokenised
+    in parts.
+    `field`: the column of tables that holds the documents; None takes the first usual one (`rows.COLUMNS`).
+    Raises `CorpusError` if there is no such corpus, or it is of a kind that is not read.
     """
     most = max_document_bytes
     resolved = REGISTERED.get(name, name)

@@ -27,12 +27,8 @@ class Document(NamedTuple):
 def column_of(columns: Iterable[Any], field: str | None, where: str) -> str:
     """Which of a table's columns holds the documents.
 
-    Parameters
-    ----------
-    field
-        The one that `--text-field` names; None takes the first of `COLUMNS` that is there.
-    where
-        Names the table in an error.
+    `field`: the one that `--text-field` names; None takes the first of `COLUMNS` that is there.
+    `where`: names the table in an error.
     """
     there = [str(column) for column in columns]
     wanted = COLUMNS if field is None else (field,)
@@ -46,10 +42,7 @@ def column_of(columns: Iterable[Any], field: str | None, where: str) -> str:
 def document_of(value: Any, name: str, where: str, most: int) -> Document:
     """What one row has in that column as a document; nothing is an empty one.
 
-    Parameters
-    ----------
-    most
-        Characters that it may have, as text or JSON.
+    `most`: characters that it may have, as text or JSON.
     """
     if value is None or value == []:
         return Document(name, "")

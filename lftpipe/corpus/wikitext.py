@@ -19,10 +19,7 @@ def wikitext_file(corpus: str | None) -> Path | str | None:
 def read_wikitext(source: Path | str) -> str:
     """Its lines, blank ones empty, with two line ends between them: the form whose perplexity is published.
 
-    Raises
-    ------
-    CorpusError
-        If the file cannot be read, or the Hub does not serve the split.
+    Raises `CorpusError` if the file cannot be read, or the Hub does not serve the split.
     """
     if isinstance(source, Path):
         try:

@@ -102,10 +102,7 @@ class Batch:
     def need(self, fields: BatchFields) -> None:
         """Refuse to go on without these fields: what looks at others instead has other results.
 
-        Raises
-        ------
-        LookupError
-            Naming what is missing.
+        Raises `LookupError` naming what is missing.
         """
         missing = [f"h[{layer}]" for layer in fields.layers if layer not in self.states]
         missing += [f"a[{layer}]" for layer in fields.attention if layer not in self.attention]
@@ -144,12 +141,8 @@ def make_batch(
 ) -> Batch:
     """The batch of these sequences.
 
-    Parameters
-    ----------
-    document
-        The number of the document that each token came from.
-    rotary
-        Of the teacher, on the processor; left out, the batch has no `context`.
+    `document`: the number of the document that each token came from.
+    `rotary`: of the teacher, on the processor; left out, the batch has no `context`.
     """
     places = torch.from_numpy(positions(document)).long()
     return Batch(
@@ -169,15 +162,8 @@ def make_batch(
 class BatchReader:
     """Batches of one store on one device.
 
-    Parameters
-    ----------
-    teacher
-        The store's; of it only the frame around its layers is made.
-
-    Attributes
-    ----------
-    say
-        Takes a line when a shard of a rolling store is waited for.
+    `teacher`: the store's; of it only the frame around its layers is made.
+    `say`: takes a line when a shard of a rolling store is waited for.
     """
 
     def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:

@@ -65,10 +65,7 @@ class LiveReader(BatchReader):
     Of the store it reads tokens, and logits if wanted: a store without states will do. The teacher's pass is
     shared by all runs that are trained on a batch.
 
-    Parameters
-    ----------
-    teacher
-        The store's; its trunk runs as it did at extraction.
+    `teacher`: the store's; its trunk runs as it did at extraction.
     """
 
     def __init__(self, store: Store, teacher: Teacher, device: str | torch.device) -> None:

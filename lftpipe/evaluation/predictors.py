@@ -96,12 +96,8 @@ class Steps:
 class Predictor:
     """How `h[m]` becomes a prediction of `h[n]`, and what that costs.
 
-    Attributes
-    ----------
-    block
-        `(m, n)`; None of the teacher, which predicts nothing.
-    shape
-        What replaces which layers; `block` spans them all.
+    `block`: `(m, n)`; None of the teacher, which predicts nothing.
+    `shape`: what replaces which layers; `block` spans them all.
     """
 
     method: str
@@ -141,10 +137,7 @@ def teacher_predictor(teacher: Teacher) -> Predictor:
 def skip_predictor(teacher: Teacher, block: Block) -> Predictor:
     """The teacher without a block: the block's input stands in for its output.
 
-    Parameters
-    ----------
-    block
-        The layers that are left out.
+    `block`: the layers that are left out.
     """
     m, n = block
     name = f"skip layer {m}" if n == m + 1 else f"skip layers {m}-{n - 1}"
@@ -164,12 +157,9 @@ def run_predictors(
 ) -> list[Predictor]:
     """A run's predictors: one for each number of steps and threshold, or the only one if it has no time.
 
-    Parameters
-    ----------
-    thresholds
-        Of predictors whose steps are chosen token by token, at most the largest of `step_counts`.
-    stored
-        States that batches hold: a run whose first layers were healed starts from `h[0]`, or from the tokens.
+    `thresholds`: of predictors whose steps are chosen token by token, at most the largest of `step_counts`.
+    `stored`: states that batches hold: a run whose first layers were healed starts from `h[0]`, or from the
+    tokens.
     """
     flow = runs.load_flow(run, teacher).to(device)
     size = _size_without(teacher, run.parts) + sum(weight.numel() for weight in flow.parameters())

@@ -197,15 +197,8 @@ def score(
 ) -> Scored:
     """What every predictor reaches over the whole of a text.
 
-    Parameters
-    ----------
-    predictors
-        Compared with the teacher's logits, which are computed once for each block's end.
-
-    Raises
-    ------
-    TeacherError
-        If the teacher's own logits are not finite.
+    `predictors`: compared with the teacher's logits, which are computed once for each block's end.
+    Raises `TeacherError` if the teacher's own logits are not finite.
     """
     stored = validation.states
     start = min((one.block[0] for one in predictors if one.block), default=max(stored))

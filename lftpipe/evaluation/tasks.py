@@ -49,10 +49,8 @@ Tasks = Mapping[str, Any]
 def load_tasks(wanted: str) -> Tasks:
     """The tasks, or those of the groups, with these names, or all of a folder of YAML files.
 
-    Raises
-    ------
-    SettingsError
-        If there is no such task, its documents cannot be loaded, or it runs what the model writes.
+    Raises `SettingsError` if there is no such task, its documents cannot be loaded, or it runs what the model
+    writes.
     """
     folder = Path(wanted) if Path(wanted).is_dir() else None
     with _quiet():

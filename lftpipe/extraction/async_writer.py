@@ -138,14 +138,9 @@ class Background:
     in order. An error of a thread is raised in the caller; an error of the caller discards the
     shard that is being written, not those that are whole.
 
-    Parameters
-    ----------
-    commit
-        Called with every shard that is on the disk, in the order in which they were begun, by a thread.
-    transfer
-        Moves batches; left out, they are rounded in the calling thread.
-    in_flight
-        Shards that are being filled or wait for the disk.
+    `commit`: called with every shard that is on the disk, in the order in which they were begun, by a thread.
+    `transfer`: moves batches; left out, they are rounded in the calling thread.
+    `in_flight`: shards that are being filled or wait for the disk.
     """
 
     def __init__(
@@ -169,10 +164,7 @@ class Background:
     def put(self, array: str, layer: int | None, first: int, values: Tensor) -> None:
         """Queue a batch of the current shard; waits while the queue is full.
 
-        Parameters
-        ----------
-        array, layer
-            Which array of the shard, and which layer of it.
+        `array`, `layer`: which array of the shard, and which layer of it.
         """
         assert self._current is not None, "no shard was begun"
         self._raise_errors()  # at once: the current shard may take minutes to fill

@@ -42,10 +42,7 @@ class Transfer(Protocol):
     def send(self, shard: ShardWriter, array: str, layer: int | None, first: int, values: Tensor) -> Sent:
         """Begin to move a batch, which may be overwritten once this returns; waits where there is no room.
 
-        Parameters
-        ----------
-        array, layer
-            Which array of the shard, and which layer of it.
+        `array`, `layer`: which array of the shard, and which layer of it.
         """
         ...
 
@@ -87,10 +84,7 @@ class Direct(Transfer):
 def fill(out: Tensor, values: Tensor) -> None:
     """Round a batch into memory of the storage format.
 
-    Parameters
-    ----------
-    out
-        To be filled; no two sequences need lie next to each other.
+    `out`: to be filled; no two sequences need lie next to each other.
     """
     for target, sequence in zip(out, values, strict=True):
         if sequence.dtype == torch.bfloat16:  # directly to float16 takes torch six times as long
@@ -154,10 +148,7 @@ class _Region:
 class Ring(Transfer):
     """Rounds on the device and copies into a ring of pinned memory.
 
-    Parameters
-    ----------
-    num_bytes
-        Of the ring: what is on its way to the disk is never more, but for a single larger batch.
+    `num_bytes`: of the ring: what is on its way to the disk is never more, but for a single larger batch.
     """
 
     def __init__(self, stream: Stream, num_bytes: int = RING_BYTES) -> None:

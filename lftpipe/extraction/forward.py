@@ -47,10 +47,7 @@ class Passes:
 
     On a processor, several batches are computed side by side, each by one thread.
 
-    Parameters
-    ----------
-    attempt
-        Names the files; no other process may use it for this store.
+    `attempt`: names the files; no other process may use it for this store.
     """
 
     def __init__(
@@ -78,12 +75,8 @@ class Passes:
     def run(self, keys: Iterable[ShardKey | None], commit: Commit, advance: Advance) -> None:
         """Compute some shards, while threads encode and write what was computed before.
 
-        Parameters
-        ----------
-        keys
-            Which, taken as there are threads for them; None if there is none for now.
-        commit
-            Called in a thread with every shard that is on the disk, in this order.
+        `keys`: which, taken as there are threads for them; None if there is none for now.
+        `commit`: called in a thread with every shard that is on the disk, in this order.
         """
         transfer = transfer_from(self.device)
         in_flight = SHARDS_IN_FLIGHT.get(self.device.type, 2)
@@ -178,11 +171,8 @@ def bf16_error(
     The float32 trunk is gone before the other is loaded, its layers come to the device one at a time, and its
     states wait in a file without a name: measuring takes no more memory than extracting does.
 
-    Returns
-    -------
-    dict
-        `sequences`, `tokens`; of `hidden` and `attention` the lists `nmse` and `nmse_without_first`
-        (position 0 left out), in the order of the stored layers. JSON-plain.
+    Returns `sequences`, `tokens`; of `hidden` and `attention` the lists `nmse` and `nmse_without_first`
+    (position 0 left out), in the order of the stored layers. JSON-plain.
     """
     count = min(spec.identity["batch_sequences"], spec.sequences["train"])
     batch = batch_of(Store.unfinished(path, spec), "train", range(count), torch.device(device))

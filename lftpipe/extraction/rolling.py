@@ -49,10 +49,7 @@ def check_rolling(settings: ExtractSettings) -> None:
 def rolling_spec(plan: Plan, *, force: bool) -> StoreSpec:
     """What a rolling store is to hold; one that is there keeps its windows.
 
-    Raises
-    ------
-    SettingsError
-        If the store is not a folder, or two windows do not fit under the cap.
+    Raises `SettingsError` if the store is not a folder, or two windows do not fit under the cap.
     """
     if storage_of(plan.path).remote:
         raise SettingsError(

@@ -127,12 +127,8 @@ Result = Sealed | dict[str, Any]
 class Producer:
     """A teacher that computes shards of a plan; it is loaded when the first one is asked for.
 
-    Parameters
-    ----------
-    teacher
-        The plan's teacher.
-    attempts
-        How the names of the files begin; left out, with the plan's epoch.
+    `teacher`: the plan's teacher.
+    `attempts`: how the names of the files begin; left out, with the plan's epoch.
     """
 
     def __init__(self, plan: FrozenPlan, device: str, teacher: Teacher, attempts: str | None = None) -> None:

@@ -60,15 +60,8 @@ def are_stored(writer: StoreWriter) -> bool:
 def store_tokens(plan: Plan, writer: StoreWriter, packing: Packing) -> None:
     """Pack the corpus, and commit the tokens shard by shard; those that are stored are compared.
 
-    Parameters
-    ----------
-    writer
-        The store, begun for as many sequences as are asked for; it then knows how many there are.
-
-    Raises
-    ------
-    LftpipeError
-        If the text is too little, or other than that of the stored tokens.
+    `writer`: the store, begun for as many sequences as are asked for; it then knows how many there are.
+    Raises `LftpipeError` if the text is too little, or other than that of the stored tokens.
     """
     if not writer.complete:  # what it says of the corpus is no longer true until all is packed
         writer.note(corpus_digest=None, corpus_documents=None, asked=None)

@@ -78,10 +78,7 @@ def spans_of(position_ids: Int[Tensor, "sequence position"]) -> dict[tuple[int, 
 def attention_context(frame: nn.Module, position_ids: Int[Tensor, "sequence position"]) -> AttentionContext:
     """The context of packed sequences, from position ids that restart with each segment.
 
-    Parameters
-    ----------
-    frame
-        What `Family.frame` made: the model around its layers.
+    `frame`: what `Family.frame` made: the model around its layers.
 
     Returns
     -------
@@ -98,10 +95,7 @@ def known_segments(device: torch.device, *, several: bool) -> Iterator[None]:
 
     On a processor, where several threads may run models, there is nothing to wait for.
 
-    Parameters
-    ----------
-    several
-        Whether a sequence has more than one segment.
+    `several`: whether a sequence has more than one segment.
     """
     if device.type == "cpu":
         yield
@@ -159,15 +153,10 @@ def causal_attention(
 ) -> Float[Tensor, "sequence position head feature"]:
     """Causal attention in bfloat16, `BLOCK` queries at a time, which see the keys up to their own last one.
 
-    Parameters
-    ----------
-    query
-        Of as many heads as `key` and `value` have, or a multiple (grouped queries).
-    mask
-        True where a query sees a key, or what to add to the scores; None hides later keys alone. Later
-        keys are hidden in any case.
-    scaling
-        Of the scores; `1 / sqrt(feature)` if left out.
+    `query`: of as many heads as `key` and `value` have, or a multiple (grouped queries).
+    `mask`: true where a query sees a key, or what to add to the scores; None hides later keys alone. Later
+    keys are hidden in any case.
+    `scaling`: of the scores; `1 / sqrt(feature)` if left out.
     """
     sequences, heads, positions, features = query.shape
     groups = heads // key.shape[1]

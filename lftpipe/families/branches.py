@@ -14,10 +14,7 @@ from lftpipe.families.family import Branch, Family
 class Branches(nn.Module):
     """One layer as two residual branches, `x + attention(norm(x))`, then or beside it the MLP; or as a whole.
 
-    Parameters
-    ----------
-    index
-        Which layer; it matters only to families whose layers differ.
+    `index`: which layer; it matters only to families whose layers differ.
     """
 
     def __init__(self, family: Family, config: Any, index: int, layer: nn.Module | None = None) -> None:

@@ -91,12 +91,8 @@ class _StandIn(nn.Module):
 def find_form(layer: nn.Module, arguments: Arguments, width: int) -> LayerForm | None:
     """The branches of a layer, or None if it is not made of two.
 
-    Parameters
-    ----------
-    layer
-        On any device, the meta device too: its weights are not used.
-    arguments
-        What the model calls it with, for one sequence of four positions.
+    `layer`: on any device, the meta device too: its weights are not used.
+    `arguments`: what the model calls it with, for one sequence of four positions.
     """
     for arities in ARITIES:
         generator = torch.Generator().manual_seed(0)

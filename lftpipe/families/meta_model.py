@@ -79,10 +79,7 @@ def materialise_buffers(root: Any, module: nn.Module) -> None:
 
     transformers computes them in `_init_weights`, since it too builds models on the meta device.
 
-    Parameters
-    ----------
-    root
-        The model that the module was taken out of, which knows how to initialise it.
+    `root`: the model that the module was taken out of, which knows how to initialise it.
     """
     for parameter in module.parameters():
         parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]

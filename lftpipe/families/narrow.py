@@ -29,10 +29,7 @@ class MlpMaps:
 def mlp_maps(layer: Branches) -> MlpMaps:
     """The maps around the channels of a layer's MLP.
 
-    Raises
-    ------
-    TeacherError
-        If the MLP has other parts with weights, or the layer has no MLP of its own.
+    Raises `TeacherError` if the MLP has other parts with weights, or the layer has no MLP of its own.
     """
     branch = None if layer.form is None else layer.form.mlp
     maps = _maps_of(layer, branch.module, branch.output) if branch and branch.output else None
@@ -58,10 +55,7 @@ def _maps_of(layer: Branches, module: str, output: str) -> MlpMaps | None:
 def narrow(layer: Branches, width: float, keep: Tensor | None = None) -> Branches:
     """Give a layer's MLP fewer channels, in place.
 
-    Raises
-    ------
-    TeacherError
-        If the MLP is not made of linear maps alone.
+    Raises `TeacherError` if the MLP is not made of linear maps alone.
     """
     if width == 1:
         return layer

@@ -133,10 +133,7 @@ class _Output:
 class Structure:
     """A model without weights, taken apart.
 
-    Raises
-    ------
-    TeacherError
-        If it is no decoder with one list of layers.
+    Raises `TeacherError` if it is no decoder with one list of layers.
     """
 
     def __init__(self, config: Any) -> None:
@@ -266,10 +263,7 @@ _MOST_STRUCTURES = 8
 def structure_of(config: Any) -> Structure:
     """The structure of a config's model; models of equal configs share it.
 
-    Raises
-    ------
-    TeacherError
-        If the model is no decoder with one list of layers.
+    Raises `TeacherError` if the model is no decoder with one list of layers.
     """
     text = config.to_json_string(use_diff=False)
     if text not in _STRUCTURES:

@@ -110,10 +110,7 @@ def top_divergence(
     Lumping outcomes together never raises a KL: it is a lower bound of `full_divergence`, and equal
     to it where all tokens are kept.
 
-    Parameters
-    ----------
-    normaliser
-        Log of the sum of exponentials over the teacher's whole vocabulary.
+    `normaliser`: log of the sum of exponentials over the teacher's whole vocabulary.
     """
     log_p = values.float() - normaliser.float()[..., None]
     return lumped_divergence(log_p, student.gather(-1, ids.long()).float() - _logsumexp(student)[..., None])
@@ -139,10 +136,7 @@ def _rest(log_kept: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
 def next_token_loss(tokens: Int[Tensor, "*batch"], targets: Bool[Tensor, "*batch"], student: Logits) -> Loss:
     """Cross-entropy of the tokens that come next, in nats, summed over targets and divided by all positions.
 
-    Parameters
-    ----------
-    targets
-        Positions that a token follows which they can know of.
+    `targets`: positions that a token follows which they can know of.
     """
     losses = _logsumexp(student) - student.gather(-1, tokens[..., None])[..., 0].float()
     return (losses * targets).mean()
@@ -158,10 +152,7 @@ def chunked_loss(
     The gradient with regard to the states is taken piece by piece together with the loss, so the products
     with the head are computed once forward and once backward, and one piece is held. The head is not trained.
 
-    Parameters
-    ----------
-    compare
-        The mean loss of the positions of a slice, from their states.
+    `compare`: the mean loss of the positions of a slice, from their states.
     """
     learns = torch.is_grad_enabled() and states.requires_grad
     leaf = states.detach()
@@ -238,10 +229,7 @@ def sampled_divergence(
     The sum of exponentials is estimated without bias, the loss is not: near the teacher it is slightly high.
     It is convex in that sum where the teacher leaves the other tokens more than the square of the student.
 
-    Parameters
-    ----------
-    normaliser
-        Log of the sum of exponentials over the teacher's whole vocabulary.
+    `normaliser`: log of the sum of exponentials over the teacher's whole vocabulary.
     """
     ids = ids.long()
     kept = torch.bmm(weight[ids], states[:, :, None])[:, :, 0].float()

@@ -72,6 +72,8 @@ class _Evaluated:
 class ByteModel:
     """Exact next-byte probabilities of a causal language model.
 
+    Raises `SettingsError` if the tokenizer loses bytes, or the prompt is longer than the model's positions.
+
     Parameters
     ----------
     model
@@ -85,11 +87,6 @@ class ByteModel:
         left out is in the upper bound of `bounds`. 0 evaluates all.
     prompt
         What was written before. Where it is cut makes no difference.
-
-    Raises
-    ------
-    SettingsError
-        If the tokenizer loses bytes, or the prompt is longer than the model's positions.
     """
 
     def __init__(

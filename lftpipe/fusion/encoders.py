@@ -29,10 +29,7 @@ class Encoder(NamedTuple):
 def open_encoder(name: str, workspace: Path, device: str = "cpu") -> Encoder:
     """A recogniser by name: `pp-ocrv4`, an `.onnx` file, a folder or Hub id of Whisper's kind, or `npz`.
 
-    Raises
-    ------
-    SettingsError
-        If there is none of the name, or it is of another kind.
+    Raises `SettingsError` if there is none of the name, or it is of another kind.
     """
     if name == "npz":
         return Encoder({"name": "npz", "kind": "ctc"}, [], _read_posteriors)

@@ -20,6 +20,8 @@ class FusionLogitsProcessor(LogitsProcessor):
     times `log P>(b v) - log P>(b)`, with `b` the bytes so far and `v` those of the next token. Over all steps
     that sums up to the exact fused score (arXiv 2405.14259, with no delay).
 
+    Raises `SettingsError` if the weight is out of range, or a tokenizer loses bytes.
+
     Parameters
     ----------
     model, tokenizer
@@ -34,11 +36,6 @@ class FusionLogitsProcessor(LogitsProcessor):
         The recogniser's tokens of each beam, the most probable first, that are scored; no other is taken.
     tolerance
         As of `ByteModel`.
-
-    Raises
-    ------
-    SettingsError
-        If the weight is out of range, or a tokenizer loses bytes.
     """
 
     def __init__(

@@ -53,17 +53,9 @@ class _Labels(NamedTuple):
 class CtcRecogniser:
     """Posteriors of a CTC recogniser.
 
-    Parameters
-    ----------
-    log_posteriors
-        Natural log-probabilities of each label at each frame.
-    labels
-        The text of each label; that of the blank is "".
-
-    Raises
-    ------
-    SettingsError
-        If they do not fit each other, or are no log-probabilities.
+    `log_posteriors`: natural log-probabilities of each label at each frame.
+    `labels`: the text of each label; that of the blank is "".
+    Raises `SettingsError` if they do not fit each other, or are no log-probabilities.
     """
 
     def __init__(self, log_posteriors: Float[np.ndarray, "frame label"], labels: Sequence[str]) -> None:

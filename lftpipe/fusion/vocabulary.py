@@ -28,10 +28,7 @@ _TRIALS = ("The state h[3]\n    of a  layer.", "ABC abc ﬁ Å", "中文，测�
 class Vocabulary:
     """The tokens of a tokenizer as byte strings.
 
-    Parameters
-    ----------
-    tokenizer
-        A fast tokenizer of transformers.
+    `tokenizer`: a fast tokenizer of transformers.
 
     Attributes
     ----------

@@ -57,10 +57,7 @@ def cheapest(pool: Pool, budget: Budget) -> float:
 def choose(pool: Pool, budget: Budget, without: Sequence[Part] = ()) -> list[Candidate] | None:
     """The candidates of the least summed score within a budget, in order; None where nothing is.
 
-    Parameters
-    ----------
-    without
-        Parts that are not to be chosen.
+    `without`: parts that are not to be chosen.
     """
     return _solve(pool, [candidate.score for candidate in pool.candidates], budget.most, budget, without)
 

@@ -15,7 +15,7 @@ from lftpipe.store import Store
 from lftpipe.teacher.layers import empty_layer
 from lftpipe.teacher.source import Teacher
 from lftpipe.training.checkpoint import changed_settings
-from lftpipe.training.joint import train_runs
+from lftpipe.training.several import train_runs
 from lftpipe.training.validate import Wanted, resolved
 
 #: Layers of the longest block that a candidate replaces, and of the deepest replacement.

@@ -138,12 +138,8 @@ def recoupled(
     `F D / (sizes of both groups)`. Both depend on the costs alone, not on which optimum a solver happens
     to return.
 
-    Parameters
-    ----------
-    partner
-        For each point of the first cloud, its partner in the second by the plan.
-    groups_0
-        Which points of the first cloud are identical, by number.
+    `partner`: for each point of the first cloud, its partner in the second by the plan.
+    `groups_0`: which points of the first cloud are identical, by number.
     """
     count = len(partner)
     stride = int(groups_1.max()) + 1
@@ -198,12 +194,8 @@ def coupling_of(
 ) -> Coupling:
     """What a plan says.
 
-    Parameters
-    ----------
-    cost
-        Of every point of the first against every point of the second.
-    partner
-        For each point of the first cloud, its partner in the second by the plan.
+    `cost`: of every point of the first against every point of the second.
+    `partner`: for each point of the first cloud, its partner in the second by the plan.
     """
     if x_0.has_ties or x_1.has_ties:
         ratio, ratio_raw = recoupled(partner, x_0.groups, x_1.groups)

@@ -42,12 +42,9 @@ def draw_samples(
     Each batch has sequences of its own, so that batches are independent; it draws from all their positions
     alike. A store with too few sequences for that is drawn from as a whole, still without replacement.
 
-    Parameters
-    ----------
-    sequences
-        How many sequences a batch draws from; more if it would otherwise take over half of their positions.
-    skip_first
-        Leave out the first position of each segment, where massive activations sit.
+    `sequences`: how many sequences a batch draws from; more if it would otherwise take over half of their
+    positions.
+    `skip_first`: leave out the first position of each segment, where massive activations sit.
     """
     rng = np.random.default_rng(seed)
     available = store.num_sequences("train")
@@ -93,10 +90,7 @@ def gather(
 ) -> list[Float[np.ndarray, "batch token feature"]]:
     """States of the samples, a layer at a time, in the store's dtype; every sequence is read once a layer.
 
-    Raises
-    ------
-    StoreError
-        If a value is not finite, naming layer, sequence, position and channel.
+    Raises `StoreError` if a value is not finite, naming layer, sequence, position and channel.
     """
     wanted, inverse = np.unique(samples[..., 0], return_inverse=True)
     inverse = inverse.reshape(samples.shape[:2])
@@ -182,12 +176,8 @@ PANEL_ROWS = 1024
 class Solved:
     """The map of all pairs, still batch by batch.
 
-    Attributes
-    ----------
-    figures
-        Each of `FIGURES` as `(batch, m, n)`, NaN where `m >= n`.
-    partners
-        The first batch's plans as square lists `[m][n]`, None where `m >= n`.
+    `figures`: each of `FIGURES` as `(batch, m, n)`, NaN where `m >= n`.
+    `partners`: the first batch's plans as square lists `[m][n]`, None where `m >= n`.
     """
 
     figures: dict[str, Float64[np.ndarray, "batch state state"]]

@@ -19,12 +19,8 @@ HEAVY_CHANNELS = 16
 class Cloud:
     """A cloud's points, made ready once for the costs against all other clouds.
 
-    Attributes
-    ----------
-    left, right
-        Whose product is `|x|^2 + |y|^2 - 2 x.y` but for the light channels of `x.y`.
-    groups
-        Number of each point's value: identical points have the same.
+    `left`, `right`: whose product is `|x|^2 + |y|^2 - 2 x.y` but for the light channels of `x.y`.
+    `groups`: number of each point's value: identical points have the same.
     """
 
     light: Float32[np.ndarray, "sample feature"]
@@ -61,10 +57,7 @@ def peaks(
 ) -> Float32[np.ndarray, " feature"]:
     """Each channel's largest magnitude; leaves the points in `copy`, since float16 is slow to compute in.
 
-    Parameters
-    ----------
-    copy
-        Float32 memory to use, of the points' shape.
+    `copy`: float32 memory to use, of the points' shape.
     """
     copy[:] = points
     return np.maximum(copy.max(0), -copy.min(0))
@@ -83,10 +76,7 @@ def make_cloud(
 ) -> Cloud:
     """Split a cloud's points; a map's clouds share their heavy channels.
 
-    Parameters
-    ----------
-    light
-        A copy of the points, to be kept: its heavy channels are set to zero.
+    `light`: a copy of the points, to be kept: its heavy channels are set to zero.
     """
     light[:, heavy] = 0
     kept = points[:, heavy].astype(np.float64)

@@ -12,7 +12,7 @@ import torch
 
 from lftpipe.base import progress
 from lftpipe.base.errors import StoreError
-from lftpipe.flow.linear import LeastSquares
+from lftpipe.flow.part import LeastSquares
 from lftpipe.flow.path import States
 from lftpipe.store import Store, read_in_turn
 
@@ -28,10 +28,7 @@ def draw_parts(store: Store, tokens: int, seed: int) -> tuple[list[int], list[in
 
     A store with fewer gives four fifths of what it has to the fit.
 
-    Raises
-    ------
-    StoreError
-        If it has less than two training sequences.
+    Raises `StoreError` if it has less than two training sequences.
     """
     available = store.num_sequences("train")
     if available < 2:

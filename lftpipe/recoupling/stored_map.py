@@ -27,10 +27,7 @@ MOST_EXACT_TOKENS = 4096
 def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) -> RecouplingMap:
     """The map of these layers, ranked.
 
-    Raises
-    ------
-    LftpipeError
-        If the store has too few tokens, or the settings ask for too large an exact problem.
+    Raises `LftpipeError` if the store has too few tokens, or the settings ask for too large an exact problem.
     """
     if settings.tokens < 2:
         raise SettingsError(f"--tokens {settings.tokens}", "at least 2", "raise it")
@@ -73,10 +70,7 @@ def make_map(settings: RecoupleSettings, store: Store, layers: tuple[int, ...]) 
 def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> RecouplingMap:
     """The map beside a store, made with these settings if there is none.
 
-    Raises
-    ------
-    SettingsError
-        If it is damaged, or was made from another store.
+    Raises `SettingsError` if it is damaged, or was made from another store.
     """
     path = store_path.parent / FILE_NAME
     if not path.exists():
@@ -96,10 +90,7 @@ def open_map(store_path: Path, store: Store, made_with: RecoupleSettings) -> Rec
 def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
     """The block of `train --block auto`, from the map beside the store, which is made if there is none.
 
-    Raises
-    ------
-    SettingsError
-        If the map was made from another store, or has no block of that length.
+    Raises `SettingsError` if the map was made from another store, or has no block of that length.
     """
     store = Store.open(store_path)
     if store.spec.rolling:
@@ -119,10 +110,7 @@ def choose_block(store_path: Path, settings: TrainSettings) -> tuple[int, int]:
 def map_layers(settings: RecoupleSettings, store: Store) -> tuple[int, ...]:
     """The states to compare, ascending.
 
-    Raises
-    ------
-    SettingsError
-        If the store lacks one of them, or there is only one.
+    Raises `SettingsError` if the store lacks one of them, or there is only one.
     """
     if not store.layers:
         raise SettingsError(

@@ -31,10 +31,7 @@ def student_card(
 ) -> str:
     """The README that goes with an export: from what, how good, how to load.
 
-    Parameters
-    ----------
-    licence
-        Of the weights; None names none.
+    `licence`: of the weights; None names none.
     """
     hub_id = _hub_id(teacher.identity())
     named, shape = escaped(hub_id), escaped(result.shape)
@@ -67,10 +64,7 @@ def student_card(
 def run_card(run: "Run", repository: str, *, licence: str | None = None) -> str:
     """The README of a run: one flow layer, its scores, and how to use it.
 
-    Parameters
-    ----------
-    licence
-        Of the weights; None names none.
+    `licence`: of the weights; None names none.
     """
     hub_id = _hub_id(run.teacher)
     m, n = run.block
@@ -107,12 +101,8 @@ def store_card(
 ) -> str:
     """The README of a store: whose states of which text, in which arrays, and how to read them.
 
-    Parameters
-    ----------
-    facts
-        `layers`, `attention_layers`, `context`, `width`, `dtype`, `tokens` by split, and `fingerprint`.
-    licence
-        Of the data; None names none.
+    `facts`: `layers`, `attention_layers`, `context`, `width`, `dtype`, `tokens` by split, and `fingerprint`.
+    `licence`: of the data; None names none.
     """
     from huggingface_hub import DatasetCardData
 

@@ -9,8 +9,7 @@ from scipy.stats import rankdata
 from lftpipe.base.outputs import COMMENT
 from lftpipe.recoupling import ranking
 from lftpipe.reporting.tables import cell, escaped, markdown_lines
-from lftpipe.results.recoupling import RecouplingMap
-from lftpipe.results.sweep import Choice, Correlation, Sweep, SweptBlock
+from lftpipe.results.recoupling import Choice, Correlation, RecouplingMap, Sweep, SweptBlock
 
 # --- Rank correlation of a few pairs of numbers, and how sure one can be of it.
 

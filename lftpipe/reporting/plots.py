@@ -14,9 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from lftpipe.base.outputs import MARK
 from lftpipe.base.shape import Part
 from lftpipe.results.plan import Plan
-from lftpipe.results.recoupling import RecouplingMap
+from lftpipe.results.recoupling import RecouplingMap, Sweep
 from lftpipe.results.scores import AdaptiveScore, Score
-from lftpipe.results.sweep import Sweep
 
 # --- Curves of results and of training, and the scatter of a sweep, as PNG. No torch.
 
@@ -88,13 +87,9 @@ def draw_adaptive(rows: Sequence[Score], adaptive: Sequence[AdaptiveScore], path
 def draw_training(curves: dict[str, list[dict[str, Any]]], skips: Sequence[Score], path: Path) -> None:
     """Figure 4: NMSE against training tokens, one line a run, skipped layers as dotted lines.
 
-    Parameters
-    ----------
-    curves
-        Lines of metrics by run. Where a run was evaluated on validation, those points are drawn, else
-        its training batches.
-    skips
-        Of layers that are left out.
+    `curves`: lines of metrics by run. Where a run was evaluated on validation, those points are drawn, else
+    its training batches.
+    `skips`: of layers that are left out.
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()

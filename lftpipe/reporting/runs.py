@@ -113,10 +113,7 @@ def best_score(folder: Path) -> Score | None:
 def comparison(one: Path, other: Path) -> Comparison:
     """What differs between two finished runs.
 
-    Raises
-    ------
-    LftpipeError
-        If the settings of one cannot be read.
+    Raises `LftpipeError` if the settings of one cannot be read.
     """
     settings = [
         {key: value for key, value in settings_of(each).items() if key not in WHERE} for each in (one, other)

@@ -67,10 +67,7 @@ def escaped(text: str) -> str:
 def markdown_table(rows: Iterable[Any], columns: dict[str, str] = COLUMNS) -> list[str]:
     """The lines of a Markdown table of some attributes of rows, under their headings.
 
-    Parameters
-    ----------
-    columns
-        Names of the columns, and how each shows a row.
+    `columns`: names of the columns, and how each shows a row.
     """
     rows = list(rows)
     known = {key for row in rows for key in row.to_json()}
@@ -303,10 +300,7 @@ def results_page(result: Results, title: str, introduction: str) -> list[str]:
 def cell(value: Any) -> str:
     """A number as it reads best; `-` where there is none.
 
-    Parameters
-    ----------
-    value
-        A number, a text or None.
+    `value`: a number, a text or None.
     """
     if value is None:
         return "-"

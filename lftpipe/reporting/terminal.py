@@ -33,12 +33,8 @@ class Column:
 class FittedTable:
     """A table that folds texts, then leaves out whole columns, then lists row by row, until it fits.
 
-    Parameters
-    ----------
-    columns
-        In their order. Of those that are not needed the last one is left out first.
-    complete
-        Where all columns are, for the line that says what was left out.
+    `columns`: in their order. Of those that are not needed the last one is left out first.
+    `complete`: where all columns are, for the line that says what was left out.
     """
 
     def __init__(
@@ -129,10 +125,7 @@ class FittedTable:
 def print_plainly(shown: Any) -> None:
     """Print a text as it is, or a table; without a terminal no line is padded, nor folded without COLUMNS.
 
-    Parameters
-    ----------
-    shown
-        What rich prints. The folding of a text's lines is left to the terminal.
+    `shown`: what rich prints. The folding of a text's lines is left to the terminal.
     """
     console = Console(soft_wrap=isinstance(shown, str), highlight=False, markup=False)
     if console.is_terminal:

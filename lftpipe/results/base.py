@@ -58,10 +58,7 @@ class Artefact(JsonObject):
     def from_json(cls: type[Kind], path: Path) -> Kind:
         """Read and validate a file.
 
-        Raises
-        ------
-        LftpipeError
-            If it was damaged or changed, in one line with the reason.
+        Raises `LftpipeError` if it was damaged or changed, in one line with the reason.
         """
         try:
             return cls.from_plain(read_json(path))
@@ -76,10 +73,7 @@ class Artefact(JsonObject):
     def from_plain(cls: type[Kind], value: dict[str, Any]) -> Kind:
         """Validate a JSON object.
 
-        Raises
-        ------
-        ValueError
-            If a type is wrong or a law is broken, with the reason.
+        Raises `ValueError` if a type is wrong or a law is broken, with the reason.
         """
         found = adapter(cls).validate_json(json.dumps(value), strict=True)
         found.check()

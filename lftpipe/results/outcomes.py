@@ -7,9 +7,8 @@ from typing import Any
 
 from lftpipe.results.base import JsonObject, OrAbsent
 from lftpipe.results.plan import Plan
-from lftpipe.results.recoupling import RecouplingMap
+from lftpipe.results.recoupling import RecouplingMap, Sweep, Toy
 from lftpipe.results.scores import Results
-from lftpipe.results.sweep import Sweep, Toy
 
 # --- What a stage returns, as a type: its fields are the keys that `--json` prints.
 

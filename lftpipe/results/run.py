@@ -122,10 +122,7 @@ class Metrics:
 def read_metrics(path: Path, digest: str | None = None) -> Metrics:
     """The lines of a run's metrics.
 
-    Parameters
-    ----------
-    digest
-        Of the whole file, as the run's manifest has it; None where none was recorded.
+    `digest`: of the whole file, as the run's manifest has it; None where none was recorded.
     """
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > MOST_BYTES):
@@ -212,10 +209,7 @@ class Sample:
 def read_samples(path: Path) -> tuple[list[Sample], list[str]]:
     """The samples of a run, and what could not be read, in words.
 
-    Parameters
-    ----------
-    path
-        The file; one that is not there has no samples.
+    `path`: the file; one that is not there has no samples.
     """
     if not path.is_file():
         return [], []

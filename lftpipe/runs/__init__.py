@@ -1,7 +1,6 @@
 """Runs: the folder that a trained flow layer lies in, its manifest, its module."""
 
 from lftpipe.results.run import SAMPLES
-from lftpipe.runs.flow import build_flow, healed_teacher, load_flow, sequence_of
 from lftpipe.runs.run import (
     CHECKPOINT,
     DIVERGED,
@@ -10,13 +9,17 @@ from lftpipe.runs.run import (
     SETTINGS,
     WEIGHTS,
     Run,
+    build_flow,
     drop_metrics_after,
+    healed_teacher,
+    load_flow,
     note_divergence,
     open_run,
     open_runs,
     read_settings,
     refuse_healed,
     save_run,
+    sequence_of,
     write_settings,
 )
 

@@ -1,24 +1,33 @@
-"""The folder of a run: its settings, manifest and files; finished runs, and those that are one student."""
+"""The folder of a run: its settings, manifest and files; finished runs, and the modules they hold."""
 
 import json
 import math
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import tomli_w
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lftpipe.base.errors import RunError, foreign
 from lftpipe.base.files import file_digest, seal, write_atomic
+from lftpipe.base.shape import Part
 from lftpipe.base.workspace import command_of
 from lftpipe.config.recipe import RECORD_TABLE
+from lftpipe.flow.part import PartSequence, build_part
 from lftpipe.flow.solver import EVALUATIONS, Method
 from lftpipe.results.run import RunManifest
+from lftpipe.teacher.checkpoint import Overlay
+from lftpipe.teacher.layers import empty_layer, fill_buffers
+from lftpipe.teacher.source import Teacher
+from lftpipe.teacher.tail import load_bridges
+
+# --- The folder of a run: its settings, manifest and files; finished runs, and those that are one student.
 
 # --- A run's folder: the names of its files, and those that a run in progress writes.
 
@@ -41,10 +50,7 @@ def write_settings(
 ) -> None:
     """The run's resolved settings as a recipe that makes it again, and the store they go with.
 
-    Parameters
-    ----------
-    healed
-        Digest of the weights that it healed, if it did.
+    `healed`: digest of the weights that it healed, if it did.
     """
     run.mkdir(parents=True, exist_ok=True)
     record = {"fingerprint": store_fingerprint} | ({"healed": healed} if healed else {})
@@ -158,10 +164,7 @@ def save_run(
 def open_run(path: Path) -> Run:
     """Read a finished run's manifest, and check that its weights are the ones it was written with.
 
-    Raises
-    ------
-    RunError
-        If the folder is no finished run, or its manifest or weights were changed.
+    Raises `RunError` if the folder is no finished run, or its manifest or weights were changed.
     """
     try:
         manifest = RunManifest.from_json(path / MANIFEST)
@@ -195,3 +198,54 @@ def refuse_healed(opened: Sequence[Run]) -> None:
         raise RunError(
             "a healed run beside others", "a healed run alone: its layers fit no other", "name it alone"
         )
+
+
+# --- The module that a run trained, and the teacher as healing changed it.
+
+
+def healed_teacher(student: Sequence[Run], teacher: Teacher) -> Teacher:
+    """The teacher with the tensors that healing changed; where nothing was healed, the teacher as it is."""
+    changed = {
+        name.removeprefix(OF_TEACHER): value
+        for run in student
+        if run.healed is not None
+        for name, value in load_weights(run).items()
+        if name.startswith(OF_TEACHER)
+    }
+    return replace(teacher, checkpoint=Overlay(teacher.checkpoint, changed)) if changed else teacher
+
+
+def build_flow(teacher: Teacher, parts: Sequence[Part]) -> nn.Module:
+    """The module that a shape describes, without weights."""
+    with torch.device("meta"):
+        modules = [
+            build_part(part, teacher.width, lambda part=part: empty_layer(teacher, part.start))
+            for part in parts
+        ]
+    return sequence_of(teacher, [part.block for part in parts], modules)
+
+
+def sequence_of(teacher: Teacher, blocks: Sequence[tuple[int, int]], modules: Sequence[nn.Module]) -> Any:
+    """The modules of a student's parts as one, with the teacher's layers between them."""
+    if len(modules) == 1:
+        return modules[0]
+    return PartSequence(modules, load_bridges(teacher, blocks, "cpu"))
+
+
+def load_flow(run: Run, teacher: Teacher) -> nn.Module:
+    """The trained flow layer of a run.
+
+    Raises `RunError` if the file is damaged, or a tensor is missing, extra, or of another shape.
+    """
+    flow = build_flow(healed_teacher([run], teacher), run.parts)
+    weights = load_weights(run)
+    tensors = {name: value for name, value in weights.items() if not name.startswith(OF_TEACHER)}
+    try:
+        flow.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise RunError(
+            f"{run.path / WEIGHTS}: {reason}", "the flow layer's tensors", "train the run again"
+        ) from error
+    fill_buffers(teacher, flow)
+    return flow.eval().requires_grad_(False)

@@ -99,11 +99,8 @@ class BucketStorage(SegmentLog):
     An object is put whole or not at all. The log is numbered objects made by create-if-absent: a process that
     begins it takes the next number, and whoever wrote before fails at its next line.
 
-    Parameters
-    ----------
-    url
-        `s3://bucket/prefix` and the like. Credentials and endpoints come from the environment, as in every
-        other program: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_...
+    `url`: `s3://bucket/prefix` and the like. Credentials and endpoints come from the environment, as in every
+    other program: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_...
     """
 
     def __init__(self, url: str, cache: RangeCache | None = None, place: str = "") -> None:
@@ -119,10 +116,7 @@ class BucketStorage(SegmentLog):
     def client(self) -> Any:
         """Obstore's.
 
-        Raises
-        ------
-        StoreError
-            In a forked process: the threads that move the bytes do not survive a fork.
+        Raises `StoreError`: in a forked process: the threads that move the bytes do not survive a fork.
         """
         if self._connected is None:
             self._connected = os.getpid(), client_of(self.where)
@@ -149,12 +143,8 @@ class BucketStorage(SegmentLog):
     def read_range(self, name: str, start: int, length: int, key: str = "") -> Any:
         """Some bytes of an object.
 
-        Parameters
-        ----------
-        name, start, length
-            Which bytes; fewer come at its end.
-        key
-            Names this content of the object for the cache; "" leaves the cache alone.
+        `name`, `start`, `length`: which bytes; fewer come at its end.
+        `key`: names this content of the object for the cache; "" leaves the cache alone.
         """
         place = f"{self.where}/{name} {key} {start} {length}"
         if key and self._cache and (kept := self._cache.get(place)) is not None:
@@ -177,10 +167,7 @@ class BucketStorage(SegmentLog):
     def entries(self, prefix: str | None = None) -> Iterator[tuple[str, int]]:
         """Every object below a prefix, and its size.
 
-        Parameters
-        ----------
-        prefix
-            Whole names of folders; None for all.
+        `prefix`: whole names of folders; None for all.
         """
         with refusals(self.where):
             for batch in self.client.list(prefix, chunk_size=1000):

@@ -19,10 +19,7 @@ from lftpipe.storage.interface import Opened, Reads
 class HubStorage(Reads):
     """Files of a repository, such as `hf://datasets/ORG/NAME/states.zarr`.
 
-    Parameters
-    ----------
-    filesystem
-        That file system; left out, it is made.
+    `filesystem`: that file system; left out, it is made.
     """
 
     def __init__(self, url: str, filesystem: Any = None) -> None:
@@ -49,10 +46,7 @@ class HubStorage(Reads):
     def read_range(self, name: str, start: int, stop: int | None) -> bytes:
         """Some bytes of a file.
 
-        Parameters
-        ----------
-        stop
-            Behind the last byte; None for the end.
+        `stop`: behind the last byte; None for the end.
         """
         try:
             return self.files.cat_file(f"{self._root}/{name}", start=start, end=stop)
@@ -178,15 +172,8 @@ class Repository:
     ) -> str:
         """Make the repository if it is not there, and put files of a folder into it, the card last.
 
-        Parameters
-        ----------
-        card
-            Its README.md; None where the folder has one.
-
-        Raises
-        ------
-        LftpipeError
-            If there is no token, it has no right to write, or the Hub cannot be reached.
+        `card`: its README.md; None where the folder has one.
+        Raises `LftpipeError` if there is no token, it has no right to write, or the Hub cannot be reached.
         """
         require_token()
         client = _client()
@@ -213,15 +200,8 @@ class Repository:
     def files(self, revision: str | None = None) -> list[str]:
         """Names of all files.
 
-        Parameters
-        ----------
-        revision
-            Branch, tag or commit; None is the default branch.
-
-        Raises
-        ------
-        LftpipeError
-            If the Hub does not show the repository.
+        `revision`: branch, tag or commit; None is the default branch.
+        Raises `LftpipeError` if the Hub does not show the repository.
         """
         with self._told():
             return list(_client().list_repo_files(self.name, repo_type=self.kind, revision=revision))
@@ -229,15 +209,8 @@ class Repository:
     def download(self, folder: Path, *, only: Sequence[str], revision: str | None = None) -> None:
         """Bring files here; what a former call brought whole is not brought again.
 
-        Parameters
-        ----------
-        revision
-            Branch, tag or commit; None is the default branch.
-
-        Raises
-        ------
-        LftpipeError
-            If the Hub does not show the repository, or cannot be reached.
+        `revision`: branch, tag or commit; None is the default branch.
+        Raises `LftpipeError` if the Hub does not show the repository, or cannot be reached.
         """
         with self._told():
             _client().snapshot_download(

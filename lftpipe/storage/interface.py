@@ -28,10 +28,7 @@ class Opened(ABC):
     def read_into(self, buffers: list[Any], start: int) -> int:
         """Fill some buffers, one after the other; returns how many bytes there were.
 
-        Parameters
-        ----------
-        buffers
-            One after the other: writable, of bytes or more.
+        `buffers`: one after the other: writable, of bytes or more.
         """
 
 
@@ -40,10 +37,7 @@ class Reads(ABC):
 
     A missing file is a FileNotFoundError; what cannot be reached after some retries a StoreError in one line.
 
-    Attributes
-    ----------
-    concurrency
-        How many ranges are worth asking for at the same time.
+    `concurrency`: how many ranges are worth asking for at the same time.
     """
 
     where: str
@@ -54,12 +48,8 @@ class Reads(ABC):
     def open(self, name: str, end_bytes: int, size: int | None = None) -> Opened:
         """Open a file, and read its end with it.
 
-        Parameters
-        ----------
-        end_bytes
-            How many bytes of its end to read.
-        size
-            How large it should be, if that is known: then it takes one request.
+        `end_bytes`: how many bytes of its end to read.
+        `size`: how large it should be, if that is known: then it takes one request.
         """
 
     @abstractmethod

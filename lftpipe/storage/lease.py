@@ -42,10 +42,7 @@ _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 def client_of(url: str) -> Any:
     """Obstore's client for a URL.
 
-    Parameters
-    ----------
-    url
-        Of a bucket, and of what of it is meant.
+    `url`: of a bucket, and of what of it is meant.
     """
     from obstore.exceptions import BaseError
     from obstore.store import from_url
@@ -72,12 +69,8 @@ def client_of(url: str) -> Any:
 def refusals(where: str) -> Iterator[None]:
     """What a bucket refuses, in one line each.
 
-    Raises
-    ------
-    StoreError
-        If it cannot be reached, is not there, or gives no access.
-    FileNotFoundError, FileExistsError
-        If an object is missing, or is there and should not be.
+    Raises `StoreError` if it cannot be reached, is not there, or gives no access.
+    Raises `FileNotFoundError, FileExistsError` if an object is missing, or is there and should not be.
     """
     from obstore import exceptions as refused
 
@@ -150,11 +143,8 @@ def lease_seconds() -> float:
 class Lease:
     """The right to write, as long as it is renewed.
 
-    Parameters
-    ----------
-    place
-        The mirror on this machine. It has a lock of its own, so that a lease of the same place is of a
-        process that is gone.
+    `place`: the mirror on this machine. It has a lock of its own, so that a lease of the same place is of a
+    process that is gone.
     """
 
     def __init__(self, where: str, client: Callable[[], Any], place: str) -> None:

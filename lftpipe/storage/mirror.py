@@ -26,10 +26,7 @@ S = TypeVar("S")
 class Mirror:
     """A folder of this machine and a URL, but for the stores below them.
 
-    Parameters
-    ----------
-    stores
-        Names of folders that are stores, beside those that end in `.zarr`.
+    `stores`: names of folders that are stores, beside those that end in `.zarr`.
     """
 
     def __init__(self, url: str, folder: Path, stores: set[str]) -> None:
@@ -135,10 +132,7 @@ class Mirror:
 def run(stage: Callable[[S], Any], settings: S) -> Any:
     """Call a stage; paths among its settings may be URLs.
 
-    Returns
-    -------
-    Any
-        The result, with URLs where the stage spoke of their mirrors.
+    Returns the result, with URLs where the stage spoke of their mirrors.
     """
     if not _urls(settings):
         return stage(settings)

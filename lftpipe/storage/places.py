@@ -41,14 +41,9 @@ def cache_folder() -> Path:
 def mirror_of(url: str, cache: Path | None = None, cache_bytes: int = CACHE_BYTES) -> Path:
     """The folder that stands for a URL on this machine; made if it is missing.
 
-    Parameters
-    ----------
-    url
-        Of a workspace, or of a folder with a store.
-    cache
-        Where ranges that were read are kept; None keeps none.
-    cache_bytes
-        At most so many bytes of them.
+    `url`: of a workspace, or of a folder with a store.
+    `cache`: where ranges that were read are kept; None keeps none.
+    `cache_bytes`: at most so many bytes of them.
     """
     folder = (
         (cache or cache_folder()) / "mirrors" / xxhash.xxh3_64_hexdigest(url.encode()) / url.split("/")[-1]

@@ -1,8 +1,7 @@
 """The cache of a teacher's states: a Zarr store never wrong, and read at the speed of a memory map."""
 
-from lftpipe.store.array_job import PartJournal, read_parts
 from lftpipe.store.batches import Batch, Logits, batch_sequences
-from lftpipe.store.commit_log import Sealed
+from lftpipe.store.commit_log import PartJournal, Sealed, read_parts
 from lftpipe.store.layout import ShardKey, StoreSpec, read_plan
 from lftpipe.store.manifest import planned_spec
 from lftpipe.store.reader import Store, read_in_turn

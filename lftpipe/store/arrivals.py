@@ -34,10 +34,7 @@ class Arrivals:
     def patient(self, fill: Fill, batch_size: int) -> Fill:
         """Read batches, each again and again until all of it is there.
 
-        Parameters
-        ----------
-        fill
-            Reads the batch of a step; raises AbsentShardError if a shard is not there.
+        `fill`: reads the batch of a step; raises AbsentShardError if a shard is not there.
 
         Returns
         -------

@@ -89,10 +89,7 @@ def encode(values: Float16[np.ndarray, "position feature"]) -> UInt8[np.ndarray,
 def decode(encoded: UInt8[np.ndarray, "byte"], out: Float[np.ndarray, "position feature"]) -> None:
     """Decode one chunk into a float16 or, five times as fast, a float32 array.
 
-    Raises
-    ------
-    ValueError
-        If the bytes are not those of a chunk of this shape.
+    Raises `ValueError` if the bytes are not those of a chunk of this shape.
     """
     parts = _parts(encoded, out.shape[0], out.shape[1])
     mean, scale = parts.mean.astype(np.float32), parts.scale.astype(np.float32)
@@ -214,15 +211,8 @@ def compress(values: Shaped[np.ndarray, "position feature"]) -> bytes:
 def decompress(encoded: UInt8[np.ndarray, "byte"], out: Shaped[np.ndarray, "position feature"]) -> None:
     """Decode one chunk into an array of its own dtype.
 
-    Parameters
-    ----------
-    out
-        C-contiguous, of the chunk's shape and dtype.
-
-    Raises
-    ------
-    ValueError
-        If the bytes are not those of a chunk of this size.
+    `out`: c-contiguous, of the chunk's shape and dtype.
+    Raises `ValueError` if the bytes are not those of a chunk of this size.
     """
     if len(encoded) < OVERHEAD:
         raise ValueError(f"{len(encoded)} bytes are no Blosc chunk")

@@ -1,4 +1,4 @@
-"""How shards become part of a store: staged, checked, renamed, recorded; leftovers are cleared."""
+"""How shards become part of a store: staged, checked, renamed, recorded; and by parts of an array job."""
 
 import errno
 import fcntl
@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 from lftpipe.base.errors import StoreBusyError, StoreError
 from lftpipe.base.files import file_digest, sync_folder
-from lftpipe.storage import Writes, writable_storage_of
+from lftpipe.storage import LocalStorage, Writes, writable_storage_of
 from lftpipe.store.layout import LOCK, PLAN, ShardKey, StoreSpec
-from lftpipe.store.records import Records, begin_journal, line_of, parse_records
+from lftpipe.store.records import Records, begin_journal, content_of, line_of, parse_records
 from lftpipe.store.shard import Record, partial_file
+
+# --- How shards become part of a store: staged, checked, renamed, recorded; leftovers are cleared.
 
 # --- A store's folder on the disk: its lock, and errors that the user can cure.
 
@@ -171,14 +173,10 @@ def clear_leftovers(path: Path) -> None:
 class Ledger:
     """The records of a store's shards; threads may commit at the same time.
 
-    Parameters
-    ----------
-    storage
-        Its bytes, as the writer has them: a bucket lets one writer in.
-    checked
-        Those whose bytes need not be read again: this process wrote them, or an earlier one checked them.
-    made
-        Of a rolling store, all that were ever made: one that was dropped must be the same again.
+    `storage`: its bytes, as the writer has them: a bucket lets one writer in.
+    `checked`: those whose bytes need not be read again: this process wrote them, or an earlier one checked
+    them.
+    `made`: of a rolling store, all that were ever made: one that was dropped must be the same again.
     """
 
     def __init__(
@@ -211,11 +209,8 @@ class Ledger:
         One that is known already, and one whose files are not there as they were written, are refused:
         they change no byte, and nothing of them remains.
 
-        Raises
-        ------
-        StoreError
-            If the disk is full, or a shard that was dropped is not the same again: those that are not taken
-            are gone then.
+        Raises `StoreError` if the disk is full, or a shard that was dropped is not the same again: those that
+        are not taken are gone then.
         """
         assert self.is_open, "a complete store takes no shards"
         with self._commits, disk_errors(self._path):
@@ -276,3 +271,93 @@ class Ledger:
             for file in lost:
                 self.made.pop(file, None)
             self._storage.append_log(line_of(lost))
+
+
+# --- What processes that are not the writer have sealed: one journal for each part of the work.
+
+_NAME = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
+
+
+class PartJournal:
+    """An append-only file of lines ``digest json``, as the store's own journal: the plan first.
+
+    `sealed`: what was sealed, and is still there or was taken into the store since.
+    """
+
+    def __init__(self, path: Path, index: int, count: int, plan: str) -> None:
+        self.path, self.index, self.count, self.plan = path, index, count, plan
+        self.sealed: dict[ShardKey, Sealed] = {}
+        self.notes: dict[str, Any] = {}
+        self.done = False
+        self._name = f"part-{index}-of-{count}"
+        self._log = LocalStorage(path, f"{self._name}.jsonl")
+        self._read()
+
+    @property
+    def attempts(self) -> str:
+        """How the names of this part's files begin."""
+        return f"{PART}{self.index}-{self.count}"
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one process that computes this part; what another left unfinished is removed."""
+        lock = os.open(self.path / f"{self._name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreBusyError(
+                    f"part {self.index} of {self.count} of {self.path}, which another process computes",
+                    "one process a part",
+                    "give each another --part",
+                ) from None
+            self._read()
+            kept = {each.attempt for each in self.sealed.values()}
+            remove_partials(self.path, f"{self.attempts}-", kept)
+            content = {"sealed": [each.to_json() for each in self.sealed.values()], "notes": self.notes}
+            with disk_errors(self.path):
+                self._log.begin_log(line_of({"plan": self.plan}) + line_of(content))
+            yield
+        finally:
+            self._log.close()
+            os.close(lock)
+
+    def append(self, sealed: Sealed) -> None:
+        """Record a shard that is on the disk."""
+        self._append({"sealed": [sealed.to_json()]})
+        self.sealed[sealed.key] = sealed
+
+    def note(self, **found: Any) -> None:
+        """Record what was measured."""
+        self._append({"notes": found})
+        self.notes |= found
+
+    def finish(self) -> None:
+        """Record that the part is whole."""
+        self._append({"done": True})
+        self.done = True
+
+    def _append(self, content: dict[str, Any]) -> None:
+        with disk_errors(self.path):
+            self._log.append_log(line_of(content))
+
+    def _read(self) -> None:
+        header, *lines = (self._log.read_log() or b"").split(b"\n")
+        if (content_of(header) or {}).get("plan") != self.plan:
+            return  # of another plan: begun anew
+        self.sealed, self.notes = {}, {}
+        for content in filter(None, map(content_of, lines)):
+            for each in map(Sealed.from_json, content.get("sealed", ())):
+                self.sealed[each.key] = each
+            self.notes |= content.get("notes", {})
+            self.done |= content.get("done", False)
+
+
+def read_parts(path: Path, plan: str) -> list[PartJournal]:
+    """The journals of all parts of a plan that were begun."""
+    numbers = sorted(
+        tuple(map(int, match.groups()))
+        for file in path.glob("part-*")
+        if (match := _NAME.fullmatch(file.name))
+    )
+    return [PartJournal(path, index, count, plan) for index, count in numbers]

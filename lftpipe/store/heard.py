@@ -35,12 +35,8 @@ class Input:
 class HeardStore:
     """The store of one recogniser's results.
 
-    Attributes
-    ----------
-    recogniser
-        Its name, kind (`ctc` or `seq2seq`), digest of weights, and what decoding needs.
-    labels
-        The text of each label; none for encoder states.
+    `recogniser`: its name, kind (`ctc` or `seq2seq`), digest of weights, and what decoding needs.
+    `labels`: the text of each label; none for encoder states.
     """
 
     def __init__(self, path: Path, recogniser: dict[str, Any], labels: Sequence[str]) -> None:

@@ -86,10 +86,7 @@ class ArrayLayout:
     def chunk_number(self, layer: int | None, within: int) -> int:
         """Number of a chunk within its shard's index (row-major over layer and sequence).
 
-        Parameters
-        ----------
-        layer
-            The layer l itself, not its index; None for an array without layers.
+        `layer`: the layer l itself, not its index; None for an array without layers.
         """
         if self.layers is None:
             return within
@@ -174,10 +171,7 @@ class StoreSpec:
     def from_json(cls, value: dict[str, Any]) -> "StoreSpec":
         """Read what `to_json` gave.
 
-        Raises
-        ------
-        ValueError
-            If another version of the schema wrote it.
+        Raises `ValueError` if another version of the schema wrote it.
         """
         if (version := value.get("schema_version")) != SCHEMA_VERSION:
             raise ValueError(f"the store has schema version {version}, this lftpipe reads {SCHEMA_VERSION}")

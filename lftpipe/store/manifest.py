@@ -34,10 +34,8 @@ _OURS = {MANIFEST, JOURNAL, PLAN, LOCK, LEASE, PRODUCER, READERS, _METADATA, "tr
 def refuse_other(path: Path, *, replace: bool = False) -> None:
     """Refuse a folder that holds something, and no store.
 
-    Parameters
-    ----------
-    replace
-        Whether all that is in it is to be deleted: then a store with a file that is not ours is refused too.
+    `replace`: whether all that is in it is to be deleted: then a store with a file that is not ours is
+    refused too.
     """
     storage = storage_of(path)
     names, log = names_beside_log(storage), storage.read_log()
@@ -137,10 +135,7 @@ def _fingerprint(spec: StoreSpec, shards: Records) -> str:
 def finished_manifest(path: Path) -> Manifest:
     """The manifest of a store that can be read.
 
-    Raises
-    ------
-    StoreError
-        If the store is missing, incomplete or its manifest is damaged.
+    Raises `StoreError` if the store is missing, incomplete or its manifest is damaged.
     """
     try:
         manifest = Manifest.read(path)

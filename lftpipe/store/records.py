@@ -76,10 +76,7 @@ _KINDS: dict[Any, Callable[[Any], Any]] = {
 def parse_spec(value: Any) -> StoreSpec:
     """The specification in a manifest or journal.
 
-    Raises
-    ------
-    ValueError
-        If it is not one, or one that no store can have.
+    Raises `ValueError` if it is not one, or one that no store can have.
     """
     kinds = {name: _KINDS[kind] for name, kind in typing.get_type_hints(StoreSpec).items() if kind in _KINDS}
     fields = {
@@ -112,10 +109,7 @@ def files_of(array: ArrayLayout, split: str, sequences: int) -> Iterator[str]:
 def parse_records(value: Any, names: re.Pattern[str] = _SHARD) -> Records:
     """What is known of some files, by name.
 
-    Parameters
-    ----------
-    names
-        What a file may be called: never one outside the store.
+    `names`: what a file may be called: never one outside the store.
     """
     records: Records = {}
     is_name, is_digest, is_tail = names.fullmatch, _DIGEST.fullmatch, _TAIL.fullmatch
@@ -143,10 +137,7 @@ def check_shards(spec: StoreSpec, shards: Records) -> None:
 
     Those of shards that come and go are the journal's.
 
-    Raises
-    ------
-    ValueError
-        Naming the first that is missing or cannot be.
+    Raises `ValueError` naming the first that is missing or cannot be.
     """
     stay = [(split, array) for split in spec.sequences for array in spec.arrays.values()]
     stay = [(split, array) for split, array in stay if not rolls(spec, split, array)]
@@ -170,10 +161,7 @@ def check_shards(spec: StoreSpec, shards: Records) -> None:
 def check_committed(spec: StoreSpec, records: Records) -> None:
     """See that what a journal says was committed can be shards of its specification; some may be missing.
 
-    Parameters
-    ----------
-    records
-        Of what was committed; one that was lost since has no sequences.
+    `records`: of what was committed; one that was lost since has no sequences.
     """
     arrays = spec.arrays
     for file, record in records.items():
@@ -215,11 +203,8 @@ def has_journal(path: Path) -> bool:
 def read_journal(path: Path) -> tuple[StoreSpec, Records] | None:
     """What was planned, and what was committed so far; None without a journal.
 
-    Raises
-    ------
-    ValueError
-        If its first line is damaged, or a whole line says what no store can mean. Other damaged lines
-        count as work not done.
+    Raises `ValueError` if its first line is damaged, or a whole line says what no store can mean. Other
+    damaged lines count as work not done.
     """
     if (log := storage_of(path).read_log()) is None:
         return None
@@ -308,10 +293,7 @@ class Expected(NamedTuple):
 def expected_shards(spec: StoreSpec, shards: Records) -> dict[tuple[str, str], Expected]:
     """By array and split, what a manifest says of every shard.
 
-    Parameters
-    ----------
-    spec, shards
-        Of a manifest that was read: they fit each other.
+    `spec`, `shards`: of a manifest that was read: they fit each other.
     """
     found: dict[tuple[str, str], Expected] = {}
     for split, count in spec.sequences.items():

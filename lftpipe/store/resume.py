@@ -37,10 +37,7 @@ class Found(NamedTuple):
 def find(path: Path, spec: StoreSpec, *, resume: bool, repair: Report | None, recheck: bool) -> Found:
     """What is there of the store that is asked for; shards that lack their names get them.
 
-    Raises
-    ------
-    StoreError
-        If what is there may not be gone on with.
+    Raises `StoreError` if what is there may not be gone on with.
     """
     refuse_other(path)
     manifest, old = _existing(path, spec, salvage=repair is not None)
@@ -77,15 +74,8 @@ def _existing(
 ) -> tuple[Manifest | None, tuple[StoreSpec, Records] | None]:
     """The manifest, if the store was finished, and what it was last meant to hold and holds.
 
-    Parameters
-    ----------
-    salvage
-        Whether to read every shard where the manifest or the journal is damaged or missing.
-
-    Raises
-    ------
-    StoreError
-        If they are damaged and not to be salvaged.
+    `salvage`: whether to read every shard where the manifest or the journal is damaged or missing.
+    Raises `StoreError` if they are damaged and not to be salvaged.
     """
     try:
         manifest, journal = Manifest.read(path), read_journal(path)

@@ -32,11 +32,8 @@ class Rolled(NamedTuple):
 class Roll:
     """The states of a rolling store that are on the disk.
 
-    Parameters
-    ----------
-    cap
-        Bytes of states on the disk. Only a batch that needs more than two windows at once may exceed it, by
-        less than a window.
+    `cap`: bytes of states on the disk. Only a batch that needs more than two windows at once may exceed it,
+    by less than a window.
     """
 
     def __init__(self, writer: StoreWriter, cap: int) -> None:
@@ -56,10 +53,7 @@ class Roll:
     def publish(self) -> None:
         """Write the manifest of what stays: from now on the store can be read.
 
-        Raises
-        ------
-        StoreError
-            If a file that an earlier process wrote has changed since.
+        Raises `StoreError` if a file that an earlier process wrote has changed since.
         """
         writer, spec = self._writer, self._writer.spec
         rolling = {
@@ -78,10 +72,7 @@ class Roll:
     def wanted(self, readers: Collection[Reader]) -> list[int]:
         """The windows that the disk is to hold, the most urgent first.
 
-        Parameters
-        ----------
-        readers
-            All runs that read; without any, the first windows are made ready.
+        `readers`: all runs that read; without any, the first windows are made ready.
         """
         windows = self.windows
         first = min((windows.number(reader.position) for reader in readers), default=0)
@@ -159,15 +150,8 @@ class Roll:
 def window_shards(spec: StoreSpec, cap: int, own: int = 0) -> int:
     """Shards in a window, so that two windows fit under a cap.
 
-    Parameters
-    ----------
-    own
-        Shards in the windows of a store that is there: it keeps them.
-
-    Raises
-    ------
-    SettingsError
-        If they do not fit, naming the least that works.
+    `own`: shards in the windows of a store that is there: it keeps them.
+    Raises `SettingsError` if they do not fit, naming the least that works.
     """
     each, stays = most_bytes(spec, spec.sequences_per_shard), _bytes_that_stay(spec)
     fitting = (cap - stays) // (2 * each)

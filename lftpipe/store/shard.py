@@ -94,10 +94,7 @@ class ChunkWriter:
     Such writes need whole pages of memory and of the file, so chunks are made where they will be written
     from: one thread may take rooms for those to come while another fills and writes those before.
 
-    Parameters
-    ----------
-    free
-        Memory that other writers of the same store let go; this one takes from it and gives back.
+    `free`: memory that other writers of the same store let go; this one takes from it and gives back.
     """
 
     def __init__(
@@ -151,10 +148,7 @@ class ChunkWriter:
     def seal(self, sequences: int) -> Record:
         """Write the index and wait until all is on the disk.
 
-        Parameters
-        ----------
-        sequences
-            How many sequences the shard holds; it goes into the record.
+        `sequences`: how many sequences the shard holds; it goes into the record.
         """
         last_crc = self._filling[max(self._filled - CRC_BYTES, 0) : self._filled].tobytes()
         self._sum(self._copy(self._index.tobytes()), 0)
@@ -249,15 +243,8 @@ class ChunkReader:
     threads and forked processes may share it. A chunk's checksum is compared when it is first read: it
     takes as long as the reading does from a warm cache.
 
-    Parameters
-    ----------
-    expected
-        Size and tail of the file that was written.
-
-    Raises
-    ------
-    DamagedShardError
-        If the index is not as it was written.
+    `expected`: size and tail of the file that was written.
+    Raises `DamagedShardError` if the index is not as it was written.
     """
 
     def __init__(
@@ -280,10 +267,7 @@ class ChunkReader:
     def read(self, chunk: int, out: np.ndarray | None = None) -> np.ndarray:
         """One encoded chunk, into a C-contiguous array of just its size or a new array of bytes.
 
-        Parameters
-        ----------
-        out
-            C-contiguous array to read into; a new array of bytes if left out.
+        `out`: c-contiguous array to read into; a new array of bytes if left out.
         """
         start, length = self._index[chunk]
         if start == MISSING:

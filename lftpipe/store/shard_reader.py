@@ -28,10 +28,7 @@ class AbsentShardError(StoreError):
 class Shards:
     """Reads chunks from the shards of one store.
 
-    Parameters
-    ----------
-    expected
-        By array and split, what the manifest says of each shard; empty if there is none yet.
+    `expected`: by array and split, what the manifest says of each shard; empty if there is none yet.
     """
 
     def __init__(self, path: Path, spec: StoreSpec, expected: dict[tuple[str, str], Expected]) -> None:
@@ -50,10 +47,7 @@ class Shards:
     def num_bytes(self, *arrays: str) -> int:
         """Bytes of all shards of some arrays.
 
-        Parameters
-        ----------
-        *arrays
-            Their names; one that the store does not have counts as none.
+        `*arrays`: their names; one that the store does not have counts as none.
         """
         return sum(int(each.sizes.sum()) for (array, _), each in self.expected.items() if array in arrays)
 
@@ -67,15 +61,8 @@ class Shards:
     ) -> None:
         """Read one chunk for each of some sequences.
 
-        Parameters
-        ----------
-        layout, split, layer
-            Which array; the layer is None where the array has none.
-
-        Raises
-        ------
-        StoreError
-            If bytes are not as they were written.
+        `layout`, `split`, `layer`: which array; the layer is None where the array has none.
+        Raises `StoreError` if bytes are not as they were written.
         """
 
         def one(sequence: int | np.integer, row: np.ndarray) -> None:
@@ -98,14 +85,9 @@ class Shards:
     ) -> np.ndarray:
         """Read some sequences, or all, into an array that is given or made.
 
-        Parameters
-        ----------
-        layout, split, layer
-            Which array; the layer is None where the array has none.
-        sequences
-            Indices in any order; None for all.
-        out
-            C-contiguous; None for a new one.
+        `layout`, `split`, `layer`: which array; the layer is None where the array has none.
+        `sequences`: indices in any order; None for all.
+        `out`: c-contiguous; None for a new one.
         """
         wanted = range(count) if sequences is None else sequences
         shape = (len(wanted), *layout.chunk)
@@ -164,10 +146,7 @@ class Shards:
     def check_first(self, layout: ArrayLayout, split: str) -> None:
         """Open the first shard: a manifest alone is no reason to ask for memory.
 
-        Raises
-        ------
-        StoreError
-            If it is not as it was written.
+        Raises `StoreError` if it is not as it was written.
         """
         if rolls(self._spec, split, layout):
             return  # it may be dropped

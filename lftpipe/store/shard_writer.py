@@ -25,10 +25,7 @@ from lftpipe.store.shard import ChunkReader, ChunkWriter, DamagedShardError, Rec
 def batch_order(array: ArrayLayout, kept: int, end: int, batch_sequences: int) -> Iterator[int]:
     """The chunks of a shard: what an older file held, then batch for batch the layers one after the other.
 
-    Parameters
-    ----------
-    kept
-        Sequences of the shard that an older, shorter file held.
+    `kept`: sequences of the shard that an older, shorter file held.
     """
     starts = [0, *range(kept, end, batch_sequences)] if kept else range(0, end, batch_sequences)
     for first in starts:
@@ -43,10 +40,7 @@ def seal_in_order(
 ) -> Record:
     """Seal a shard file; one whose chunks came in another order is copied into that order.
 
-    Parameters
-    ----------
-    copy
-        Opens a file of another name for the copy, which then replaces the first.
+    `copy`: opens a file of another name for the copy, which then replaces the first.
     """
     record = writer.seal(sequences)
     if writer.order() == order:
@@ -121,10 +115,7 @@ class ShardWriter:
         One thread may take and fill slots while another writes those before; they are written in the
         order in which they are taken.
 
-        Parameters
-        ----------
-        layer
-            The layer l itself, not its index; None for logits.
+        `layer`: the layer l itself, not its index; None for logits.
         """
         layout = self._arrays[array]
         if first < 0 or first + count > len(self.key.sequences):
@@ -139,10 +130,7 @@ class ShardWriter:
     def write(self, slot: Slot) -> None:
         """Check, encode and append a slot that was filled.
 
-        Raises
-        ------
-        StoreError
-            If a value is not finite or too large for the storage dtype, or the disk is full.
+        Raises `StoreError` if a value is not finite or too large for the storage dtype, or the disk is full.
         """
         chunks = self._chunks[slot.layout.name]
         for number, values in enumerate(slot.values):
@@ -161,13 +149,9 @@ class ShardWriter:
     ) -> None:
         """Append a copy of some sequences of one layer: `slot` and `write` in one.
 
-        Parameters
-        ----------
-        layer
-            The layer l itself, not its index; None for logits.
-        block
-            Float16 or float32, (sequence, position, feature); ids are int32. numpy rounds float32 to
-            float16 more slowly than the disk writes.
+        `layer`: the layer l itself, not its index; None for logits.
+        `block`: float16 or float32, (sequence, position, feature); ids are int32. numpy rounds float32 to
+        float16 more slowly than the disk writes.
         """
         if block.shape[1:] != (chunk := self._arrays[array].chunk):
             raise ValueError(f"a block of shape {block.shape} does not hold sequences of {chunk}")
@@ -261,19 +245,11 @@ def produce_shard(
 ) -> Iterator[ShardWriter]:
     """Write a shard under names of its own: no lock is taken, and the store does not know of it yet.
 
-    Parameters
-    ----------
-    path, spec
-        The store, begun by a `StoreWriter`, which alone can take the shard into it (`StoreWriter.commit`).
-    attempt
-        No other attempt at this shard may have this name.
-    arrays
-        Left out, all that the teacher computes.
-
-    Yields
-    ------
-    ShardWriter
-        To be filled; afterwards it has `sealed`. An error within leaves nothing behind.
+    `path`, `spec`: the store, begun by a `StoreWriter`, which alone can take the shard into it
+    (`StoreWriter.commit`).
+    `attempt`: no other attempt at this shard may have this name.
+    `arrays`: left out, all that the teacher computes.
+    Yields to be filled; afterwards it has `sealed`. An error within leaves nothing behind.
     """
     computed = [array for array in spec.arrays.values() if array.computed]
     shard = ShardWriter(

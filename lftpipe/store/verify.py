@@ -61,10 +61,7 @@ def verify_store(path: Path) -> Report:
 
     A store that is growing is checked too: a shard that was replaced meanwhile is compared with the journal.
 
-    Raises
-    ------
-    StoreError
-        If there is no store, or it is incomplete, or the folder holds something else.
+    Raises `StoreError` if there is no store, or it is incomplete, or the folder holds something else.
     """
     path = local_path(path)
     storage = storage_of(path)

@@ -181,10 +181,7 @@ def _take_off(file: Path) -> None:
 def producing(store: Path) -> Iterator[None]:
     """Be known to live to all that wait for shards.
 
-    Parameters
-    ----------
-    store
-        The store's folder, of which this process is the one writer.
+    `store`: the store's folder, of which this process is the one writer.
     """
     lock = os.open(store / PRODUCER, os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -27,12 +27,8 @@ from lftpipe.store.verify import Report
 class StoreWriter:
     """The one writer of a store, from `open` to the end of the ``with`` block.
 
-    Attributes
-    ----------
-    complete
-        Whether everything the specification asks for is on disk and checked.
-    epoch
-        How many times it was opened to be computed: part of the names of what is produced.
+    `complete`: whether everything the specification asks for is on disk and checked.
+    `epoch`: how many times it was opened to be computed: part of the names of what is produced.
     """
 
     def __init__(self, path: Path, spec: StoreSpec, lock: int) -> None:
@@ -56,17 +52,10 @@ class StoreWriter:
     ) -> "StoreWriter":
         """Begin a store, go on with an incomplete one, add sequences to a complete one, or repair one.
 
-        Parameters
-        ----------
-        recheck
-            Whether a corpus that ended early may have grown since; left out, a store that was once asked for
-            just as much is not asked for more than it holds.
-
-        Raises
-        ------
-        StoreError
-            If another process writes it, its identity differs, it holds more than asked for, or ``path``
-            cannot be written or holds something else.
+        `recheck`: whether a corpus that ended early may have grown since; left out, a store that was once
+        asked for just as much is not asked for more than it holds.
+        Raises `StoreError` if another process writes it, its identity differs, it holds more than asked for,
+        or ``path`` cannot be written or holds something else.
         """
         path = local_path(path)
         with disk_errors(path):
@@ -113,10 +102,7 @@ class StoreWriter:
     def shard(self, key: ShardKey, arrays: list[ArrayLayout] | None = None) -> Iterator[ShardWriter]:
         """Write one pending shard: it counts when the block ends; an error within leaves nothing behind.
 
-        Parameters
-        ----------
-        arrays
-            Left out, all that the teacher computes.
+        `arrays`: left out, all that the teacher computes.
         """
         assert self.ledger.is_open, "nothing is pending in a complete store"
         attempt = f"e{self.epoch}"
@@ -138,16 +124,10 @@ class StoreWriter:
     ) -> None:
         """Store the tokens of a split, all at once or piece by piece.
 
-        Parameters
-        ----------
-        first
-            Index of the first sequence given; all before it, back to the last multiple of
-            `sequences_per_shard`, must be stored. It ends at such a multiple or with the split.
-
-        Raises
-        ------
-        StoreError
-            If other tokens are stored already: the store was made from another corpus or tokenizer.
+        `first`: index of the first sequence given; all before it, back to the last multiple of
+        `sequences_per_shard`, must be stored. It ends at such a multiple or with the split.
+        Raises `StoreError` if other tokens are stored already: the store was made from another corpus or
+        tokenizer.
         """
         stop = first + len(tokens)
         for key in self.spec.shard_keys():
@@ -199,10 +179,7 @@ class StoreWriter:
     def note(self, sequences: dict[str, int] | None = None, **details: Any) -> None:
         """Record details of a store in the making; whoever resumes it finds them in its specification.
 
-        Parameters
-        ----------
-        sequences
-            How many each split has, where that was not known before: never fewer than are stored.
+        `sequences`: how many each split has, where that was not known before: never fewer than are stored.
         """
         changed = {key: value for key, value in {**self.spec.details, **details}.items() if value is not None}
         spec = replace(self.spec, details=changed, sequences=sequences or self.spec.sequences)
@@ -216,10 +193,7 @@ class StoreWriter:
     def begin_epoch(self, plan: dict[str, Any]) -> None:
         """Freeze what is to be computed into `plan.json`; what was begun before under another plan is void.
 
-        Parameters
-        ----------
-        plan
-            JSON-plain; `epoch` is added: how many times this store was opened to be computed.
+        `plan`: JSON-plain; `epoch` is added: how many times this store was opened to be computed.
         """
         with disk_errors(self.path):
             self.epoch = (read_plan(self.path) or {"epoch": 0})["epoch"] + 1
@@ -241,11 +215,8 @@ class StoreWriter:
     def finish(self) -> None:
         """Check everything on disk, then declare the store complete.
 
-        Raises
-        ------
-        StoreError
-            If shards are missing, or one that an earlier process wrote has changed since: then it is pending
-            again.
+        Raises `StoreError` if shards are missing, or one that an earlier process wrote has changed since:
+        then it is pending again.
         """
         if self.complete:
             return

@@ -42,10 +42,8 @@ class FlowLayout:
         Every evaluation of a flow layer attends over the states of its own time, so each has keys
         and values of its own: a place in the cache, like a layer that is run once.
 
-        Raises
-        ------
-        SettingsError
-            If blocks overlap or reach past the teacher's layers, or steps or solver make no sense.
+        Raises `SettingsError` if blocks overlap or reach past the teacher's layers, or steps or solver make
+        no sense.
         """
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise SettingsError(f"k = {self.steps} steps", "at least 1", "choose a positive number of steps")
@@ -117,10 +115,7 @@ class FlowLayout:
     def evaluations(self, place: int | Part) -> int:
         """How often a layer runs in that place, for one forward pass; each time has a place in the cache.
 
-        Parameters
-        ----------
-        place
-            A layer of the teacher, or a block that is replaced.
+        `place`: a layer of the teacher, or a block that is replaced.
         """
         if isinstance(place, int) or place.kind in ("layer", "linear"):
             return 1

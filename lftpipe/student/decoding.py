@@ -129,12 +129,8 @@ def continue_prompt(
 ) -> Continuation:
     """Generate, streaming the text to `out`.
 
-    Parameters
-    ----------
-    draft
-        A model that proposes tokens for `model` to accept (assisted generation).
-    processors
-        What changes the scores of the next token, such as another model's.
+    `draft`: a model that proposes tokens for `model` to accept (assisted generation).
+    `processors`: what changes the scores of the next token, such as another model's.
     """
     ids = torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device)
     ends = end_tokens(model, tokenizer)
@@ -203,10 +199,7 @@ def speculate(
     The draft proposes some tokens, the teacher checks them in one pass, keeps those it would have
     written and adds one of its own. So its passes are `new tokens - accepted`.
 
-    Raises
-    ------
-    SettingsError
-        If the teacher cannot take back what it has read.
+    Raises `SettingsError` if the teacher cannot take back what it has read.
     """
     if teacher._is_stateful:  # transformers' word for recurrent models
         raise SettingsError(

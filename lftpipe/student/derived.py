@@ -16,10 +16,7 @@ from lftpipe.student.model import LatentFlow
 def student_class(model_type: str) -> Any:
     """The student's class for a teacher's model type, registered with transformers' Auto classes.
 
-    Raises
-    ------
-    TeacherError
-        If transformers has no causal language model of that type.
+    Raises `TeacherError` if transformers has no causal language model of that type.
     """
     try:
         config_class: Any = CONFIG_MAPPING[model_type]

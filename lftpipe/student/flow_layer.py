@@ -16,10 +16,9 @@ from lftpipe.base.shape import Part
 from lftpipe.families.attention import AttentionContext
 from lftpipe.families.branches import Branches
 from lftpipe.families.family import Family
-from lftpipe.flow.part import build_part
+from lftpipe.flow.part import LayerStack, build_part
 from lftpipe.flow.path import States, Times
 from lftpipe.flow.solver import Method, ODESolver
-from lftpipe.flow.stack import LayerStack
 from lftpipe.flow.velocity import Modulations, Velocity
 
 # --- One place of a KV cache.
@@ -36,10 +35,7 @@ class Slot:
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of this evaluation, behind those it had before.
 
-        Parameters
-        ----------
-        layer_idx
-            Of the layer that asks, which has a slot of its own instead.
+        `layer_idx`: of the layer that asks, which has a slot of its own instead.
         """
         del layer_idx
         return self._cache.update(keys, values, self._index, *rest, **named)
@@ -48,10 +44,7 @@ class Slot:
 def number_layer(layer: nn.Module, index: int) -> None:
     """Let a layer's parts take this place of the cache for theirs.
 
-    Parameters
-    ----------
-    layer
-        Of any family; parts that know of a cache have a `layer_idx`.
+    `layer`: of any family; parts that know of a cache have a `layer_idx`.
     """
     for part in layer.modules():
         if hasattr(part, "layer_idx"):
@@ -64,12 +57,8 @@ def number_layer(layer: nn.Module, index: int) -> None:
 class FlowLayer(GradientCheckpointingLayer):
     """Carries states from a block's start to its end (algorithm 3), in the place of its layers.
 
-    Parameters
-    ----------
-    layer
-        The teacher's first layer there, as its own constructor builds it: the flow is made of it.
-    arity
-        How many values layers of the family return beside the states.
+    `layer`: the teacher's first layer there, as its own constructor builds it: the flow is made of it.
+    `arity`: how many values layers of the family return beside the states.
     """
 
     def __init__(self, family: Family, config: Any, block: Part, layer: nn.Module, arity: int) -> None:
@@ -102,10 +91,7 @@ class FlowLayer(GradientCheckpointingLayer):
     def set_steps(self, steps: int, method: Method, slots: Sequence[int]) -> None:
         """Choose the number of steps and the solver; flows without time have one step of Euler's.
 
-        Parameters
-        ----------
-        steps, method
-            How to go from the block's start to its end.
+        `steps`, `method`: how to go from the block's start to its end.
         """
         timed = self.block.kind == "flow"
         self.steps, self.method = (steps, method) if timed else (1, "euler")
@@ -127,10 +113,7 @@ class FlowLayer(GradientCheckpointingLayer):
     def forward(self, *given: Any, **named: Any) -> Any:
         """From the block's start to its end.
 
-        Parameters
-        ----------
-        *given, **named
-            As the family's own layer takes them; of them only the cache is looked at.
+        `*given`, `**named`: as the family's own layer takes them; of them only the cache is looked at.
         """
         arguments = dict(self._signature.bind(*given, **named).arguments)
         states: Tensor = arguments.pop(next(iter(self._signature.parameters)))

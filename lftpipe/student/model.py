@@ -52,10 +52,7 @@ class LatentFlow:
     def set_attn_implementation(self, *given: Any, **options: Any) -> None:
         """As transformers has it; layers have the teacher's config, so that they are told too.
 
-        Parameters
-        ----------
-        *given, **options
-            As `transformers.PreTrainedModel.set_attn_implementation` takes them.
+        `*given`, `**options`: as `transformers.PreTrainedModel.set_attn_implementation` takes them.
         """
         super().set_attn_implementation(*given, **options)  # pyright: ignore[reportAttributeAccessIssue]
         for part in self.modules():  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,10 +62,7 @@ class LatentFlow:
     def generate(self, *given: Any, **options: Any) -> Any:
         """As transformers has it; without a cache where layers keep more than keys and values.
 
-        Parameters
-        ----------
-        *given, **options
-            As `transformers.GenerationMixin.generate` takes them.
+        `*given`, `**options`: as `transformers.GenerationMixin.generate` takes them.
         """
         if not self.caches:
             options["use_cache"] = False
@@ -84,15 +78,8 @@ class LatentFlow:
 
         A KV cache made before does not fit any more.
 
-        Parameters
-        ----------
-        solver
-            `euler` or `midpoint`; left out, the present one.
-
-        Raises
-        ------
-        SettingsError
-            If `steps` is below 1 or the solver unknown; the student stays as it was.
+        `solver`: `euler` or `midpoint`; left out, the present one.
+        Raises `SettingsError` if `steps` is below 1 or the solver unknown; the student stays as it was.
         """
         config = self.config
         before = (config.steps, config.solver)
@@ -139,10 +126,7 @@ class LatentFlow:
 def refuse_without_flow(structure: Structure, name: str) -> None:
     """Refuse students of families that have no flow layers.
 
-    Parameters
-    ----------
-    name
-        Of the teacher, for the error.
+    `name`: of the teacher, for the error.
     """
     if structure.without_flow:
         raise TeacherError(

@@ -14,7 +14,7 @@ from lftpipe.families.forward_args import alike
 from lftpipe.families.layer_probe import is_transposed, weight_of
 from lftpipe.families.narrow import mlp_maps
 from lftpipe.families.structure import Structure, structure_of
-from lftpipe.flow.stack import LayerStack
+from lftpipe.flow.part import LayerStack
 from lftpipe.student.assemble import fill
 from lftpipe.student.flow_layer import FlowLayer
 
@@ -155,10 +155,7 @@ def check_foldable(student: Any) -> None:
 def unroll(student: Any) -> Any:
     """The same function as an ordinary model of the teacher's family, with `m + k + (L - n)` layers.
 
-    Returns
-    -------
-    PreTrainedModel
-        Of the teacher's own class; kept layers share the student's tensors.
+    Returns of the teacher's own class; kept layers share the student's tensors.
     """
     check_foldable(student)
     family: Family = student.family
@@ -266,10 +263,7 @@ def old_rotary_names(config: Any) -> dict[str, Any]:
 def _channels_of(student: Any, tensors: dict[str, Tensor]) -> dict[str, int]:
     """What the config says of the channels of every MLP, where they are fewer than the teacher's.
 
-    Raises
-    ------
-    RunError
-        If layers differ, or the family's config has no such number.
+    Raises `RunError` if layers differ, or the family's config has no such number.
     """
     config = student.config
     if all(part.width == 1 for part in config.flow_blocks):

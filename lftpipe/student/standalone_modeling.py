@@ -36,11 +36,8 @@ Bool = Float = Int = Int32 = Shaped = _Shape
 def modelling_file(model: Any) -> str:
     """The source of the file that has a student's classes.
 
-    Raises
-    ------
-    ValueError
-        If two modules have the same name at their top level, or one imports lftpipe in a way that cannot be
-        left out.
+    Raises `ValueError` if two modules have the same name at their top level, or one imports lftpipe in a way
+    that cannot be left out.
     """
     root = next(kind.__module__ for kind in type(model).__mro__ if kind.__module__.startswith("lftpipe."))
     parts = [HEAD.format(version=__version__), *bundle(root)]

@@ -31,10 +31,7 @@ def hooks(
 ) -> Iterator[None]:
     """Hand out every `h[l]` and `a[l]` of the forward passes inside the block.
 
-    Parameters
-    ----------
-    forms
-        Their branches; a layer without an attention branch hands out no `a[l]`.
+    `forms`: their branches; a layer without an attention branch hands out no `a[l]`.
     """
     placed = []
     if hidden:
@@ -76,16 +73,9 @@ def check(
 ) -> bool:
     """Try hooks on a few tokens; whether segments have to be run one by one.
 
-    Parameters
-    ----------
-    apart
-        Whether it is known already that the model does not keep segments apart.
-
-    Raises
-    ------
-    TeacherError
-        If what is captured is not what transformers says the hidden states are, or a state depends on
-        tokens that come after it.
+    `apart`: whether it is known already that the model does not keep segments apart.
+    Raises `TeacherError` if what is captured is not what transformers says the hidden states are, or a state
+    depends on tokens that come after it.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1, TRIED), generator=generator)

@@ -20,10 +20,7 @@ from lftpipe.base.errors import TeacherError, foreign
 class Checkpoint:
     """The tensors of one folder in transformers' format, read by name from the disk.
 
-    Raises
-    ------
-    TeacherError
-        If the folder holds no safetensors. Pickles are never loaded.
+    Raises `TeacherError` if the folder holds no safetensors. Pickles are never loaded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,10 +77,7 @@ class Checkpoint:
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named tensors, as float32.
 
-        Raises
-        ------
-        TeacherError
-            If one of them is not in the checkpoint.
+        Raises `TeacherError` if one of them is not in the checkpoint.
         """
         absent = [name for name in names if name not in self._file_of]
         if absent:
@@ -173,10 +167,7 @@ def _files_of(index: Path) -> list[str]:
 class NamedCheckpoint(Checkpoint):
     """The tensors of one folder, read by the names of a model's modules.
 
-    Parameters
-    ----------
-    model
-        Without weights: it says which tensors there are, which are tied, and how files are converted.
+    `model`: without weights: it says which tensors there are, which are tied, and how files are converted.
     """
 
     def __init__(self, folder: Path, model: Any) -> None:
@@ -200,10 +191,7 @@ class NamedCheckpoint(Checkpoint):
     def check(self) -> None:
         """Refuse files that lack a parameter, or have one of another shape: transformers makes them up.
 
-        Raises
-        ------
-        TeacherError
-            Naming it.
+        Raises `TeacherError` naming it.
         """
         for name in self._parameters:
             _, target = self._found(name)
@@ -257,10 +245,8 @@ class NamedCheckpoint(Checkpoint):
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named tensors, as float32.
 
-        Raises
-        ------
-        TeacherError
-            If one of them is not in the checkpoint, or has another shape than the config says.
+        Raises `TeacherError` if one of them is not in the checkpoint, or has another shape than the config
+        says.
         """
         tensors: dict[str, Tensor] = {}
         made: dict[str, dict[str, Tensor]] = {}
@@ -324,10 +310,7 @@ class NamedCheckpoint(Checkpoint):
 def check_sizes(config: Any, checkpoint: Checkpoint) -> None:
     """Refuse a config whose width, vocabulary or number of layers no tensor knows.
 
-    Parameters
-    ----------
-    checkpoint
-        Its files; only their headers are read.
+    `checkpoint`: its files; only their headers are read.
     """
     shapes = checkpoint.shapes
     lengths = {length for shape in shapes.values() for length in shape}

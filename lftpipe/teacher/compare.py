@@ -21,10 +21,7 @@ def check_logits(teacher: Teacher) -> None:
     Of its layers only the first is loaded, where the family can be cut to one: embedding and head are what
     configs and files say different things of. Families without flow layers have no head of their own here.
 
-    Raises
-    ------
-    TeacherError
-        Naming what differs; or if transformers loads no model.
+    Raises `TeacherError` naming what differs; or if transformers loads no model.
     """
     trunk = Trunk(teacher, 1, torch.float32)
     tail = None if teacher.family.without_flow else Tail(teacher, teacher.num_layers)

@@ -18,15 +18,9 @@ def convert(gguf: Path, folder: Path, accept: Callable[[Any, str], object]) -> P
 
     Later stages read single layers of the teacher from there.
 
-    Parameters
-    ----------
-    accept
-        Called with the config and the file's name before any weight is read; raises what it does not accept.
-
-    Raises
-    ------
-    TeacherError
-        If the file is damaged, or of a model that is not accepted.
+    `accept`: called with the config and the file's name before any weight is read; raises what it does not
+    accept.
+    Raises `TeacherError` if the file is damaged, or of a model that is not accepted.
     """
     with gguf.open("rb") as content:
         # Commands that begin at the same time wait for the one that converts.

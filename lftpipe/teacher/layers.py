@@ -21,10 +21,7 @@ from lftpipe.teacher.source import Teacher
 def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
     """A layer of the teacher's shape, on the meta device, to be filled with other weights.
 
-    Raises
-    ------
-    TeacherError
-        If the family has no flow layers, with the reason.
+    Raises `TeacherError` if the family has no flow layers, with the reason.
     """
     if teacher.family.without_flow:
         raise TeacherError(
@@ -39,10 +36,8 @@ def empty_layer(teacher: Teacher, index: int = 0) -> Branches:
 def load_layer(teacher: Teacher, index: int) -> Branches:
     """Layer `index` with the teacher's weights, in float32.
 
-    Raises
-    ------
-    TeacherError
-        If the family has no flow layers, or the branches that were found do not make the layer.
+    Raises `TeacherError` if the family has no flow layers, or the branches that were found do not make the
+    layer.
     """
     layer = empty_layer(teacher, index)
     fill(layer.layer, teacher, f"{teacher.family.layers_prefix}.{index}.")
@@ -68,10 +63,7 @@ def _check_branches(layer: Branches, teacher: Teacher) -> None:
 def load_norm(teacher: Teacher, index: int) -> nn.Module:
     """What `h[index]` is first read through: the norm before attention of that layer, or the final one.
 
-    Raises
-    ------
-    TeacherError
-        If that layer reads the states as they are.
+    Raises `TeacherError` if that layer reads the states as they are.
     """
     if index < teacher.num_layers:
         layer = load_layer(teacher, index)
@@ -125,10 +117,7 @@ def load_embedding(teacher: Teacher) -> Embedding:
 def fill(module: nn.Module, teacher: Teacher, prefix: str, *, strip: str = "") -> None:
     """Give a module on the meta device the teacher's tensors, and the buffers that no file holds.
 
-    Parameters
-    ----------
-    strip
-        Of their names in the module, what the checkpoint's names don't have.
+    `strip`: of their names in the module, what the checkpoint's names don't have.
     """
     names = {name: prefix + name.removeprefix(strip) for name in _stored(module)}
     tensors = teacher.checkpoint.read(list(dict.fromkeys(names.values())))
@@ -141,10 +130,7 @@ def fill(module: nn.Module, teacher: Teacher, prefix: str, *, strip: str = "") -
 def fill_buffers(teacher: Teacher, module: nn.Module) -> None:
     """Give a module the buffers that no checkpoint holds.
 
-    Parameters
-    ----------
-    module
-        Of the teacher's layers, on the meta device or with weights.
+    `module`: of the teacher's layers, on the meta device or with weights.
     """
     materialise_buffers(structure_of(teacher.config).model, module)
 

@@ -108,15 +108,8 @@ class Teacher:
 def open_teacher(model: str, workspace: Path, *, revision: str | None = None) -> Teacher:
     """Find a teacher by registered name, Hub id, local folder or `.gguf` file.
 
-    Parameters
-    ----------
-    workspace
-        Where folders of teachers are looked for, and GGUF files are converted to.
-
-    Raises
-    ------
-    TeacherError
-        If there is no such model, it cannot be fetched, or it is of no supported family.
+    `workspace`: where folders of teachers are looked for, and GGUF files are converted to.
+    Raises `TeacherError` if there is no such model, it cannot be fetched, or it is of no supported family.
     """
     registered = REGISTERED.get(model)
     path = Path(model).expanduser()
@@ -230,10 +223,7 @@ _TRIAL = "The state h[3] of a layer, 12 %.\n"
 def load_tokenizer(teacher: Teacher) -> Any:
     """The teacher's tokenizer.
 
-    Raises
-    ------
-    TeacherError
-        If the folder has none, or it has no end-of-text token.
+    Raises `TeacherError` if the folder has none, or it has no end-of-text token.
     """
     save = "save the tokenizer into the same folder with save_pretrained"
     tokenizer = tokenizer_of(teacher.folder, TeacherError, save)
@@ -249,10 +239,7 @@ def load_tokenizer(teacher: Teacher) -> Any:
 def tokenizer_of(folder: Path, kind: type[LftpipeError], do: str) -> Any:
     """The tokenizer of a folder in transformers' format, which takes a text apart and puts it together.
 
-    Raises
-    ------
-    LftpipeError
-        Of the kind, if the folder has none, or it does not work.
+    Raises `LftpipeError`: of the kind, if the folder has none, or it does not work.
     """
     from transformers import AutoTokenizer
 
@@ -353,17 +340,9 @@ def record_of(identity: dict[str, Any]) -> dict[str, Any]:
 def open_recorded(recorded: dict[str, Any], workspace: Path, made: Path) -> Teacher:
     """The teacher that something was made with.
 
-    Parameters
-    ----------
-    recorded
-        `Teacher.identity()` as it was then, and the tokenizer's digest.
-    made
-        What was made with it, for the error, and to find a folder that was moved together with it.
-
-    Raises
-    ------
-    TeacherError
-        If it is not found, or any part of it is no longer as it was.
+    `recorded`: `Teacher.identity()` as it was then, and the tokenizer's digest.
+    `made`: what was made with it, for the error, and to find a folder that was moved together with it.
+    Raises `TeacherError` if it is not found, or any part of it is no longer as it was.
     """
     teacher = open_teacher(_place(recorded["model"], made), workspace, revision=recorded["revision"])
     now = {

@@ -36,13 +36,9 @@ class Lanes:
     def map(self, function: Callable[[int, Item], Result], items: Iterable[Item | None]) -> Iterator[Result]:
         """Results in the order of the items, of which some more are in the making.
 
-        Parameters
-        ----------
-        function
-            Is given the number of the lane, and an item. Lanes share nothing else.
-        items
-            Taken by the caller's thread as lanes get free; None if there is none for now: then results that
-            are due are handed out, and it is asked again.
+        `function`: is given the number of the lane, and an item. Lanes share nothing else.
+        `items`: taken by the caller's thread as lanes get free; None if there is none for now: then results
+        that are due are handed out, and it is asked again.
         """
         if self._pool is None:
             yield from (function(0, item) for item in items if item is not None)

@@ -35,17 +35,10 @@ Module = TypeVar("Module", bound=nn.Module)
 class Trunk:
     """Runs the layers below state `deepest` and hands out what flows through them.
 
-    Parameters
-    ----------
-    deepest
-        The deepest state `h[l]` wanted; layers `0 .. l-1` are loaded and run.
-    compute_dtype
-        `torch.bfloat16` runs matrix products in it and keeps the residual stream in float32.
-
-    Raises
-    ------
-    TeacherError
-        If its weights do not load, or the hooks do not give what transformers says the states are.
+    `deepest`: the deepest state `h[l]` wanted; layers `0 .. l-1` are loaded and run.
+    `compute_dtype`: `torch.bfloat16` runs matrix products in it and keeps the residual stream in float32.
+    Raises `TeacherError` if its weights do not load, or the hooks do not give what transformers says the
+    states are.
     """
 
     def __init__(
@@ -115,12 +108,9 @@ class Trunk:
         `h[l]` is the residual stream entering layer `l`, and `h[L]` leaves the last layer, before
         the final norm. Attention stays inside segments: position ids restart with each.
 
-        Parameters
-        ----------
-        hidden, attention
-            What takes states and attention outputs. A layer without an attention branch gives none.
-        position_ids
-            They are looked at: on a GPU it would be waited for, on the processor nobody waits.
+        `hidden`, `attention`: what takes states and attention outputs. A layer without an attention branch
+        gives none.
+        `position_ids`: they are looked at: on a GPU it would be waited for, on the processor nobody waits.
         """
         if self._are_apart(position_ids):
             self._run_apart(tokens, position_ids, hidden, attention)
@@ -235,10 +225,7 @@ def compute_batch(
 ) -> None:
     """Everything that a store holds of a batch: states and attention outputs as they come, then logits.
 
-    Parameters
-    ----------
-    batch_sequences
-        Sequences of which logits are computed at once; left out, all.
+    `batch_sequences`: sequences of which logits are computed at once; left out, all.
     """
     last: list[Tensor] = []
 
@@ -277,17 +264,10 @@ def load_trunk(
 class StreamedTrunk(Trunk):
     """Does what `Trunk` does, with one layer in memory.
 
-    Parameters
-    ----------
-    compute_dtype
-        `torch.bfloat16` runs matrix products in it and keeps the residual stream in float32.
-    batch_sequences
-        Sequences of one pass through a layer. Passes are the same as without streaming, so are the results.
-
-    Raises
-    ------
-    TeacherError
-        If a layer of the teacher cannot be run alone.
+    `compute_dtype`: `torch.bfloat16` runs matrix products in it and keeps the residual stream in float32.
+    `batch_sequences`: sequences of one pass through a layer. Passes are the same as without streaming, so are
+    the results.
+    Raises `TeacherError` if a layer of the teacher cannot be run alone.
     """
 
     def __init__(

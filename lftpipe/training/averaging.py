@@ -90,10 +90,7 @@ def copy_of(module: nn.Module) -> Weights:
 def set_weights(module: nn.Module, weights: Weights) -> None:
     """Give a module the weights that `copy_of` gave.
 
-    Raises
-    ------
-    ValueError
-        If they are of another module.
+    Raises `ValueError` if they are of another module.
     """
     learns = trained_weights(module)
     if learns.keys() != weights.keys():

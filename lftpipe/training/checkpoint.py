@@ -36,10 +36,7 @@ class Checkpoint:
     It is written by a thread while training goes on, whole or not at all. Of several processes only the first
     writes.
 
-    Parameters
-    ----------
-    written
-        Is told the step of every checkpoint that is on the disk.
+    `written`: is told the step of every checkpoint that is on the disk.
     """
 
     def __init__(
@@ -53,10 +50,7 @@ class Checkpoint:
     def save(self) -> None:
         """Begin to write the runs' state as it is now.
 
-        Raises
-        ------
-        OSError
-            If the one before could not be written.
+        Raises `OSError` if the one before could not be written.
         """
         if distributed.rank() != 0:
             return
@@ -77,10 +71,7 @@ class Checkpoint:
     def restore(self) -> None:
         """Let the runs go on from it, if it is there; from the one before, with a word, if it is damaged.
 
-        Raises
-        ------
-        RunError
-            If both are damaged, or of other runs.
+        Raises `RunError` if both are damaged, or of other runs.
         """
         there = [path for path in (self._path, self._path.with_name(BEFORE)) if path.exists()]
         for path in there:
@@ -123,10 +114,7 @@ class Checkpoint:
 def is_due(settings: TrainSettings | HealSettings, step: int, saved: float) -> bool:
     """Whether it is time for another one, by the clock or by steps.
 
-    Parameters
-    ----------
-    saved
-        When the last one was begun, as `time.monotonic()` tells it.
+    `saved`: when the last one was begun, as `time.monotonic()` tells it.
     """
     steps, seconds = settings.checkpoint_every, 60 * settings.checkpoint_minutes
     by_clock = seconds > 0 and time.monotonic() - saved >= seconds
@@ -149,15 +137,8 @@ def read_checkpoint(
 ) -> list[dict[str, Any]]:
     """The states in a checkpoint.
 
-    Parameters
-    ----------
-    binding
-        Digest of the runs that it must belong to; None takes any.
-
-    Raises
-    ------
-    ValueError
-        If it is damaged or of other runs.
+    `binding`: digest of the runs that it must belong to; None takes any.
+    Raises `ValueError` if it is damaged or of other runs.
     """
     data = path.read_bytes()
     sealed, digest, content = data[8:24], data[24:40], data[40:]
@@ -232,15 +213,9 @@ def is_finished(
 
     Nothing that counts is changed: whatever else may be refused comes before `begin`.
 
-    Parameters
-    ----------
-    healed
-        Digest of the weights that are healed, if any are.
-
-    Raises
-    ------
-    RunError
-        If the folder holds a run of other settings, or an unfinished one and `resume` is not set.
+    `healed`: digest of the weights that are healed, if any are.
+    Raises `RunError` if the folder holds a run of other settings, or an unfinished one and `resume` is not
+    set.
     """
     refuse_foreign(run, settings)
     if settings.force or not (run / runs.SETTINGS).exists():
@@ -266,10 +241,7 @@ def is_finished(
 def begin(run: Path, settings: TrainSettings | HealSettings, store: Store, healed: str | None = None) -> None:
     """Make a run's folder ours, before the first thing is written there; with `--force` what was there goes.
 
-    Parameters
-    ----------
-    healed
-        Digest of the weights that are healed, if any are.
+    `healed`: digest of the weights that are healed, if any are.
     """
     (run / runs.MANIFEST).unlink(missing_ok=True)  # of a student that was killed between two of them, too
     if settings.force:
@@ -283,10 +255,7 @@ def begin(run: Path, settings: TrainSettings | HealSettings, store: Store, heale
 def refuse_foreign(run: Path, settings: TrainSettings | HealSettings) -> None:
     """Refuse a folder that holds anything else than a run.
 
-    Parameters
-    ----------
-    run
-        The folder; one that is not there, or is empty, is free.
+    `run`: the folder; one that is not there, or is empty, is free.
     """
     if not run.exists():
         return
@@ -318,10 +287,7 @@ def changed_settings(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Setting, value with which the run was begun, and value now, of all that would give another run.
 
-    Parameters
-    ----------
-    healed
-        Digest of the weights that are to be healed now.
+    `healed`: digest of the weights that are to be healed now.
     """
     before, record = runs.read_settings(run)
     before |= {"store fingerprint": record["fingerprint"], "healed weights": record.get("healed", healed)}

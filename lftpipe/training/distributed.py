@@ -53,10 +53,7 @@ def rank() -> int:
 def agree(value: T | None) -> T:
     """What process 0 has, on all of them.
 
-    Parameters
-    ----------
-    value
-        On process 0; the others have None.
+    `value`: on process 0; the others have None.
     """
     values = [value]
     if dist.is_initialized():
@@ -78,10 +75,7 @@ def mean(value: Tensor) -> Tensor:
 def divided(values: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     """What `work` makes of a stack, of which each process works on its part; all of it on all of them.
 
-    Parameters
-    ----------
-    values
-        Along its first axis the pieces of work, the same on all processes.
+    `values`: along its first axis the pieces of work, the same on all processes.
     """
     if count() == 1:
         return work(values)

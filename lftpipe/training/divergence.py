@@ -42,10 +42,7 @@ class DivergenceWatch:
     def add(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
         """Take note of a step.
 
-        Parameters
-        ----------
-        loss, norm
-            Its loss and the norm of its gradient, on the device.
+        `loss`, `norm`: its loss and the norm of its gradient, on the device.
         """
         loss, norm = loss.float(), norm.float()
         bad = ~(loss.isfinite() & norm.isfinite())

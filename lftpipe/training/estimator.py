@@ -9,8 +9,7 @@ from lftpipe.base.shape import Part
 from lftpipe.config.loss import TIMELESS
 from lftpipe.config.settings import TrainSettings, depth_of, width_of
 from lftpipe.families.branches import Branches
-from lftpipe.flow.part import build_part
-from lftpipe.flow.stack import LayerStack, NoLayer
+from lftpipe.flow.part import LayerStack, NoLayer, build_part
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.layers import empty_layer, load_layer
 from lftpipe.teacher.source import Teacher
@@ -37,12 +36,9 @@ def part_of(settings: TrainSettings, teacher: Teacher, block: tuple[int, int], n
 def build_estimator(part: Part, settings: TrainSettings, teacher: Teacher) -> Velocity | LayerStack | NoLayer:
     """The module of a part, each layer with the weights of a teacher's layer or the mean of several.
 
-    A narrow layer is without values until `lftpipe.training.narrow_start` chooses its channels.
+    A narrow layer is without values until `lftpipe.training.starts` chooses its channels.
 
-    Raises
-    ------
-    SettingsError
-        If layers of the block have other tensors than its first.
+    Raises `SettingsError` if layers of the block have other tensors than its first.
     """
     starts = iter(parts(part.block, part.depth))
     built = build_part(part, teacher.width, lambda: _start(settings, teacher, part, next(starts)))

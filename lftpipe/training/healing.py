@@ -50,12 +50,8 @@ class HealingStudent(nn.Module):
 
     Embedding and head stay the teacher's and are no part of it.
 
-    Parameters
-    ----------
-    run
-        What is healed; healed before, it goes on from there.
-    whole
-        Whether the layers before the first part are trained too.
+    `run`: what is healed; healed before, it goes on from there.
+    `whole`: whether the layers before the first part are trained too.
     """
 
     def __init__(self, run: Run, teacher: Teacher, *, whole: bool) -> None:
@@ -79,15 +75,8 @@ class HealingStudent(nn.Module):
     def adapt(self, rank: int) -> None:
         """Freeze everything, and add LoRA to every linear map that is no modulation by time (by `peft`).
 
-        Parameters
-        ----------
-        rank
-            Of each adapter; updates are scaled by 2, as `lora_alpha = 2 * rank` does.
-
-        Raises
-        ------
-        SettingsError
-            If peft is not installed, or there is no linear map.
+        `rank`: of each adapter; updates are scaled by 2, as `lora_alpha = 2 * rank` does.
+        Raises `SettingsError` if peft is not installed, or there is no linear map.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -180,10 +169,7 @@ class HealingProblem(LogitsProblem):
 class HealingRun(ModuleTraining[HealSettings]):
     """The training of a whole student, from a finished run to a new one.
 
-    Raises
-    ------
-    RunError
-        If nothing of the student learns.
+    Raises `RunError` if nothing of the student learns.
     """
 
     predicts_states = False

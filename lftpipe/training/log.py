@@ -26,10 +26,7 @@ _PLACE = ("step", "tokens")
 class TensorBoard:
     """Event files in the run's folder, over tokens.
 
-    Parameters
-    ----------
-    tokens
-        Where it goes on; later events of a run that was killed are hidden.
+    `tokens`: where it goes on; later events of a run that was killed are hidden.
     """
 
     def __init__(self, folder: Path, tokens: int) -> None:
@@ -114,10 +111,7 @@ class Log:
     def write(self, learning_rate: float, nmse: float, evaluated: dict[str, float]) -> None:
         """A line for the step just done; what is NaN was not measured.
 
-        Parameters
-        ----------
-        evaluated
-            What was found on sequences that are not trained on, by name.
+        `evaluated`: what was found on sequences that are not trained on, by name.
         """
         run = self.run
         row = {

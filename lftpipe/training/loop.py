@@ -1,4 +1,4 @@
-"""The training loop: batches in, trained flow layers out, resumable at any checkpoint."""
+"""The training loop: batches in, trained layers out, resumable, judged on held-back sequences."""
 
 import math
 import time
@@ -6,21 +6,93 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lftpipe.base import progress
 from lftpipe.base.errors import DivergenceError
 from lftpipe.data.batches import Batch, BatchFields
 from lftpipe.results.outcomes import TrainedRun
-from lftpipe.teacher.tail import load_bridges
-from lftpipe.training import distributed, least_squares_init, narrow_start
+from lftpipe.teacher.tail import Layers, load_bridges
+from lftpipe.training import distributed, starts
 from lftpipe.training.checkpoint import Checkpoint, is_due
 from lftpipe.training.divergence import look_every
-from lftpipe.training.holdout import HoldOut
 from lftpipe.training.log import Log
 from lftpipe.training.rolling import Standing
 from lftpipe.training.run import TrainedPart, TrainingRun
-from lftpipe.training.step import Run, nmse_of, squares_of, take_step
+from lftpipe.training.step import Run, losses_of, nmse_of, squares_of, take_step
+
+# --- Evaluations during training: on sequences kept back from it, and, only to be logged, on validation.
+
+
+class HoldOut:
+    """Sequences of the end of the training split, and the first of validation.
+
+    Only what is held back decides anything: which weights are best, and when to stop.
+
+    `bridges`: the teacher's layers from each block to the next one.
+    """
+
+    def __init__(self, joint: Sequence[Run], bridges: Sequence[Layers]) -> None:
+        self.runs, self.bridges = joint, bridges
+        first = joint[0]
+        store, used, most = first.store, first.order.num_sequences, first.sequences_held_back
+        validation = store.num_sequences("validation") if first.predicts_states else 0
+        self._sequences = {
+            "train": range(used, store.num_sequences("train"))[:most],
+            "validation": range(validation)[:most],
+        }
+
+    def evaluate(self) -> dict[Path, dict[str, float]]:
+        """By run's folder: `held_back_loss`, `held_back_nmse`, `validation_nmse`.
+
+        The runs are one student, whose best moment is that of the sum of their losses.
+        """
+        started = time.monotonic()
+        figures: dict[Path, dict[str, float]] = {run.folder: {} for run in self.runs}
+        with ExitStack() as shown:
+            for run in self.runs:
+                shown.enter_context(run.weights.shown())
+            for split, key in (("train", "held_back"), ("validation", "validation")):
+                if self._sequences[split]:
+                    self._evaluate_split(split, key, figures)
+        losses = [figures[run.folder].get("held_back_loss", math.nan) for run in self.runs]
+        for run in self.runs:
+            if not math.isnan(losses[0]):
+                run.judge(sum(losses))
+            run.seconds += time.monotonic() - started
+        return figures
+
+    @torch.no_grad()
+    def _evaluate_split(self, split: str, key: str, figures: dict[Path, dict[str, float]]) -> None:
+        losses = [0.0] * len(self.runs)
+        squares: list[Tensor] = []
+        for batch in self._batches(split):
+            here = squares_of(self.runs, self.bridges, batch)
+            squares = [a + b for a, b in zip(squares, here, strict=True)] if squares else here
+            if key == "held_back":
+                for i, loss in enumerate(losses_of(self.runs, self.bridges, batch)):
+                    losses[i] += loss.item() * len(batch)
+        for run, loss, sums in zip(self.runs, losses, squares, strict=True):
+            figures[run.folder][f"{key}_nmse"] = nmse_of(sums)
+            if key == "held_back":
+                figures[run.folder]["held_back_loss"] = loss / len(self._sequences[split])
+
+    def _batches(self, split: str) -> Iterator[Batch]:
+        """The same each time: the step, of which the random draws are a function, is the batch's number."""
+        first, sequences = self.runs[0], self._sequences[split]
+        fields = BatchFields()
+        for run in self.runs:
+            fields |= run.fields
+        for number, start in enumerate(range(sequences.start, sequences.stop, first.order.batch_size)):
+            part = range(start, min(start + first.order.batch_size, sequences.stop))
+            yield first.reader.read(split, part, fields, number)
+
+
+# --- The training loop: batches in, trained flow layers out, resumable at any checkpoint.
 
 
 class Chain:
@@ -30,21 +102,14 @@ class Chain:
     comes of the first one's prediction, through the teacher's layers between the two; the sum of their losses
     is minimised.
 
-    Parameters
-    ----------
-    joint
-        The runs, in the order of their blocks, which do not overlap.
-
-    Attributes
-    ----------
-    error
-        Why the chain stopped before its end, if it did.
+    `joint`: the runs, in the order of their blocks, which do not overlap.
+    `error`: why the chain stopped before its end, if it did.
     """
 
     def __init__(self, joint: Sequence[Run]) -> None:
         self.runs, first = joint, joint[0]
         for run, one in _fitted(joint):
-            least_squares_init.last_maps(run, one)  # refused before anything is written
+            starts.last_maps(run, one)  # refused before anything is written
         self.bridges = load_bridges(first.teacher, [run.block for run in joint], first.device)
         self.settings = first.settings
         self.nmse = math.nan
@@ -92,12 +157,8 @@ class Chain:
     def begin(self, files: ExitStack, *, resume: bool) -> None:
         """Fit or restore what the first step starts from, and open the logs.
 
-        Parameters
-        ----------
-        files
-            Closes them, and waits for a checkpoint that is being written.
-        resume
-            Whether to go on from a checkpoint, if there is one.
+        `files`: closes them, and waits for a checkpoint that is being written.
+        `resume`: whether to go on from a checkpoint, if there is one.
         """
         files.callback(self._checkpoint.wait)
         if resume:
@@ -106,11 +167,11 @@ class Chain:
             self._standing.passed(self.step)
         for run, one in _fitted(self.runs):
             if run.step == 0:
-                least_squares_init.refit(run, one, partial(_first_batches, run, one.part.block))
+                starts.refit(run, one, partial(_first_batches, run, one.part.block))
         for begun in self.runs:
             if isinstance(begun, TrainingRun) and begun.step == 0:
                 for one in begun.narrow:
-                    narrow_start.fit(begun, one, partial(_first_batches_of, begun))
+                    starts.fit(begun, one, partial(_first_batches_of, begun))
         self._logs = [files.enter_context(closing(Log(run))) for run in self.runs]
         if self.step == 0 and self._hold_out and self.runs[0].starts_trained:
             figures = self._hold_out.evaluate()
@@ -200,20 +261,14 @@ def _standing_of(run: Run) -> Standing | None:
 def train_together(chains: list[Chain], *, resume: bool = False, verb: str = "train") -> list[TrainedRun]:
     """Train chains that share store, batches and seed from one stream of batches, each read once.
 
-    Parameters
-    ----------
-    chains
-        Runs of one flow layer, or of several that are trained jointly.
+    `chains`: runs of one flow layer, or of several that are trained jointly.
+    Raises `RunError` if a checkpoint is damaged, or a run diverges: the others are trained to their ends
+    first.
 
     Returns
     -------
     list of TrainedRun
         Of every run: where it is and how it ended.
-
-    Raises
-    ------
-    RunError
-        If a checkpoint is damaged, or a run diverges: the others are trained to their ends first.
     """
     labels = ", ".join(run.folder.name for chain in chains for run in chain.runs)
     first = chains[0].runs[0]
@@ -264,5 +319,5 @@ def _first_batches_of(run: TrainingRun, state: int) -> Iterator[Batch]:
 
 def _first_batches(run: TrainingRun, states: tuple[int, ...]) -> Iterator[Batch]:
     """What a start in closed form is fitted on."""
-    steps = min(math.ceil(least_squares_init.TOKENS / run.tokens_per_step), run.num_steps)
+    steps = min(math.ceil(starts.TOKENS / run.tokens_per_step), run.num_steps)
     return (batch for batch, _ in _batches(run, BatchFields(states), 0, steps))

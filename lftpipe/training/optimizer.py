@@ -39,10 +39,7 @@ LARGEST_STEP, LARGEST_DISTIL_STEP = 0.075, 0.0185
 def peak_rate(settings: TrainSettings, start: nn.Module | None) -> float:
     """The learning rate at its peak: as given, or a default for a layer that starts from another one.
 
-    Parameters
-    ----------
-    start
-        The teacher's layer from which the flow layer starts; without one the default is what was tuned.
+    `start`: the teacher's layer from which the flow layer starts; without one the default is what was tuned.
     """
     if settings.learning_rate is not None:
         return settings.learning_rate
@@ -186,14 +183,9 @@ class Optimizer:
     the size of AdamW's steps (Liu et al., arXiv 2502.16982). Vectors, and the maps from the time, which are
     no matrices between features, are AdamW's; so are stacks of matrices (experts), in steps of Muon's size.
 
-    Parameters
-    ----------
-    module
-        What learns; in a flow layer, a submodule called `modulation` maps the time.
-    learning_rate
-        At its peak.
-    muon
-        The format in which Muon orthogonalises; None leaves all weights to AdamW.
+    `module`: what learns; in a flow layer, a submodule called `modulation` maps the time.
+    `learning_rate`: at its peak.
+    `muon`: the format in which Muon orthogonalises; None leaves all weights to AdamW.
     """
 
     def __init__(
@@ -240,11 +232,7 @@ class Optimizer:
 def gradient_norm(parameters: list[Tensor], clip: float) -> Tensor:
     """The norm of all gradients together.
 
-    Parameters
-    ----------
-    parameters
-        Whose gradients; they are scaled down where the norm is larger than `clip`.
-    clip
-        The largest norm; 0 never scales.
+    `parameters`: whose gradients; they are scaled down where the norm is larger than `clip`.
+    `clip`: the largest norm; 0 never scales.
     """
     return nn.utils.clip_grad_norm_(parameters, clip or torch.inf)

@@ -12,10 +12,7 @@ from lftpipe.store import Reader, Store, register, unregister
 def window_of(settings: TrainSettings, store: Store) -> int:
     """Sequences that a run shuffles among themselves; 0: all.
 
-    Parameters
-    ----------
-    store
-        What it is trained on; a rolling one has its own windows.
+    `store`: what it is trained on; a rolling one has its own windows.
     """
     if not store.spec.rolling:
         return settings.window
@@ -31,10 +28,7 @@ def window_of(settings: TrainSettings, store: Store) -> int:
 def check_rolling(settings: TrainSettings, store: Store) -> None:
     """Refuse what needs training states that a rolling store has dropped, or not made yet.
 
-    Raises
-    ------
-    LftpipeError
-        With the reason, if it is a rolling store.
+    Raises `LftpipeError` with the reason, if it is a rolling store.
     """
     if not store.spec.rolling or settings.from_teacher:
         return
@@ -59,12 +53,8 @@ def check_rolling(settings: TrainSettings, store: Store) -> None:
 class Standing:
     """What the producer of a rolling store knows of some runs that are trained jointly.
 
-    Parameters
-    ----------
-    folder
-        Of the first run, whose checkpoint is that of all.
-    batch, steps
-        Sequences of a step, and how many steps there are.
+    `folder`: of the first run, whose checkpoint is that of all.
+    `batch`, `steps`: sequences of a step, and how many steps there are.
     """
 
     def __init__(self, folder: Path, store: Store, batch: int, steps: int) -> None:

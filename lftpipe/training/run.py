@@ -22,7 +22,7 @@ from lftpipe.config.settings import HealSettings, TrainSettings, loss_text
 from lftpipe.data.batches import BatchFields, BatchOrder, BatchReader
 from lftpipe.data.teacher_reader import reader_of
 from lftpipe.flow.objective import ErrorScale
-from lftpipe.flow.stack import LayerStack, NoLayer
+from lftpipe.flow.part import LayerStack, NoLayer
 from lftpipe.flow.velocity import Velocity
 from lftpipe.results.outcomes import TrainedRun
 from lftpipe.storage import url_of
@@ -44,10 +44,7 @@ from lftpipe.training.terms import FrozenTails, check_head
 def manifest_of(settings: TrainSettings, store: Store, parts: Sequence[Part]) -> dict[str, Any]:
     """What a finished run says of itself.
 
-    Raises
-    ------
-    LftpipeError
-        If the store is no longer the one that the run was begun on.
+    Raises `LftpipeError` if the store is no longer the one that the run was begun on.
     """
     now = Store.open(store.path)
     if now.fingerprint != store.fingerprint and now.origin != store.origin:
@@ -86,23 +83,12 @@ S = TypeVar("S", bound=TrainSettings | HealSettings)
 class ModuleTraining(ABC, Generic[S]):
     """A module between its first step and its last: what of it learns, by which loss, and how far it is.
 
-    Parameters
-    ----------
-    module
-        What learns are those of its weights that take gradients.
-    stages
-        Of the loss.
-    window
-        Sequences that are shuffled among themselves; 0: all.
-
-    Attributes
-    ----------
-    block
-        The layers that it runs in place of the teacher's.
-    tail
-        What next-token distributions are compared through, if any are.
-    loss
-        Over all processes, of the last step after which one looked.
+    `module`: what learns are those of its weights that take gradients.
+    `stages`: of the loss.
+    `window`: sequences that are shuffled among themselves; 0: all.
+    `block`: the layers that it runs in place of the teacher's.
+    `tail`: what next-token distributions are compared through, if any are.
+    `loss`: over all processes, of the last step after which one looked.
     """
 
     predicts_states: ClassVar[bool] = True
@@ -252,17 +238,9 @@ class TrainedPart:
 class TrainingRun(ModuleTraining[TrainSettings]):
     """The training of a student of one part or of several.
 
-    Parameters
-    ----------
-    blocks
-        What the parts of its student replace, in order.
-    tails, reader
-        Shared by the runs of one command; left out, its own.
-
-    Attributes
-    ----------
-    parts
-        The parts of the student, each with its module; `flow` is all of them in a row.
+    `blocks`: what the parts of its student replace, in order.
+    `tails`, `reader`: shared by the runs of one command; left out, its own.
+    `parts`: the parts of the student, each with its module; `flow` is all of them in a row.
     """
 
     def __init__(
@@ -356,10 +334,7 @@ class TrainingRun(ModuleTraining[TrainSettings]):
 def order_of(settings: TrainSettings | HealSettings, store: Store, window: int = 0) -> BatchOrder:
     """Which sequences a run sees, in which order.
 
-    Raises
-    ------
-    RunError
-        If processes can't share a batch, or all sequences are held back.
+    Raises `RunError` if processes can't share a batch, or all sequences are held back.
     """
     total = store.num_sequences("train")
     held_back = math.ceil(settings.hold_back * total)

@@ -35,17 +35,9 @@ def take_step(
 ) -> list[float]:
     """One step of runs that are trained jointly.
 
-    Parameters
-    ----------
-    bridges
-        The teacher's layers from each block to the next one.
-    look
-        Whether to look if losses and gradients were finite: before weights are kept in any way, one must.
-
-    Raises
-    ------
-    DivergenceError
-        If a loss or gradient is not finite, or was not since the last look.
+    `bridges`: the teacher's layers from each block to the next one.
+    `look`: whether to look if losses and gradients were finite: before weights are kept in any way, one must.
+    Raises `DivergenceError` if a loss or gradient is not finite, or was not since the last look.
     """
     losses = losses_of(joint, bridges, batch)
     # Once for all runs: the later ones' losses reach back through the earlier ones' walks.
@@ -56,10 +48,7 @@ def take_step(
 def losses_of(joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch) -> list[Loss]:
     """The loss of each run; a later one begins where the one before it ends.
 
-    Parameters
-    ----------
-    bridges
-        The teacher's layers from each block to the next one.
+    `bridges`: the teacher's layers from each block to the next one.
     """
     return _in_order(joint, bridges, batch, lambda run, x_0: loss_of(run, batch, x_0))
 
@@ -88,10 +77,7 @@ def _in_order(
 def loss_of(run: Run, batch: Batch, x_0: States | None = None) -> tuple[Loss, LogitsProblem]:
     """The loss of a run's present stage, and the problem it was computed on.
 
-    Parameters
-    ----------
-    x_0
-        Where to begin; left out, at the stored `h[m]`.
+    `x_0`: where to begin; left out, at the stored `h[m]`.
     """
     batch.need(run.fields)
     with run.autocast():
@@ -104,10 +90,7 @@ def pose(
 ) -> LogitsProblem:
     """A batch with the random draws of its step, or with equal steps as at inference.
 
-    Parameters
-    ----------
-    x_0
-        Where to begin; left out, at the stored `h[m]`.
+    `x_0`: where to begin; left out, at the stored `h[m]`.
     """
     if len(run.parts) == 1:
         return _pose(run, run.parts[0], batch, x_0, equal_steps=equal_steps)
@@ -151,10 +134,7 @@ def _pose(
 def move_weights(run: Run, loss: Loss, look: bool) -> float:
     """Move the weights of a run whose gradients are there; the learning rate of that.
 
-    Parameters
-    ----------
-    look
-        Whether to look if they were finite since the last look.
+    `look`: whether to look if they were finite since the last look.
     """
     distributed.average_gradients(run.module.parameters())
     norm = gradient_norm(list(run.module.parameters()), run.settings.clip)
@@ -192,10 +172,7 @@ def squares_of(joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch) ->
 
     NaN where a run predicts none.
 
-    Parameters
-    ----------
-    bridges
-        The teacher's layers from each block to the next one.
+    `bridges`: the teacher's layers from each block to the next one.
     """
 
     def squares(run: Run, x_0: States | None) -> tuple[Tensor, LogitsProblem]:

@@ -24,10 +24,9 @@ from lftpipe.flow.distillation import (
     top_divergence,
 )
 from lftpipe.flow.objective import ErrorScale, Loss, branch_matching, flow_matching, flow_walking
-from lftpipe.flow.part import PartSequence
+from lftpipe.flow.part import LayerStack, NoLayer, PartSequence
 from lftpipe.flow.path import LinearPath, PiecewiseLinearPath, States, Times
 from lftpipe.flow.solver import Method, ODESolver
-from lftpipe.flow.stack import LayerStack, NoLayer
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.source import Teacher
 from lftpipe.teacher.tail import Tail

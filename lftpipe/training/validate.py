@@ -81,15 +81,9 @@ def variants_of(settings: TrainSettings) -> list[TrainSettings]:
 def resolved(settings: TrainSettings, store: Store, blocks: Blocks, teacher: Teacher) -> TrainSettings:
     """Settings with all that was left open chosen, and checked against the store.
 
-    Parameters
-    ----------
-    teacher
-        The store's, whose layers training begins from.
-
-    Raises
-    ------
-    LftpipeError
-        If the store lacks a state of a block or has nothing to train on, or the settings contradict.
+    `teacher`: the store's, whose layers training begins from.
+    Raises `LftpipeError` if the store lacks a state of a block or has nothing to train on, or the settings
+    contradict.
     """
     _check_objective(settings)
     _check_student(settings, blocks)

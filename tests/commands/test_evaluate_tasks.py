@@ -16,8 +16,7 @@ from lftpipe.base.errors import SettingsError
 from lftpipe.commands.evaluate import evaluate
 from lftpipe.config.settings import EvaluateSettings
 from lftpipe.evaluation import tasks as of_lm_eval
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_teacher
+from lftpipe.student.assemble import build_student, load_teacher
 from lftpipe.teacher.source import open_teacher
 
 #: lm_eval takes more than ten seconds to begin.

@@ -21,8 +21,7 @@ from lftpipe.base.errors import RunError, TeacherError
 from lftpipe.cli.app import app
 from lftpipe.commands.export import export, summary
 from lftpipe.results.scores import Score
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import build_student, load_model
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.source import Teacher, load_tokenizer, open_teacher
 

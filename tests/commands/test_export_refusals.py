@@ -12,7 +12,7 @@ from tiny_students import save_run
 from lftpipe import runs
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.commands.export import export
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import load_model
 from lftpipe.teacher.source import Teacher, open_teacher
 
 

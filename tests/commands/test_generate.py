@@ -18,9 +18,8 @@ from lftpipe.commands.export import export
 from lftpipe.commands.generate import generate, summary
 from lftpipe.config.settings import ExportSettings, GenerateSettings
 from lftpipe.results.run import read_samples
-from lftpipe.student.assemble import build_student, without_layers
+from lftpipe.student.assemble import build_student, load_teacher, without_layers
 from lftpipe.student.decoding import continue_prompt, speculate
-from lftpipe.student.loading import load_teacher
 from lftpipe.teacher.source import Teacher, open_teacher
 
 PROMPT = "the state of a layer flows into"

@@ -15,9 +15,8 @@ from lftpipe import runs
 from lftpipe.base.errors import SettingsError
 from lftpipe.commands.generate import generate
 from lftpipe.config.settings import GenerateSettings
-from lftpipe.student.assemble import build_student
+from lftpipe.student.assemble import build_student, load_teacher
 from lftpipe.student.decoding import Sampling, continue_prompt, end_tokens, speculate
-from lftpipe.student.loading import load_teacher
 from lftpipe.teacher.source import Teacher, load_tokenizer, open_teacher, prompt_tokens
 
 PROMPT = "the state of a layer flows into"

@@ -17,8 +17,7 @@ from lftpipe.commands.heal import heal
 from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExportSettings, HealSettings, TrainSettings
 from lftpipe.store import Store
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import build_student, load_model
 from lftpipe.training.healing import HealingStudent
 
 STEPS = 10

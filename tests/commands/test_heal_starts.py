@@ -21,8 +21,7 @@ from lftpipe.commands.heal import heal
 from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExportSettings, GenerateSettings, HealSettings
 from lftpipe.store import Store
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import build_student, load_model
 from lftpipe.training import step as training_step
 
 

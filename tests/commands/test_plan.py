@@ -97,7 +97,7 @@ def test_candidates_are_not_trained_again_for_another_budget(
     planned: tuple[Path, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, _ = planned
-    monkeypatch.setattr("lftpipe.training.joint.TrainingRun", None)
+    monkeypatch.setattr("lftpipe.training.several.TrainingRun", None)
     found = plan(planning(store, layers=3, out=tmp_path / "plan.json"))
     assert found["choice"]["cost"]["layers"] <= 3
     assert "next: lftpipe train --plan" in str(summary(found).__dict__)
@@ -162,7 +162,7 @@ def test_compress_makes_a_checkpoint_and_goes_on_where_it_was(
     assert student.num_parameters() == names[Path(made["run"]).name]
     assert max(names.values()) == names[Path(made["run"]).name]
     assert "AutoModelForCausalLM.from_pretrained" in str(summary_of_compress(made).__dict__)
-    monkeypatch.setattr("lftpipe.training.joint.TrainingRun", None)
+    monkeypatch.setattr("lftpipe.training.several.TrainingRun", None)
     assert compress(given)["run"] == made["run"]
     with pytest.raises(RunError, match="a plan of another store or with other settings"):
         compress(replace(given, minutes=1.0))

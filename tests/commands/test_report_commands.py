@@ -12,7 +12,7 @@ from lftpipe.commands.evaluate import evaluate
 from lftpipe.commands.heal import heal
 from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, HealSettings
-from lftpipe.reporting.collect import collect
+from lftpipe.reporting.pages import collect
 
 
 def typed(command: str, *more: str) -> None:

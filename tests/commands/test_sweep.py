@@ -154,7 +154,7 @@ def test_a_choice_is_the_lowest_figure_and_its_place_is_counted_by_kl(swept):
 
 def test_a_second_sweep_trains_nothing_and_writes_the_same(swept, store, monkeypatch):
     before = written(swept)
-    monkeypatch.setattr("lftpipe.training.joint.TrainingRun", None)
+    monkeypatch.setattr("lftpipe.training.several.TrainingRun", None)
     again = sweep(settings_of(store, Path(swept["out"]).parent, force=True))
     assert again["trained"] == 0
     assert written(again) == before

@@ -21,8 +21,7 @@ from lftpipe.commands.evaluate import evaluate, summary
 from lftpipe.config.settings import EvaluateSettings
 from lftpipe.corpus.wikitext import read_wikitext
 from lftpipe.evaluation.whole_text import WholeText
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_teacher
+from lftpipe.student.assemble import build_student, load_teacher
 from lftpipe.teacher.source import open_teacher
 
 TASK = """task: whole

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lftpipe.flow.hadamard import hadamard
+from lftpipe.training.closed_form import hadamard
 
 
 @pytest.mark.parametrize("order", [1, 2, 12, 20, 28, 36, 64, 192, 576, 640, 896, 1024])

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lftpipe.families.attention import AttentionContext, attention_context
-from lftpipe.flow.linear import LeastSquares, LinearMap
 from lftpipe.flow.objective import ErrorScale, flow_walking, walk_times
+from lftpipe.flow.part import LeastSquares, LinearMap
 from lftpipe.flow.solver import EVALUATIONS, ODESolver
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.layers import load_layer, load_rotary

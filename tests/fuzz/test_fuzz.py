@@ -37,7 +37,7 @@ from lftpipe.results.recoupling import RecouplingMap
 from lftpipe.results.run import ExportSource, read_metrics
 from lftpipe.results.scores import Results
 from lftpipe.store import Store
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import load_model
 from lftpipe.teacher.source import load_tokenizer, open_teacher
 from lftpipe.training.checkpoint import read_checkpoint
 

@@ -10,8 +10,7 @@ import pytest
 from fake_maps import make_map
 from report_data import results
 
-from lftpipe.reporting.collect import Found
-from lftpipe.reporting.pages import recoupling_page, report_page
+from lftpipe.reporting.pages import Found, recoupling_page, report_page
 from lftpipe.results.run import Metrics
 from lftpipe.results.scores import TaskScore
 

@@ -13,9 +13,8 @@ from lftpipe import runs
 from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.families.attention import attention_context
 from lftpipe.flow.solver import ODESolver
-from lftpipe.student.assemble import build_student, without_layers
+from lftpipe.student.assemble import build_student, load_model, load_teacher, without_layers
 from lftpipe.student.decoding import continue_prompt, speculate
-from lftpipe.student.loading import load_model, load_teacher
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.layers import load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher

@@ -13,8 +13,7 @@ from lftpipe.base.errors import RunError
 from lftpipe.commands import export as command
 from lftpipe.commands.export import export
 from lftpipe.student import student_class
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import build_student, load_model
 from lftpipe.student.plain import unroll
 from lftpipe.teacher.source import Teacher, open_teacher
 

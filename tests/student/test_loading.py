@@ -10,7 +10,7 @@ from tiny_students import save_run, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lftpipe.base.errors import RunError, TeacherError
-from lftpipe.student.loading import load_model, load_teacher, teacher_of_run
+from lftpipe.student.assemble import load_model, load_teacher, teacher_of_run
 from lftpipe.teacher.source import open_teacher
 
 ATOL = 1e-4

@@ -13,7 +13,7 @@ from decoders import DECODERS, make_decoders
 from tiny_students import export_settings, save_run, tokens
 
 from lftpipe.commands.export import export
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import load_model
 from lftpipe.teacher.source import open_teacher
 
 #: A Python with transformers 4: `make runtimes` makes the second one.

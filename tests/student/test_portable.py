@@ -11,7 +11,7 @@ from tiny_students import save_run, tokens
 
 from lftpipe.commands.export import export
 from lftpipe.config.settings import ExportSettings
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import load_model
 from lftpipe.student.standalone_modeling import MODULE, bundle
 from lftpipe.teacher.source import load_tokenizer, open_teacher
 

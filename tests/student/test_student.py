@@ -13,9 +13,8 @@ from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.families.attention import attention_context
 from lftpipe.flow.solver import ODESolver
 from lftpipe.flow.velocity import Velocity
-from lftpipe.student.assemble import build_student
+from lftpipe.student.assemble import build_student, load_teacher
 from lftpipe.student.derived import student_class
-from lftpipe.student.loading import load_teacher
 from lftpipe.teacher.layers import load_layer, load_rotary
 from lftpipe.teacher.source import Teacher, open_teacher
 from lftpipe.teacher.tail import Tail

@@ -14,8 +14,7 @@ from teachers import WORKSPACE, whole
 from tiny_students import save_run, tokens
 
 from lftpipe.base.errors import TeacherError
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_teacher
+from lftpipe.student.assemble import build_student, load_teacher
 from lftpipe.student.plain import unroll
 from lftpipe.teacher import compare
 from lftpipe.teacher.compare import check_logits

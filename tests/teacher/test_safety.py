@@ -13,7 +13,7 @@ import torch
 
 import lftpipe
 from lftpipe.base.errors import TeacherError
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import load_model
 from lftpipe.teacher import gguf
 from lftpipe.teacher.checkpoint import Checkpoint
 from lftpipe.teacher.source import Teacher, open_recorded, open_teacher, record_of

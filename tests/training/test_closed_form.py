@@ -16,10 +16,9 @@ from lftpipe.commands.evaluate import evaluate
 from lftpipe.commands.export import export
 from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExportSettings
-from lftpipe.flow.hadamard import hadamard
 from lftpipe.store import Store
-from lftpipe.student.assemble import build_student, without_layers
-from lftpipe.student.loading import load_model, load_teacher
+from lftpipe.student.assemble import build_student, load_model, load_teacher, without_layers
+from lftpipe.training.closed_form import hadamard
 
 RIVALS = ("skip", "linear", "replaceme", "linearpatch")
 

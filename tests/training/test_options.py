@@ -12,7 +12,7 @@ from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
 from lftpipe.store import Store
 from lftpipe.training import TrainingRun
-from lftpipe.training.holdout import HoldOut
+from lftpipe.training.loop import HoldOut
 
 
 @pytest.fixture

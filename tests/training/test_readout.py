@@ -14,10 +14,10 @@ from lftpipe.base.errors import RunError, SettingsError
 from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
 from lftpipe.data.batches import Batch
-from lftpipe.flow.linear import LeastSquares
+from lftpipe.flow.part import LeastSquares
 from lftpipe.runs import read_settings
 from lftpipe.store import Store
-from lftpipe.training import TrainingRun, least_squares_init, validate
+from lftpipe.training import TrainingRun, starts, validate
 from lftpipe.training import step as training_step
 from lftpipe.training.loop import _first_batches
 from lftpipe.training.step import pose
@@ -57,11 +57,11 @@ def error(run: TrainingRun, batches: list[Batch]) -> float:
 
 def assert_nearer_on_others(settings: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     run = training(settings, objective="regression")
-    monkeypatch.setattr(least_squares_init, "TOKENS", 16 * 4 * CONTEXT)
+    monkeypatch.setattr(starts, "TOKENS", 16 * 4 * CONTEXT)
     run.num_steps = 16
     first, others = batches_of(run)[:12], batches_of(run)[12:]
     before = error(run, others)
-    least_squares_init.refit(run, run.parts[0], lambda: first)
+    starts.refit(run, run.parts[0], lambda: first)
     assert error(run, others) < 0.9 * before
 
 
@@ -81,7 +81,7 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
     Where the MLP reads what attention gives, that is so for its own map alone.
     """
     run = training(settings, objective="regression")
-    monkeypatch.setattr(least_squares_init, "RIDGE", 1e-9)
+    monkeypatch.setattr(starts, "RIDGE", 1e-9)
     target = training(settings, objective="regression")
     layer: Any = run.flow.layer
     form: Any = layer.form
@@ -97,7 +97,7 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
             for batch in batches_of(run)
         ]
     before = error(run, batches)
-    least_squares_init.refit(run, run.parts[0], lambda: batches)
+    starts.refit(run, run.parts[0], lambda: batches)
     assert error(run, batches) < 1e-4 * before
 
 
@@ -107,14 +107,14 @@ def test_a_run_begins_with_it_and_goes_on_from_a_checkpoint_without(settings, tm
     starts = [log_of(str(tmp_path / name))[0]["loss"] for name in ("layer", "run")]
     assert starts[1] < 0.9 * starts[0]
     calls = []
-    real, fit = training_step.loss_of, least_squares_init.refit
+    real, fit = training_step.loss_of, starts.refit
 
     def killed(run, batch, x_0=None):
         if batch.step == 7:
             raise KeyboardInterrupt
         return real(run, batch, x_0)
 
-    monkeypatch.setattr(least_squares_init, "refit", lambda *given: calls.append(1) or fit(*given))
+    monkeypatch.setattr(starts, "refit", lambda *given: calls.append(1) or fit(*given))
     monkeypatch.setattr(training_step, "loss_of", killed)
     again = change(settings, run=str(tmp_path / "again"))
     with pytest.raises(KeyboardInterrupt):
@@ -161,7 +161,7 @@ def test_no_constant_is_fitted_that_maps_without_biases_throw_away(settings, mon
             replace(batch, states=dict(batch.states) | {3: batch.states[3] + 1.0})
             for batch in batches_of(run)
         ]
-        least_squares_init.refit(run, run.parts[0], lambda: batches)
+        starts.refit(run, run.parts[0], lambda: batches)
         return error(run, batches)
 
     ours = fitted_error(training(settings, objective="regression"))

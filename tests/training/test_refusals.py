@@ -41,7 +41,7 @@ def test_a_finished_run_is_left_alone_without_force(settings, monkeypatch):
     train(settings)
     before = weights_of(settings.run)
     with monkeypatch.context() as patch:
-        patch.setattr("lftpipe.training.joint.TrainingRun", None)
+        patch.setattr("lftpipe.training.several.TrainingRun", None)
         again = train(settings)
     assert again["already_finished"]
     assert "nothing was computed" in summary(again)

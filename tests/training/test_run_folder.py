@@ -188,7 +188,7 @@ def test_an_edited_manifest_is_no_run(settings):
 )
 def test_what_is_refused_leaves_everything_as_it_was(settings, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr("lftpipe.training.closed_form.hadamard", _no_matrix)
-    monkeypatch.setattr("lftpipe.training.least_squares_init.is_linear_map", lambda _: False)
+    monkeypatch.setattr("lftpipe.training.starts.is_linear_map", lambda _: False)
     train(settings)
     before = content(Path(str(settings.run)))
     settings = change(settings, **changes)

@@ -19,7 +19,7 @@ from lftpipe.base.files import file_digest, seal
 from lftpipe.cli.app import app
 from lftpipe.commands.export import export
 from lftpipe.config.settings import ExportSettings
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import load_model
 from lftpipe.teacher.source import Teacher, open_teacher
 
 

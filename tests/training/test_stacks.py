@@ -17,8 +17,7 @@ from lftpipe.commands.export import export
 from lftpipe.commands.train import train
 from lftpipe.config.settings import EvaluateSettings, ExportSettings
 from lftpipe.store import Store
-from lftpipe.student.assemble import build_student
-from lftpipe.student.loading import load_model
+from lftpipe.student.assemble import build_student, load_model
 from lftpipe.teacher.source import open_teacher
 from lftpipe.training.estimator import parts
 

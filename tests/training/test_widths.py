@@ -23,7 +23,7 @@ from lftpipe.families.layer_probe import weight_of
 from lftpipe.families.narrow import mlp_maps, narrow
 from lftpipe.store import Store
 from lftpipe.teacher.layers import load_layer
-from lftpipe.training.narrow_start import Moments, Start
+from lftpipe.training.starts import Moments, Start
 
 
 @pytest.fixture(autouse=True)
