@@ -81,7 +81,7 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
     Where the MLP reads what attention gives, that is so for its own map alone.
     """
     run = training(settings, objective="regression")
-    monkeypatch.setattr(starts, "RIDGE", 1e-9)
+    monkeypatch.setattr(starts, "READOUT_RIDGE", 1e-9)
     target = training(settings, objective="regression")
     layer: Any = run.flow.layer
     form: Any = layer.form
@@ -104,8 +104,8 @@ def test_a_block_that_is_a_layer_with_other_maps_is_found(settings, monkeypatch)
 def test_a_run_begins_with_it_and_goes_on_from_a_checkpoint_without(settings, tmp_path, monkeypatch):
     train(change(settings, run=str(tmp_path / "layer"), init="layer"))
     train(settings)
-    starts = [log_of(str(tmp_path / name))[0]["loss"] for name in ("layer", "run")]
-    assert starts[1] < 0.9 * starts[0]
+    first = [log_of(str(tmp_path / name))[0]["loss"] for name in ("layer", "run")]
+    assert first[1] < 0.9 * first[0]
     calls = []
     real, fit = training_step.loss_of, starts.refit
 
