@@ -58,7 +58,7 @@ def small_disk(path: Path, size: str) -> bool:
 
 
 def killed_after(seconds: float, act: Callable[[], Any], begun: Callable[[], bool] | None = None) -> bool:
-    """Whether a process of its own that does this was killed, so many seconds after its start, or after it had begun."""
+    """Whether a process of its own was killed, so many seconds after its start, or after it had begun."""
     child = Child(act)
     while begun is not None and not begun() and child.running:
         time.sleep(0.001)

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
+from conftest import CHECK_TYPES
 from waiting import Child
 
 ROOT = Path(__file__).parents[1]
@@ -253,6 +255,9 @@ def test_no_function_is_endless():
     assert {name: length for name, length in lengths.items() if length > 60} == {}
 
 
+@pytest.mark.skipif(
+    CHECK_TYPES, reason="beartype knows the classes of the first import, and this one imports afresh"
+)
 def test_training_from_the_cache_runs_no_teacher(stores, tmp_path):
     """In a process that imports lftpipe afresh, where loading a model in any of transformers' ways fails.
 

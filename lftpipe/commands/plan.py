@@ -176,7 +176,7 @@ class _Search:
         """What the settings ask for, as the most of one cost."""
         settings = self.settings
         if settings.layers is not None:
-            return Budget("layers", settings.layers)
+            return Budget("layers", float(settings.layers))
         if settings.speed is not None:
             return Budget("decode", self.whole.decode / settings.speed)
         return Budget("parameters", _size(settings) * self.whole.parameters)
@@ -234,7 +234,7 @@ class _Search:
         found: list[Choice] = []
         for step in range(FRONT):
             most = least + (whole - least) * step / FRONT
-            chosen = choose(self.pool, Budget(budget.kind, most))
+            chosen = choose(self.pool, Budget(budget.kind, float(most)))
             if chosen is not None and (not found or _parts(chosen) != found[-1].parts):
                 found.append(self.choice(chosen))
         return found

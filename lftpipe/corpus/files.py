@@ -176,7 +176,7 @@ def _json_documents(path: Path, name: str, most: int, field: str | None) -> Iter
             yield document_of(value, f"{name}:{number}", where, most)
 
 
-def _line_rows(file: IO[bytes], path: Path, most: int) -> Iterator[tuple[int, str, Any]]:
+def _line_rows(file: io.BufferedReader, path: Path, most: int) -> Iterator[tuple[int, str, Any]]:
     """Each line that is not blank: its number, where it is, and its value."""
     number = -1
     # A line has more than its text: names, escapes, other fields.
@@ -193,7 +193,7 @@ def _line_rows(file: IO[bytes], path: Path, most: int) -> Iterator[tuple[int, st
             raise CorpusError(where, "one JSON object a line, or an array of them", "correct it") from error
 
 
-def _array_rows(file: IO[bytes], path: Path, most: int) -> Iterator[tuple[int, str, Any]]:
+def _array_rows(file: io.BufferedReader, path: Path, most: int) -> Iterator[tuple[int, str, Any]]:
     """The items of an array, decoded one by one: together they may be larger than the memory."""
     with io.TextIOWrapper(file, encoding=UTF8) as text:
         yield from _items(text, path, most)
@@ -203,7 +203,7 @@ def _array_rows(file: IO[bytes], path: Path, most: int) -> Iterator[tuple[int, s
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _items(text: IO[str], path: Path, most: int) -> Iterator[tuple[int, str, Any]]:
+def _items(text: io.TextIOWrapper, path: Path, most: int) -> Iterator[tuple[int, str, Any]]:
     spaces, decode = _WHITESPACE.match, json.JSONDecoder().raw_decode
     buffer, at, number, before = "", 0, 0, "["
     while True:
@@ -259,7 +259,7 @@ def _csv_documents(path: Path, name: str, most: int, field: str | None) -> Itera
         raise CorpusError(f"{shown(path)} after line {line} ({error})", "a table", "correct it") from error
 
 
-def _bounded_lines(file: IO[str], path: Path, most: int) -> Iterator[str]:
+def _bounded_lines(file: io.TextIOWrapper, path: Path, most: int) -> Iterator[str]:
     while line := file.readline(4 * most + 1):
         if len(line) > 4 * most:
             raise too_large(shown(path), most)

@@ -79,6 +79,7 @@ class Costs:
             self._many,
             tokens=self._many.tokens[:1, :1],
             position_ids=self._many.position_ids[:1, :1],
+            document=None,
             places=None,
             states={},
         )

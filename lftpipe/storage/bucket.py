@@ -3,8 +3,9 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typing_extensions import override
 
 from lftpipe.base.errors import StoreError
 from lftpipe.storage.interface import Opened, Reads
-from lftpipe.storage.lease import Lease, SegmentLog, client_of, read_object, refusals
+from lftpipe.storage.lease import Lease, SegmentLog, answered, client_of, read_object, refusals
 
 # --- Ranges of objects kept on this machine's disk, at most so many bytes, the longest unused dropped first.
 
@@ -133,7 +134,7 @@ class BucketStorage(SegmentLog):
     def size(self, name: str) -> int:
         """Bytes of an object."""
         with refusals(self.where):
-            return self.client.head(name)["size"]
+            return answered(lambda: self.client.head(name))["size"]
 
     @override
     def read(self, name: str) -> bytes:
@@ -150,7 +151,7 @@ class BucketStorage(SegmentLog):
         if key and self._cache and (kept := self._cache.get(place)) is not None:
             return kept
         with refusals(self.where):
-            data = memoryview(self.client.get_range(name, start=start, length=length))
+            data = memoryview(answered(lambda: self.client.get_range(name, start=start, length=length)))
         if key and self._cache:
             self._cache.put(place, data)
         return data
@@ -164,14 +165,14 @@ class BucketStorage(SegmentLog):
         wanted = set(names)
         return {name: size for name, size in self.entries() if name in wanted} if wanted else {}
 
-    def entries(self, prefix: str | None = None) -> Iterator[tuple[str, int]]:
+    def entries(self, prefix: str | None = None) -> list[tuple[str, int]]:
         """Every object below a prefix, and its size.
 
         `prefix`: whole names of folders; None for all.
         """
         with refusals(self.where):
-            for batch in self.client.list(prefix, chunk_size=1000):
-                yield from ((each["path"], each["size"]) for each in batch)
+            found = answered(lambda: list(self.client.list(prefix, chunk_size=1000)))
+        return [(each["path"], each["size"]) for batch in found for each in batch]
 
     @override
     def digest(self, name: str) -> str:
@@ -191,7 +192,7 @@ class BucketStorage(SegmentLog):
         paths = [path for path, _ in self.entries(name)] or [name]
         with refusals(self.where):
             for first in range(0, len(paths), 1000):
-                self.client.delete(paths[first : first + 1000])
+                answered(partial(self.client.delete, paths[first : first + 1000]))
 
     @override
     def total_bytes(self) -> int:
@@ -200,13 +201,13 @@ class BucketStorage(SegmentLog):
     def put(self, name: str, content: Path | bytes) -> str:
         """Put an object, in parts if it is large; its tag. Of a file that may change, give the bytes."""
         with refusals(self.where):
-            put = self.client.put(name, content, chunk_size=PART_BYTES, max_concurrency=4)
+            put = answered(lambda: self.client.put(name, content, chunk_size=PART_BYTES, max_concurrency=4))
         return put.get("e_tag") or ""
 
     def folder(self, prefix: str | None = None) -> tuple[list[str], dict[str, str]]:
         """Folders, and files with their tags, right below a prefix; None for the top."""
         with refusals(self.where):
-            found = self.client.list_with_delimiter(prefix)
+            found = answered(lambda: self.client.list_with_delimiter(prefix))
         files = {each["path"]: each.get("e_tag") or "" for each in found["objects"]}
         return [path.rstrip("/") for path in found["common_prefixes"]], files
 

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from typing_extensions import override
 
 from lftpipe.base.errors import StoreBusyError, StoreError
 from lftpipe.storage.interface import Writes
+
+T = TypeVar("T")
 
 # --- The connection to a bucket, and its refusals as our errors.
 
@@ -101,17 +103,25 @@ def refusals(where: str) -> Iterator[None]:
         ) from None
 
 
-def read_object(client: Any, name: str) -> bytes:
-    """A whole object. Where an answer breaks off obstore tries again, but not if it was that of an error."""
+def answered(request: Callable[[], T]) -> T:
+    """What a request gives. One whose answer breaks off is made again: obstore does so for some kinds only.
+
+    `request`: may be made twice.
+    """
     from obstore.exceptions import BaseError
 
     for _ in range(_TRIES - 1):
         try:
-            return client.get(name).bytes().to_bytes()
+            return request()
         except BaseError as error:
             if _BROKE_OFF not in str(error):
                 raise
-    return client.get(name).bytes().to_bytes()
+    return request()
+
+
+def read_object(client: Any, name: str) -> bytes:
+    """A whole object."""
+    return answered(lambda: client.get(name).bytes().to_bytes())
 
 
 def _no_bucket(where: str) -> StoreError:
@@ -213,7 +223,7 @@ class Lease:
         self._beat += 1
         content = {"writer": self._writer, "host": self._host, "place": self._place, "beat": self._beat}
         with refusals(self._where):
-            self._client().put(LEASE, json.dumps(content).encode(), use_multipart=False)
+            answered(lambda: self._client().put(LEASE, json.dumps(content).encode(), use_multipart=False))
 
 
 # --- A log where nothing can be appended to: numbered objects, each made only if it is absent.
@@ -298,7 +308,7 @@ class SegmentLog(Writes):
     def _create(self, number: int, data: bytes) -> None:
         try:
             with refusals(self.where):
-                self.client.put(self._name(number), data, mode="create")
+                answered(lambda: self.client.put(self._name(number), data, mode="create"))
         except FileExistsError:
             # A put whose answer was lost is tried again, and meets itself.
             if self.read(self._name(number)) != data:
@@ -308,7 +318,7 @@ class SegmentLog(Writes):
     def _remove(self, numbers: list[int]) -> None:
         for number in numbers:
             with refusals(self.where):
-                self.client.delete(self._name(number))
+                answered(lambda number=number: self.client.delete(self._name(number)))
 
     def _taken_over(self) -> StoreError:
         return StoreError(

@@ -2,6 +2,8 @@
 
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +147,6 @@ def test_a_server_that_is_gone_is_one_line_within_seconds(monkeypatch, server):
     assert "\\n" not in str(caught.value)
 
 
-@pytest.mark.slow  # now and then a list that is cut in its body still ends the command
 def test_connections_that_are_cut_are_tried_again(server, monkeypatch, machine):
     url = make_bucket(server, "cut")
     proxy = Proxy(server)
@@ -176,27 +177,41 @@ def test_connections_that_are_cut_are_tried_again(server, monkeypatch, machine):
     assert proxy.refused > 3
 
 
-def test_an_answer_that_breaks_off_while_it_says_that_nothing_is_there_is_asked_for_again(
-    server, monkeypatch
-):
-    error = b"<Error><Code>NoSuchKey</Code></Error>"
-    head = b"HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(error)
+@contextmanager
+def answering(monkeypatch, status: str, body: bytes) -> Iterator[None]:
+    """A server whose first two answers break off in their body."""
+    head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
-            for body in (error[:9], error[:9], error):
+            for content in (body[:9], body[:9], body):
                 client, _ = listener.accept()
                 with client:
                     client.recv(2**16)
-                    client.sendall(head + body)
+                    client.sendall(head + content)
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        with pytest.raises(FileNotFoundError, match="no such object"):
-            BucketStorage("s3://missing/files").read("nothing.json")
+        yield
         thread.join(30)
     assert not thread.is_alive()
+
+
+def test_an_answer_that_breaks_off_while_it_says_that_nothing_is_there_is_asked_for_again(
+    server, monkeypatch
+):
+    with (
+        answering(monkeypatch, "404 Not Found", b"<Error><Code>NoSuchKey</Code></Error>"),
+        pytest.raises(FileNotFoundError, match="no such object"),
+    ):
+        BucketStorage("s3://missing/files").read("nothing.json")
+
+
+@pytest.mark.parametrize("ask", [BucketStorage.entries, BucketStorage.names], ids=["flat", "by-folder"])
+def test_a_list_that_breaks_off_is_asked_for_again(server, monkeypatch, ask):
+    with answering(monkeypatch, "200 OK", b"<ListBucketResult><Name>x</Name></ListBucketResult>"):
+        assert not ask(BucketStorage("s3://missing/files"))
 
 
 def test_a_large_object_is_put_in_parts(server, machine, monkeypatch):

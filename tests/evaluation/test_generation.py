@@ -43,8 +43,8 @@ def test_a_program_counts_only_if_it_ends_by_itself_within_its_limits(program: s
 
 
 def test_a_program_without_an_end_is_stopped() -> None:
-    assert not runs_to_its_end("while True: pass", seconds=1)
-    assert not runs_to_its_end("import time; time.sleep(60)", seconds=1)
+    assert not runs_to_its_end("while True: pass", seconds=1.0)
+    assert not runs_to_its_end("import time; time.sleep(60)", seconds=1.0)
 
 
 @pytest.mark.skipif(not has_no_network(), reason="this system lets no user take the network away")

@@ -18,7 +18,7 @@ def test_nineteen_of_twenty_intervals_cover_the_true_figure():
 
 def test_an_interval_of_a_mean_over_tasks_is_as_wide_as_its_standard_error_says():
     rng = np.random.default_rng(1)
-    tasks = [of_means((rng.random(count) < 0.6).tolist()) for count in (100, 400)]
+    tasks = [of_means((rng.random(count) < 0.6).astype(float).tolist()) for count in (100, 400)]
     low, high = interval_of(resampled(tasks)) or (0, 0)
     error = np.sqrt(sum(scores.var() / len(scores) for scores, _ in tasks)) / 2
     assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.1)

@@ -90,7 +90,7 @@ def test_wide_beams_find_the_best_text(language, weight):
 def test_weight_0_of_whisper_is_its_own_beam_search(whisper):
     states, tokenizer = torch.randn(20, 16, generator=torch.Generator().manual_seed(1)), make_tokenizer()
     recogniser = Seq2SeqRecogniser(whisper, tokenizer, states, [0])
-    found = Search(weight=0, beams=3, longest=30).best(recogniser, None)[0]
+    found = Search(weight=0.0, beams=3, longest=30).best(recogniser, None)[0]
     ids = whisper.generate(
         encoder_outputs=BaseModelOutput(states[None]), decoder_input_ids=torch.tensor([[0]]), num_beams=3,
         length_penalty=0.0, early_stopping="never", use_cache=True, max_new_tokens=30, do_sample=False,
@@ -165,7 +165,7 @@ def test_delayed_fusion_of_main_spellings_is_gfds_own_formula(language):
 
 def test_rescoring_sorts_what_the_recogniser_found(language):
     log_p = posteriors(4, 4, seed=4)
-    found = Search(weight=0, beams=6).best(CtcRecogniser(log_p, LABELS), None)
+    found = Search(weight=0.0, beams=6).best(CtcRecogniser(log_p, LABELS), None)
     again = rescored(found, language, 0.6)
     assert {heard.text for heard in again} == {heard.text for heard in found}
     assert [heard.score for heard in again] == sorted((heard.score for heard in again), reverse=True)

@@ -41,7 +41,9 @@ def timed(act: Callable[[], Any]) -> float:
     return time.monotonic() - started
 
 
-def killed_at(number: int, seconds: float, rng: np.random.Generator, act: Callable[[], Any], left: Path) -> bool:
+def killed_at(
+    number: int, seconds: float, rng: np.random.Generator, act: Callable[[], Any], left: Path
+) -> bool:
     """Killed at a random moment; the first time as soon as there is something to go on from."""
     if number == 0:
         return killed_after(0, act, left.exists)
