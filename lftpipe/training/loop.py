@@ -18,6 +18,7 @@ from lftpipe.data.batches import Batch, BatchFields
 from lftpipe.results.outcomes import TrainedRun
 from lftpipe.teacher.tail import Layers, load_bridges
 from lftpipe.training import distributed, starts
+from lftpipe.training.averaging import WeightAverage
 from lftpipe.training.checkpoint import Checkpoint, is_due
 from lftpipe.training.divergence import look_every
 from lftpipe.training.log import Log
@@ -120,6 +121,7 @@ class Chain:
         self._logs: list[Log] = []
         self._look_every = look_every(first.device)
         self._saved = time.monotonic()
+        self._joined = -1
 
     @property
     def step(self) -> int:
@@ -177,6 +179,19 @@ class Chain:
             figures = self._hold_out.evaluate()
             for log in self._logs:
                 log.write(0.0, math.nan, figures[log.run.folder])
+
+    def join(self) -> None:
+        """Let the parts of a student follow one another, where they learned alone until now.
+
+        A checkpoint at this step is from before it.
+        """
+        if self._joined == self.step:
+            return
+        self._joined = self.step
+        for run in self.runs:
+            if isinstance(run, TrainingRun) and run.was_local:
+                starts.follow(run, partial(_first_batches_of, run))
+                run.weights = WeightAverage(run.module, run.settings.ema)
 
     def advance(self, batch: Batch, waited: float) -> None:
         """One step of every run, logged, judged and saved where it is time to.
@@ -282,6 +297,8 @@ def train_together(chains: list[Chain], *, resume: bool = False, verb: str = "tr
         task = files.enter_context(progress.task(f"{verb} {labels}", total, "tokens", done=done))
         while active := [chain for chain in chains if chain.goes_on]:
             step = min(chain.step for chain in active)
+            for chain in active:
+                chain.join()
             stop = min(chain.stage_end for chain in active)  # also of those whose checkpoint is further on
             fields = BatchFields()
             for chain in active:

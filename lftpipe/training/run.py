@@ -281,6 +281,13 @@ class TrainingRun(ModuleTraining[TrainSettings]):
         """The parts whose layers have fewer channels than the teacher's."""
         return [one for one in self.parts if one.part.width < 1]
 
+    @property
+    def was_local(self) -> bool:
+        """Whether its parts learned alone until this step, and run one after the other from here on."""
+        number = self._stage_number(self.step)
+        before = self.stages[number - 1].weights.keys() if number else set()
+        return self.step == self.stage_starts[number] and before == {"local"} and len(self.parts) > 1
+
     def _scale(self, n: int) -> ErrorScale:
         """What errors of `h[n]` are measured against."""
         kind = self.settings.loss_scale

@@ -1,11 +1,14 @@
 """Starts that are fitted from the cache: the last map by least squares, and narrow MLPs."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from lftpipe.base import progress
@@ -15,11 +18,12 @@ from lftpipe.families.branches import Branches
 from lftpipe.families.family import LayerForm
 from lftpipe.families.layer_probe import is_linear_map, weight_of
 from lftpipe.families.narrow import mlp_maps, narrow
-from lftpipe.flow.part import LayerStack, LeastSquares
+from lftpipe.flow.part import LayerStack, LeastSquares, PartSequence, carry
 from lftpipe.flow.path import States
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.layers import load_layer
 from lftpipe.training import distributed
+from lftpipe.training.averaging import copy_of, set_weights
 from lftpipe.training.estimator import parts
 from lftpipe.training.run import TrainedPart, TrainingRun
 
@@ -276,25 +280,32 @@ def _run(layer: Branches, output: str, x: States, batch: Batch) -> tuple[Tensor,
 
 
 def _is_no_worse(layer: Branches, fitted: Start, plain: Start, judged: Iterable[Batch], state: int) -> bool:
-    """Whether a fit is no worse than plain selection at any kind of positions.
-
-    Kinds are the first of a segment, those where the output is massive, and all others.
-    """
+    """Whether a fit is no worse than plain selection at any kind of positions."""
     errors: dict[str, list[Tensor]] = {"fitted": [], "plain": []}
     kinds: list[Tensor] = []
     output = mlp_maps(layer).output
     for batch in judged:
         z, out, x_1 = _run(layer, output, batch.states[state], batch)
-        sizes = out.norm(dim=-1)
-        massive = sizes > MASSIVE * sizes.median()
-        first = batch.first_of_segment
-        kinds.append(torch.stack([first, massive, ~(first | massive)]).flatten(1))
+        kinds.append(_kinds(batch, out))
         for name, start in (("fitted", fitted), ("plain", plain)):
             made = torch.nn.functional.linear(z[..., start.keep], start.weight, start.bias)
             errors[name].append(((made - out).square().sum(-1) / x_1.square().sum(-1)).flatten())
     kind = torch.cat(kinds, dim=1).double()
     sums = {name: kind @ torch.cat(values).double() for name, values in errors.items()}
-    return bool((sums["fitted"] <= TOLERANCE * sums["plain"] + 1e-12).all())
+    return _none_grew(sums["fitted"], sums["plain"])
+
+
+def _kinds(batch: Batch, out: States) -> Bool[Tensor, "kind position"]:
+    """The first positions of segments, those where an output is massive, and all others."""
+    sizes = out.norm(dim=-1)
+    massive = sizes > MASSIVE * sizes.median()
+    first = batch.first_of_segment
+    return torch.stack([first, massive, ~(first | massive)]).flatten(1)
+
+
+def _none_grew(now: Tensor, before: Tensor) -> bool:
+    """Whether the error of no kind of positions grew by more than a little."""
+    return bool((now <= TOLERANCE * before + 1e-12).all())
 
 
 def _check_channels(layer: Branches, keep: Tensor, width: float, batch: Batch, state: int) -> None:
@@ -312,3 +323,63 @@ def _more_than_channels(index: int) -> TeacherError:
         "a plain or gated MLP",
         "leave --width out",
     )
+
+
+# --- The start of a whole student of narrow layers: each layer makes up for what those before it lack.
+
+
+@torch.no_grad()
+def follow(run: TrainingRun, batches: Callable[[int], Iterable[Batch]]) -> None:
+    """Fit the output maps of a student's layers once more, in order, on the stream that its own parts make.
+
+    Fitted alone, each layer's error is carried through all that follow. Here each is fitted to bring the
+    stream, wrong as it is by then, back to the teacher's state. A fit that does not is taken back.
+
+    `batches`: from the number of a state to batches that hold it, the same every time.
+    """
+    stream = [batch.states[run.m] for batch in batches(run.m)]
+    apart = min(JUDGED, max(1, len(stream) // JUDGED))
+    if len(stream) == 1:  # nothing to judge by
+        return
+    for number, one in enumerate(run.parts):
+        start, stop = one.part.block
+        if isinstance(run.flow, PartSequence) and number and start > run.parts[number - 1].part.stop:
+            pairs = zip(batches(start), stream, strict=True)
+            stream = [run.flow.enter(number, x, batch.context) for batch, x in pairs]
+        given = partial(_carried, stream, start, partial(batches, stop))
+        if one.part.kind == "layer" and _has_maps(run, one):
+            _follow_one(run, one, given, apart)
+        stream = [carry(one.flow, batch.states[start], batch.context) for batch in given()]
+
+
+def _follow_one(run: TrainingRun, one: TrainedPart, given: Callable[[], Iterator[Batch]], apart: int) -> None:
+    """Fit one layer, judged on the first `apart` batches, which the fit does not see."""
+    before, errors = copy_of(one.flow), _errors(one, islice(given(), apart))
+    refit(run, one, lambda: islice(given(), apart, None))
+    if not distributed.agree(_none_grew(_errors(one, islice(given(), apart)), errors)):
+        set_weights(one.flow, before)
+
+
+def _carried(stream: list[States], state: int, batches: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+    """Batches whose `state` is the student's own."""
+    for batch, x in zip(batches(), stream, strict=True):
+        yield replace(batch, states={**batch.states, state: x})
+
+
+def _has_maps(run: TrainingRun, one: TrainedPart) -> bool:
+    try:
+        return bool(last_maps(run, one))
+    except RunError:
+        return False
+
+
+def _errors(one: TrainedPart, batches: Iterable[Batch]) -> Float64[Tensor, "kind"]:
+    """Squared errors of a part's end, each over the squared state, summed by kind of positions."""
+    start, stop = one.part.block
+    total = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        x_1 = batch.states[stop]
+        lost = (carry(one.flow, batch.states[start], batch.context) - x_1).square().sum(-1)
+        share = (lost / (x_1.square().sum(-1) + 1e-12)).flatten().double()
+        total += (_kinds(batch, x_1).double() @ share).cpu()
+    return total

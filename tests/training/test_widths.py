@@ -23,6 +23,7 @@ from lftpipe.families.layer_probe import weight_of
 from lftpipe.families.narrow import mlp_maps, narrow
 from lftpipe.store import Store
 from lftpipe.teacher.layers import load_layer
+from lftpipe.training.run import TrainedPart
 from lftpipe.training.starts import Moments, Start
 
 
@@ -177,6 +178,35 @@ def test_no_part_learns_from_another_on_its_own_states(store: Path, tmp_path: Pa
     alone = train(short_run(store, tmp_path, block="1:3", run=str(tmp_path / "alone"), **given))["run"]
     whole, part = weights_of(together), weights_of(alone)
     torch.testing.assert_close({name: whole[f"parts.1.{name}"] for name in part}, part)
+
+
+def test_parts_that_learned_alone_are_fitted_to_follow_one_another(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"learning_rate": 0.0, "log_every": 1}
+    joined = log_of(train(each(store, tmp_path, run=str(tmp_path / "joined"), **given))["run"])
+    monkeypatch.setattr("lftpipe.training.starts.follow", lambda *_: None)
+    apart = log_of(train(each(store, tmp_path, run=str(tmp_path / "apart"), **given))["run"])
+    half = len(apart) // 2
+    assert [row["nmse"] for row in joined[:half]] == [row["nmse"] for row in apart[:half]]
+    assert sum(row["nmse"] for row in joined[half:]) < sum(row["nmse"] for row in apart[half:])
+
+
+def test_a_fit_that_takes_the_stream_further_away_is_taken_back(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(_: object, one: TrainedPart, __: object) -> None:
+        with torch.no_grad():
+            for weight in one.flow.parameters():
+                weight.mul_(3)
+
+    monkeypatch.setattr("lftpipe.training.starts.refit", spoil)
+    given = {"learning_rate": 0.0}
+    spoiled = weights_of(train(each(store, tmp_path, run=str(tmp_path / "spoiled"), **given))["run"])
+    monkeypatch.setattr("lftpipe.training.starts.follow", lambda *_: None)
+    torch.testing.assert_close(
+        spoiled, weights_of(train(each(store, tmp_path, run=str(tmp_path / "apart"), **given))["run"])
+    )
 
 
 def test_a_killed_run_of_many_parts_ends_with_the_same_weights(
