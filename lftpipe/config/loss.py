@@ -27,14 +27,14 @@ LOSSES = {
 }
 
 #: That of `distil` for students of more than two parts, or with narrow layers.
-SHAPED = "local@0.5/logits"
+SHAPED = "local@0.8/logits"
 
 
 # --- The language of `--loss`: weighted terms, in stages; ours, and those of other packages. No torch.
 #
 # fw one term fw,sfm:0.001 a weighted sum fw@0.7/fw:0.1,logits seven tenths of the steps on states alone,
-# then logits with a little of the states local@0.5/logits half of the steps part by part, then the whole
-# student on logits
+# then logits with a little of the states local@0.8/logits four fifths of the steps part by part, then the
+# whole student on logits
 
 #: Every term, and what it regresses or compares (lftpipe.training.terms computes them).
 TERMS = {

@@ -27,7 +27,7 @@ DISTIL_RATE = 5e-3
 
 #: Of `distil` where it begins part by part: such students start near their teacher, and large steps
 #: would lose that.
-SHAPED_RATE = 2e-3
+SHAPED_RATE = 1e-3
 
 #: Root mean square of what a step at a rate of 1 adds to a matrix (Muon: Liu et al., arXiv 2502.16982).
 STEP_SIZE = {"muon": 0.2, "adamw": 1.0}

@@ -136,7 +136,7 @@ def test_a_student_of_narrow_layers_is_one_run_and_every_form_of_it_agrees(
     store: Path, trained: Path, tmp_path: Path
 ) -> None:
     manifest = json.loads((trained / runs.MANIFEST).read_text())
-    assert (manifest["shape"], manifest["loss"]) == ("each@0.5", "local@0.5/logits")
+    assert (manifest["shape"], manifest["loss"]) == ("each@0.5", "local@0.8/logits")
     given = EvaluateSettings(store=store, runs=(str(trained),), k=(1,), out=tmp_path / "r.json")
     row = next(row for row in evaluate(given)["rows"] if row["run"])
     teacher = teacher_of(Store.open(store))
