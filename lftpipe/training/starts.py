@@ -355,7 +355,9 @@ def follow(run: TrainingRun, batches: Callable[[int], Iterable[Batch]]) -> None:
 def _follow_one(run: TrainingRun, one: TrainedPart, given: Callable[[], Iterator[Batch]], apart: int) -> None:
     """Fit one layer, judged on the first `apart` batches, which the fit does not see."""
     before, errors = copy_of(one.flow), _errors(one, islice(given(), apart))
-    refit(run, one, lambda: islice(given(), apart, None))
+    layer: Any = one.flow.layer
+    names = last_maps(run, one) if layer.parallel else last_maps(run, one)[1:]  # an MLP reads the attention's
+    _fit(run, one, islice(given(), apart, None), [layer.layer.get_submodule(name) for name in names])
     if not distributed.agree(_none_grew(_errors(one, islice(given(), apart)), errors)):
         set_weights(one.flow, before)
 

@@ -195,12 +195,12 @@ def test_parts_that_learned_alone_are_fitted_to_follow_one_another(
 def test_a_fit_that_takes_the_stream_further_away_is_taken_back(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(_: object, one: TrainedPart, __: object) -> None:
+    def spoil(_: object, one: TrainedPart, *__: object) -> None:
         with torch.no_grad():
             for weight in one.flow.parameters():
                 weight.mul_(3)
 
-    monkeypatch.setattr("lftpipe.training.starts.refit", spoil)
+    monkeypatch.setattr("lftpipe.training.starts._fit", spoil)
     given = {"learning_rate": 0.0}
     spoiled = weights_of(train(each(store, tmp_path, run=str(tmp_path / "spoiled"), **given))["run"])
     monkeypatch.setattr("lftpipe.training.starts.follow", lambda *_: None)
