@@ -121,7 +121,7 @@ def test_an_error_of_the_exchange_between_processes_is_no_defect(monkeypatch, te
 #: lftpipe, in which the first process takes its time to delete what was there.
 SLOW_TO_BEGIN = """
 import os, sys, time
-from lftpipe.training import joint as begun
+from lftpipe.training import several as begun
 real = begun.begin
 def begin(*given):
     time.sleep(3)
