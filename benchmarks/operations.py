@@ -72,11 +72,11 @@ def _by_mask(indices: list[Tensor | None]) -> bool:
 def step_of(run: Run) -> Dispatched:
     """What the second step of a run dispatches; the first makes the optimiser's state."""
     batches = run.reader.shuffled(run.fields, run.order, 0)
-    take_step([run], [], next(batches), look=False)
+    take_step(run, next(batches), look=False)
     batch = next(batches)
     _ = batch.context  # made on the processor, from position ids that are there: it waits for no GPU
     with Dispatched() as counted:
-        take_step([run], [], batch, look=False)
+        take_step(run, batch, look=False)
     return counted
 
 

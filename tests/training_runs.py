@@ -60,9 +60,9 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Kill the next run as it is about to do a step."""
     real = training_step.loss_of
 
-    def loss_of(run, batch, x_0=None):
+    def loss_of(run, batch):
         if run.step == step and torch.is_grad_enabled():
             raise KeyboardInterrupt
-        return real(run, batch, x_0)
+        return real(run, batch)
 
     monkeypatch.setattr(training_step, "loss_of", loss_of)

@@ -23,7 +23,7 @@ from lftpipe.training import distributed
 from lftpipe.training.checkpoint import begin, is_finished, refuse_foreign
 from lftpipe.training.healing import HealingRun
 from lftpipe.training.log import check_tracker
-from lftpipe.training.loop import Chain, train_together
+from lftpipe.training.loop import Learner, train_together
 from lftpipe.training.validate import check_patience
 
 #: Peak learning rates, where none is given.
@@ -74,10 +74,10 @@ def _healed(folder: Path, settings: HealSettings, source: Run, store: Store, tea
     if distributed.agree(is_finished(folder, settings, store, digest) if distributed.rank() == 0 else None):
         return replace(outcome, already_finished=True)
     run = HealingRun(folder, settings, source, store, teacher)
-    chain = Chain([run])
+    learner = Learner(run)
     if distributed.rank() == 0:  # all that could be refused was looked at
         begin(folder, settings, store, digest)
-    (ended,) = train_together([chain], resume=settings.resume, verb="heal")
+    (ended,) = train_together([learner], resume=settings.resume, verb="heal")
     best = run.weights.best_loss
     return replace(
         outcome,

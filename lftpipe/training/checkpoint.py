@@ -3,8 +3,7 @@
 import io
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lftpipe.store import Store
 from lftpipe.training import distributed
 from lftpipe.training.run import ModuleTraining
 
-# --- Checkpoints: all that a killed run needs to go on, in one file for runs that are trained jointly.
+# --- Checkpoints: all that a killed run needs to go on, in one file.
 
 #: The checkpoint before the newest.
 BEFORE = "before.pt"
@@ -31,7 +30,7 @@ MAGIC = b"LFTPIPE1"
 
 
 class Checkpoint:
-    """The checkpoint of runs that are trained jointly, in the first one's folder.
+    """The checkpoint of a run, in its folder.
 
     It is written by a thread while training goes on, whole or not at all. Of several processes only the first
     writes.
@@ -39,23 +38,21 @@ class Checkpoint:
     `written`: is told the step of every checkpoint that is on the disk.
     """
 
-    def __init__(
-        self, joint: Sequence[ModuleTraining], written: Callable[[int], object] = lambda _: None
-    ) -> None:
-        self._runs, self._written = joint, written
-        self._path: Path = joint[0].folder / runs.CHECKPOINT
+    def __init__(self, run: ModuleTraining, written: Callable[[int], object] = lambda _: None) -> None:
+        self._run, self._written = run, written
+        self._path: Path = run.folder / runs.CHECKPOINT
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self) -> None:
-        """Begin to write the runs' state as it is now.
+        """Begin to write the run's state as it is now.
 
         Raises `OSError` if the one before could not be written.
         """
         if distributed.rank() != 0:
             return
         self.wait()
-        state = _copied([run.state() for run in self._runs])
+        state = _copied(self._run.state())
         self._thread = threading.Thread(target=self._write, args=(state,), name="lftpipe-checkpoint")
         self._thread.start()
 
@@ -69,56 +66,44 @@ class Checkpoint:
             raise error
 
     def restore(self) -> None:
-        """Let the runs go on from it, if it is there; from the one before, with a word, if it is damaged.
+        """Let the run go on from it, if it is there; from the one before, with a word, if it is damaged.
 
-        Raises `RunError` if both are damaged, or of other runs.
+        Raises `RunError` if both are damaged, or of another run.
         """
         there = [path for path in (self._path, self._path.with_name(BEFORE)) if path.exists()]
         for path in there:
             try:
-                states = read_checkpoint(path, self._binding(), self._runs[0].device)
-                for run, state in zip(self._runs, states, strict=True):
-                    run.restore(state)
+                state = read_checkpoint(path, self._binding(), self._run.device)
+                self._run.restore(state)
             except ValueError as error:
                 _say(f"{path}: {error}; " + ("trying the one before" if path != there[-1] else "no other"))
                 continue
             if path != self._path:
-                _say(f"going on from {path}, step {states[0]['step']}")
+                _say(f"going on from {path}, step {state['step']}")
             return
         if there:
             raise RunError(f"damaged {self._path}", "a checkpoint", "start the run again with --force")
 
     def drop(self) -> None:
-        """The runs are finished: nothing has to go on."""
+        """The run is finished: nothing has to go on."""
         self.wait()
         if distributed.rank() == 0:
-            for run in self._runs:
-                drop_checkpoints(run.folder)
+            drop_checkpoints(self._run.folder)
 
     def _binding(self) -> str:
-        """Digest over what all runs of the checkpoint are: block, objective, seed, loss, and their store."""
-        return fingerprint([run.identity() for run in self._runs])
+        """Digest over what the run is: block, objective, seed, loss, and its store."""
+        return fingerprint(self._run.identity())
 
-    def _write(self, state: list[dict[str, Any]]) -> None:
+    def _write(self, state: dict[str, Any]) -> None:
         try:
             self._path.parent.mkdir(exist_ok=True)
             content = io.BytesIO()
             torch.save(state, content)
             sealed = seal_checkpoint(content.getbuffer(), self._binding())
             write_atomic(self._path, sealed, keep=self._path.with_name(BEFORE))
-            self._written(state[0]["step"])
+            self._written(state["step"])
         except BaseException as error:  # whatever it is, training hears of it
             self._error = error
-
-
-def is_due(settings: TrainSettings | HealSettings, step: int, saved: float) -> bool:
-    """Whether it is time for another one, by the clock or by steps.
-
-    `saved`: when the last one was begun, as `time.monotonic()` tells it.
-    """
-    steps, seconds = settings.checkpoint_every, 60 * settings.checkpoint_minutes
-    by_clock = seconds > 0 and time.monotonic() - saved >= seconds
-    return by_clock or (steps > 0 and step % steps == 0)
 
 
 def _say(line: str) -> None:
@@ -132,13 +117,11 @@ def seal_checkpoint(content: bytes | memoryview, binding: str) -> bytes:
     return bound + content
 
 
-def read_checkpoint(
-    path: Path, binding: str | None, device: torch.device | str = "cpu"
-) -> list[dict[str, Any]]:
-    """The states in a checkpoint.
+def read_checkpoint(path: Path, binding: str | None, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in a checkpoint.
 
-    `binding`: digest of the runs that it must belong to; None takes any.
-    Raises `ValueError` if it is damaged or of other runs.
+    `binding`: digest of the run that it must belong to; None takes any.
+    Raises `ValueError` if it is damaged or of another run.
     """
     data = path.read_bytes()
     sealed, digest, content = data[8:24], data[24:40], data[40:]

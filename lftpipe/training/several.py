@@ -21,7 +21,7 @@ from lftpipe.training import distributed
 from lftpipe.training.checkpoint import begin, is_finished, refuse_foreign
 from lftpipe.training.closed_form import fit_closed_form
 from lftpipe.training.log import check_tracker
-from lftpipe.training.loop import Chain, train_together
+from lftpipe.training.loop import Learner, train_together
 from lftpipe.training.run import TrainingRun
 from lftpipe.training.terms import FrozenTails
 from lftpipe.training.validate import Wanted
@@ -63,7 +63,7 @@ def _train_locked(
     wanted: list[Wanted], finished: dict[Path, bool], store: Store, teacher: Teacher
 ) -> list[TrainedRun]:
     results = {run: _finished(run) for run, done in finished.items() if done}
-    chains: list[Chain] = []
+    learners: list[Learner] = []
     tails, reader = FrozenTails(), None
     for run, settings, blocks in wanted:
         if run in results:
@@ -74,14 +74,13 @@ def _train_locked(
             fitted = fit_closed_form(run, settings, store, teacher, blocks[0]) if first else None
             results[run] = distributed.agree(fitted)
             continue
-        chains.append(Chain([TrainingRun(run, settings, store, teacher, blocks, tails, reader)]))
-        reader = chains[0].runs[0].reader
+        learners.append(Learner(TrainingRun(run, settings, store, teacher, blocks, tails, reader)))
+        reader = learners[0].run.reader
     if distributed.rank() == 0:  # all that could be refused was looked at
-        for chain in chains:
-            for run in chain.runs:
-                begin(run.folder, run.settings, store)
-    if chains:
-        done = train_together(chains, resume=chains[0].settings.resume)
+        for learner in learners:
+            begin(learner.run.folder, learner.settings, store)
+    if learners:
+        done = train_together(learners, resume=learners[0].settings.resume)
         results |= {Path(result.run): result for result in done}
     return [results[run] for run, _, _ in wanted]
 

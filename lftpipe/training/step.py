@@ -1,13 +1,10 @@
 """One step of training: draw the times, walk, compare, go back, move the weights.
 
-A step sees one batch and the runs that are trained jointly on it, most often a single one. Every random draw
-is a function of the run's seed and the batch's number. Nothing here waits for the device, except a look at
-whether losses were finite, which is not taken in every step (`watch.py`).
+Every random draw is a function of the run's seed and the batch's number. Nothing here waits for the device,
+except a look at whether losses were finite, which is not taken in every step (`divergence.py`).
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,96 +15,56 @@ from lftpipe.base.errors import DivergenceError
 from lftpipe.data.batches import Batch
 from lftpipe.flow.objective import Loss, walk_times
 from lftpipe.flow.path import States
-from lftpipe.teacher.tail import Layers
 from lftpipe.training import distributed
 from lftpipe.training.healing import HealingRun
 from lftpipe.training.optimizer import gradient_norm
 from lftpipe.training.run import TrainedPart, TrainingRun
 from lftpipe.training.terms import LogitsProblem, Problem, SequenceProblem, weighted_sum
 
-T = TypeVar("T")
-
 Run = TrainingRun | HealingRun
 
 
-def take_step(
-    joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch, *, look: bool = True
-) -> list[float]:
-    """One step of runs that are trained jointly.
+def take_step(run: Run, batch: Batch, *, look: bool = True) -> float:
+    """One step of a run; its learning rate.
 
-    `bridges`: the teacher's layers from each block to the next one.
     `look`: whether to look if losses and gradients were finite: before weights are kept in any way, one must.
     Raises `DivergenceError` if a loss or gradient is not finite, or was not since the last look.
     """
-    losses = losses_of(joint, bridges, batch)
-    # Once for all runs: the later ones' losses reach back through the earlier ones' walks.
-    torch.stack(losses).sum().backward()
-    return [move_weights(run, loss, look) for run, loss in zip(joint, losses, strict=True)]
+    loss = loss_of(run, batch)
+    loss.backward()
+    return move_weights(run, loss, look)
 
 
-def losses_of(joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch) -> list[Loss]:
-    """The loss of each run; a later one begins where the one before it ends.
-
-    `bridges`: the teacher's layers from each block to the next one.
-    """
-    return _in_order(joint, bridges, batch, lambda run, x_0: loss_of(run, batch, x_0))
-
-
-def _in_order(
-    joint: Sequence[Run],
-    bridges: Sequence[Layers],
-    batch: Batch,
-    measure: Callable[[Run, States | None], tuple[T, LogitsProblem]],
-) -> list[T]:
-    """What is measured of each run's problem; where it ends, through the bridge, the next one begins.
-
-    The end is asked for only where another run begins: standard flow matching walks nowhere to learn.
-    """
-    measured: list[T] = []
-    x_0: States | None = None
-    for index, run in enumerate(joint):
-        one, problem = measure(run, x_0)
-        measured.append(one)
-        if index < len(bridges):
-            with run.autocast():
-                x_0 = bridges[index](problem.end, batch.context)
-    return measured
-
-
-def loss_of(run: Run, batch: Batch, x_0: States | None = None) -> tuple[Loss, LogitsProblem]:
-    """The loss of a run's present stage, and the problem it was computed on.
-
-    `x_0`: where to begin; left out, at the stored `h[m]`.
-    """
+def loss_of(run: Run, batch: Batch) -> Loss:
+    """The loss of a run's present stage."""
     batch.need(run.fields)
     with run.autocast():
-        problem = run.pose(batch) if isinstance(run, HealingRun) else pose(run, batch, x_0)
-        return weighted_sum(problem, run.stage.weights), problem
+        return weighted_sum(pose(run, batch), run.stage.weights)
 
 
-def pose(
-    run: TrainingRun, batch: Batch, x_0: States | None = None, *, equal_steps: bool = False
-) -> LogitsProblem:
-    """A batch with the random draws of its step, or with equal steps as at inference.
-
-    `x_0`: where to begin; left out, at the stored `h[m]`.
-    """
+def pose(run: Run, batch: Batch, *, equal_steps: bool = False) -> LogitsProblem:
+    """A batch with the random draws of its step, or with equal steps as at inference."""
+    if isinstance(run, HealingRun):
+        return run.pose(batch)
     if len(run.parts) == 1:
-        return _pose(run, run.parts[0], batch, x_0, equal_steps=equal_steps)
+        return _pose(run, run.parts[0], batch, batch.states[run.m], equal_steps=equal_steps)
     return SequenceProblem(
         batch=batch,
         flow=run.flow,
-        x_0=batch.states[run.m] if x_0 is None else x_0,
-        of_part=lambda number, x: _pose(run, run.parts[number], batch, x, equal_steps=equal_steps),
+        x_0=batch.states[run.m],
+        of_part=lambda number, x: _pose(
+            run,
+            run.parts[number],
+            batch,
+            batch.states[run.parts[number].part.start] if x is None else x,
+            equal_steps=equal_steps,
+        ),
         tail=run.tail,
     )
 
 
-def _pose(
-    run: TrainingRun, one: TrainedPart, batch: Batch, x_0: States | None, *, equal_steps: bool
-) -> Problem:
+def _pose(run: TrainingRun, one: TrainedPart, batch: Batch, x_0: States, *, equal_steps: bool) -> Problem:
     """The same for one part of the student."""
-    x_0 = batch.states[one.part.start] if x_0 is None else x_0
     timed = one.flow.modulation is not None
     steps = run.settings.walk_steps if timed else 1
     generator = torch.Generator().manual_seed(run.settings.seed * 2_000_003 + batch.step)
@@ -167,24 +124,17 @@ def _divergence(run: Run, norm: float, step: int) -> DivergenceError:
 
 
 @torch.no_grad()
-def squares_of(joint: Sequence[Run], bridges: Sequence[Layers], batch: Batch) -> list[Tensor]:
-    """Squares of error and target of each run's states at inference, in the mean over processes.
+def squares_of(run: Run, batch: Batch) -> Tensor:
+    """Squares of error and target of a run's states at inference, in the mean over processes.
 
-    NaN where a run predicts none.
-
-    `bridges`: the teacher's layers from each block to the next one.
+    NaN where it predicts none.
     """
-
-    def squares(run: Run, x_0: States | None) -> tuple[Tensor, LogitsProblem]:
-        if isinstance(run, HealingRun):
-            return torch.full((2,), math.nan), run.pose(batch)
-        with run.autocast():
-            problem = pose(run, batch, x_0, equal_steps=True)
-            end = problem.end
-        x_1 = batch.states[run.n]
-        return distributed.mean(torch.stack([(end - x_1).square().sum(), x_1.square().sum()])), problem
-
-    return _in_order(joint, bridges, batch, squares)
+    if isinstance(run, HealingRun):
+        return torch.full((2,), math.nan)
+    with run.autocast():
+        end = pose(run, batch, equal_steps=True).end
+    x_1 = batch.states[run.n]
+    return distributed.mean(torch.stack([(end - x_1).square().sum(), x_1.square().sum()]))
 
 
 def nmse_of(squares: Tensor) -> float:

@@ -143,8 +143,8 @@ def test_a_healing_that_diverged_goes_on_from_its_checkpoint(
 ) -> None:
     real = training_step.loss_of
 
-    def loss_of(run, batch, x_0=None):
-        loss, context = real(run, batch, x_0)
+    def loss_of(run, batch):
+        loss, context = real(run, batch)
         return loss * (math.nan if run.step == 6 and torch.is_grad_enabled() else 1.0), context
 
     with monkeypatch.context() as patch:

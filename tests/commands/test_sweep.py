@@ -163,11 +163,11 @@ def test_a_second_sweep_trains_nothing_and_writes_the_same(swept, store, monkeyp
 def test_a_killed_sweep_goes_on_and_ends_the_same(swept, store, tmp_path, monkeypatch):
     real, done = training_step.loss_of, []
 
-    def loss_of(run, batch, x_0=None):
+    def loss_of(run, batch):
         if len(done) == 10:  # in the middle of the third run
             raise KeyboardInterrupt
         done.append(run.folder.name)
-        return real(run, batch, x_0)
+        return real(run, batch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patch.setattr(training_step, "loss_of", loss_of)

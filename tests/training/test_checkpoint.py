@@ -42,7 +42,7 @@ def held(monkeypatch) -> threading.Event:
 
 
 def test_what_is_saved_is_the_moment_of_saving_and_training_does_not_wait(run, monkeypatch):
-    go, saved = held(monkeypatch), Checkpoint([run])
+    go, saved = held(monkeypatch), Checkpoint(run)
     before = {name: value.clone() for name, value in run.flow.state_dict().items()}
     saved.save()
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_an_error_of_the_disk_is_heard(run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_atomic", write)
-    saved = Checkpoint([run])
+    saved = Checkpoint(run)
     saved.save()
     with pytest.raises(OSError, match="No space left"):
         saved.save()
@@ -88,7 +88,7 @@ def test_a_killed_run_leaves_the_checkpoint_that_was_being_written(settings, mon
         stop_before(patch, 5)  # as soon as its writing was begun
         with pytest.raises(KeyboardInterrupt):
             train(broken)
-    (state,) = read_checkpoint(tmp_path / "broken" / runs.CHECKPOINT, None)
+    state = read_checkpoint(tmp_path / "broken" / runs.CHECKPOINT, None)
     assert state["step"] == 5
     train(change(broken, resume=True))
     torch.testing.assert_close(weights_of(broken.run), weights_of(settings.run), rtol=0, atol=0)
@@ -101,7 +101,7 @@ def test_the_clock_alone_decides_where_no_steps_are_given(settings, monkeypatch)
         stop_before(patch, 7)
         with pytest.raises(KeyboardInterrupt):
             train(by_clock)
-    (state,) = read_checkpoint(Path(settings.run) / runs.CHECKPOINT, None)
+    state = read_checkpoint(Path(settings.run) / runs.CHECKPOINT, None)
     assert state["step"] == 7
     rarely = change(settings, checkpoint_every=0, checkpoint_minutes=1e9, run=settings.run + "-rarely")
     with monkeypatch.context() as patch:

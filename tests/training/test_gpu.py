@@ -61,14 +61,14 @@ def test_a_killed_run_goes_on_there_or_on_a_processor(settings, tmp_path, monkey
 def test_a_run_that_diverges_ends_with_the_checkpoint_before(settings, monkeypatch):
     real = training_step.loss_of
 
-    def loss_of(run, batch, x_0=None):
-        loss, problem = real(run, batch, x_0)
+    def loss_of(run, batch):
+        loss, problem = real(run, batch)
         return loss * (float("nan") if batch.step == 6 else 1.0), problem
 
     monkeypatch.setattr(training_step, "loss_of", loss_of)
     with pytest.raises(DivergenceError, match="at step 6 of"):
         train(change(settings, log_every=100))
-    (state,) = read_checkpoint(Path(settings.run) / runs.CHECKPOINT, None)
+    state = read_checkpoint(Path(settings.run) / runs.CHECKPOINT, None)
     assert state["step"] == 5
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
 

@@ -211,6 +211,6 @@ def test_what_is_held_back_counts_by_sequence_though_the_last_batch_is_smaller(s
         run = TrainingRun(Path(str(wanted.run)), wanted, store, teacher_of(store), [(1, 3)])
         run.weights.follow(1)
         assert store.num_sequences("train") - run.order.num_sequences == 6
-        found.append(HoldOut([run], []).evaluate()[run.folder])
+        found.append(HoldOut(run).evaluate())
     assert set(found[0]) == {"held_back_loss", "held_back_nmse", "validation_nmse"}
     assert found[0] == pytest.approx(found[1], rel=1e-5)

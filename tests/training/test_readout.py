@@ -109,10 +109,10 @@ def test_a_run_begins_with_it_and_goes_on_from_a_checkpoint_without(settings, tm
     calls = []
     real, fit = training_step.loss_of, starts.refit
 
-    def killed(run, batch, x_0=None):
+    def killed(run, batch):
         if batch.step == 7:
             raise KeyboardInterrupt
-        return real(run, batch, x_0)
+        return real(run, batch)
 
     monkeypatch.setattr(starts, "refit", lambda *given: calls.append(1) or fit(*given))
     monkeypatch.setattr(training_step, "loss_of", killed)

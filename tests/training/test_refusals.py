@@ -69,8 +69,8 @@ def test_a_damaged_checkpoint_is_refused(settings, monkeypatch, tmp_path):
 def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch, tmp_path, poison):
     real = training_step.loss_of
 
-    def loss_of(run, batch, x_0=None):
-        loss, problem = real(run, batch, x_0)
+    def loss_of(run, batch):
+        loss, problem = real(run, batch)
         if batch.step == 7:
             # The square root's slope at 0 is infinite: a finite loss with a gradient that is not.
             loss = loss * float("nan") if poison == "loss" else loss + (loss - loss.detach()).sqrt()
@@ -81,7 +81,7 @@ def test_divergence_stops_the_run_with_its_last_checkpoint(settings, monkeypatch
         DivergenceError, match=r"at step 7 of .* / do: go on from its last checkpoint by --resume"
     ):
         train(settings)
-    (state,) = read_checkpoint(tmp_path / "run" / runs.CHECKPOINT, None)
+    state = read_checkpoint(tmp_path / "run" / runs.CHECKPOINT, None)
     assert state["step"] == 5
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
     assert not (tmp_path / "run" / runs.MANIFEST).exists()

@@ -20,10 +20,10 @@ import torch
 from lftpipe.training import step
 rank, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 real = step.loss_of
-def loss_of(run, batch, x_0=None):
+def loss_of(run, batch):
     if run.step == number and os.environ["RANK"] == str(rank) and torch.is_grad_enabled():
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(run, batch, x_0)
+    return real(run, batch)
 step.loss_of = loss_of
 from lftpipe.cli.app import main
 main()

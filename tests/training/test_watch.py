@@ -63,14 +63,14 @@ def test_no_wrong_weights_are_kept_by_one_who_looks_late(
     """The run ends with the checkpoint before the step that diverged, and names that step."""
     real = training_step.loss_of
 
-    def loss_of(run, batch, x_0=None):
-        loss, problem = real(run, batch, x_0)
+    def loss_of(run, batch):
+        loss, problem = real(run, batch)
         return loss * (math.nan if batch.step == poisoned else 1.0), problem
 
     monkeypatch.setattr(training_step, "loss_of", loss_of)
     with pytest.raises(DivergenceError, match=f"at step {poisoned} of"):
         train(settings)
-    (state,) = read_checkpoint(tmp_path / "run" / runs.CHECKPOINT, None)
+    state = read_checkpoint(tmp_path / "run" / runs.CHECKPOINT, None)
     assert state["step"] == kept
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
     assert all(math.isfinite(row["loss"]) for row in log_of(settings.run))
@@ -81,8 +81,8 @@ def test_no_wrong_weights_are_kept_by_one_who_looks_late(
 def test_the_best_weights_are_never_those_of_a_run_that_diverged(settings, rare_looks, monkeypatch):
     real = training_step.loss_of
 
-    def loss_of(run, batch, x_0=None):
-        loss, problem = real(run, batch, x_0)
+    def loss_of(run, batch):
+        loss, problem = real(run, batch)
         return loss * (math.nan if run.step == 5 and torch.is_grad_enabled() else 1.0), problem
 
     monkeypatch.setattr(training_step, "loss_of", loss_of)

@@ -95,7 +95,7 @@ def test_a_step_of_each_objective_runs_on_the_meta_device(
     run = run_of(store_with_logits, tmp_path, meta, optimizer=optimizer, **values)
     batches = run.reader.shuffled(run.fields, run.order, 0)
     for _ in range(2):
-        take_step([run], [], next(batches), look=False)
+        take_step(run, next(batches), look=False)
     assert run.step == 2
     assert devices_of(run) == {"meta"}
 
@@ -106,7 +106,7 @@ def test_students_of_several_parts_and_the_live_teacher_step_on_the_meta_device(
 ):
     values = {"objective": "regression", "loss": loss, "from_teacher": True}
     run = run_of(store_with_logits, tmp_path, meta, (0, 1), (2, 3), **values)
-    take_step([run], [], next(run.reader.shuffled(run.fields, run.order, 0)), look=False)
+    take_step(run, next(run.reader.shuffled(run.fields, run.order, 0)), look=False)
     assert devices_of(run) == {"meta"}
 
 
@@ -115,7 +115,7 @@ def trained(store_with_logits, tmp_path_factory) -> Path:
     """A run of one step."""
     folder = tmp_path_factory.mktemp("trained")
     run = run_of(store_with_logits, folder, "cpu", tokens=4 * 32)
-    take_step([run], [], next(run.reader.shuffled(run.fields, run.order, 0)))
+    take_step(run, next(run.reader.shuffled(run.fields, run.order, 0)))
     run.folder.mkdir()
     run.finish()
     return run.folder
