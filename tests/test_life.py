@@ -18,7 +18,7 @@ from lftpipe.commands import extract as extract_command
 from lftpipe.commands.extract import extract
 from lftpipe.commands.train import train
 from lftpipe.extraction.shard_job import Producer
-from lftpipe.training.loop import Chain
+from lftpipe.training.loop import Learner
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,14 +58,14 @@ def watched() -> Iterator[Watch]:
 def test_a_training_step_passes_the_files_that_its_page_lists(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Chain.advance
+    real = Learner.advance
     with watched() as watch:
 
-        def advance(self: Chain, *arguments: Any) -> None:
+        def advance(self: Learner, *arguments: Any) -> None:
             real(self, *arguments)
-            watch.on = self.step in (2, 3)  # two whole steps, and what is read ahead meanwhile
+            watch.on = self.run.step in (2, 3)  # two whole steps, and what is read ahead meanwhile
 
-        monkeypatch.setattr(Chain, "advance", advance)
+        monkeypatch.setattr(Learner, "advance", advance)
         train(short_run(stores["neox"], tmp_path, objective="fw", log_every=100, checkpoint_every=100))
     ahead = watch.files.pop("lftpipe-batches")
     (step,) = watch.files.values()

@@ -26,8 +26,7 @@ from lftpipe.store import Store
 from lftpipe.teacher.layers import load_embedding, load_layer, load_norm
 from lftpipe.teacher.source import Teacher
 from lftpipe.training import distributed
-from lftpipe.training.averaging import trained_weights
-from lftpipe.training.optimizer import Optimizer
+from lftpipe.training.optimizer import Optimizer, trained_weights
 from lftpipe.training.run import ModuleTraining
 from lftpipe.training.terms import FrozenTails, LogitsProblem
 

@@ -14,12 +14,11 @@ from lftpipe.base.errors import DivergenceError
 from lftpipe.data.batches import Batch, BatchFields
 from lftpipe.results.outcomes import TrainedRun
 from lftpipe.training import distributed, starts
-from lftpipe.training.averaging import WeightAverage
 from lftpipe.training.checkpoint import Checkpoint
-from lftpipe.training.divergence import look_every
 from lftpipe.training.log import Log
+from lftpipe.training.optimizer import WeightAverage
 from lftpipe.training.rolling import Standing
-from lftpipe.training.run import TrainedPart, TrainingRun
+from lftpipe.training.run import TrainedPart, TrainingRun, look_every
 from lftpipe.training.step import Run, loss_of, nmse_of, squares_of, take_step
 
 # --- Evaluations during training: on sequences kept back from it, and, only to be logged, on validation.

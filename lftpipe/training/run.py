@@ -1,13 +1,14 @@
-"""A run in progress: the module that learns, its optimiser and loss, how far it is, and what it ends with."""
+"""A run while it is trained: its parts, settings, stages and step, and whether it diverged."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -31,12 +32,72 @@ from lftpipe.teacher.layers import load_norm
 from lftpipe.teacher.source import Teacher, record_of
 from lftpipe.teacher.tail import Tail
 from lftpipe.training import distributed
-from lftpipe.training.averaging import WeightAverage, copy_of, set_weights
-from lftpipe.training.divergence import DivergenceWatch
 from lftpipe.training.estimator import build_estimator, part_of
-from lftpipe.training.optimizer import Optimizer, muon_dtype, peak_rate, rate_fraction
+from lftpipe.training.optimizer import (
+    Optimizer,
+    WeightAverage,
+    copy_of,
+    muon_dtype,
+    peak_rate,
+    rate_fraction,
+    set_weights,
+)
 from lftpipe.training.rolling import window_of
 from lftpipe.training.terms import FrozenTails, check_head
+
+# --- Losses and gradients that are not finite are noticed, though not every step waits for the device.
+
+#: Steps between looks, by the kind of device; a processor has nothing to wait for.
+LOOK_EVERY = {"cpu": 1}
+OTHERWISE = 20
+
+
+def look_every(device: torch.device) -> int:
+    """Steps after which a loss or gradient that is not finite is noticed at the latest."""
+    return LOOK_EVERY.get(device.type, OTHERWISE)
+
+
+class DivergenceState(NamedTuple):
+    """What a look found."""
+
+    loss: float
+    """That of the last step, or of the first one that was not finite."""
+    norm: float
+    """The same of the gradient."""
+    diverged_at: int | None
+    """The first step whose loss or gradient was not finite."""
+
+
+class DivergenceWatch:
+    """Follows a run's losses and gradient norms where they are computed.
+
+    `add` takes no look at the numbers, so nothing is waited for. What was computed with a loss that is not
+    finite must not be kept: look before weights are written or judged.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Step, loss and norm of the first bad step, of the last one while all are good; whether one was bad.
+        self._state = torch.zeros(4, device=device)
+
+    @torch.no_grad()
+    def add(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
+        """Take note of a step.
+
+        `loss`, `norm`: its loss and the norm of its gradient, on the device.
+        """
+        loss, norm = loss.float(), norm.float()
+        bad = ~(loss.isfinite() & norm.isfinite())
+        entry = torch.stack([torch.full_like(loss, step), loss, norm, bad.float()])
+        # Chosen on the device: an `if` would have to wait for the loss.
+        self._state = torch.where(self._state[3] > 0, self._state, entry)
+
+    def look(self) -> DivergenceState:
+        """What was noted so far; waits for the device."""
+        step, loss, norm, bad = self._state.tolist()
+        return DivergenceState(loss, norm, int(step) if bad else None)
+
+
+# --- A run in progress: the module that learns, its optimiser and loss, how far it is, and what it ends with.
 
 # --- What a finished run says of itself, apart from its weights.
 

@@ -23,8 +23,8 @@ from lftpipe.flow.path import States
 from lftpipe.flow.velocity import Velocity
 from lftpipe.teacher.layers import load_layer
 from lftpipe.training import distributed
-from lftpipe.training.averaging import copy_of, set_weights
 from lftpipe.training.estimator import parts
+from lftpipe.training.optimizer import copy_of, set_weights
 from lftpipe.training.run import TrainedPart, TrainingRun
 
 # --- A start in closed form: the last maps of a layer, fitted by least squares to what the whole block does.

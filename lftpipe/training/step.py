@@ -1,7 +1,7 @@
 """One step of training: draw the times, walk, compare, go back, move the weights.
 
 Every random draw is a function of the run's seed and the batch's number. Nothing here waits for the device,
-except a look at whether losses were finite, which is not taken in every step (`divergence.py`).
+except a look at whether losses were finite, which is not taken in every step (`run.py`).
 """
 
 import math

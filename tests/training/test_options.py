@@ -146,7 +146,7 @@ def test_what_is_held_back_is_never_trained_on(settings, monkeypatch):
         return real(self, array, split, layer, sequences, out)
 
     monkeypatch.setattr(Store, "_rows", rows)
-    monkeypatch.setattr(HoldOut, "evaluate", lambda self: {run.folder: {} for run in self.runs})
+    monkeypatch.setattr(HoldOut, "evaluate", lambda self: {})
     total = Store.open(settings.store).num_sequences("train")
     train(change(settings, tokens=3 * total * CONTEXT, hold_back=0.25))
     assert seen == set(range(total - total // 4))
@@ -157,7 +157,7 @@ def test_the_best_weights_on_what_is_held_back_are_kept(settings, monkeypatch, t
     real, copies = HoldOut.evaluate, {}
 
     def evaluate(self):
-        (run,) = self.runs
+        run = self.run
         copies[run.step] = {name: value.clone() for name, value in run.flow.state_dict().items()}
         found = real(self)
         run.judge(abs(run.step - 4) - 100.0)

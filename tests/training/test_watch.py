@@ -13,7 +13,7 @@ from lftpipe.commands.train import train
 from lftpipe.config.settings import TrainSettings
 from lftpipe.data.batches import BatchFields, BatchOrder, BatchReader
 from lftpipe.store import Store
-from lftpipe.training import divergence
+from lftpipe.training import run
 from lftpipe.training import step as training_step
 from lftpipe.training.checkpoint import read_checkpoint
 
@@ -27,11 +27,11 @@ def settings(stores, tmp_path) -> TrainSettings:
 @pytest.fixture
 def rare_looks(monkeypatch):
     """As on a GPU: a processor too looks only now and then."""
-    monkeypatch.setattr(divergence, "LOOK_EVERY", {"cpu": 100})
+    monkeypatch.setattr(run, "LOOK_EVERY", {"cpu": 100})
 
 
 def test_the_first_step_that_was_not_finite_is_remembered():
-    seen = divergence.DivergenceWatch(torch.device("cpu"))
+    seen = run.DivergenceWatch(torch.device("cpu"))
     for step, loss in enumerate([0.5, 0.25, math.nan, 0.125, math.inf]):
         seen.add(step, torch.tensor(loss), torch.tensor(1.0))
         assert seen.look().diverged_at == (None if step < 2 else 2)
@@ -39,7 +39,7 @@ def test_the_first_step_that_was_not_finite_is_remembered():
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_counts_too():
-    seen = divergence.DivergenceWatch(torch.device("cpu"))
+    seen = run.DivergenceWatch(torch.device("cpu"))
     seen.add(7, torch.tensor(0.5), torch.tensor(math.inf))
     assert seen.look() == (0.5, math.inf, 7)
 
@@ -64,8 +64,8 @@ def test_no_wrong_weights_are_kept_by_one_who_looks_late(
     real = training_step.loss_of
 
     def loss_of(run, batch):
-        loss, problem = real(run, batch)
-        return loss * (math.nan if batch.step == poisoned else 1.0), problem
+        loss = real(run, batch)
+        return loss * (math.nan if batch.step == poisoned else 1.0)
 
     monkeypatch.setattr(training_step, "loss_of", loss_of)
     with pytest.raises(DivergenceError, match=f"at step {poisoned} of"):
@@ -82,8 +82,8 @@ def test_the_best_weights_are_never_those_of_a_run_that_diverged(settings, rare_
     real = training_step.loss_of
 
     def loss_of(run, batch):
-        loss, problem = real(run, batch)
-        return loss * (math.nan if run.step == 5 and torch.is_grad_enabled() else 1.0), problem
+        loss = real(run, batch)
+        return loss * (math.nan if run.step == 5 and torch.is_grad_enabled() else 1.0)
 
     monkeypatch.setattr(training_step, "loss_of", loss_of)
     with pytest.raises(DivergenceError, match="at step 5 of"):
