@@ -82,8 +82,9 @@ class Learner:
 
     def __init__(self, run: Run) -> None:
         self.run, self.settings = run, run.settings
-        for one in _fitted(run):
-            starts.last_maps(run, one)  # refused before anything is written
+        if isinstance(run, TrainingRun):
+            for one in _fitted(run):
+                starts.last_maps(run, one)  # refused before anything is written
         self.nmse = math.nan
         self.error: DivergenceError | None = None
         self._hold_out = HoldOut(run) if self.settings.evaluate_every else None
@@ -188,9 +189,9 @@ class Learner:
         return result
 
 
-def _fitted(run: Run) -> list[TrainedPart]:
+def _fitted(run: TrainingRun) -> list[TrainedPart]:
     """The parts that start in closed form."""
-    return run.parts if isinstance(run, TrainingRun) and run.settings.init == "readout" else []
+    return run.parts if run.settings.init == "readout" else []
 
 
 def _standing_of(run: Run) -> Standing | None:
