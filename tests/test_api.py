@@ -90,6 +90,7 @@ def test_a_result_without_rows_shows_its_summary():
     assert result._repr_html_() == "<pre>made a&lt;b</pre>"
 
 
+@pytest.mark.slow
 def test_the_examples_in_the_documentation_of_the_library_are_right(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LFTPIPE_WORKSPACE", raising=False)

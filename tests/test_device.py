@@ -119,6 +119,7 @@ def test_a_device_that_is_not_there_is_refused_and_nothing_changes(device):
     assert state() == before
 
 
+@pytest.mark.slow
 def test_the_allocator_is_the_callers(settings, tmp_path):
     """What glibc is told cannot be undone: only a process that is ours tells it anything."""
     command = "from lftpipe.commands.toy import toy; from lftpipe.config.settings import ToySettings; "

@@ -52,6 +52,7 @@ def test_here_every_task_is_done(tmp_path):
     assert (found, sum(advanced)) == ({1: 1, 2: 4, 3: 9}, 3)
 
 
+@pytest.mark.slow
 def test_what_a_dead_process_had_goes_to_another(tmp_path):
     made, found, advanced = job(tmp_path, [1, -2, 3, 4])
     execute(made, workers=2)

@@ -43,7 +43,7 @@ def another_machine(machine: Path, monkeypatch) -> None:
     monkeypatch.setenv("LFTPIPE_CACHE", str(machine / "another"))
 
 
-@pytest.mark.parametrize("given", ["workspace", "store"])
+@pytest.mark.parametrize("given", ["workspace", pytest.param("store", marks=pytest.mark.slow)])
 def test_the_whole_pipeline_works_on_a_bucket_as_on_a_folder(
     server, machine, monkeypatch, teachers, text_folder, given
 ):
@@ -147,6 +147,7 @@ def test_a_server_that_is_gone_is_one_line_within_seconds(monkeypatch, server):
     assert "\\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_connections_that_are_cut_are_tried_again(server, monkeypatch, machine):
     url = make_bucket(server, "cut")
     proxy = Proxy(server)
@@ -230,6 +231,7 @@ def test_a_large_object_is_put_in_parts(server, machine, monkeypatch):
         assert storage.open("a/large", 100, wrong).end == data[-100:]
 
 
+@pytest.mark.slow
 def test_a_put_that_fails_for_good_is_one_line_and_loses_nothing(server, machine, monkeypatch):
     path = Path(f"{make_bucket(server, 'failing')}/files/states.zarr")
     real, asked = BucketStorage.put, []

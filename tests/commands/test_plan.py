@@ -44,7 +44,7 @@ def planning(store: Path, **values: Any) -> PlanSettings:
     return PlanSettings(**given | values)
 
 
-@pytest.fixture(scope="module", params=["neox", "llama"])
+@pytest.fixture(scope="module", params=["neox", pytest.param("llama", marks=pytest.mark.slow)])
 def planned(
     request: pytest.FixtureRequest,
     teachers: dict[str, Path],
@@ -136,6 +136,7 @@ def test_a_store_without_all_states_is_refused(
         plan(planning(store))
 
 
+@pytest.mark.slow
 def test_compress_makes_a_checkpoint_and_goes_on_where_it_was(
     teachers: dict[str, Path], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ def typed(command: str, *more: str) -> None:
     assert ended.value.code in (0, None), command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_only", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_they_make_the_same_again(
     teachers: dict[str, Path],

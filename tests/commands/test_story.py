@@ -29,7 +29,7 @@ def type_(capsys, monkeypatch, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("family", ["neox", "llama"])
+@pytest.mark.parametrize("family", ["neox", pytest.param("llama", marks=pytest.mark.slow)])
 def test_the_story(type_, teachers, text_folder, family):
     extracted = type_(
         "extract", "--model", teachers[family], "--corpus", text_folder, "--context", CONTEXT,

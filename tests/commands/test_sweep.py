@@ -160,6 +160,7 @@ def test_a_second_sweep_trains_nothing_and_writes_the_same(swept, store, monkeyp
     assert written(again) == before
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_the_same(swept, store, tmp_path, monkeypatch):
     real, done = training_step.loss_of, []
 
@@ -253,6 +254,7 @@ def test_results_are_not_overwritten_unasked(swept, store):
         sweep(settings_of(store, Path("x"), out=Path("sweep.md")))
 
 
+@pytest.mark.slow
 def test_runs_of_another_sweep_are_kept_unless_forced(store, tmp_path):
     short = settings_of(store, tmp_path, lengths=(2,), tokens=4 * CONTEXT)
     sweep(short)

@@ -18,6 +18,7 @@ def test_partners_are_crosswise_and_a_straight_move_keeps_no_pair():
     assert middle.mean(0).abs().max() < 0.1  # all lines meet there
 
 
+@pytest.mark.slow
 def test_matching_recouples_and_walking_keeps_the_pairs(tmp_path):
     settings = ToySettings(workspace=tmp_path, steps=100, batch=128, steps_at_inference=16)
     result = toy(settings)

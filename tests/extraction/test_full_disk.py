@@ -55,6 +55,7 @@ def extract(path: Path, fail_at: int) -> tuple[int, bool, str]:
     return count[0], not thread.is_alive(), done.get("error", "")
 
 
+@pytest.mark.slow
 def test_no_disk_operation_that_fails_makes_extraction_wait_for_ever(tmp_path):
     total, ended, error = extract(tmp_path / "whole", 0)
     assert (ended, error) == (True, "")

@@ -78,6 +78,7 @@ def children(pid: int) -> list[int]:
     return [each for each in map(int, listed) if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_store(settings, serial):
     result = extract(change(settings, workers=2))
     assert contents(Path(result["store"])) == serial

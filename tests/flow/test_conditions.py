@@ -28,6 +28,7 @@ def settings(store, tmp_path) -> TrainSettings:
     return short_run(store, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_velocity_that_sees_the_source_learns_crossing_pairs_apart(settings, tmp_path):
     """At first it is the one that does not; then it fits better, as it has more to go by."""
     losses = {}

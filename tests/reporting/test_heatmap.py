@@ -9,7 +9,7 @@ from fake_maps import make_map
 from lftpipe.reporting.plots import draw_recoupling
 
 
-@pytest.mark.parametrize("size", [2, 13, 33])
+@pytest.mark.parametrize("size", [2, 13, pytest.param(33, marks=pytest.mark.slow)])
 def test_the_figure_grows_so_that_cells_stay_readable(tmp_path, size):
     path = tmp_path / "map.png"
     draw_recoupling(make_map(size), [(0, 1), (0, size - 1)][: size - 1], path)

@@ -112,6 +112,7 @@ def test_settings_are_never_mixed(place):
         Store.open(path)
 
 
+@pytest.mark.slow
 def test_a_store_grows_under_an_open_reader(place, tmp_path):
     path, small, large = place("states.zarr"), make_spec(sequences=SMALL), make_spec(sequences=LARGE)
     write(path, small)
@@ -177,6 +178,7 @@ def test_two_writers_are_never_both_right(place):
     assert verify_store(path).ok
 
 
+@pytest.mark.slow
 def test_a_writer_on_another_machine_is_refused_while_the_first_one_lives(server, tmp_path, monkeypatch):
     monkeypatch.setenv("LFTPIPE_LEASE_SECONDS", "4")  # a busy machine renews late
     path, spec = Path(f"{make_bucket(server, 'leased')}/data/states.zarr"), make_spec()
@@ -209,6 +211,7 @@ class Killed(BaseException):
 METHODS = ("write", "take", "begin_log", "append_log", "remove_log", "delete", "put", "_create", "_remove")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stops", [(2, 15, 29), pytest.param(range(1, 200), marks=pytest.mark.long)], ids=["three", "every"]
 )

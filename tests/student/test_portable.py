@@ -34,6 +34,7 @@ def exported(teacher, folder, **options):
     export(ExportSettings(workspace=folder, runs=(str(run.path),), **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["neox", pytest.param("llama", marks=pytest.mark.slow)])
 def test_an_export_runs_without_lftpipe(family, teachers, tmp_path, monkeypatch):
     out = tmp_path / "student"
@@ -83,6 +84,7 @@ print(*tokenizer("the state of a layer")["input_ids"])
 """
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_an_export_needs_no_code_and_asks_for_none(neox_teacher, tmp_path):
     out = tmp_path / "student"
     exported(neox_teacher, tmp_path, out=out)

@@ -96,6 +96,7 @@ def test_a_recorded_teacher_is_the_same_in_every_part(neox_teacher, tmp_path, pa
         open_recorded(record, WORKSPACE, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_code_neither_asks_nor_runs(neox_teacher, tmp_path):
     """In a process of its own, where `y` waits on standard input."""
     folder = copy_of(neox_teacher, tmp_path / "code")

@@ -81,6 +81,7 @@ def test_training_killed_at_random_moments_ends_with_the_same_weights(store, com
     assert went_on
 
 
+@pytest.mark.slow
 def test_extraction_killed_at_random_moments_gives_the_same_store(
     store, compress, teachers, text_folder, tmp_path
 ):

@@ -52,6 +52,7 @@ def trained(tmp_path: Path, store: Path, **values: Any) -> dict[str, Path]:
     return {Path(result["run"]).name: Path(result["run"]) for result in results}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hold_back", [{}, {"hold_back": 0.2, "evaluate_every": 4}], ids=["all", "held-back"])
 def test_a_store_of_tokens_alone_trains_the_same_weights(tmp_path, stored, hold_back):
     assert not list(stored["tokens"].rglob("hidden*"))
@@ -76,6 +77,7 @@ def test_the_variants_share_one_pass_of_the_teacher(tmp_path, stored, monkeypatc
     assert len(set(passes)) <= 4  # a trunk is loaded again only if other layers are asked for
 
 
+@pytest.mark.slow
 def test_variants_in_two_processes_are_those_of_one(tmp_path, stored):
     one = trained(tmp_path, stored["tokens"], seed=7)
     weights = {name: weights_of(run) for name, run in one.items()}
@@ -85,6 +87,7 @@ def test_variants_in_two_processes_are_those_of_one(tmp_path, stored):
         torch.testing.assert_close(weights_of(run), weights[name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_process_that_diverges_ends_the_others_no_sooner(tmp_path, stored):
     path = tmp_path / "recipe.toml"
     path.write_text("[train.variants.wild]\nlearning_rate = 1e30\n[train.variants.tame]\n")

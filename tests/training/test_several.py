@@ -159,6 +159,7 @@ def test_jointly_logits_are_compared_at_the_students_end_and_teach_every_part(se
     assert {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])} == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_each_variant_is_a_joint_student_of_its_own(settings, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(
@@ -246,6 +247,7 @@ def test_terms_that_the_store_cannot_serve_are_refused(settings, teachers, text_
 # Several processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_scale", ["token", pytest.param("none", marks=pytest.mark.slow)])
 def test_two_processes_have_the_loss_of_one_at_the_same_batch(settings, tmp_path, loss_scale):
     arguments = [

@@ -33,7 +33,7 @@ def few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lftpipe.base.shape.CHANNELS", 8)
 
 
-@pytest.fixture(scope="module", params=["neox", "llama"])
+@pytest.fixture(scope="module", params=[pytest.param("neox", marks=pytest.mark.slow), "llama"])
 def store(request: pytest.FixtureRequest, stores: dict[str, Path]) -> Path:
     return stores[request.param]
 
@@ -152,6 +152,7 @@ def test_a_student_of_narrow_layers_is_one_run_and_every_form_of_it_agrees(
         torch.testing.assert_close(student(tokens(16)).logits, ordinary(tokens(16)).logits)
 
 
+@pytest.mark.slow
 def test_several_widths_have_a_latent_flow_form_alone(store: Path, tmp_path: Path) -> None:
     given = {"block": "0:1,2:4", "width": (1.0, 0.5), "joint": True, "objective": "distil", "depth": 1}
     run = train(short_run(store, tmp_path, **given))["run"]
