@@ -13,7 +13,7 @@ exact, and exponential. `main` takes the text's own spelling, as GFD's authors d
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -67,6 +67,10 @@ class _Evaluated:
     log_p: float
     following: Float[np.ndarray, " vocabulary"]
     past: list[tuple[torch.Tensor, torch.Tensor]] | None = field(repr=False)
+
+
+#: A sum over covers, step by step: it yields trunks that must be evaluated before it goes on.
+Summing = Generator[Sequence[Trunk], None, Bounds]
 
 
 class ByteModel:
@@ -136,10 +140,8 @@ class ByteModel:
 
     def prefixes(self, texts: Sequence[bytes]) -> list[float]:
         """`prefix` of several texts, their trunks evaluated together."""
-        heads = [self._heads(self._begin + text) for text in texts]
-        if not self.tolerance:
-            self._evaluate([head.trunk for each in heads for head in each])
-        return [self.prefix(text) for text in texts]
+        sums = self._together([self._summing(self._begin + text) for text in texts])
+        return [each.lower - self._prompt for each in sums]
 
     def next_bytes(self, text: bytes) -> Float[np.ndarray, "257"]:
         """Natural log-probabilities of the byte behind a text, the end of the text last; they sum to 1."""
@@ -170,30 +172,60 @@ class ByteModel:
         return found
 
     def _sum(self, whole: bytes) -> Bounds:
-        """Of all covers; the largest trunks first, so that small ones may sleep."""
+        return self._together([self._summing(whole)])[0]
+
+    def _together(self, sums: Sequence[Summing]) -> list[Bounds]:
+        """The results of several sums; the trunks that they wait for at the same time are one batch."""
+        found: list[Bounds | None] = [None] * len(sums)
+        waiting = {number: next(each, None) or [] for number, each in enumerate(sums)}
+        while waiting:
+            self._evaluate([trunk for trunks in waiting.values() for trunk in trunks])
+            for number in list(waiting):
+                try:
+                    waiting[number] = next(sums[number])
+                except StopIteration as done:
+                    found[number] = done.value
+                    del waiting[number]
+        return [each for each in found if each is not None]
+
+    def _summing(self, whole: bytes) -> Summing:
+        """Of all covers; the largest trunks first, so that small ones may sleep. Yields what it must know."""
+        yield []
         if not whole:
             return Bounds(0.0, 0.0)
         heads = self._heads(whole)
+        trunks = [head.trunk for head in heads]
+        asleep = [0.0] * len(heads)
         if self.tolerance:
-            heads.sort(key=lambda head: -self._bound(head.trunk))
+            yield [trunk[:-1] for trunk in trunks if trunk and trunk not in self._seen]
+            bounds = {trunk: self._bound(trunk) for trunk in trunks}
+            heads.sort(key=lambda head: -bounds[head.trunk])
+            asleep = [bounds[head.trunk] for head in heads]
         else:
-            self._evaluate([head.trunk for head in heads])
-        lower, asleep = -math.inf, [self._bound(head.trunk) if self.tolerance else 0.0 for head in heads]
+            yield trunks
+        lower = -math.inf
         for at, head in enumerate(heads):
             if self.tolerance:
                 rest = _log_sum(asleep[at:])
                 if rest < lower + math.log(self.tolerance):
                     return Bounds(lower, float(np.logaddexp(lower, rest)))
-            seen = self._evaluate([head.trunk])[0]
+                if head.trunk not in self._seen:
+                    yield [head.trunk]
+            seen = self._seen_or_evaluated(head.trunk)
             low, high = self.vocabulary.range_of(head.rest)
             if self.spellings == "main":  # of what is spelled out, the text's own spelling alone
                 low += len(self.vocabulary.equal(head.rest))
             mass = _log_sum(seen.following[self.vocabulary.ids[low:high]])
             lower = float(np.logaddexp(lower, seen.log_p + mass))
         if self.spellings == "main":
-            own = self._evaluate([self.vocabulary.canonical(whole)])[0].log_p
-            lower = float(np.logaddexp(lower, own))
+            canonical = self.vocabulary.canonical(whole)
+            yield [canonical]
+            lower = float(np.logaddexp(lower, self._seen_or_evaluated(canonical).log_p))
         return Bounds(lower, lower)
+
+    def _seen_or_evaluated(self, trunk: Trunk) -> _Evaluated:
+        """What is known of a trunk; it may have been forgotten since it was asked for."""
+        return self._seen[trunk] if trunk in self._seen else self._evaluate([trunk])[0]
 
     def _bound(self, trunk: Trunk) -> float:
         """What a trunk's own probability is: known from the trunk before it, without evaluating this one."""
@@ -201,7 +233,7 @@ class ByteModel:
             return 0.0
         if trunk in self._seen:
             return self._seen[trunk].log_p
-        before = self._evaluate([trunk[:-1]])[0]
+        before = self._seen_or_evaluated(trunk[:-1])
         return before.log_p + float(before.following[trunk[-1]])
 
     def _heads(self, whole: bytes) -> list[Head]:

@@ -66,6 +66,7 @@ class CtcRecogniser:
         posteriors = log_posteriors.astype(np.float64)
         posteriors -= np.logaddexp.reduce(posteriors, axis=1, keepdims=True)  # float16's rounding
         self._log_p, self._log_blank = posteriors[:, self._kept], posteriors[:, self._blank]
+        self._p = np.exp(self._log_p)
 
     def start(self) -> _Labels:
         """Nothing was read: every frame so far is a blank."""
@@ -81,16 +82,26 @@ class CtcRecogniser:
 
     def next(self, states: Sequence[_Labels]) -> Float[np.ndarray, "state unit_or_end"]:
         """Of each label behind each prefix, and of the end."""
-        rows = []
-        for state in states:
-            entry, repeated = self._entries(state)
-            log_psi = np.logaddexp.reduce(entry[:, None] + self._log_p, axis=0)
+        entries, repeats = zip(*(self._entries(state) for state in states), strict=True)
+        rows = self._summed(np.stack(entries))
+        for row, state, repeated in zip(rows, states, repeats, strict=True):
             if state.labels:
                 last = state.labels[-1]
-                log_psi[last] = np.logaddexp.reduce(repeated + self._log_p[:, last])
-            end = np.logaddexp(state.by_label[-1], state.by_blank[-1])
-            rows.append(np.append(log_psi, end) - state.log_psi)
-        return np.stack(rows)
+                row[last] = np.logaddexp.reduce(repeated + self._log_p[:, last])
+            row[-1] = np.logaddexp(state.by_label[-1], state.by_blank[-1])
+            row -= state.log_psi
+        return rows
+
+    def _summed(self, entries: Float[np.ndarray, "state frame"]) -> Float[np.ndarray, "state unit_or_end"]:
+        """Of each label, the sum over the frames at which it may be read, as one product; no end yet."""
+        most = entries.max(axis=1, keepdims=True)
+        most[most == -np.inf] = 0.0
+        sums = np.exp(entries - most) @ self._p
+        with np.errstate(divide="ignore"):
+            found = np.log(sums) + most
+        for row, column in np.argwhere(sums < np.finfo(float).tiny):  # too small for a product
+            found[row, column] = np.logaddexp.reduce(entries[row] + self._log_p[:, column])
+        return np.pad(found, ((0, 0), (0, 1)))
 
     def extend(self, state: _Labels, unit: int) -> _Labels:
         """The prefix with one more label."""
