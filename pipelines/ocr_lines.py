@@ -1,4 +1,4 @@
-"""Lines of Python as noisy pictures, for `make fusion`: what a recogniser reads and a language model corrects.
+"""Lines of Python as noisy pictures: what a recogniser reads, and a language model corrects.
 
 python pipelines/ocr_lines.py --out data/ocr --seeds 3 --lines 300
 
@@ -28,7 +28,8 @@ def unseen_lines(count: int) -> list[str]:
     for path in Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"):
         seen.update(line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
     spec = importlib.util.find_spec(PACKAGE)
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     found: list[str] = []
     for path in sorted(Path(spec.submodule_search_locations[0]).glob("*.py")):
         for line in path.read_text(encoding="utf-8").splitlines():
