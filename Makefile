@@ -6,6 +6,7 @@
 #   make results TEACHER=smollm2-135m       extract, map, train, evaluate; run again, it does nothing
 #   make qwen                               fetch Qwen2.5-Coder-0.5B; gemma and smollm2 likewise
 #   make compress TEACHER=smollm2-135m      a smaller model of a model, as `lftpipe compress` makes it
+#   make fusion LINES=300                   a recogniser of noisy lines, corrected by a student (`lftpipe fuse`)
 #   make results OBJECTIVE=sfm              trains and evaluates another objective from the same store
 #   make paper DEVICE=cuda TOKENS=26000000  Table 1 of the paper, with a hundredth of its tokens
 #   make lm-eval TEACHER=smollm2-135m       its runs and itself on lm_eval's tasks, into the table of results
@@ -30,7 +31,7 @@ STORE      := $(HERE)/states.zarr
 USE_RECIPE := $(if $(RECIPE),--recipe $(RECIPE))
 COMMON     := --workspace $(WORKSPACE)
 
-.PHONY: help setup demo compress test check check-types lint coverage slow fuzz crash runtimes lm-eval paper results sweep report examples pythia-tiny smollm2 qwen gemma pp-ocrv4 families \
+.PHONY: help setup demo compress fusion test check check-types lint coverage slow fuzz crash runtimes lm-eval paper results sweep report examples pythia-tiny smollm2 qwen gemma pp-ocrv4 families \
         docs dist dist-check clean
 .DELETE_ON_ERROR:
 
@@ -99,6 +100,17 @@ $(CHOSEN): $(PLAN)
 
 $(STUDENT): $(CHOSEN)
 	$(LFTPIPE) export $(COMMON) --store $(STORE) size$(SIZE)-seed$(SEED) --out $(HERE)/student --force
+
+# Noisy pictures of lines of Python: the recogniser alone, and corrected by the student, its teacher and others.
+LINES      ?= 24
+FUSE_RUN   := $(HERE)/runs/$(subst :,-,$(BLOCK))-distil-seed$(SEED)
+
+fusion: $(WORKSPACE)/pp-ocrv4/recogniser.onnx
+	@$(MAKE) --no-print-directory $(FUSE_RUN)/manifest.json OBJECTIVE=distil
+	$(BIN)/python pipelines/ocr_lines.py --out $(WORKSPACE)/ocr --lines $(LINES)
+	$(LFTPIPE) recognise $(COMMON) --recogniser pp-ocrv4 --force $(WORKSPACE)/ocr/*.png
+	$(LFTPIPE) fuse $(COMMON) $(FUSE_RUN) --weights 0.1,0.2,0.3,0.4 --context previous \
+	  --references $(WORKSPACE)/ocr/truths.txt --compare --force
 
 PROMPTS    ?= "    def __init__(self, " "if not isinstance(value, "
 

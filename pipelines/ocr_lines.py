@@ -1,14 +1,15 @@
 """Lines of Python as noisy pictures: what a recogniser reads, and a language model corrects.
 
-python pipelines/ocr_lines.py --out data/ocr --seeds 3 --lines 300
+python pipelines/ocr_lines.py --out data/ocr --lines 300
 
-The lines are consecutive ones of the installed package `rich`. Those that the corpus `python-stdlib` holds,
-on which the embedded teacher was trained, are left out. `truths.txt` has them, one a line, and `seed-N/` the
-pictures.
+The lines are consecutive ones of the installed package `rich`. Those that the standard library holds, on
+which the embedded teacher was trained, are left out. `truths.txt` has them, one a line; the pictures' noise
+has three seeds, one for each third of the lines.
 """
 
 import argparse
 import importlib.util
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 PACKAGE = "rich"
 LENGTHS = range(16, 56)
 SIZE = 22
-NOISE, BLUR = 70.0, 0.9
+NOISE, BLUR, SEEDS = 70.0, 0.9, 3
 
 
 def unseen_lines(count: int) -> list[str]:
@@ -58,17 +59,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lines", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     font = ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf"), SIZE)
     lines = unseen_lines(given.lines)
-    given.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(given.out, ignore_errors=True)
+    given.out.mkdir(parents=True)
     (given.out / "truths.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for seed in range(given.seeds):
-        folder, rng = given.out / f"seed-{seed}", np.random.default_rng(seed)
-        folder.mkdir(exist_ok=True)
-        for number, text in enumerate(lines):
-            picture(text, font, rng).save(folder / f"{number:04d}.png")
+    noise = [np.random.default_rng(seed) for seed in range(SEEDS)]
+    for number, text in enumerate(lines):
+        rng = noise[number * SEEDS // len(lines)]
+        picture(text, font, rng).save(given.out / f"{number:04d}.png")
 
 
 if __name__ == "__main__":
