@@ -173,9 +173,11 @@ def check_committed(spec: StoreSpec, records: Records) -> None:
         if (
             array is None
             or not known
-            or (record.sequences and not array.may_have(record.bytes, record.sequences))
+            or (record.sequences and not (record.tail and array.may_have(record.bytes, record.sequences)))
         ):
-            raise ValueError(f"{file} with {record.sequences} sequences and {record.bytes} bytes")
+            raise ValueError(
+                f"{file} with {record.sequences} sequences, {record.bytes} bytes and tail {record.tail!r}"
+            )
 
 
 # --- The journal of a store in the making: what it is to hold, and which of its shards count as done.
