@@ -111,50 +111,64 @@ def _by_products_of_rows(x: Matrices, coefficients: Coefficients, steps: int) ->
     return x if factor is None else factor @ x
 
 
+#: Steps between two orthogonalisations. The momentum of 20 steps hardly turns in four: the KL of students is
+#: the same, and the iteration, most of a step on few tokens, costs a quarter (docs/training.md).
+EVERY = 4
+
+
 class Muon(TorchMuon):
     """`torch.optim.Muon` scaled to the size of AdamW's steps, with one product for all matrices of a shape.
 
-    Of several processes each orthogonalises its part of the matrices. In bfloat16 on a processor the weights
-    are those of `torch.optim.Muon` to the bit.
+    The way that a matrix moves is found anew in every `every`-th step, and kept in between. Of several
+    processes each orthogonalises its part of the matrices.
     """
 
-    def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], lr: float, weight_decay: float, dtype: torch.dtype, every: int = EVERY
+    ) -> None:
         super().__init__(list(params), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self._dtype = dtype
+        self._dtype, self._every = dtype, every
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Move every matrix that has a gradient."""
         del closure
-        if self._dtype == torch.bfloat16 and self.param_groups[0]["params"][0].device.type == "cpu":
-            super().step()  # a processor gains nothing from stacks, and keeps its bits
-            return
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            for weight in weights:
-                state = self.state[weight]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+            turns = group.get("steps", 0) % self._every == 0
+            group["steps"] = group.get("steps", 0) + 1
             by_shape: dict[tuple[int, ...], list[Tensor]] = {}
-            for weight in weights:
-                by_shape.setdefault(tuple(sorted(weight.shape)), []).append(weight)
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape.setdefault(tuple(sorted(weight.shape)), []).append(weight)
             for alike in by_shape.values():
-                self._move(alike, group)
+                self._move(alike, group, turns)
 
-    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+    def _move(self, weights: list[Tensor], group: dict[str, Any], turns: bool) -> None:
         """Matrices of one shape, lying or standing."""
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
+        states = [self.state[weight] for weight in weights]
+        for state, gradient in zip(states, gradients, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+        momenta = [state["momentum_buffer"] for state in states]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
-        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+        if turns or any("way" not in state for state in states):
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+            for state, way in zip(states, self._ways(list(updates), group), strict=True):
+                state["way"] = way
+        size = 0.2 * math.sqrt(max(weights[0].shape))
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+        for weight, state in zip(weights, states, strict=True):
+            weight.add_(state["way"], alpha=-group["lr"] * size)
+
+    def _ways(self, updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The updates, orthogonalised."""
         # The iteration squares a matrix: that of the shorter side is smaller, and gives the same.
-        lying = torch.stack([update.T if update.shape[0] > update.shape[1] else update for update in updates])
+        standing = [update.shape[0] > update.shape[1] for update in updates]
+        lying = torch.stack([each.T if tall else each for each, tall in zip(updates, standing, strict=True)])
         options = (group["ns_coefficients"], group["ns_steps"], group["eps"], self._dtype)
         ways = distributed.divided(lying, lambda part: orthogonalised(part, *options))
-        size = 0.2 * math.sqrt(lying.shape[2])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
-        for weight, way in zip(weights, ways, strict=True):
-            weight.add_(way.T if weight.shape[0] > weight.shape[1] else way, alpha=-group["lr"] * size)
+        return [(way.T if tall else way).clone() for way, tall in zip(ways, standing, strict=True)]
 
 
 # --- What moves a flow layer's weights: Muon for its matrices and AdamW for the rest, or AdamW alone.

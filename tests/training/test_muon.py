@@ -1,4 +1,4 @@
-"""Muon's updates: torch's own where they are to be, and the same iteration at a lower price elsewhere."""
+"""Muon's updates: those of torch, found anew in some steps only, and at a lower price."""
 
 import copy
 
@@ -36,29 +36,44 @@ def parameters() -> list[nn.Parameter]:
     return [nn.Parameter(matrix) for matrix in matrices(0)]
 
 
-def test_in_bfloat16_on_a_processor_it_is_torchs_to_the_bit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_moves_as_torchs_does_up_to_its_rounding(dtype):
     ours, theirs = parameters(), parameters()
-    moved = steps_of(Muon(ours, 0.02, 0.01, torch.bfloat16), ours)
-    assert all(map(torch.equal, moved, steps_of(of_torch(theirs), theirs)))
-
-
-def test_in_float32_it_moves_as_torchs_does_up_to_its_rounding():
-    ours, theirs = parameters(), parameters()
-    moved = steps_of(Muon(ours, 0.02, 0.01, torch.float32), ours)
+    moved = steps_of(Muon(ours, 0.02, 0.01, dtype, every=1), ours)
     for one, other, start in zip(moved, steps_of(of_torch(theirs), theirs), matrices(0), strict=True):
         assert (one - other).norm() < 0.03 * (other - start).norm()
 
 
-def test_a_checkpoint_of_torchs_goes_on_in_ours():
-    ours, theirs = parameters(), parameters()
-    before = of_torch(theirs)
-    steps_of(before, theirs)
-    optimizer = Muon(ours, 0.02, 0.01, torch.bfloat16)
-    optimizer.load_state_dict(copy.deepcopy(before.state_dict()))
-    with torch.no_grad():
-        for one, other in zip(ours, theirs, strict=True):
-            one.copy_(other)
-    assert all(map(torch.equal, steps_of(optimizer, ours), steps_of(before, theirs)))
+def test_it_keeps_its_way_between_two_orthogonalisations(monkeypatch):
+    made = []
+    real = optimizer.orthogonalised
+    monkeypatch.setattr(optimizer, "orthogonalised", lambda *args: made.append(1) or real(*args))
+    weights = parameters()
+    ours = Muon(weights, 0.02, 0.0, torch.float32, every=3)
+    steps = [[weight.clone() for weight in steps_of(ours, weights, 1)] for _ in range(7)]
+    shapes = len({tuple(sorted(shape)) for shape in SHAPES})
+    assert len(made) == 3 * shapes
+    first, second, third = (
+        [b - a for a, b in zip(steps[number], steps[number + 1], strict=True)] for number in range(3)
+    )
+    for one, two, three in zip(first, second, third, strict=True):
+        torch.testing.assert_close(one, two)
+        assert not torch.allclose(two, three)
+
+
+def test_it_goes_on_from_its_state_at_any_step():
+    whole, broken = parameters(), parameters()
+    want = steps_of(Muon(whole, 0.02, 0.01, torch.float32), whole, 7)
+    before = Muon(broken, 0.02, 0.01, torch.float32)
+    for step in range(7):
+        if step == 5:
+            after = Muon(broken, 0.02, 0.01, torch.float32)
+            after.load_state_dict(copy.deepcopy(before.state_dict()))
+            before = after
+        for weight, gradient in zip(broken, matrices(100 + step), strict=True):
+            weight.grad = gradient
+        before.step()
+    assert all(map(torch.equal, want, broken))
 
 
 def spectrum(values: list[float], rows: int, columns: int, seed: int) -> Tensor:
