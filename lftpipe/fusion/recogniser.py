@@ -66,7 +66,7 @@ class CtcRecogniser:
         posteriors = log_posteriors.astype(np.float64)
         posteriors -= np.logaddexp.reduce(posteriors, axis=1, keepdims=True)  # float16's rounding
         self._log_p, self._log_blank = posteriors[:, self._kept], posteriors[:, self._blank]
-        self._p = np.exp(self._log_p)
+        self._p, self._possible = np.exp(self._log_p), (self._log_p > -np.inf).any(axis=0)
 
     def start(self) -> _Labels:
         """Nothing was read: every frame so far is a blank."""
@@ -99,7 +99,8 @@ class CtcRecogniser:
         sums = np.exp(entries - most) @ self._p
         with np.errstate(divide="ignore"):
             found = np.log(sums) + most
-        for row, column in np.argwhere(sums < np.finfo(float).tiny):  # too small for a product
+        small = (sums < np.finfo(float).tiny) & self._possible  # for a product
+        for row, column in np.argwhere(small):
             found[row, column] = np.logaddexp.reduce(entries[row] + self._log_p[:, column])
         return np.pad(found, ((0, 0), (0, 1)))
 

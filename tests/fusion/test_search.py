@@ -208,3 +208,27 @@ def test_a_weight_out_of_range_is_refused(language, weight):
         Search(weight=weight)
     with pytest.raises(SettingsError, match="weight"):
         FusionLogitsProcessor(language.model, make_tokenizer(), make_tokenizer(), weight=weight)
+
+
+def test_a_step_asks_the_language_model_once_or_twice(language, monkeypatch):
+    """Whatever many hypotheses wait for is one batch."""
+    sleepy = ByteModel(language.model, make_tokenizer(), tolerance=1e-2)
+    recogniser, steps = CtcRecogniser(posteriors(12, 4, seed=6), LABELS), []
+    real = recogniser.next
+    monkeypatch.setattr(recogniser, "next", lambda states: steps.append(1) or real(states))
+    before = sleepy.calls
+    Search(weight=0.4, beams=5).best(recogniser, sleepy)
+    assert len(steps) > 3
+    assert sleepy.calls - before <= 2 * len(steps)
+
+
+def test_a_label_too_unlikely_for_a_product_of_probabilities_keeps_its_probability():
+    """Far below the smallest number of float64."""
+    log_p = posteriors(5, 4)
+    log_p[:, 3] = -900.0
+    log_p[:, 2] = -np.inf
+    log_p -= np.logaddexp.reduce(log_p, axis=1, keepdims=True)
+    recogniser = CtcRecogniser(log_p, LABELS)
+    row = recogniser.next([recogniser.start()])[0]
+    assert row[2] == pytest.approx(np.logaddexp.reduce(np.cumsum([0, *log_p[:-1, 0]]) + log_p[:, 3]))
+    assert row[1] == -np.inf
